@@ -1,0 +1,124 @@
+"""Post-training quantization techniques that work on AIMET's quantization simulation.
+
+Every public name is imported on first use: ``import aimet_ext`` alone loads neither torch nor AIMET
+nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aimet_ext import examples
+    from aimet_ext.algorithms.omniquant import OmniQuantReport, apply_omniquant
+    from aimet_ext.config import LPBQ, Blockwise, OmniQuantParams, PerChannel, PerTensor, QSpec
+    from aimet_ext.errors import CorruptFileError, MissingExtraError, TransformRefused
+    from aimet_ext.export.ledger import Ledger
+    from aimet_ext.export.scales import load_scales
+    from aimet_ext.model.huggingface import prepare_model
+    from aimet_ext.model.text import calibration_batches
+    from aimet_ext.model.topology import TopologyDescription
+    from aimet_ext.workflow.create import create_sim
+    from aimet_ext.workflow.evaluate import evaluate_perplexity
+    from aimet_ext.workflow.export import export
+    from aimet_ext.workflow.load import load
+
+__version__ = "0.1.0"
+
+# The same pairs as above, for the import on first use; a test compares them.
+_HOMES = {
+    "Blockwise": "aimet_ext.config",
+    "CorruptFileError": "aimet_ext.errors",
+    "LPBQ": "aimet_ext.config",
+    "Ledger": "aimet_ext.export.ledger",
+    "MissingExtraError": "aimet_ext.errors",
+    "OmniQuantParams": "aimet_ext.config",
+    "OmniQuantReport": "aimet_ext.algorithms.omniquant",
+    "PerChannel": "aimet_ext.config",
+    "PerTensor": "aimet_ext.config",
+    "QSpec": "aimet_ext.config",
+    "TopologyDescription": "aimet_ext.model.topology",
+    "TransformRefused": "aimet_ext.errors",
+    "apply_omniquant": "aimet_ext.algorithms.omniquant",
+    "calibration_batches": "aimet_ext.model.text",
+    "create_sim": "aimet_ext.workflow.create",
+    "evaluate_perplexity": "aimet_ext.workflow.evaluate",
+    "examples": "aimet_ext",
+    "export": "aimet_ext.workflow.export",
+    "load": "aimet_ext.workflow.load",
+    "load_scales": "aimet_ext.export.scales",
+    "prepare_model": "aimet_ext.model.huggingface",
+}
+
+# Which extra installs an optional package.
+_EXTRAS = {"aimet_torch": "torch", "transformers": "torch", "onnx": "onnx", "aimet_onnx": "onnx"}
+
+__all__ = [
+    "Blockwise",
+    "CorruptFileError",
+    "LPBQ",
+    "Ledger",
+    "MissingExtraError",
+    "OmniQuantParams",
+    "OmniQuantReport",
+    "PerChannel",
+    "PerTensor",
+    "QSpec",
+    "TopologyDescription",
+    "TransformRefused",
+    "__version__",
+    "apply_omniquant",
+    "calibration_batches",
+    "create_sim",
+    "evaluate_perplexity",
+    "examples",
+    "export",
+    "load",
+    "load_scales",
+    "prepare_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module, once.
+
+    :raises MissingExtraError: an optional package that the name needs is not installed.
+    """
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = _HOMES[name]
+    try:
+        if home == __name__:
+            return importlib.import_module(f"{home}.{name}")
+        value = getattr(importlib.import_module(home), name)
+    except ModuleNotFoundError as error:
+        from aimet_ext.errors import require
+
+        missing = (error.name or "").partition(".")[0]
+        if missing in _EXTRAS:
+            require(missing, _EXTRAS[missing])
+        raise
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names, loaded or not."""
+    return sorted(set(globals()) | set(__all__))
+
+
+class _Package(types.ModuleType):
+    """The package as a module that keeps ``aimet_ext.export`` the function.
+
+    Importing the subpackage of that name would otherwise put the subpackage in its place.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name != "export" or not isinstance(value, types.ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

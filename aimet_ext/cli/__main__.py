@@ -1,0 +1,6 @@
+"""``python -m aimet_ext.cli`` is ``aimet-ext``."""
+
+from aimet_ext.cli.app import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""The commands. Results go to stdout, progress and messages to stderr.
+
+Everything heavy is imported inside the commands, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import aimet_ext
+from aimet_ext.cli.errors import EXIT_CODES_HELP, ErrorsAsCodes
+from aimet_ext.cli.specs import OnIndivisible, on_blocks, width, width_or_none
+
+# Left out of what `inspect` prints for people.
+_TOO_LONG = frozenset({"onnx_names", "settings"})
+
+_HELP = """Quantize language models with AIMET and techniques that AIMET lacks.
+
+\b
+A first look, without a model of your own:
+  aimet-ext demo
+\b
+Your own model, a folder that transformers can read:
+  aimet-ext quantize ./llama --weights int4 --calibration text.txt --output ./llama-w4
+  aimet-ext evaluate ./llama-w4 --text held_out.txt
+  aimet-ext inspect ./llama-w4
+"""
+
+app = typer.Typer(
+    cls=ErrorsAsCodes,
+    name="aimet-ext",
+    help=_HELP,
+    epilog=EXIT_CODES_HELP,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+class Technique(str, enum.Enum):
+    """How the weights are chosen."""
+
+    OMNIQUANT = "omniquant"
+    NEAREST = "nearest"
+
+
+@contextlib.contextmanager
+def _stdout_for_results() -> Iterator[None]:
+    """Send what libraries print to stderr: stdout carries results only."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    longest = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{longest}}  {value}" for name, value in rows)
+
+
+def _summary(found: dict[str, Any]) -> str:
+    """What ``inspect`` found, for people."""
+    files = found.pop("files")
+    rows = [
+        (name, value if isinstance(value, str) else json.dumps(value))
+        for name, value in found.items()
+        if value and name not in _TOO_LONG
+    ]
+    rows += [(name, f"{entry['bytes']} bytes") for name, entry in files.items()]
+    return _table(rows) + "\nEvery file agrees with its hash."
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(aimet_ext.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+Text = Annotated[
+    Path,
+    typer.Option(exists=True, dir_okay=False, help="Text to calibrate on: .txt, or .jsonl."),
+]
+SeqLength = Annotated[int, typer.Option(min=2, help="Tokens in a window of text.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
+Output = Annotated[
+    Path,
+    typer.Option(
+        help="Folder to write. One that this program wrote is replaced, any other must be empty."
+    ),
+]
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  4 bits, one range a row (the default grid), and a Hugging Face checkpoint beside the ONNX:
+    aimet-ext quantize ./llama --calibration text.txt --output out --hf-checkpoint
+\b
+  3 bits in groups of 128, weights only, for other runtimes:
+    aimet-ext quantize ./llama --weights int3 --block-size 128 --activations none \\
+        --calibration text.txt --output out --hf-checkpoint
+\b
+  4 bits in low-power blocks of 64; if it is stopped, the same command goes on:
+    aimet-ext quantize ./llama --lpbq 64 --checkpoint-dir ckpt --calibration text.txt --output out
+"""
+)
+def quantize(
+    model_dir: Annotated[
+        Path,
+        typer.Argument(
+            exists=True, file_okay=False, metavar="MODEL_DIR", help="A Hugging Face model."
+        ),
+    ],
+    calibration: Text,
+    output: Output,
+    technique: Annotated[
+        Technique, typer.Option(help="How to choose weights and ranges; nearest is plain rounding.")
+    ] = Technique.OMNIQUANT,
+    weights: Annotated[
+        Any, typer.Option(parser=width, metavar="WIDTH", help="int4 is symmetric, uint4 is not.")
+    ] = "int4",
+    block_size: Annotated[
+        int | None, typer.Option(min=2, help="Input channels that share a range: blockwise.")
+    ] = None,
+    lpbq: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="Low-power blockwise, N channels each.")
+    ] = None,
+    on_indivisible: Annotated[
+        OnIndivisible, typer.Option(help="Layers whose width is no multiple of the block.")
+    ] = OnIndivisible.ERROR,
+    lm_head: Annotated[
+        Any, typer.Option(parser=width, metavar="WIDTH", help="Output head and embedding.")
+    ] = "int8",
+    activations: Annotated[
+        Any,
+        typer.Option(
+            parser=width_or_none, metavar="WIDTH", help="Activations; none: weights only."
+        ),
+    ] = "uint16",
+    num_iterations: Annotated[
+        int, typer.Option(min=1, help="Optimizer steps for each block.")
+    ] = 800,
+    seq_length: SeqLength = 256,
+    num_batches: Annotated[int, typer.Option(min=1, help="Calibration batches.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows in a batch.")] = 4,
+    seed: Seed = 0,
+    hf_checkpoint: Annotated[
+        bool, typer.Option("--hf-checkpoint", help="Also write a checkpoint of the rounded values.")
+    ] = False,
+    checkpoint_dir: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Keep finished blocks here, to resume.")
+    ] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Keep cached activations on disk, here.")
+    ] = None,
+) -> None:
+    """Quantize a model and export it."""
+    weights = on_blocks(weights, block_size, lpbq, on_indivisible)
+    with _stdout_for_results():
+        from aimet_ext.cli import jobs
+
+        result = jobs.quantize(
+            model_dir,
+            calibration,
+            output,
+            technique=technique.value,
+            weights=weights,
+            outer=lm_head,
+            activations=None if activations == "none" else activations,
+            num_iterations=num_iterations,
+            seq_length=seq_length,
+            num_batches=num_batches,
+            batch_size=batch_size,
+            seed=seed,
+            hf_checkpoint=hf_checkpoint,
+            checkpoint_dir=checkpoint_dir,
+            cache_dir=cache_dir,
+        )
+    if result.report is not None:
+        typer.echo(str(result.report))
+    typer.echo(_table(result.files))
+
+
+@app.command(
+    epilog="""\b
+Example:
+  aimet-ext evaluate ./llama-w4 --text held_out.jsonl --json
+"""
+)
+def evaluate(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            exists=True,
+            file_okay=False,
+            metavar="FOLDER",
+            help="A Hugging Face model, or what quantize wrote.",
+        ),
+    ],
+    text: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, help="Text to score: .txt, or .jsonl.")
+    ],
+    seq_length: SeqLength = 256,
+    num_windows: Annotated[
+        int, typer.Option(min=1, help="Windows to score at most; less text than that is fine.")
+    ] = 200,
+    as_json: AsJson = False,
+) -> None:
+    """Print a model's perplexity on a text."""
+    with _stdout_for_results():
+        from aimet_ext.cli import jobs
+
+        result = jobs.evaluate(folder, text, seq_length=seq_length, num_windows=num_windows)
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        typer.echo(_table([(name, str(value)) for name, value in result.items()]))
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  aimet-ext inspect ./llama-w4
+  aimet-ext inspect ./llama-w4 --json | jq .files
+"""
+)
+def inspect(
+    folder: Annotated[
+        Path,
+        typer.Argument(exists=True, file_okay=False, metavar="FOLDER", help="What quantize wrote."),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Check an exported folder and list it."""
+    with _stdout_for_results():
+        from aimet_ext.workflow.inspect import inspect_export
+
+        found = inspect_export(folder)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        typer.echo(_summary(found))
+
+
+@app.command(
+    epilog="""\b
+Example:
+  aimet-ext demo --output demo_output --num-iterations 400
+"""
+)
+def demo(
+    output: Output = Path("demo_output"),
+    num_iterations: Annotated[
+        int, typer.Option(min=1, help="Optimizer steps for each block.")
+    ] = 200,
+    seed: Seed = 0,
+) -> None:
+    """Try it on the packaged model: no download, a few minutes."""
+    with _stdout_for_results():
+        from aimet_ext.cli import jobs
+
+        result = jobs.demo(output, num_iterations=num_iterations, seed=seed)
+    typer.echo(_table([(name, f"{value:.4f}") for name, value in result.perplexity.items()]))
+    typer.echo(f"\n{output}:")
+    typer.echo(_table(result.files))
+
+
+def main() -> None:
+    """Run the command line; the entry point of ``aimet-ext``."""
+    app()

@@ -1,0 +1,181 @@
+"""What the commands do, as functions that return their results."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import aimet_ext
+from aimet_ext.errors import require
+from aimet_ext.export.folders import check_output
+from aimet_ext.export.manifest import is_ours
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from aimet_ext.algorithms.omniquant import OmniQuantReport
+    from aimet_ext.config import QSpec
+
+__all__ = ["Demo", "Quantized", "demo", "evaluate", "quantize"]
+
+PREFIX = "model"
+"""Name of the exported files, before their endings."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """What ``quantize`` made: a report, if the technique has one, and files with their sizes."""
+
+    report: OmniQuantReport | None
+    files: list[tuple[str, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """What ``demo`` made: perplexities by name, and files with their sizes."""
+
+    perplexity: dict[str, float]
+    files: list[tuple[str, str]]
+
+
+def quantize(
+    model_dir: Path,
+    calibration: Path,
+    output: Path,
+    *,
+    technique: str,
+    weights: QSpec,
+    outer: QSpec,
+    activations: QSpec | None,
+    seq_length: int,
+    num_batches: int,
+    batch_size: int,
+    hf_checkpoint: bool,
+    **training: Any,
+) -> Quantized:
+    """Quantize a model folder and export the result to another.
+
+    :param technique: ``"omniquant"``, or ``"nearest"`` for plain rounding.
+    :param outer: of the output head and of the token embedding.
+    :param training: ``num_iterations``, ``seed``, ``checkpoint_dir``, ``cache_dir``.
+    """
+    check_output(output)
+    model, tokenizer = load_model(model_dir)
+    batches = _batches(tokenizer, calibration, seq_length, num_batches, batch_size)
+    sim = aimet_ext.create_sim(
+        model, batches[0], weights=weights, lm_head=outer, embedding=outer, activations=activations
+    )
+    report = _apply(sim, batches, technique, **training)
+    aimet_ext.export(sim, output, PREFIX, batches[0][:1], hf_checkpoint=hf_checkpoint)
+    return Quantized(report, list_files(output))
+
+
+def evaluate(folder: Path, text: Path, *, seq_length: int, num_windows: int) -> dict[str, Any]:
+    """Measure the perplexity of a model folder, or of an export with quantization simulated."""
+    if is_ours(folder):
+        model: Any = aimet_ext.load(folder)
+        tokenizer = load_tokenizer(folder)
+    else:
+        model, tokenizer = load_model(folder)
+    batches = _batches(tokenizer, text, seq_length, None, batch_size=1)[:num_windows]
+    return {
+        "perplexity": aimet_ext.evaluate_perplexity(model, batches),
+        "windows": sum(len(batch) for batch in batches),
+        "seq_length": seq_length,
+        "quantized": is_ours(folder),
+    }
+
+
+def demo(output: Path, *, num_iterations: int, seed: int) -> Demo:
+    """Quantize the packaged model to 4 bits twice, by rounding and by OmniQuant, and compare.
+
+    Weights only, so that the figures show what happens to the weights.
+    """
+    check_output(output)
+    model, tokenizer = load_model(aimet_ext.examples.model_dir())
+    documents = aimet_ext.examples.documents
+    batches = _batches(tokenizer, documents("calibration"), 256, 16, batch_size=4)
+    held_out = _batches(tokenizer, documents("evaluation"), 256, 16, batch_size=8)
+    perplexity = {"float": aimet_ext.evaluate_perplexity(model, held_out)}
+    for technique in ("nearest", "omniquant"):
+        sim = aimet_ext.create_sim(model, batches[0], activations=None)
+        _apply(sim, batches, technique, num_iterations=num_iterations, seed=seed)
+        perplexity[f"4 bits, {technique}"] = aimet_ext.evaluate_perplexity(sim, held_out)
+    aimet_ext.export(sim, output, PREFIX, batches[0][:1])
+    return Demo(perplexity, list_files(output))
+
+
+def _batches(
+    tokenizer: PreTrainedTokenizerBase, text: Any, length: int, number: int | None, batch_size: int
+) -> list[Tensor]:
+    """Cut text into batches; a tokenizer without BOS, as Qwen's, starts documents with its EOS."""
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else None
+    return aimet_ext.calibration_batches(
+        tokenizer, text, length, number, batch_size, bos_token_id=start
+    )
+
+
+def _apply(
+    sim: Any, batches: Sequence[Tensor], technique: str, *, num_iterations: int, **options: Any
+) -> OmniQuantReport | None:
+    """Apply a technique, then compute the encodings that are still open."""
+    import torch
+
+    report = None
+    if technique == "omniquant":
+        report = aimet_ext.apply_omniquant(sim, batches, num_iterations, **options)
+
+    def run(model: nn.Module) -> None:
+        with torch.no_grad():
+            for batch in batches:
+                model(batch)
+
+    sim.compute_encodings(run)
+    return report
+
+
+def load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model in float32, and its tokenizer, without a network.
+
+    :raises ValueError: the folder holds no such model.
+    """
+    transformers = require("transformers", "torch")
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder}: the folder of a Hugging Face model is required, but it has no config.json"
+        )
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype="float32", local_files_only=True
+        )
+    except OSError as error:
+        raise ValueError(f"{folder}: the model could not be loaded: {error}") from error
+    return model.eval(), load_tokenizer(folder)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder, without a network.
+
+    :raises ValueError: the folder holds none.
+    """
+    transformers = require("transformers", "torch")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except OSError as error:
+        raise ValueError(f"{folder}: the tokenizer could not be loaded: {error}") from error
+
+
+def list_files(folder: Path) -> list[tuple[str, str]]:
+    """Return each file below a folder by its relative name, with its size."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [(path.relative_to(folder).as_posix(), size(path.stat().st_size)) for path in files]
+
+
+def size(count: int) -> str:
+    """Return a number of bytes for people: ``"1.5 MB"``."""
+    if count < 1000:
+        return f"{count} B"
+    return f"{count / 1e3:.1f} kB" if count < 1e6 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,38 @@
+"""Exceptions with a meaning of their own, and the import of optional packages."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+__all__ = ["CorruptFileError", "MissingExtraError", "TransformRefused", "require"]
+
+
+class MissingExtraError(ImportError):
+    """An optional package is not installed; the message names the ``pip install`` line."""
+
+
+class CorruptFileError(ValueError):
+    """A file read back from disk is damaged, was changed, or is not one of ours."""
+
+
+class TransformRefused(ValueError):
+    """A function-preserving transform does not hold on the model at hand."""
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional package.
+
+    :param module: dotted name of the module to import.
+    :param extra: the extra of ``aimet-ext`` that installs it.
+    :raises MissingExtraError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
+            raise
+        raise MissingExtraError(
+            f"{module} is needed here and is not installed. "
+            f'Install it with: pip install "aimet-ext[{extra}]"'
+        ) from error

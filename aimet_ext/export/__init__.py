@@ -1,0 +1,1 @@
+"""Bytes on disk: encodings, scales, manifests, and folders that are replaced whole."""

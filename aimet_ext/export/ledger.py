@@ -1,0 +1,233 @@
+"""The ledger of a sim: every transform in order, and what they come to relative to the original."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+__all__ = ["Entry", "Ledger", "LedgerSide", "Run"]
+
+Axis = Literal["in", "out"]
+_KEYS: dict[str, str] = {"in": "input", "out": "output"}
+
+
+@dataclass(frozen=True, eq=False)
+class LedgerSide:
+    """One multiplication: of a module's output rows or of its input columns.
+
+    :param module: full name of the module.
+    :param axis: ``"out"`` for rows of the weight and the bias, ``"in"`` for columns.
+    :param multiplier: ``[width]``, expanded: one factor for every row or column.
+    """
+
+    module: str
+    axis: Axis
+    multiplier: Tensor
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Entry:
+    """One scale pair that was folded into the weights.
+
+    :param pair: name of the pair, for people.
+    :param kind: kind of the pair, for example ``"v_o"``.
+    :param source: full name of the layer that the scales are taken out of; may be empty.
+    :param size: number of independent scales; a side that is wider repeats them.
+    """
+
+    technique: str
+    block: str
+    pair: str
+    kind: str
+    source: str
+    size: int
+    sides: tuple[LedgerSide, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One technique that was applied, with or without leaving scales.
+
+    :param modules: full names of the modules it worked on.
+    :param rounds: whether the weights are on their grid since.
+    :param settings: its parameters, seed included, as JSON values.
+    """
+
+    technique: str
+    modules: tuple[str, ...]
+    rounds: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Ledger:
+    """What was done to a sim, in order.
+
+    With all transforms applied, the weight of a module is ``W' = diag(output) W diag(input)``
+    and its bias ``diag(output) b``, of a norm the effective gain ``output · gain``, where ``W``,
+    ``b`` and the gain are those of the original checkpoint. Copies made with ``copy.deepcopy`` are
+    independent: tensors in a ledger are never changed.
+
+    :param origin: SHA-256 of the original checkpoint's weights, if known.
+    """
+
+    def __init__(self, origin: str | None = None) -> None:
+        self.origin = origin
+        self.entries: list[Entry] = []
+        self.runs: list[Run] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ledger:
+        copied = Ledger(self.origin)
+        copied.entries, copied.runs = list(self.entries), list(self.runs)
+        memo[id(self)] = copied
+        return copied
+
+    def check_can_apply(
+        self, technique: str, modules: Iterable[str], *, transforms: bool = True
+    ) -> None:
+        """Refuse a technique that was applied before, or a transform of rounded weights.
+
+        :param transforms: whether the technique rescales weights.
+        :raises ValueError: one of the modules had this technique, or holds rounded weights.
+        """
+        wanted = set(modules)
+        for run in self.runs:
+            common = sorted(wanted.intersection(run.modules))
+            if not common:
+                continue
+            if run.technique == technique:
+                raise ValueError(
+                    f"{technique} was already applied to {_some(common)}; a technique is applied "
+                    "once: start again from a new sim"
+                )
+            if run.rounds and transforms:
+                raise ValueError(
+                    f"{technique} rescales weights, but {run.technique} already rounded those of "
+                    f"{_some(common)}; apply {technique} first, on a new sim"
+                )
+
+    def log_run(
+        self,
+        technique: str,
+        modules: Iterable[str],
+        *,
+        rounds: bool = False,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Note that a technique was applied to modules; see :class:`Run`."""
+        self.runs.append(
+            Run(
+                technique=technique,
+                modules=tuple(modules),
+                rounds=rounds,
+                settings=dict(settings or {}),
+            )
+        )
+
+    def record(
+        self,
+        technique: str,
+        block: str,
+        pair: str,
+        kind: str,
+        sides: Sequence[tuple[str, Axis, Tensor]],
+        *,
+        size: int,
+        source: str = "",
+    ) -> None:
+        """Note that a scale pair was folded into weights.
+
+        :param sides: for each side the module's full name, its axis and its multiplier ``[width]``,
+            expanded and raised to its power.
+        :param size: number of independent scales of the pair.
+        :param source: full name of the layer that the scales are taken out of.
+        :raises ValueError: a multiplier is no vector of finite numbers other than zero.
+        """
+        kept = []
+        for module, axis, multiplier in sides:
+            values = multiplier.detach().to("cpu", copy=True)
+            if values.ndim != 1 or not bool((values.isfinite() & (values != 0)).all()):
+                raise ValueError(
+                    f"{technique}, {module} ({axis}): a vector of finite multipliers other than 0 "
+                    f"is required, got one of shape {tuple(values.shape)} in "
+                    f"[{values.min():.3g}, {values.max():.3g}]"
+                )
+            kept.append(LedgerSide(module, axis, values))
+        self.entries.append(
+            Entry(
+                technique=technique,
+                block=block,
+                pair=pair,
+                kind=kind,
+                source=source,
+                size=size,
+                sides=tuple(kept),
+            )
+        )
+
+    @property
+    def techniques(self) -> tuple[str, ...]:
+        """Names of the techniques in the order they were first applied."""
+        names = [run.technique for run in self.runs] + [entry.technique for entry in self.entries]
+        return tuple(dict.fromkeys(names))
+
+    def cumulative(
+        self, rename: Callable[[str], str] = lambda name: name
+    ) -> dict[str, dict[str, Tensor]]:
+        """Product of all multipliers, for each module: ``{module: {"input": …, "output": …}}``.
+
+        :param rename: from a module's name in the sim to its name in the original checkpoint.
+        :returns: float32 vectors; only the axes that were scaled.
+        :raises ValueError: two multipliers of one axis differ in width.
+        """
+        products: dict[str, dict[str, Tensor]] = {}
+        for entry in self.entries:
+            for side in entry.sides:
+                axes = products.setdefault(rename(side.module), {})
+                factor, key = side.multiplier.double(), _KEYS[side.axis]
+                if key in axes and axes[key].shape != factor.shape:
+                    raise ValueError(
+                        f"{side.module}, {key}: multipliers of one width are required, got "
+                        f"{len(axes[key])} and then {len(factor)} ({entry.technique})"
+                    )
+                axes[key] = axes[key] * factor if key in axes else factor
+        return {
+            module: {key: product.float() for key, product in axes.items()}
+            for module, axes in products.items()
+        }
+
+    def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The whole ledger as named tensors and JSON values; :meth:`from_tensors` reads it."""
+        tensors: dict[str, Tensor] = {}
+        entries = []
+        for number, entry in enumerate(self.entries):
+            plain = {
+                name: getattr(entry, name) for name in Entry.__annotations__ if name != "sides"
+            }
+            plain["sides"] = [[side.module, side.axis] for side in entry.sides]
+            entries.append(plain)
+            for place, side in enumerate(entry.sides):
+                tensors[f"{number}.{place}"] = side.multiplier
+        runs = [{**vars(run), "modules": list(run.modules)} for run in self.runs]
+        return tensors, {"origin": self.origin, "entries": entries, "runs": runs}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> Ledger:
+        """Read back what :meth:`to_tensors` returned."""
+        ledger = cls(fields["origin"])
+        for number, plain in enumerate(fields["entries"]):
+            sides = tuple(
+                LedgerSide(module, axis, tensors[f"{number}.{place}"])
+                for place, (module, axis) in enumerate(plain["sides"])
+            )
+            ledger.entries.append(Entry(**{**plain, "sides": sides}))
+        for run in fields["runs"]:
+            ledger.log_run(**run)
+        return ledger
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,0 +1,1 @@
+"""What is known about models: blocks, scale pairs, captured inputs."""

@@ -1,0 +1,194 @@
+"""Causal language models of Hugging Face as modules that a quantization simulation can trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+__all__ = [
+    "PreparedCausalLM",
+    "causal_lm",
+    "checkpoint_prefix",
+    "context_length",
+    "original_name",
+    "prepare_model",
+]
+
+_ATTENTION = ("eager", "sdpa")
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+class PreparedCausalLM(nn.Module):
+    """A causal LM that takes token ids and returns logits, with everything traceable inside.
+
+    The Hugging Face model is the submodule ``model``, the very object and not a copy, in its own
+    dtype. Masks and positions are computed here, because the library's own code for them cannot be
+    traced, and nothing is cached between calls.
+
+    :param model: causal LM of transformers, attention ``"eager"`` or ``"sdpa"``.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def config(self) -> Any:
+        """Configuration of the Hugging Face model."""
+        return self.model.config
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits ``[batch, seq, vocab]`` of every token.
+
+        Padding may stand on either side. Real tokens neither see it nor count it in their
+        positions, so their logits are those without padding; logits of padding mean nothing.
+
+        :param input_ids: ``[batch, seq]``.
+        :param attention_mask: ``[batch, seq]``, 0 for padding; None if all tokens are real.
+        :raises ValueError: shapes that do not fit, or more tokens than the model's context.
+        """
+        if not torch.jit.is_tracing():
+            self._check(input_ids, attention_mask)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # [batch, seq]
+        masks = self._masks(attention_mask)
+        return self.model(
+            input_ids=input_ids,
+            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+            position_ids=positions,
+            use_cache=False,
+        ).logits
+
+    def _masks(self, attention_mask: Tensor) -> dict[str, Tensor]:
+        """What is added to the scores, ``[batch, 1, seq, seq]``, for each type of layer."""
+        order = torch.arange(attention_mask.shape[-1], device=attention_mask.device)
+        distance = order[:, None] - order[None, :]  # [query, key]
+        allowed = (distance >= 0) & attention_mask.bool()[:, None, None, :]
+        masks = {}
+        for layer_type, window in _windows(self.config).items():
+            inside = allowed if window is None else allowed & (distance < window)
+            # Half of the lowest number: a score added to it must stay finite in float16 too.
+            lowest = torch.finfo(self.model.dtype).min / 2
+            masks[layer_type] = torch.zeros(
+                (), dtype=self.model.dtype, device=inside.device
+            ).masked_fill(~inside, lowest)
+        return masks
+
+    def _check(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+        if input_ids.dim() != 2:
+            raise ValueError(
+                f"input_ids [batch, seq] is required, got shape {tuple(input_ids.shape)}; "
+                "add a batch dimension with ids[None]"
+            )
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"an attention_mask of the ids' shape {tuple(input_ids.shape)} is required "
+                f"(0 for padding), got {tuple(attention_mask.shape)}"
+            )
+        limit = context_length(self)
+        if limit is not None and input_ids.shape[1] > limit:
+            raise ValueError(
+                f"at most {limit} tokens, the model's context, can be taken at once, "
+                f"got {input_ids.shape[1]}; cut the text into shorter windows"
+            )
+
+
+def prepare_model(model: nn.Module) -> nn.Module:
+    """A module that ``QuantizationSimModel`` can trace, around a causal LM of transformers.
+
+    It is called as ``module(input_ids, attention_mask=None)`` and returns logits
+    ``[batch, seq, vocab]``, for any batch and any length up to the context. The model is wrapped
+    as it is, in its own dtype and on its own device; what is prepared already comes back as it is.
+
+    :param model: causal LM of transformers.
+    :raises TypeError: ``model`` is no causal LM of transformers.
+    :raises ValueError: an attention that cannot be traced.
+
+    >>> prepared = prepare_model(AutoModelForCausalLM.from_pretrained(folder))
+    >>> sim = QuantizationSimModel(prepared, sample_input_ids)
+    """
+    if isinstance(model, PreparedCausalLM):
+        return model
+    if not isinstance(model, PreTrainedModel) or not _is_causal_lm(model):
+        raise TypeError(
+            "a causal language model of transformers is required "
+            f"(AutoModelForCausalLM.from_pretrained), got {type(model).__name__}; a module of your "
+            "own that returns logits can be given to QuantizationSimModel directly"
+        )
+    kind = getattr(model.config, "_attn_implementation", "eager")
+    if kind not in _ATTENTION:
+        raise ValueError(
+            f"attn_implementation must be one of {_ATTENTION} to be traced, got {kind!r}; "
+            'call model.set_attn_implementation("sdpa") first'
+        )
+    _windows(model.config)
+    return PreparedCausalLM(model)
+
+
+def causal_lm(module: nn.Module) -> PreTrainedModel | None:
+    """The Hugging Face causal LM inside a module, prepared, wrapped by hand or bare."""
+    return _find(module)[1]
+
+
+def checkpoint_prefix(module: nn.Module) -> str:
+    """What stands before a checkpoint's names in ``module``: ``"model."`` once prepared."""
+    name, found = _find(module)
+    return f"{name}." if found is not None and name else ""
+
+
+def original_name(name: str, module: nn.Module) -> str:
+    """Name in the Hugging Face checkpoint of a submodule or parameter of ``module``.
+
+    :param name: as ``module.named_modules()`` or ``module.named_parameters()`` give it.
+    :param module: prepared model, a wrapper made by hand, or ``sim.model`` of either.
+    """
+    return name.removeprefix(checkpoint_prefix(module))
+
+
+def context_length(module: nn.Module) -> int | None:
+    """Most tokens that the language model takes at once, None if its config does not say."""
+    model = module.model if isinstance(module, PreparedCausalLM) else causal_lm(module)
+    if model is None:
+        return None
+    return getattr(_text_config(model.config), "max_position_embeddings", None)
+
+
+def _find(module: nn.Module) -> tuple[str, PreTrainedModel | None]:
+    for name, child in module.named_modules():
+        if _is_causal_lm(child):
+            return name, child
+    return "", None
+
+
+def _is_causal_lm(module: nn.Module) -> bool:
+    return (
+        isinstance(module, PreTrainedModel)
+        and not getattr(module.config, "is_encoder_decoder", False)
+        and module.get_output_embeddings() is not None
+    )
+
+
+def _text_config(config: Any) -> Any:
+    return config.get_text_config()
+
+
+def _windows(config: Any) -> dict[str, int | None]:
+    """Tokens that a query looks back upon, itself included, for each type of layer; None: all.
+
+    One entry where all layers are alike, which is handed to the model as one mask.
+    """
+    config = _text_config(config)
+    window = getattr(config, "sliding_window", None)
+    types = set(getattr(config, "layer_types", None) or ())
+    if types - set(_LAYER_TYPES):
+        raise ValueError(
+            f"layers of the types {_LAYER_TYPES} can be prepared, got {sorted(types)}; "
+            "wrap such a model by hand in a module that returns logits"
+        )
+    if not types:
+        return {_LAYER_TYPES[0]: window}
+    return {kind: window if kind == _LAYER_TYPES[1] else None for kind in sorted(types)}

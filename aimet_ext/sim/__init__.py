@@ -1,0 +1,1 @@
+"""Quantization simulations behind one protocol; the only code that imports AIMET."""

@@ -1,0 +1,278 @@
+"""The adaptor to ``aimet_torch.QuantizationSimModel``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from aimet_torch import QuantizationSimModel
+from aimet_torch.nn import BaseQuantizationMixin
+from aimet_torch.quantization.base import QuantizerBase
+from torch import Tensor, nn
+
+from aimet_ext.sim.base import Range
+from aimet_ext.sim.torch_quantizers import (
+    TorchWeightQuantizer,
+    quantizer_state,
+    restore_quantizer,
+    uninitialize,
+)
+
+__all__ = ["TorchSim"]
+
+# Attributes on AIMET's simulation: they follow it through copy.deepcopy.
+_LEDGER = "aimet_ext_ledger"
+_SETTINGS = "aimet_ext_settings"
+
+
+class TorchSim:
+    """See :class:`aimet_ext.sim.base.SimAdaptor`. It holds no state of its own.
+
+    :param sim: built by ``create_sim`` or by hand.
+    """
+
+    def __init__(self, sim: QuantizationSimModel) -> None:
+        self.sim = sim
+
+    @property
+    def model(self) -> nn.Module:
+        """The model with its quantizers."""
+        return self.sim.model
+
+    @property
+    def ledger(self) -> Any:
+        """The record of transforms that the simulation carries, None before the first."""
+        return getattr(self.sim, _LEDGER, None)
+
+    @ledger.setter
+    def ledger(self, ledger: Any) -> None:
+        setattr(self.sim, _LEDGER, ledger)
+
+    @property
+    def settings(self) -> dict[str, Any] | None:
+        """What ``create_sim`` was called with, None for a simulation built by hand."""
+        return getattr(self.sim, _SETTINGS, None)
+
+    @settings.setter
+    def settings(self, settings: dict[str, Any]) -> None:
+        setattr(self.sim, _SETTINGS, settings)
+
+    def weight_quantizer(self, name: str) -> TorchWeightQuantizer | None:
+        """Weight quantizer of a layer, None if its weight stays float.
+
+        :raises ValueError: there is no module of that name.
+        """
+        module = self._module(name)
+        if not isinstance(module, BaseQuantizationMixin):
+            return None
+        if "weight" not in module.param_quantizers or module.param_quantizers["weight"] is None:
+            return None
+        return TorchWeightQuantizer(name, module)
+
+    def weight_quantizers(
+        self, names: Iterable[str] | None = None
+    ) -> dict[str, TorchWeightQuantizer]:
+        """Weight quantizers of the layers named, or of all modules that have one.
+
+        :raises ValueError: a layer named has none.
+        """
+        if names is None:
+            every = {name: self.weight_quantizer(name) for name, _ in self._quantized("")}
+            return {name: found for name, found in every.items() if found is not None}
+        wanted = {name: self.weight_quantizer(name) for name in names}
+        missing = [name for name, found in wanted.items() if found is None]
+        if missing:
+            raise ValueError(
+                "each of these layers needs a weight quantizer and has none: "
+                f"{', '.join(missing)}; leave them out, or set param_quantizers['weight']"
+            )
+        return {name: found for name, found in wanted.items() if found is not None}
+
+    @contextmanager
+    def disabled_quantizers(
+        self, module: str = "", *, weights: bool = True, activations: bool = True
+    ) -> Iterator[None]:
+        """Context in which a module computes in float; restored at the end whatever happens.
+
+        :param module: name, ``""`` for the whole model.
+        :param weights: quantizers of parameters, norm gains and biases among them.
+        :param activations: quantizers of inputs and outputs.
+        """
+        places = [
+            (self.model.get_submodule(parent), key, quantizer)
+            for (parent, key), quantizer in self._places(module).items()
+            if (weights if parent.endswith("param_quantizers") else activations)
+        ]
+        try:
+            for container, key, _ in places:
+                setattr(container, key, None)
+            yield
+        finally:
+            for container, key, quantizer in places:
+                setattr(container, key, quantizer)
+
+    def float_parameters(self, module: str) -> dict[str, nn.Parameter]:
+        """Parameters of a module, named within it, without those of quantizers."""
+        root = self._module(module)
+        inside = tuple(name + "." for name, _ in _named_quantizers(root))
+        return {
+            name: parameter
+            for name, parameter in root.named_parameters()
+            if not name.startswith(inside)
+        }
+
+    @torch.no_grad()
+    def snapshot(self, module: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Copies of a module's weights and the whole state of its quantizers.
+
+        :returns: tensors, and plain JSON values beside them.
+        """
+        tensors = {
+            name: parameter.detach().clone()
+            for name, parameter in self.float_parameters(module).items()
+        }
+        meta = {}
+        for name, quantizer in _named_quantizers(self._module(module)):
+            state, meta[name] = quantizer_state(quantizer)
+            tensors.update({f"{name}.{key}": value for key, value in state.items()})
+        return tensors, {"quantizers": meta}
+
+    @torch.no_grad()
+    def restore(self, module: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Put back what :meth:`snapshot` returned; the parameters stay the same objects."""
+        for name, parameter in self.float_parameters(module).items():
+            parameter.copy_(tensors[name])
+        for name, quantizer in _named_quantizers(self._module(module)):
+            state = {
+                key: tensors[f"{name}.{key}"]
+                for key, _ in quantizer.named_parameters(recurse=False)
+            }
+            restore_quantizer(quantizer, state, meta["quantizers"][name])
+
+    def activation_quantizers(self, module: str = "") -> dict[str, QuantizerBase]:
+        """Input and output quantizers inside a module by their full names."""
+        return {
+            name: quantizer
+            for name, quantizer in self._quantizers(module).items()
+            if _is_activation(name)
+        }
+
+    @torch.no_grad()
+    def tensor_ranges(self, module: str, run: Callable[[], object]) -> dict[str, Range]:
+        """Range of what each quantizer of a module quantizes while ``run`` runs it in float.
+
+        Layers' weights are left out: they have their own :meth:`TorchWeightQuantizer.calibrate`.
+
+        :param module: name of the module to watch.
+        :param run: runs it, as often as there are batches.
+        :returns: ``(min, max)`` by the full names of the quantizers that saw something.
+        """
+        ranges: dict[str, Range] = {}
+        quantizers = self._quantizers(module)
+        watched = self.activation_quantizers(module)
+        for name, quantizer in quantizers.items():
+            if name not in watched and not self._is_layer_weight(name):
+                _widen(ranges, name, self._parameter_of(name))
+            elif name in watched:
+                quantizer.forward = _observer(ranges, name)
+        try:
+            with self.disabled_quantizers(module, activations=False):
+                run()
+        finally:
+            for quantizer in watched.values():
+                vars(quantizer).pop("forward", None)
+        return ranges
+
+    def reset_encodings(self, names: Iterable[str]) -> None:
+        """Drop the ranges of these quantizers, frozen or not, for ``compute_encodings`` to fill.
+
+        :param names: full names, as :meth:`tensor_ranges` gives them.
+        """
+        quantizers = self._quantizers("")
+        for name in names:
+            uninitialize(quantizers[name])
+            quantizers[name].allow_overwrite(True)
+
+    @contextmanager
+    def preserved_state(self) -> Iterator[None]:
+        """Context that restores training flags, ``requires_grad`` and ``use_cache``."""
+        training = {module: module.training for module in self.model.modules()}
+        gradients = {p: (p.requires_grad, p.grad) for p in self.model.parameters()}
+        configs = [module.config for module in training if hasattr(module, "config")]
+        caches = [(config, config.use_cache) for config in configs if hasattr(config, "use_cache")]
+        try:
+            yield
+        finally:
+            for module, was in training.items():
+                module.training = was
+            for parameter, (was, gradient) in gradients.items():
+                parameter.requires_grad_(was)
+                parameter.grad = gradient
+            for config, cached in caches:
+                config.use_cache = cached
+
+    def _module(self, name: str) -> nn.Module:
+        try:
+            return self.model.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(
+                f"a module of sim.model is required, got {name!r}; "
+                "see the names in sim.model.named_modules()"
+            ) from error
+
+    def _quantized(self, module: str) -> Iterator[tuple[str, Any]]:
+        """Quantized layers inside a module by their full names."""
+        prefix = f"{module}." if module else ""
+        for name, layer in self._module(module).named_modules():
+            if isinstance(layer, BaseQuantizationMixin):
+                yield (prefix + name).rstrip("."), layer
+
+    def _quantizers(self, module: str) -> dict[str, QuantizerBase]:
+        prefix = f"{module}." if module else ""
+        return {prefix + name: found for name, found in _named_quantizers(self._module(module))}
+
+    def _places(self, module: str) -> dict[tuple[str, str], QuantizerBase]:
+        """Every place that holds a quantizer: name of its container and key in it."""
+        prefix = f"{module}." if module else ""
+        named = self._module(module).named_modules(remove_duplicate=False)  # tied weights share
+        places = {}
+        for name, found in named:
+            if isinstance(found, QuantizerBase):
+                container, _, key = (prefix + name).rpartition(".")
+                places[container, key] = found
+        return places
+
+    def _parameter_of(self, quantizer: str) -> Tensor:
+        layer, _, parameter = quantizer.rpartition(".param_quantizers.")
+        return getattr(self.model.get_submodule(layer), parameter)
+
+    def _is_layer_weight(self, quantizer: str) -> bool:
+        if _is_activation(quantizer):
+            return False
+        return quantizer.endswith(".weight") and self._parameter_of(quantizer).dim() > 1
+
+
+def _named_quantizers(root: nn.Module) -> Iterator[tuple[str, QuantizerBase]]:
+    for name, module in root.named_modules():
+        if isinstance(module, QuantizerBase):
+            yield name, module
+
+
+def _is_activation(quantizer: str) -> bool:
+    return ".param_quantizers." not in f".{quantizer}"
+
+
+def _observer(ranges: dict[str, Range], name: str) -> Callable[[Tensor], Tensor]:
+    def observe(tensor: Tensor) -> Tensor:
+        _widen(ranges, name, tensor)
+        return tensor
+
+    return observe
+
+
+def _widen(ranges: dict[str, Range], name: str, tensor: Tensor) -> None:
+    if tensor.numel():
+        low, high = ranges.get(name, (float("inf"), -float("inf")))
+        ranges[name] = (min(low, float(tensor.min())), max(high, float(tensor.max())))

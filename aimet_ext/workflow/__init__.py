@@ -1,0 +1,1 @@
+"""Whole tasks, each a call: build a simulation, evaluate, export, load."""

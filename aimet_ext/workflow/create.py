@@ -1,0 +1,128 @@
+"""A simulation of a causal language model in one call."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from aimet_ext.config import QSpec
+from aimet_ext.model.batches import map_tensors, module_device
+from aimet_ext.model.huggingface import prepare_model
+from aimet_ext.sim.base import adapt
+from aimet_ext.workflow.plan import pad_mlps, plan_weights
+
+if TYPE_CHECKING:
+    from aimet_torch import QuantizationSimModel
+
+__all__ = ["arguments_from_settings", "create_sim"]
+
+_CONFIG = "htp_v79"
+_W4, _W8 = QSpec(bitwidth=4), QSpec(bitwidth=8)
+
+
+def create_sim(
+    model: nn.Module,
+    sample_input_ids: Any,
+    *,
+    weights: QSpec | None = _W4,
+    lm_head: QSpec | None = _W8,
+    embedding: QSpec | None = _W8,
+    activations: int | QSpec | None = 16,
+    overrides: Mapping[str, QSpec | None] | None = None,
+    config_file: str | Path | Mapping[str, Any] | None = None,
+) -> QuantizationSimModel:
+    """An AIMET ``QuantizationSimModel`` of a causal LM, with the settings of an edge LLM.
+
+    The model is copied, in its own dtype; the original is not touched. Weights have ranges at the
+    end (those of plain rounding), activations have none: run ``sim.compute_encodings`` for them,
+    after the techniques of this package.
+
+    :param model: causal LM of transformers, what :func:`prepare_model` made of one, or a module of
+        your own that returns logits and can be traced.
+    :param sample_input_ids: ids ``[batch, seq]`` to trace with; also a mapping with ``input_ids``,
+        or a tuple of the arguments that a module of your own takes.
+    :param weights: of linear layers and convolutions inside the blocks; None leaves them float.
+    :param lm_head: of the output layer.
+    :param embedding: of the token embedding, one row a channel. Where it shares its weight with
+        the output layer both need the same spec, and they share the quantizer too.
+    :param activations: bits (asymmetric) or spec of all inputs and outputs. None leaves them and
+        the gains of norms float; otherwise gains have 16 bits.
+    :param overrides: specs for the layers whose name, in the checkpoint or in the model, fits a
+        pattern like ``"model.layers.0.*"``; of several that fit, the last one counts.
+    :param config_file: alias, path or content of AIMET's configuration, which says what tensors
+        are quantized at all. None is ``"htp_v79"``: what the NPU of a phone computes.
+    :returns: the simulation. ``sim.aimet_ext_settings`` holds these settings as JSON values.
+    :raises ValueError: a pattern that fits no layer, a block size that does not divide, or two
+        specs for one shared weight.
+
+    >>> sim = create_sim(model, ids, weights=QSpec(bitwidth=4, granularity=LPBQ(64)))
+    """
+    from aimet_ext.sim.torch_setup import build_sim
+
+    module = prepare_model(model) if hasattr(model, "get_output_embeddings") else model
+    specs = {"weights": weights, "lm_head": lm_head, "embedding": embedding}
+    overrides = dict(overrides or {})
+    plan = plan_weights(module, **specs, overrides=overrides)
+    padded: dict[str, int] = {}
+    if plan.pad:
+        module = copy.deepcopy(module)
+        padded = pad_mlps(module, plan)
+    if isinstance(activations, int):
+        activations = QSpec(bitwidth=activations, symmetric=False)
+    config = _config(config_file)
+    dummy_input = _dummy_input(sample_input_ids, module)
+    sim = build_sim(module, dummy_input, plan.specs, activations, config, in_place=bool(plan.pad))
+    adapt(sim).settings = {
+        **{name: _plain(spec) for name, spec in specs.items()},
+        "activations": _plain(activations),
+        "overrides": {pattern: _plain(spec) for pattern, spec in overrides.items()},
+        "config_file": config,
+        "per_channel_instead": list(plan.per_channel_instead),
+        "padded_mlp_widths": padded,
+    }
+    return sim
+
+
+def arguments_from_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of :func:`create_sim` that build the same simulation again.
+
+    :param settings: ``sim.aimet_ext_settings``, or the same read back from a file.
+    """
+    specs = ("weights", "lm_head", "embedding", "activations")
+    return {
+        **{name: _spec(settings[name]) for name in specs},
+        "overrides": {pattern: _spec(plain) for pattern, plain in settings["overrides"].items()},
+        "config_file": settings["config_file"],
+    }
+
+
+def _plain(spec: QSpec | None) -> dict[str, Any] | None:
+    return None if spec is None else spec.to_dict()
+
+
+def _spec(plain: Mapping[str, Any] | None) -> QSpec | None:
+    return None if plain is None else QSpec.from_dict(dict(plain))
+
+
+def _config(config: str | Path | Mapping[str, Any] | None) -> str | dict[str, Any]:
+    """AIMET's alias, or the content of a configuration, so that no path is left to depend on."""
+    if config is None:
+        return _CONFIG
+    if isinstance(config, Mapping):
+        return dict(config)
+    path = Path(config)
+    if path.suffix == ".json":
+        return json.loads(path.read_text(encoding="utf-8"))
+    return str(config)
+
+
+def _dummy_input(sample: Any, module: nn.Module) -> Any:
+    if isinstance(sample, Mapping):
+        sample = sample["input_ids"]
+    device = module_device(module)
+    return map_tensors(lambda tensor: tensor.to(device), sample)

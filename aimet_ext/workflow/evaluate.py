@@ -1,0 +1,83 @@
+"""Perplexity of a model or a simulation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aimet_ext.model.batches import call_model, iterate_batches, token_mask
+from aimet_ext.model.text import calibration_batches
+
+__all__ = ["calibration_batches", "evaluate_perplexity"]
+
+
+@torch.no_grad()
+def evaluate_perplexity(model_or_sim: Any, batches: Iterable[Any]) -> float:
+    """``exp`` of the mean negative log-likelihood of all tokens but the first of each window.
+
+    A token counts if it and the one before it are real, by the batch's attention mask.
+
+    :param model_or_sim: causal LM of transformers, a module that returns logits
+        ``[batch, seq, vocab]``, or a simulation of either.
+    :param batches: as :func:`calibration_batches` makes them; tensors of ids ``[batch, seq]``,
+        tuples that start with one, or mappings with ``input_ids``. Labels are ignored.
+    :raises TypeError: something without a model in it.
+    :raises ValueError: no batch, or no token that counts.
+    """
+    model = _model_of(model_or_sim)
+    training = {module: module.training for module in model.modules()}
+    total, count = 0.0, 0
+    try:
+        model.eval()
+        for batch in iterate_batches(batches):
+            batch_total, batch_count = _negative_log_likelihood(model, batch)
+            total, count = total + batch_total, count + batch_count
+    finally:
+        for module, was in training.items():
+            module.training = was
+    if count == 0:
+        raise ValueError(
+            "a real token after another real one is required in some batch, got none; "
+            "give windows of at least two tokens that the attention mask does not hide"
+        )
+    mean = total / count
+    return math.exp(mean) if mean < math.log(float("1e308")) else math.inf
+
+
+def _model_of(model_or_sim: Any) -> nn.Module:
+    model = (
+        model_or_sim if isinstance(model_or_sim, nn.Module) else model_or_sim.__dict__.get("model")
+    )
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"a model or a QuantizationSimModel is required, got {type(model_or_sim).__name__}"
+        )
+    if hasattr(model, "get_output_embeddings"):  # transformers' own: for its padding on the left
+        from aimet_ext.model.huggingface import prepare_model
+
+        return prepare_model(model)
+    return model
+
+
+def _negative_log_likelihood(model: nn.Module, batch: Any) -> tuple[float, int]:
+    """Sum over the tokens that count, and their number."""
+    output = call_model(model, batch)
+    logits = getattr(output, "logits", output).as_subclass(Tensor)[:, :-1]  # [batch, seq-1, vocab]
+    ids = _ids(batch).to(logits.device)
+    real = token_mask(batch, model)
+    counts = torch.ones_like(ids, dtype=torch.bool) if real is None else real.to(ids.device)
+    counts = counts[:, 1:] & counts[:, :-1]  # [batch, seq-1]
+    losses = nn.functional.cross_entropy(
+        logits[counts].float(), ids[:, 1:][counts], reduction="sum"
+    )
+    return losses.item(), int(counts.sum())
+
+
+def _ids(batch: Any) -> Tensor:
+    if isinstance(batch, Mapping):
+        return batch["input_ids"]
+    return batch if isinstance(batch, Tensor) else batch[0]

@@ -1,0 +1,219 @@
+"""A sim as a folder from which it can be rebuilt, and which other tools can read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aimet_ext.errors import MissingExtraError, require
+from aimet_ext.export.folders import check_output, replace_folder
+from aimet_ext.export.ledger import Ledger
+from aimet_ext.export.manifest import write_manifest
+from aimet_ext.export.scales import write_scales
+from aimet_ext.export.sealed import write_sealed
+from aimet_ext.model.huggingface import causal_lm, original_name
+from aimet_ext.model.tensors import hash_tensors
+from aimet_ext.sim.base import SimAdaptor, adapt
+from aimet_ext.workflow.model_files import float_state, passing_buffers, rounded_state, write_model
+from aimet_ext.workflow.onnx_file import (
+    Inputs,
+    OnnxFile,
+    float32_model,
+    positional_inputs,
+    run_onnx,
+    write_onnx,
+)
+from aimet_ext.workflow.quantizers import quantizers_to_tensors
+
+__all__ = [
+    "CHECKPOINT",
+    "LEDGER",
+    "LEDGER_SCHEMA",
+    "QUANTIZERS",
+    "QUANTIZERS_SCHEMA",
+    "SETTINGS",
+    "export",
+]
+
+CHECKPOINT = "checkpoint"
+LEDGER = "ledger.safetensors"
+LEDGER_SCHEMA = "aimet_ext.ledger/1"
+QUANTIZERS = "quantizers.safetensors"
+QUANTIZERS_SCHEMA = "aimet_ext.quantizers/1"
+SETTINGS = "quantsim.json"
+# Largest deviation of onnxruntime from the float model, relative to its largest logit.
+_TOLERANCE = 1e-4
+
+
+def export(
+    sim: Any,
+    path: str | Path,
+    filename_prefix: str,
+    dummy_input: Any,
+    *,
+    tokenizer: Any = None,
+    hf_checkpoint: bool = False,
+    aimet_keys: bool = False,
+    opset_version: int = 17,
+    dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
+) -> dict[str, Any]:
+    """Write a sim to a folder: complete, read back and compared, or not at all.
+
+    =========================================  =====================================================
+    ``{prefix}.onnx``                          the model with its float32 weights as they are now
+    ``{prefix}.encodings``                     encodings 1.0.0 of the ONNX file's tensors
+    ``{prefix}.2.0.0.encodings``               the same as 2.0.0
+    ``model.safetensors``, ``config.json``     the same weights under their original names, and the
+                                               config: a model that transformers loads
+    tokenizer files                            where there is a tokenizer
+    ``quantizers.safetensors``                 ranges and state of every quantizer
+    ``quantsim.json``                          what :func:`aimet_ext.create_sim` was called with
+    ``scales.safetensors``                     what the weights were multiplied by, cumulated; see
+                                               :func:`aimet_ext.load_scales`
+    ``ledger.safetensors``                     the same, technique by technique
+    ``checkpoint/``                            if ``hf_checkpoint``: weights that *are* their
+                                               quantized values, for transformers
+    ``manifest.json``                          hashes, versions, settings, results of the checks
+    =========================================  =====================================================
+
+    Before the folder is put in place, the weights of the ONNX file are quantized by each of the
+    encodings files and compared with the sim bit by bit, and the ONNX file is run and compared
+    with the float model, if onnxruntime is installed. The sim is left as it was.
+
+    :param sim: made by ``create_sim`` or by hand, with ranges in all its quantizers.
+    :param path: folder; one of ours is replaced in one step, one with other files is refused.
+    :param filename_prefix: name of the ONNX and encodings files.
+    :param dummy_input: what to trace with: ids ``[batch, seq]``, a tuple of positional arguments or
+        a mapping of keyword arguments. Its shapes are those of the ONNX file.
+    :param tokenizer: saved with the model; by default the files of the folder the model was
+        loaded from are copied.
+    :param hf_checkpoint: write ``checkpoint/`` as well.
+    :param aimet_keys: write AIMET's file of ``.prev`` and ``.foll`` scales as well.
+    :param opset_version: of the ONNX file.
+    :param dynamic_axes: axes that stay free, as for ``torch.onnx.export``, for example
+        ``{"input_ids": {0: "batch", 1: "length"}}``.
+    :returns: the manifest.
+    :raises FileExistsError: a file, or a folder that is not ours, is there.
+    :raises PermissionError: nothing can be written there.
+    :raises ValueError: a quantizer has no range, or the prefix is no file name.
+    :raises RuntimeError: what was written differs from the sim; nothing is left behind.
+
+    >>> aimet_ext.export(sim, "llama-w4", "llama", batches[0])
+    """
+    adaptor = adapt(sim)
+    require("onnx", "onnx")
+    if not filename_prefix or Path(filename_prefix).name != filename_prefix:
+        raise ValueError(f"filename_prefix must be a plain file name, got {filename_prefix!r}")
+    check_output(path)
+    _check_ranges(sim)
+    inputs = positional_inputs(adaptor.model, dummy_input)
+    ledger = adaptor.ledger or Ledger(_hash(sim))
+
+    with adaptor.preserved_state(), replace_folder(path) as folder:
+        adaptor.model.eval()
+        facts = write_model(folder, adaptor.model, float_state(sim), tokenizer)
+        write_scales(
+            folder,
+            ledger,
+            rename=lambda name: original_name(name, adaptor.model),
+            aimet_keys=aimet_keys,
+        )
+        _write_state(folder, sim, adaptor, ledger)
+        with float32_model(adaptor.model):
+            file = write_onnx(
+                sim,
+                folder,
+                filename_prefix,
+                inputs,
+                opset_version=opset_version,
+                dynamic_axes=dynamic_axes,
+            )
+            checks = _check_onnx(file, adaptor, inputs)
+            if hf_checkpoint:
+                state = rounded_state(sim)
+                write_model(folder / CHECKPOINT, adaptor.model, state, tokenizer)
+        return write_manifest(
+            folder,
+            "export",
+            prefix=filename_prefix,
+            model=facts,
+            settings=adaptor.settings,
+            techniques=[{**vars(run), "modules": list(run.modules)} for run in ledger.runs],
+            origin=ledger.origin,
+            seeds={"torch": torch.initial_seed()},
+            checks=checks,
+            onnx_names={name: place.tensor for name, place in file.names.items()},
+        )
+
+
+def _check_ranges(sim: Any) -> None:
+    empty = [name for name, quantizer in sim.named_quantizers() if not quantizer.is_initialized()]
+    if empty:
+        shown = ", ".join(empty[:3]) + (f" and {len(empty) - 3} more" if len(empty) > 3 else "")
+        raise ValueError(
+            f"every quantizer needs a range before export, but {shown} "
+            f"{'have' if len(empty) > 1 else 'has'} none; run sim.compute_encodings first"
+        )
+
+
+def _write_state(folder: Path, sim: Any, adaptor: SimAdaptor, ledger: Ledger) -> None:
+    """Write what only this package reads: quantizers, ledger, settings."""
+    tensors, described = quantizers_to_tensors(sim)
+    buffers = passing_buffers(sim)
+    write_sealed(
+        folder / QUANTIZERS,
+        QUANTIZERS_SCHEMA,
+        {**tensors, **buffers},
+        {"quantizers": described, "buffers": sorted(buffers)},
+    )
+    tensors, fields = ledger.to_tensors()
+    write_sealed(folder / LEDGER, LEDGER_SCHEMA, tensors, {"ledger": fields})
+    language_model = causal_lm(adaptor.model)
+    settings = {
+        "create_sim": adaptor.settings if language_model is not None else None,
+        "attention": getattr(getattr(language_model, "config", None), "_attn_implementation", None),
+        "dtype": str(getattr(language_model, "dtype", "")).removeprefix("torch."),
+    }
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def _check_onnx(file: OnnxFile, adaptor: SimAdaptor, inputs: Inputs) -> dict[str, Any]:
+    """Compare the ONNX file with the float model; results for the manifest.
+
+    :raises RuntimeError: the outputs differ.
+    """
+    weights = {name: w.float() for name, w in float_state(adaptor.sim).items() if w.dim() > 1}
+    checks: dict[str, Any] = {
+        "quantized_parameters_equal": len(file.names),
+        "weights_not_found_in_onnx": file.missing(weights),
+    }
+    try:
+        output = run_onnx(file.path, inputs)
+    except MissingExtraError:
+        return {**checks, "onnxruntime": "not installed"}
+    with adaptor.disabled_quantizers():
+        expected = adaptor.model(*inputs.args)
+    if not isinstance(expected, Tensor):
+        expected = expected[0]
+    deviation = float((output - expected.cpu()).abs().max() / expected.abs().max())
+    if not deviation <= _TOLERANCE:
+        raise RuntimeError(
+            f"{file.path.name} in onnxruntime must agree with the float model to {_TOLERANCE} of "
+            f"its largest output, but deviates by {deviation:.3g}"
+        )
+    checks["onnxruntime"] = metadata.version("onnxruntime")
+    checks["onnxruntime_relative_deviation"] = deviation
+    return checks
+
+
+def _hash(sim: Any) -> str:
+    """Hash of the weights of a sim that no technique of ours has touched."""
+    state = float_state(sim)
+    return hash_tensors((original_name(n, sim.model), state[n]) for n in sorted(state))

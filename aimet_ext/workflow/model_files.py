@@ -1,0 +1,183 @@
+"""The Hugging Face side of an export: weights under their original names, config, tokenizer."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from aimet_ext.model.huggingface import causal_lm, original_name
+from aimet_ext.workflow.quantizers import named_quantizers
+
+__all__ = [
+    "WEIGHTS",
+    "float_state",
+    "load_weights",
+    "passing_buffers",
+    "rounded_state",
+    "write_model",
+]
+
+WEIGHTS = "model.safetensors"
+_TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+def float_state(sim: Any) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of a sim's model without those of its quantizers.
+
+    Tied parameters stand under each of their names.
+
+    :returns: the tensors themselves, by their names in ``sim.model``.
+    """
+    inside = tuple(f"{name}." for name, _ in named_quantizers(sim))
+    every = sim.model.state_dict(keep_vars=True)
+    return {
+        name: value.detach()
+        for name, value in every.items()
+        if isinstance(value, Tensor) and not name.startswith(inside)
+    }
+
+
+def passing_buffers(sim: Any) -> dict[str, Tensor]:
+    """Buffers that a model derives from its config and does not save, rotary frequencies mostly.
+
+    They belong to the state of a sim nevertheless: their dtype depends on how the model was cast.
+    """
+    saved = float_state(sim)
+    inside = tuple(f"{name}." for name, _ in named_quantizers(sim))
+    return {
+        name: value
+        for name, value in sim.model.named_buffers()
+        if name not in saved and not name.startswith(inside)
+    }
+
+
+@torch.no_grad()
+def rounded_state(sim: Any) -> dict[str, Tensor]:
+    """:func:`float_state` with every quantized parameter at its quantized value."""
+    state = float_state(sim)
+    for name, module in sim.named_qmodules():
+        for key, quantizer in module.param_quantizers.items():
+            if quantizer is not None:
+                value = quantizer(getattr(module, key))
+                state[f"{name}.{key}"] = value.as_subclass(Tensor).detach()
+    return state
+
+
+def write_model(
+    folder: Path, model: nn.Module, state: Mapping[str, Tensor], tokenizer: Any = None
+) -> dict[str, Any]:
+    """Write weights in float32 and, of a causal LM of transformers, its config and tokenizer.
+
+    :param model: ``sim.model``.
+    :param state: see :func:`float_state`.
+    :param tokenizer: written if given; else the files of the folder the model came from.
+    :returns: the names that share a tensor with another one (``"tied"``), where the tokenizer
+        came from, and whether transformers can load the folder.
+    """
+    folder.mkdir(exist_ok=True)
+    named = {original_name(name, model): value for name, value in state.items()}
+    stored: dict[str, Tensor] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    tied: dict[str, str] = {}
+    for name, value in named.items():
+        key = (value.data_ptr(), value.shape, value.stride())
+        if value.numel() and first.setdefault(key, name) != name:
+            tied[name] = first[key]
+        else:
+            wide = value.float() if value.is_floating_point() else value
+            stored[name] = wide.cpu().contiguous()
+    save_file(stored, folder / WEIGHTS, {"format": "pt"})
+
+    language_model = causal_lm(model)
+    loadable = False
+    if language_model is not None:
+        loadable = _write_config(folder, language_model, bool(tied))
+    return {
+        "tied": tied,
+        "tokenizer": _write_tokenizer(folder, language_model, tokenizer),
+        "loads_in_transformers": loadable,
+    }
+
+
+def load_weights(folder: Path, sim: Any, tied: Mapping[str, str]) -> None:
+    """Copy the weights of an export into a sim of the same model, all of them and no others.
+
+    :raises ValueError: a name or a shape differs; all such are named and nothing is copied.
+    """
+    stored = load_file(folder / WEIGHTS)
+    state = {original_name(name, sim.model): value for name, value in float_state(sim).items()}
+    sources = {name: tied.get(name, name) for name in state}
+    faults = [f"{name} is missing" for name, source in sources.items() if source not in stored]
+    faults += [f"{name} is not in the model" for name in stored.keys() - set(sources.values())]
+    faults += [
+        f"{name} has shape {tuple(stored[source].shape)} instead of {tuple(state[name].shape)}"
+        for name, source in sources.items()
+        if source in stored and stored[source].shape != state[name].shape
+    ]
+    if faults:
+        raise ValueError(
+            f"{folder}: weights of the sim's own model are required, but {'; '.join(faults[:5])}"
+        )
+    with torch.no_grad():
+        for name, value in state.items():
+            value.copy_(stored[sources[name]])
+
+
+def _write_config(folder: Path, model: Any, any_tied: bool) -> bool:
+    """Write ``config.json`` as the weights are now; False if no config can say how they are."""
+    config = copy.deepcopy(model.config)
+    config.save_pretrained(folder)
+    path = folder / "config.json"
+    plain = json.loads(path.read_text(encoding="utf-8"))
+    plain.pop("torch_dtype", None)
+    plain.update(
+        dtype="float32",
+        architectures=plain.get("architectures") or [type(model).__name__],
+        tie_word_embeddings=any_tied,
+    )
+    widths = _inner_widths(model)
+    if len(widths) == 1:
+        plain["intermediate_size"] = widths.pop()
+    path.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+    return len(widths) == 0
+
+
+def _inner_widths(model: nn.Module) -> set[int]:
+    """Inner widths of the MLPs, which padding may have changed."""
+    return {
+        module.in_features
+        for name, module in model.named_modules()
+        if name.endswith("mlp.down_proj") and isinstance(module, nn.Linear)
+    }
+
+
+def _write_tokenizer(folder: Path, model: Any, tokenizer: Any) -> str | None:
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+        return "argument"
+    source = Path(getattr(getattr(model, "config", None), "name_or_path", "") or "")
+    if not source.name or not source.is_dir():
+        return None
+    files = [source / name for name in _TOKENIZER_FILES if (source / name).is_file()]
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    return "copied" if files else None

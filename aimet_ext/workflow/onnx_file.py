@@ -1,0 +1,312 @@
+"""A sim as an ONNX file of its float32 weights with encodings beside it, and the way back."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aimet_ext.core.affine import fake_quantize
+from aimet_ext.errors import require
+from aimet_ext.export.encodings import Layout, entries, load_encodings, to_grid, to_version_1
+from aimet_ext.model.batches import module_device
+
+__all__ = ["Inputs", "OnnxFile", "float32_model", "positional_inputs", "run_onnx", "write_onnx"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model is traced with: positional arguments, and the names of those that are tensors.
+
+    :param args: None stands for an optional argument that is left out.
+    """
+
+    args: tuple[Any, ...]
+    names: tuple[str, ...]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by their names in the ONNX file."""
+        found = (value for value in self.args if isinstance(value, Tensor))
+        return dict(zip(self.names, found, strict=True))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a quantized parameter is found in the ONNX file.
+
+    :param tensor: the initializer, or the alias of one, that carries the encoding.
+    :param transposed: whether it lies there as columns of output channels.
+    """
+
+    tensor: str
+    transposed: bool
+    layout: Layout
+
+
+def positional_inputs(model: nn.Module, dummy_input: Any) -> Inputs:
+    """A dummy input as the model's positional arguments, on the model's device.
+
+    :param dummy_input: tensor, tuple or list of positional arguments, or mapping of keyword
+        arguments; ``labels`` are left out.
+    :raises TypeError: it is none of these, or does not fit ``model.forward``.
+    """
+    signature = inspect.signature(model.forward)
+    if isinstance(dummy_input, Mapping):
+        named = {key: value for key, value in dummy_input.items() if key != "labels"}
+        bound = signature.bind(**named)
+    elif isinstance(dummy_input, Tensor | tuple | list):
+        args = (dummy_input,) if isinstance(dummy_input, Tensor) else tuple(dummy_input)
+        bound = signature.bind(*args)
+    else:
+        raise TypeError(
+            "dummy_input must be a tensor, a tuple of positional arguments or a mapping of keyword "
+            f"arguments, got {type(dummy_input).__name__}"
+        )
+    last = list(bound.arguments)[-1]
+    bound.apply_defaults()
+    order = list(bound.arguments)
+    kept = {name: bound.arguments[name] for name in order[: order.index(last) + 1]}
+    device = module_device(model)
+    args = tuple(v.to(device) if isinstance(v, Tensor) else v for v in kept.values())
+    return Inputs(args, tuple(name for name, v in kept.items() if isinstance(v, Tensor)))
+
+
+@contextlib.contextmanager
+def float32_model(model: nn.Module) -> Iterator[None]:
+    """Context in which a model of another dtype computes in float32; exact, and put back after."""
+    tensors = [*model.parameters(), *model.buffers()]
+    narrow = [(t, t.data) for t in tensors if t.dtype in (torch.bfloat16, torch.float16)]
+    try:
+        for tensor, data in narrow:
+            tensor.data = data.float()
+        yield
+    finally:
+        for tensor, data in narrow:
+            tensor.data = data
+
+
+def write_onnx(
+    sim: Any,
+    folder: Path,
+    prefix: str,
+    inputs: Inputs,
+    *,
+    opset_version: int,
+    dynamic_axes: Mapping[str, Mapping[int, str]] | None,
+) -> OnnxFile:
+    """Write ``{prefix}.onnx`` and the encodings, both versions, and compare them with the sim.
+
+    AIMET's exporter writes the graph and encodings 2.0.0; 1.0.0 is derived from those. It rounds
+    the weights that it writes unless its own method for that is set aside, which is done here: the
+    file holds the float weights, and a reader that quantizes them gets the sim's values.
+
+    :raises RuntimeError: a weight read back from the files is not quantized as in the sim.
+    """
+    path = folder / f"{prefix}.onnx"
+    newer, older = folder / f"{prefix}.2.0.0.encodings", folder / f"{prefix}.encodings"
+    sim._apply_qdq_to_model_parameters = lambda model: contextlib.nullcontext()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.onnx and tracing, all about the past and future
+            sim.onnx.export(
+                inputs.args,
+                str(path),
+                encoding_version="2.0.0",
+                export_int32_bias=False,
+                input_names=list(inputs.names),
+                output_names=["logits"],
+                dynamic_axes=dict(dynamic_axes) if dynamic_axes else None,
+                opset_version=opset_version,
+                dynamo=False,
+            )
+    finally:
+        del sim._apply_qdq_to_model_parameters
+    older.rename(newer)
+
+    file = OnnxFile(path)
+    document = load_encodings(newer)
+    places = file.find(_quantized_parameters(sim), entries(document))
+    constants = {name: Layout(file.shape(name), 0) for name in entries(document) if name in file}
+    constants.update({place.tensor: place.layout for place in places.values()})
+    converted = to_version_1(
+        document,
+        constants,
+        excluded_layers=sim._excluded_layer_names,
+        quantizer_args=sim.quant_args,
+    )
+    older.write_text(json.dumps(converted, indent=2), encoding="utf-8")
+    for written in (newer, older):
+        file.compare(_quantized_parameters(sim), places, written)
+    return file
+
+
+class OnnxFile:
+    """The constants of an ONNX file, read one at a time, and where a sim's parameters are in it.
+
+    :param path: its external data, if any, lies beside it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._onnx = require("onnx", "onnx")
+        self.path = path
+        graph = self._onnx.load(str(path), load_external_data=False).graph
+        self._protos = {proto.name: proto for proto in graph.initializer}
+        self._alias: dict[str, str] = {}
+        for node in graph.node:
+            if node.op_type == "Constant" and node.attribute[0].name == "value":
+                self._protos[node.output[0]] = node.attribute[0].t
+            elif node.op_type == "Identity" and node.input[0] in self:
+                self._alias[node.output[0]] = self._alias.get(node.input[0], node.input[0])
+        self.names: dict[str, Place] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._protos or name in self._alias
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Dimensions of a constant."""
+        return tuple(self._protos[self._alias.get(name, name)].dims)
+
+    def tensor(self, name: str) -> Tensor:
+        """Values of a constant."""
+        proto = self._protos[self._alias.get(name, name)]
+        array = self._onnx.numpy_helper.to_array(proto, base_dir=str(self.path.parent))
+        return torch.from_numpy(array.copy())
+
+    def find(
+        self, parameters: Mapping[str, tuple[Tensor, Any]], encoded: Mapping[str, Any]
+    ) -> dict[str, Place]:
+        """Where each quantized parameter is: by its values, then by its encoding, then by name.
+
+        The exporter transposes and renames the weights of linear layers and merges equal ones.
+
+        :param parameters: ``(values, AIMET's quantizer)`` by name.
+        :param encoded: encodings 2.0.0 by tensor name.
+        :raises RuntimeError: one of them is not there, or not with the encoding of its quantizer.
+        """
+        named: dict[tuple[Any, ...], list[str]] = {}
+        for name in self._protos:
+            named.setdefault(_content(self.tensor(name)), []).append(name)
+        aliases: dict[str, list[str]] = {}
+        for alias, source in self._alias.items():
+            aliases.setdefault(source, []).append(alias)
+        faults = []
+        for name, (value, quantizer) in parameters.items():
+            turned = [(False, value), (True, value.T)] if value.dim() == 2 else [(False, value)]
+            places = [
+                Place(tensor, transposed, _layout(value, quantizer, transposed))
+                for transposed, values in turned
+                for source in named.get(_content(values), [])
+                for tensor in (source, *aliases.get(source, []))
+                if tensor in encoded
+            ]
+            places.sort(key=lambda place: not place.tensor.startswith(name))
+            expected = _quantized(quantizer, value)
+            for place in places:
+                if self._difference(place, encoded, expected) == 0:
+                    self.names[name] = place
+                    break
+            else:
+                faults.append(f"{name} ({'another grid' if places else 'absent'})")
+        if faults:
+            raise RuntimeError(
+                f"{self.path.name} does not hold these quantized parameters as the sim has them: "
+                f"{', '.join(faults)}"
+            )
+        return self.names
+
+    def compare(
+        self,
+        parameters: Mapping[str, tuple[Tensor, Any]],
+        places: Mapping[str, Place],
+        encodings: Path,
+    ) -> None:
+        """Quantize the weights of the file by an encodings file and compare with the sim, exactly.
+
+        :raises RuntimeError: they differ; each is named with its largest difference.
+        """
+        encoded = entries(load_encodings(encodings))
+        faults = []
+        for name, place in places.items():
+            value, quantizer = parameters[name]
+            difference = self._difference(place, encoded, _quantized(quantizer, value))
+            if difference:
+                faults.append(f"{name} by {difference:.3g}")
+        if faults:
+            raise RuntimeError(
+                f"weights of {self.path.name} quantized by {encodings.name} must equal the sim's, "
+                f"but these differ: {', '.join(faults)}"
+            )
+
+    def missing(self, parameters: Mapping[str, Tensor]) -> list[str]:
+        """Parameters whose float values are in no constant of the file, as they are or turned."""
+        content = {_content(self.tensor(name)) for name in self._protos}
+        return [
+            name
+            for name, value in parameters.items()
+            if _content(value) not in content
+            and not (value.dim() == 2 and _content(value.T) in content)
+        ]
+
+    def _difference(self, place: Place, encoded: Mapping[str, Any], expected: Tensor) -> float:
+        quantized = fake_quantize(
+            self.tensor(place.tensor), to_grid(encoded[place.tensor], place.layout)
+        )
+        quantized = quantized.T if place.transposed else quantized
+        return float((quantized - expected).abs().max())
+
+
+def run_onnx(path: Path, inputs: Inputs) -> Tensor:
+    """First output of an ONNX file in onnxruntime on the CPU, its threads those of torch."""
+    runtime = require("onnxruntime", "onnx")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    wanted = {value.name for value in session.get_inputs()}
+    feed = {name: t.cpu().numpy() for name, t in inputs.tensors.items() if name in wanted}
+    return torch.from_numpy(session.run(None, feed)[0])
+
+
+def _quantized_parameters(sim: Any) -> dict[str, tuple[Tensor, Any]]:
+    return {
+        f"{name}.{key}".lstrip("."): (getattr(module, key).detach().cpu(), quantizer)
+        for name, module in sim.named_qmodules()
+        for key, quantizer in module.param_quantizers.items()
+        if quantizer is not None
+    }
+
+
+@torch.no_grad()
+def _quantized(quantizer: Any, value: Tensor) -> Tensor:
+    """What AIMET's quantizer makes of a parameter."""
+    device = next((p.device for p in quantizer.parameters()), value.device)
+    return quantizer(value.to(device)).as_subclass(Tensor).cpu()
+
+
+def _layout(value: Tensor, quantizer: Any, transposed: bool) -> Layout:
+    """The layout of a parameter in the file, its channel axis told from its quantizer's shape."""
+    cells = (1,) * (value.dim() - len(quantizer.shape)) + tuple(quantizer.shape)
+    axis = next((i for i, n in enumerate(cells) if n > 1 and n == value.shape[i]), 0)
+    grouping = getattr(quantizer, "block_grouping", None) or ()
+    scale_bits = None
+    if any(n > 1 and group in (-1, n) for n, group in zip(cells, grouping, strict=False)):
+        scale_bits = quantizer.decompressed_bw - quantizer.bitwidth  # LPBQ, a group a channel
+    shape = tuple(value.shape)
+    if transposed:
+        shape, axis = shape[::-1], 1 - axis
+    return Layout(shape, axis, scale_bits)
+
+
+def _content(tensor: Tensor) -> tuple[Any, ...]:
+    """A key that equal tensors share."""
+    array = tensor.detach().cpu().contiguous()
+    return tuple(tensor.shape), str(tensor.dtype), hashlib.sha256(array.numpy().data).digest()

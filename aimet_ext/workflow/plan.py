@@ -1,0 +1,132 @@
+"""Which layer gets which weight grid, and what happens where a block size does not divide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from aimet_ext.config import PerChannel, QSpec
+from aimet_ext.model.huggingface import causal_lm, original_name
+from aimet_ext.model.padding import pad_mlp
+from aimet_ext.model.topology import find_blocks
+
+__all__ = ["WeightPlan", "pad_mlps", "plan_weights"]
+
+_LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """A grid for every layer.
+
+    :param specs: by name of module, None for a weight that stays float.
+    :param per_channel_instead: layers whose width their block size does not divide, and which are
+        quantized per channel instead.
+    :param pad: layers whose width must be padded first.
+    """
+
+    specs: dict[str, QSpec | None]
+    per_channel_instead: tuple[str, ...]
+    pad: tuple[str, ...]
+
+
+def plan_weights(
+    model: nn.Module,
+    *,
+    weights: QSpec | None,
+    lm_head: QSpec | None,
+    embedding: QSpec | None,
+    overrides: Mapping[str, QSpec | None],
+) -> WeightPlan:
+    """Give each linear layer, convolution and embedding of a model its spec.
+
+    :param overrides: specs by pattern, matched with names of the model and of its checkpoint; the
+        last one that fits counts.
+    :raises ValueError: a pattern that fits nothing, a block size that does not divide a layer
+        whose spec says ``on_indivisible="error"``, or two specs for one shared weight.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, _LAYERS)}
+    language_model = causal_lm(model)
+    output = None if language_model is None else language_model.get_output_embeddings()
+    specs: dict[str, QSpec | None] = {}
+    for name, layer in layers.items():
+        if layer is output:
+            specs[name] = lm_head
+        else:
+            specs[name] = embedding if isinstance(layer, nn.Embedding) else weights
+    for pattern, spec in overrides.items():
+        fits = [
+            name
+            for name in layers
+            if fnmatchcase(name, pattern) or fnmatchcase(original_name(name, model), pattern)
+        ]
+        if not fits:
+            raise ValueError(
+                f"the pattern of an override must fit a layer with a weight, {pattern!r} fits "
+                f"none; names look like {original_name(next(iter(layers), ''), model)!r}"
+            )
+        specs.update(dict.fromkeys(fits, spec))
+    _check_shared(layers, specs)
+    return _fit_blocks(layers, specs)
+
+
+def pad_mlps(model: nn.Module, plan: WeightPlan) -> dict[str, int]:
+    """Pad the MLPs of all blocks, in place, so that the block sizes of a plan divide them.
+
+    :returns: new inner width by name of block.
+    :raises ValueError: a layer to be padded is not what leads out of an MLP.
+    """
+    blocks = find_blocks(model)
+    inner = {f"{block.name}.{block.stages[-1][0]}" for block in blocks}
+    others = sorted(set(plan.pad) - inner)
+    if others:
+        raise ValueError(
+            'only the inner width of an MLP can be padded (on_indivisible="pad"), and these '
+            f'layers read something else: {", ".join(others)}; give them "per_channel" or a block '
+            "size that divides"
+        )
+    sizes = [spec.block_size for name in plan.pad if (spec := plan.specs[name]) is not None]
+    multiple = math.lcm(*(size for size in sizes if size is not None))
+    widths = {block.name: pad_mlp(model, block, multiple) for block in blocks}
+    language_model = causal_lm(model)
+    if language_model is not None and len(set(widths.values())) == 1:
+        language_model.config.get_text_config().intermediate_size = next(iter(widths.values()))
+    return widths
+
+
+def _check_shared(layers: Mapping[str, Any], specs: Mapping[str, QSpec | None]) -> None:
+    first: dict[int, str] = {}
+    for name, layer in layers.items():
+        other = first.setdefault(id(layer.weight), name)
+        if specs[name] != specs[other]:
+            raise ValueError(
+                f"{other} and {name} share one weight and need the same spec, got "
+                f"{specs[other]} and {specs[name]}; for a model with tied embeddings pass the "
+                "same for embedding and lm_head"
+            )
+
+
+def _fit_blocks(layers: Mapping[str, Any], specs: dict[str, QSpec | None]) -> WeightPlan:
+    fitted, instead, pad, problems = dict(specs), [], [], []
+    for name, spec in specs.items():
+        width = layers[name].weight.shape[1]
+        if spec is None or spec.block_size is None or width % spec.block_size == 0:
+            continue
+        if spec.on_indivisible == "per_channel":
+            fitted[name] = replace(spec, granularity=PerChannel())
+            instead.append(name)
+        elif spec.on_indivisible == "pad":
+            pad.append(name)
+        else:
+            problems.append(f"{name} (width {width}, block size {spec.block_size})")
+    if problems:
+        raise ValueError(
+            f"a block size that divides the input width is required, got {', '.join(problems)}; "
+            'choose another, or QSpec(on_indivisible="per_channel" or "pad")'
+        )
+    return WeightPlan(fitted, tuple(instead), tuple(pad))

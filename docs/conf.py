@@ -1,0 +1,20 @@
+"""Sphinx settings; the build needs no network."""
+
+import aimet_ext
+
+project = "aimet_ext"
+author = "aimet_ext contributors"
+copyright = "2026, aimet_ext contributors"
+version = release = aimet_ext.__version__
+
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx_design"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"aimet_ext {release}"
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+# Names as users write them, not where the code lives.
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 80

@@ -1,0 +1,112 @@
+"""The ledger: what the transforms come to, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from aimet_ext.export.ledger import Ledger
+
+Q, V, O = (f"model.layers.0.self_attn.{name}_proj" for name in "qvo")  # noqa: E741
+
+
+def vector(width: int, seed: int) -> torch.Tensor:
+    return torch.exp(torch.randn(width, generator=torch.Generator().manual_seed(seed)))
+
+
+def stacked() -> tuple[Ledger, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A ledger of two techniques with the weights before and after, as they were folded."""
+    weights = {name: torch.randn(8, 8, dtype=torch.float64) for name in (Q, V, O)}
+    changed = {name: weight.clone() for name, weight in weights.items()}
+    ledger = Ledger("0" * 64)
+    for seed, technique in enumerate(("smoothquant", "omniquant")):
+        s = vector(8, seed)
+        ledger.record(technique, "b", "norm->q,v", "norm_qkv", [(Q, "in", s), (V, "in", s)], size=8)
+        for name in (Q, V):
+            changed[name] *= s
+        t = vector(4, 10 + seed).repeat(2)
+        sides = [(V, "out", 1 / t), (O, "in", t)]
+        ledger.record(technique, "b", "v->o", "v_o", sides, size=4, source=V)
+        changed[V] /= t[:, None]
+        changed[O] *= t
+        ledger.log_run(technique, [Q, V, O], settings={"seed": seed})
+    return ledger, weights, changed
+
+
+def test_transformed_is_output_original_input() -> None:
+    """W' = diag(output) W diag(input), whatever was stacked."""
+    ledger, weights, changed = stacked()
+    for name, axes in ledger.cumulative().items():
+        rows = axes.get("output", torch.ones(8)).double()[:, None]
+        expected = rows * weights[name] * axes.get("input", torch.ones(8)).double()
+        torch.testing.assert_close(changed[name], expected, rtol=1e-6, atol=0)
+    assert ledger.techniques == ("smoothquant", "omniquant")
+    assert ledger.cumulative().keys() == {Q, V, O}
+    assert ledger.cumulative()[V].keys() == {"input", "output"}
+
+
+def test_names_of_the_original_checkpoint() -> None:
+    ledger, _, _ = stacked()
+    renamed = ledger.cumulative(lambda name: name.removeprefix("model."))
+    assert set(renamed) == {name.removeprefix("model.") for name in (Q, V, O)}
+
+
+def test_what_was_recorded_does_not_change() -> None:
+    ledger = Ledger()
+    s = torch.full((4,), 2.0)
+    ledger.record("x", "b", "p", "k", [(Q, "in", s)], size=4)
+    s.zero_()
+    assert torch.equal(ledger.cumulative()[Q]["input"], torch.full((4,), 2.0))
+
+
+def test_a_copy_is_independent() -> None:
+    ledger, _, _ = stacked()
+    copied = copy.deepcopy(ledger)
+    copied.record("awq", "b", "p", "k", [(Q, "in", vector(8, 3))], size=8)
+    copied.log_run("awq", [Q])
+    assert (len(ledger.entries), len(copied.entries)) == (4, 5)
+    assert (len(ledger.runs), len(copied.runs)) == (2, 3)
+
+
+def test_tensors_and_json_hold_all_of_it() -> None:
+    ledger, _, _ = stacked()
+    ledger.log_run("gptq", [Q], rounds=True)
+    read = Ledger.from_tensors(*ledger.to_tensors())
+    assert read.to_tensors()[1] == ledger.to_tensors()[1]
+    assert read.runs == ledger.runs and read.origin == ledger.origin
+    for name, axes in ledger.cumulative().items():
+        for axis, product in axes.items():
+            assert torch.equal(product, read.cumulative()[name][axis])
+
+
+def test_the_same_technique_twice_is_refused() -> None:
+    ledger, _, _ = stacked()
+    with pytest.raises(ValueError, match="omniquant was already applied to .*q_proj"):
+        ledger.check_can_apply("omniquant", [Q])
+    ledger.check_can_apply("omniquant", ["model.layers.1.self_attn.q_proj"])
+    ledger.check_can_apply("awq", [Q])
+
+
+def test_a_transform_of_rounded_weights_is_refused() -> None:
+    ledger = Ledger()
+    ledger.log_run("gptq", [Q], rounds=True)
+    with pytest.raises(ValueError, match="gptq already rounded those of .*q_proj"):
+        ledger.check_can_apply("omniquant", [Q, V])
+    ledger.check_can_apply("adaround", [Q], transforms=False)
+    ledger.check_can_apply("omniquant", [V])
+
+
+@pytest.mark.parametrize("bad", [torch.tensor([1.0, 0.0]), torch.tensor([torch.nan]), torch.ones(())])
+def test_a_multiplier_that_cannot_be_undone_is_refused(bad: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="other than 0"):
+        Ledger().record("x", "b", "p", "k", [(Q, "in", bad)], size=1)
+
+
+def test_multipliers_of_two_widths_are_refused() -> None:
+    ledger = Ledger()
+    for width in (4, 8):
+        ledger.record("x", "b", "p", "k", [(Q, "in", torch.ones(width))], size=4)
+    with pytest.raises(ValueError, match="one width"):
+        ledger.cumulative()

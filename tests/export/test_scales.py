@@ -1,0 +1,143 @@
+"""Scales files: what they hold, and that no byte of them changes unnoticed."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+import safetensors.torch
+import torch
+
+from aimet_ext.errors import CorruptFileError
+from aimet_ext.export.ledger import Ledger
+from aimet_ext.export.manifest import MANIFEST, read_manifest
+from aimet_ext.export.scales import AIMET_FILE, SCALES_FILE, load_scales, save_scales
+
+NORM, V, O = "m.norm", "m.v_proj", "m.o_proj"
+
+
+@pytest.fixture
+def ledger() -> Ledger:
+    ledger = Ledger(origin="ab" * 32)
+    s, t = torch.rand(6) + 0.5, (torch.rand(2) + 0.5).repeat(2)
+    ledger.record(
+        "omniquant",
+        "m",
+        "norm->v",
+        "norm_qkv",
+        [(NORM, "out", 1 / s), (V, "in", s)],
+        size=6,
+        source=NORM,
+    )
+    ledger.record(
+        "omniquant", "m", "v->o", "v_o", [(V, "out", 1 / t), (O, "in", t)], size=2, source=V
+    )
+    ledger.log_run("omniquant", [NORM, V, O])
+    return ledger
+
+
+def test_a_file_holds_the_cumulative_scales(tmp_path: pathlib.Path, ledger: Ledger) -> None:
+    path = save_scales(tmp_path / "s.safetensors", ledger, rename=lambda name: name[2:])
+    scales = load_scales(path)
+    assert list(scales) == ["norm", "o_proj", "v_proj"] and len(scales) == 3
+    expected = ledger.cumulative()
+    assert torch.equal(scales["v_proj"].input, expected[V]["input"])
+    assert torch.equal(scales["v_proj"].output, expected[V]["output"])
+    assert scales["norm"].input is None and scales["o_proj"].output is None
+    assert scales.techniques == ("omniquant",) and scales.origin == "ab" * 32
+    assert scales.pairs[1]["source"] == "v_proj" and scales.pairs[1]["size"] == 2
+    assert scales.pairs[1]["sides"] == [["v_proj", "out", 4], ["o_proj", "in", 4]]
+    # Plain safetensors for whoever does not have aimet_ext.
+    assert torch.equal(safetensors.torch.load_file(path)["o_proj.input"], expected[O]["input"])
+
+
+def test_a_folder_holds_the_file_and_a_manifest(tmp_path: pathlib.Path, ledger: Ledger) -> None:
+    for _ in range(2):
+        assert save_scales(tmp_path / "out", ledger) == tmp_path / "out" / SCALES_FILE
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {SCALES_FILE, MANIFEST}
+    assert read_manifest(tmp_path / "out")["techniques"] == ["omniquant"]
+    assert len(load_scales(tmp_path / "out")) == 3
+
+
+def test_a_ledger_without_scales_can_be_written(tmp_path: pathlib.Path) -> None:
+    scales = load_scales(save_scales(tmp_path, Ledger()))
+    assert len(scales) == 0 and scales.origin is None
+
+
+def test_aimet_keys_divide_and_multiply(tmp_path: pathlib.Path, ledger: Ledger) -> None:
+    save_scales(tmp_path, ledger, aimet_keys=True)
+    tensors = safetensors.torch.load_file(tmp_path / AIMET_FILE)
+    assert set(tensors) == {f"{NORM}.prev", f"{V}.foll", f"{V}.prev", f"{O}.foll"}
+    torch.testing.assert_close(1 / tensors[f"{V}.prev"], ledger.cumulative()[V]["output"])
+    assert torch.equal(tensors[f"{V}.foll"], ledger.cumulative()[V]["input"])
+
+
+def test_any_changed_byte_is_noticed(tmp_path: pathlib.Path, ledger: Ledger) -> None:
+    path = save_scales(tmp_path / "s.safetensors", ledger)
+    content = path.read_bytes()
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 1 << place % 8
+        path.write_bytes(changed)
+        with pytest.raises(CorruptFileError):
+            load_scales(path)
+
+
+@pytest.mark.parametrize("length", [0, 7, 8, 100, -4])
+def test_a_truncated_file_is_refused(tmp_path: pathlib.Path, ledger: Ledger, length: int) -> None:
+    path = save_scales(tmp_path / "s.safetensors", ledger)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(CorruptFileError, match=r"s\.safetensors"):
+        load_scales(path)
+
+
+def test_a_foreign_file_is_refused_and_not_overwritten(
+    tmp_path: pathlib.Path, ledger: Ledger
+) -> None:
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file({"m.v_proj.input": torch.ones(3)}, path, {"format": "pt"})
+    content = path.read_bytes()
+    with pytest.raises(CorruptFileError, match="no hash of aimet_ext"):
+        load_scales(path)
+    with pytest.raises(FileExistsError, match="something else"):
+        save_scales(path, ledger)
+    assert path.read_bytes() == content
+
+
+def test_a_sealed_file_of_another_kind_is_refused(tmp_path: pathlib.Path, ledger: Ledger) -> None:
+    from aimet_ext.export.sealed import write_sealed
+
+    write_sealed(tmp_path / "l.safetensors", "aimet_ext.ledger/1", {}, {})
+    with pytest.raises(CorruptFileError, match=r"aimet_ext\.ledger/1"):
+        load_scales(tmp_path / "l.safetensors")
+
+
+def test_paths_that_cannot_be_read_or_written(tmp_path: pathlib.Path, ledger: Ledger) -> None:
+    with pytest.raises(FileNotFoundError):
+        load_scales(tmp_path / "nothing.safetensors")
+    (tmp_path / "file").write_text("")
+    for name in ("file/s.safetensors", "file/out"):
+        with pytest.raises(PermissionError, match="choose another path"):
+            save_scales(tmp_path / name, ledger)
+
+
+def test_aimet_applies_its_file_as_we_fold(tmp_path: pathlib.Path, ledger: Ledger) -> None:
+    """AIMET's own loader of `.prev/.foll` turns the original weights into ours."""
+    pytest.importorskip("peft")
+    omniquant = pytest.importorskip("aimet_torch.experimental.omniquant.omniquant_optimizer")
+    model = torch.nn.Module()
+    model.m = torch.nn.Module()
+    model.m.norm = torch.nn.LayerNorm(6)
+    model.m.v_proj = torch.nn.Linear(6, 4, bias=False)
+    model.m.o_proj = torch.nn.Linear(4, 6, bias=False)
+    expected = {}
+    for name, axes in ledger.cumulative().items():
+        weight = model.get_submodule(name).weight.detach()
+        rows = axes.get("output", torch.ones(len(weight)))
+        expected[name] = weight * rows.reshape(-1, *[1] * (weight.ndim - 1))
+        if "input" in axes:
+            expected[name] = expected[name] * axes["input"]
+    save_scales(tmp_path, ledger, aimet_keys=True)
+    omniquant.update_base_model_with_omniquant_metadata(model, tmp_path / AIMET_FILE)
+    for name, weight in expected.items():
+        torch.testing.assert_close(model.get_submodule(name).weight.detach(), weight)

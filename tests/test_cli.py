@@ -1,0 +1,222 @@
+"""The command line: what it teaches, what it refuses, what it ends with."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import aimet_ext
+from aimet_ext import cli, examples
+from aimet_ext.errors import CorruptFileError, MissingExtraError, TransformRefused
+
+COMMANDS = ("quantize", "evaluate", "inspect", "demo")
+
+
+def run(*arguments: str | pathlib.Path) -> Result:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    lines = [json.dumps({"text": document}) for document in examples.documents("calibration")]
+    path.write_text("\n".join(lines), "utf-8")
+    return path
+
+
+# ------------------------------------------------------------------------------------------- help
+
+
+def test_help_names_every_command_and_exit_code() -> None:
+    shown = run("--help")
+    assert shown.exit_code == 0
+    for command in COMMANDS:
+        assert command in shown.stdout
+    for code in sorted({0, 2, *cli.EXIT_CODES.values()}):
+        assert f"\n    {code:<4} " in shown.stdout, code
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_shows_how_it_is_used(command: str) -> None:
+    shown = run(command, "--help")
+    assert shown.exit_code == 0
+    assert f"aimet-ext {command}" in shown.stdout  # an example
+
+
+def test_version() -> None:
+    assert run("--version").stdout.strip() == aimet_ext.__version__
+
+
+def test_the_module_runs_as_a_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "aimet_ext.cli", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=pathlib.Path(aimet_ext.__file__).parent.parent,
+    )
+    assert done.stdout.strip() == aimet_ext.__version__
+
+
+# ------------------------------------------------------------------------------------ wrong usage
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--weights", "4"], 'a width such as "int4"'),
+        (["--weights", "int1"], "bitwidth"),
+        (["--block-size", "32", "--lpbq", "32"], "not both"),
+        (["--lpbq", "32", "--weights", "uint4"], "LPBQ needs symmetric=True"),
+        (["--num-iterations", "0"], "--num-iterations"),
+        (["--technique", "magic"], "magic"),
+    ],
+)
+def test_wrong_usage_ends_with_2(
+    options: list[str], message: str, text: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    arguments = ["--calibration", text, "--output", tmp_path / "out", *options]
+    done = run("quantize", examples.model_dir(), *arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_absent_file_ends_with_2(tmp_path: pathlib.Path) -> None:
+    done = run("evaluate", examples.model_dir(), "--text", tmp_path / "absent.txt")
+    assert done.exit_code == 2
+    assert "absent.txt" in done.stderr
+
+
+# ----------------------------------------------------------------------------- errors to exit codes
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (RuntimeError("the forward pass failed"), 1),
+        (ValueError("too little text"), 3),
+        (TransformRefused("the pair v_o does not hold"), 3),
+        (CorruptFileError("scales were changed"), 4),
+        (FileExistsError("other files are there"), 4),
+        (PermissionError("cannot be written"), 4),
+        (MissingExtraError('pip install "aimet-ext[torch]"'), 5),
+        (KeyboardInterrupt(), 130),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_error_is_one_message_and_a_code(
+    error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    from aimet_ext.workflow import inspect
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(inspect, "inspect_export", fail)
+    done = run("inspect", tmp_path)
+    assert done.exit_code == code
+    assert done.stderr == f"aimet-ext: {error if str(error) else 'interrupted'}\n"
+    assert done.stdout == ""
+
+    done = run("--debug", "inspect", tmp_path)
+    assert done.exit_code == code
+    assert "Traceback" in done.stderr
+
+
+def test_a_mistake_of_ours_is_not_dressed_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    from aimet_ext.workflow import inspect
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyError("oops")
+
+    monkeypatch.setattr(inspect, "inspect_export", fail)
+    assert isinstance(run("inspect", tmp_path).exception, KeyError)
+
+
+def test_a_folder_without_a_model_ends_with_3(text: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    done = run("evaluate", tmp_path, "--text", text)
+    assert done.exit_code == 3
+    assert "config.json" in done.stderr
+
+
+def test_a_foreign_output_folder_ends_with_4_and_is_left_alone(
+    text: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    done = run("quantize", examples.model_dir(), "--calibration", text, "--output", tmp_path)
+    assert done.exit_code == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_too_little_text_ends_with_3(tmp_path: pathlib.Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Too short.")
+    done = run(
+        "quantize", examples.model_dir(), "--calibration", text, "--output", tmp_path / "out"
+    )
+    assert done.exit_code == 3
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------ the real job
+
+
+@pytest.fixture(scope="module")
+def exported(text: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    output = tmp_path_factory.mktemp("quantized") / "out"
+    done = run(
+        *("quantize", examples.model_dir(), "--calibration", text, "--output", output),
+        *("--weights", "int4", "--block-size", "64", "--activations", "none"),
+        *("--num-iterations", "2", "--seq-length", "32", "--num-batches", "2"),
+        *("--batch-size", "2"),
+    )
+    assert done.exit_code == 0, done.stderr
+    for path in output.iterdir():
+        assert path.name in done.stdout
+    return output
+
+
+def test_what_quantize_wrote_can_be_inspected(exported: pathlib.Path) -> None:
+    done = run("inspect", exported, "--json")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {"model.onnx"} <= set(found["files"])
+    assert "model.onnx" in run("inspect", exported).stdout
+
+
+def test_what_quantize_wrote_can_be_evaluated(exported: pathlib.Path, text: pathlib.Path) -> None:
+    options = ("--text", text, "--seq-length", "64", "--num-windows", "4", "--json")
+    quantized = run("evaluate", exported, *options)
+    plain = run("evaluate", examples.model_dir(), *options)
+    assert quantized.exit_code == plain.exit_code == 0, quantized.stderr + plain.stderr
+    quantized, plain = json.loads(quantized.stdout), json.loads(plain.stdout)
+    assert quantized["quantized"] and not plain["quantized"]
+    assert quantized["windows"] == plain["windows"] == 4
+    assert plain["perplexity"] < quantized["perplexity"] < 2 * plain["perplexity"]
+
+
+def test_a_changed_file_ends_with_4(exported: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    copy = shutil.copytree(exported, tmp_path / "copy")
+    with (copy / "model.onnx").open("ab") as file:
+        file.write(b"!")
+    done = run("inspect", copy)
+    assert done.exit_code == 4
+    assert "model.onnx" in done.stderr
+
+
+def test_the_demo_compares_and_exports(tmp_path: pathlib.Path) -> None:
+    output = tmp_path / "out"
+    done = run("demo", "--output", output, "--num-iterations", "1")
+    assert done.exit_code == 0, done.stderr
+    for name in ("float", "nearest", "omniquant", *(path.name for path in output.iterdir())):
+        assert name in done.stdout

@@ -1,0 +1,210 @@
+"""What may import what, and what `import aimet_ext` loads."""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+import importlib
+import pathlib
+import pkgutil
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+
+import pytest
+
+import aimet_ext
+
+PACKAGE = pathlib.Path(aimet_ext.__file__).parent
+STDLIB = sys.stdlib_module_names
+
+# Modules: (what of ours, what from outside), the first pattern that fits. `errors` is for all.
+RULES: dict[str, tuple[set[str], set[str]]] = {
+    "__init__": ({"*"}, set()),
+    "errors": (set(), set()),
+    "config": (set(), {"pydantic"}),
+    "core*": ({"core", "config"}, {"torch"}),
+    "model.huggingface": ({"model", "core", "config"}, {"torch", "safetensors", "transformers"}),
+    "model*": ({"model", "core", "config"}, {"torch", "safetensors", "numpy"}),
+    "sim.torch_*": ({"sim", "core", "model", "config"}, {"torch", "numpy", "aimet_torch"}),
+    "sim.onnx_*": ({"sim", "core", "model", "config"}, {"torch", "numpy", "aimet_onnx"}),
+    "sim*": ({"sim", "core", "model", "config"}, {"torch", "numpy"}),
+    "export*": ({"export", "core", "config"}, {"torch", "safetensors"}),
+    "algorithms*": (
+        {"algorithms", "core", "model", "sim.base", "export", "config"},
+        {"torch", "tqdm"},
+    ),
+    "examples*": ({"examples"}, {"torch", "transformers", "tokenizers", "tqdm"}),
+    "workflow*": ({"*"}, {"*"}),
+    "integrations*": ({"*"}, {"*"}),
+    "cli*": ({"*"}, {"typer", "torch", "transformers"}),
+}
+
+
+def rule_of(module: str) -> tuple[set[str], set[str]]:
+    """Return the rule of a module, named without the package: ``sim.torch_sim``."""
+    return next(rule for name, rule in RULES.items() if fnmatch.fnmatchcase(module, name))
+
+
+def imported(source: str, module: str, is_package: bool) -> Iterator[str]:
+    """Yield the dotted names a source imports, wherever in it; TYPE_CHECKING blocks are types."""
+    full = f"aimet_ext.{module}" if module != "__init__" else "aimet_ext"
+    package = full if is_package else full.rpartition(".")[0]
+    skipped: set[ast.AST] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            skipped.update(inner for child in node.body for inner in ast.walk(child))
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join([*package.split(".")[: len(package.split(".")) - node.level + 1]])
+                base += f".{node.module}" if node.module else ""
+            if base == "aimet_ext":
+                yield from (f"aimet_ext.{alias.name}" for alias in node.names)
+            elif base.startswith("aimet_ext."):
+                # `from aimet_ext.sim import torch_sim` imports the module, not a name of it.
+                yield from (f"{base}.{alias.name}" for alias in node.names)
+            else:
+                yield base
+
+
+def violations(source: str, module: str, is_package: bool = False) -> list[str]:
+    """Return what a source imports against the rules."""
+    ours, outside = rule_of(module)
+    found = []
+    for name in imported(source, module, is_package):
+        top, _, rest = name.partition(".")
+        if top == "aimet_ext":
+            allowed = ours | {"errors", "__version__"}
+            if "*" in allowed or any(f"{rest}.".startswith(f"{package}.") for package in allowed):
+                continue
+        elif top in STDLIB or "*" in outside or top in outside:
+            continue
+        found.append(f"aimet_ext.{module} imports {name}")
+    return found
+
+
+def sources() -> list[tuple[str, pathlib.Path]]:
+    """Return every module's dotted name without the package, and its file."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if parts[-1] == "__init__" and len(parts) > 1:
+            parts = parts[:-1]
+        found.append((".".join(parts), path))
+    return found
+
+
+@pytest.mark.parametrize(("module", "path"), sources(), ids=lambda value: str(value)[-40:])
+def test_imports_follow_the_rules(module: str, path: pathlib.Path) -> None:
+    source = path.read_text("utf-8")
+    assert violations(source, module, path.name == "__init__.py") == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("core.affine", "import numpy"),
+        ("core.affine", "from aimet_ext.model import topology"),
+        ("core.affine", "from ..model.topology import find_blocks"),
+        ("model.capture", "def f():\n    import transformers"),
+        ("sim.base", "from aimet_torch import QuantizationSimModel"),
+        ("export.scales", "from aimet_ext.sim.base import adapt"),
+        ("algorithms.omniquant", "from aimet_ext.sim import torch_sim"),
+        ("algorithms.omniquant", "import aimet_torch.quantsim"),
+        ("config", "from aimet_ext import core"),
+    ],
+)
+def test_a_planted_violation_is_found(module: str, source: str) -> None:
+    assert violations(source, module)
+
+
+def test_types_alone_may_be_imported_from_anywhere() -> None:
+    source = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import aimet_torch"
+    assert violations(source, "core.affine") == []
+
+
+# ------------------------------------------------------------------------------ the light import
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a new interpreter that sees the package which is tested here."""
+    code = f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r})\n{code}"
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+@pytest.mark.parametrize("module", ["aimet_ext", "aimet_ext.cli", "aimet_ext.examples"])
+def test_import_is_light(module: str) -> None:
+    heavy = {"torch", "aimet_torch", "aimet_onnx", "transformers", "peft", "onnx", "onnxruntime"}
+    done = python(f"import {module}\nprint(sorted({heavy!r} & set(sys.modules)))")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden", "extra"),
+    [
+        ("prepare_model", "transformers", "torch"),
+        ("create_sim", "aimet_torch", "torch"),
+    ],
+)
+def test_a_missing_extra_names_the_pip_line(name: str, hidden: str, extra: str) -> None:
+    """Getting the name or calling it, one of both, says what to install."""
+    done = python(
+        "import builtins, importlib.abc\n"
+        "class Hide(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] == {hidden!r}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Hide())\n"
+        "import aimet_ext, torch\n"
+        "try:\n"
+        f"    aimet_ext.{name}(torch.nn.Linear(2, 2), torch.zeros(1, 2, dtype=torch.long))\n"
+        "except aimet_ext.MissingExtraError as error:\n"
+        "    print(error)\n"
+    )
+    assert hidden in done.stdout, done.stderr
+    assert f'pip install "aimet-ext[{extra}]"' in done.stdout
+
+
+# ------------------------------------------------------------------------------ the public names
+
+
+def test_every_public_name_is_there_and_stays_what_it_is() -> None:
+    """Also once all subpackages are imported, one of which is called ``export`` too."""
+    modules = [
+        found.name
+        for found in pkgutil.walk_packages([str(PACKAGE)], "aimet_ext.")
+        if not found.name.startswith("aimet_ext.integrations")
+    ]
+    for module in modules:
+        importlib.import_module(module)
+    for name in aimet_ext.__all__:
+        value = getattr(aimet_ext, name)
+        assert name in dir(aimet_ext)
+        assert isinstance(value, types.ModuleType) == (name == "examples"), name
+
+
+def test_the_lazy_names_are_the_ones_type_checkers_see() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text("utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert seen == aimet_ext._HOMES
+    assert sorted(seen) == sorted(set(aimet_ext.__all__) - {"__version__"})
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'apply_magic'"):
+        aimet_ext.apply_magic  # noqa: B018

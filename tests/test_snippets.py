@@ -1,0 +1,65 @@
+"""Snippets and the README's example are complete programs: they run as they stand, offline."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import aimet_ext
+from aimet_ext import examples
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SNIPPETS = sorted((ROOT / "snippets").rglob("*.py"))
+MARKER = re.compile(r"^# (End of )?\[([\w-]+)\]$", re.MULTILINE)
+
+
+def execute(script: pathlib.Path, folder: pathlib.Path) -> str:
+    """Run a script in an empty folder and return what it printed."""
+    package = str(pathlib.Path(aimet_ext.__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=folder,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": package},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=540,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", SNIPPETS, ids=lambda path: path.stem)
+def test_markers_pair_up(script: pathlib.Path) -> None:
+    marks = [(bool(end), name) for end, name in MARKER.findall(script.read_text("utf-8"))]
+    names = [name for end, name in marks if not end]
+    assert len(names) == len(set(names))
+    assert marks == [(end, name) for name in names for end in (False, True)]
+
+
+def test_omniquant_snippet(tmp_path: pathlib.Path) -> None:
+    printed = execute(ROOT / "snippets/torch/apply_omniquant.py", tmp_path)
+    figures = dict(re.findall(r"^(float|quantized)\s+([\d.]+)$", printed, re.MULTILINE))
+    assert float(figures["float"]) < float(figures["quantized"])
+    assert (tmp_path / "exported/model.onnx").is_file()
+    assert list((tmp_path / "scales").rglob("*.safetensors"))
+
+
+def test_the_example_of_the_readme(tmp_path: pathlib.Path) -> None:
+    """Word for word, except that fewer steps and windows are taken."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    code, changes = re.subn(r"(num_batches|num_iterations)=\d+", r"\1=2", code)
+    assert changes == 2
+    shutil.copytree(examples.model_dir(), tmp_path / "my_model")
+    lines = [json.dumps({"text": document}) for document in examples.documents("calibration")]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines), "utf-8")
+    (tmp_path / "example.py").write_text(code, "utf-8")
+    execute(tmp_path / "example.py", tmp_path)
+    assert (tmp_path / "quantized/model.onnx").is_file()
