@@ -126,3 +126,68 @@ class QSpec:
         if name not in kinds:
             raise ValueError(f"granularity type must be one of {sorted(kinds)}, got {name!r}")
         return cls(granularity=kinds[name](**shape), **values)
+
+
+PairKindName = Literal["norm_qkv", "v_o", "norm_mlp", "up_down", "q_k"]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class OmniQuantParams:
+    """Settings of :func:`aimet_ext.apply_omniquant`. The defaults are the ones that were measured.
+
+    :param num_iterations: optimizer steps for each block.
+    :param lwc: learn the clipping of weight ranges.
+    :param let: learn the scales of equivalent transforms.
+    :param pairs: kinds of scale pairs to use. ``"q_k"`` (tied across rotary pairs) rescales output
+        rows only, which no per-channel or blockwise grid can see: it serves activations.
+    :param let_start: scales at which training starts: ``"smoothquant"`` for its formula,
+        ``"search"`` for the search's result, ``"ones"``.
+    :param smooth_alpha: exponent of SmoothQuant's formula.
+    :param search_sweeps: sweeps of the search on second moments, before training and after it; 0
+        for the gradient alone.
+    :param float_target: search against the output of the float stream, so that a layer makes up
+        for errors before it; if false, against its own float output on the quantized stream.
+    :param lwc_lr: learning rate of the clipping logits.
+    :param let_lr: learning rate of the scales' logarithms.
+    :param lr_schedule: how both rates fall.
+    :param batch_size: sequences of a step; None for a whole batch of the dataloader.
+    :param aug_loss: weight of a second loss term, whose target is the float block on the quantized
+        stream's inputs; 0 for none.
+    :param quantize_activations: train with the activation quantizers on, their ranges taken from
+        each batch.
+    :param autocast: train in bfloat16 where operators allow it.
+    :param evaluations: how often a block is scored on all batches while it trains.
+    :param patience: how often training may diverge, each time it goes on from the best state with
+        half the rates.
+    :param seed: of the order of batches.
+    """
+
+    num_iterations: Annotated[int, Field(ge=1)] = 800
+    lwc: bool = True
+    let: bool = True
+    pairs: tuple[PairKindName, ...] = ("norm_qkv", "v_o", "norm_mlp", "up_down")
+    let_start: Literal["search", "smoothquant", "ones"] = "smoothquant"
+    smooth_alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    search_sweeps: Annotated[int, Field(ge=0)] = 6
+    float_target: bool = True
+    lwc_lr: Positive = 1e-2
+    let_lr: Positive = 5e-3
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    batch_size: Annotated[int, Field(ge=1)] | None = None
+    aug_loss: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    quantize_activations: bool = False
+    autocast: bool = False
+    evaluations: Annotated[int, Field(ge=1)] = 8
+    patience: Annotated[int, Field(ge=0)] = 4
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _learns_something(self) -> OmniQuantParams:
+        if not (self.lwc or self.let):
+            raise ValueError("lwc or let must be true, both are false: nothing would be learnt")
+        return self
+
+    def to_dict(self) -> dict:
+        """The settings as plain JSON values."""
+        return TypeAdapter(OmniQuantParams).dump_python(self, mode="json")

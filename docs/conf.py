@@ -13,8 +13,6 @@ html_theme = "furo"
 html_title = f"aimet_ext {release}"
 
 autodoc_member_order = "bysource"
-autodoc_typehints = "description"
-autodoc_typehints_description_target = "documented"
-# Names as users write them, not where the code lives.
-autodoc_preserve_defaults = True
+# Docstrings say what each parameter is; pydantic's annotations would bury it.
+autodoc_typehints = "none"
 python_maximum_signature_line_length = 80

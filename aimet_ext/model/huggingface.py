@@ -51,7 +51,7 @@ class PreparedCausalLM(nn.Module):
         :raises ValueError: shapes that do not fit, or more tokens than the model's context.
         """
         if not torch.jit.is_tracing():
-            self._check(input_ids, attention_mask)
+            self.check_input(input_ids, attention_mask)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # [batch, seq]
@@ -78,7 +78,11 @@ class PreparedCausalLM(nn.Module):
             ).masked_fill(~inside, lowest)
         return masks
 
-    def _check(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    def check_input(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        """Refuse what :meth:`forward` cannot take; nothing is computed.
+
+        :raises ValueError: shapes that do not fit, or more tokens than the model's context.
+        """
         if input_ids.dim() != 2:
             raise ValueError(
                 f"input_ids [batch, seq] is required, got shape {tuple(input_ids.shape)}; "

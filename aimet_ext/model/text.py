@@ -41,7 +41,8 @@ def calibration_batches(
     """
     numbers = {"seq_length": seq_length, "batch_size": batch_size, "num_batches": num_batches}
     for name, number in numbers.items():
-        if number is not None and (isinstance(number, bool) or number < 1):
+        optional = name == "num_batches" and number is None
+        if not optional and (type(number) is not int or number < 1):
             raise ValueError(f"{name} must be an integer of at least 1, got {number!r}")
     start = getattr(tokenizer, "bos_token_id", None) if bos_token_id is None else bos_token_id
     if start is None:

@@ -118,13 +118,18 @@ class SimAdaptor(Protocol):
     def weight_quantizer(self, name: str) -> WeightQuantizer | None:
         """Weight quantizer of a layer, None if its weight stays float."""
 
-    def weight_quantizers(self, names: Iterable[str] | None = None) -> dict[str, WeightQuantizer]:
+    def weight_quantizers(
+        self, names: Iterable[str] | None = None
+    ) -> Mapping[str, WeightQuantizer]:
         """Weight quantizers of the layers named, or of all that have one."""
 
     def disabled_quantizers(
         self, module: str = "", *, weights: bool = True, activations: bool = True
     ) -> AbstractContextManager[None]:
         """Context in which a module computes in float; restored at the end whatever happens."""
+
+    def live_activations(self, module: str) -> AbstractContextManager[None]:
+        """Context in which inputs and outputs are quantized on the range of the tensor at hand."""
 
     def float_parameters(self, module: str) -> dict[str, nn.Parameter]:
         """Parameters of a module, named within it, without those of quantizers."""
@@ -141,8 +146,14 @@ class SimAdaptor(Protocol):
     def tensor_ranges(self, module: str, run: Callable[[], object]) -> dict[str, Range]:
         """Range of what each quantizer of a module quantizes, but weights, while ``run`` runs."""
 
-    def reset_encodings(self, names: Iterable[str]) -> None:
+    def reset_encodings(self, names: Iterable[str]) -> list[str]:
         """Drop the ranges of these quantizers, frozen or not, for ``compute_encodings`` to fill."""
+
+    def calibrated(self, names: Iterable[str]) -> AbstractContextManager[None]:
+        """Context in which these layers' weight quantizers have a range, if only for the while."""
+
+    def float_state(self) -> dict[str, Tensor]:
+        """Parameters and persistent buffers, tied ones under each name, without quantizers'."""
 
     def preserved_state(self) -> AbstractContextManager[None]:
         """Context that restores training flags, ``requires_grad`` and ``use_cache``."""

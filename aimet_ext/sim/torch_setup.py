@@ -41,10 +41,7 @@ def build_sim(
     :param activations: spec of every input and output quantizer, None for float.
     :param config: alias or path of AIMET's configuration file, or its content.
     """
-    with _config_file(config) as config_file, warnings.catch_warnings():
-        # AIMET traces with torch.jit, which recent versions of torch announce as deprecated.
-        for category in (FutureWarning, DeprecationWarning, torch.jit.TracerWarning):
-            warnings.simplefilter("ignore", category)
+    with _config_file(config) as config_file, _quiet():
         sim = QuantizationSimModel(
             model,
             dummy_input,
@@ -54,19 +51,7 @@ def build_sim(
             config_file=config_file,
         )
     _set_activations(sim, activations)
-    made: dict[int, nn.Module | None] = {}  # tied weights share one quantizer
-    for name, layer in sim.model.named_modules():
-        if not isinstance(layer, BaseQuantizationMixin):
-            continue
-        if name in weights:
-            spec, weight = weights[name], layer.weight
-            if id(weight) not in made:
-                made[id(weight)] = None if spec is None else weight_quantizer_for(spec, weight)
-            layer.param_quantizers["weight"] = made[id(weight)]
-        elif activations is None:
-            for parameter in layer.param_quantizers:
-                layer.param_quantizers[parameter] = None
-        layer.compute_param_encodings()
+    _set_weights(sim, weights, keep_others=activations is not None)
     return sim
 
 
@@ -114,6 +99,34 @@ def _set_activations(sim: QuantizationSimModel, spec: QSpec | None) -> None:
         quantizer.symmetric = spec.symmetric
         quantizer.signed = spec.symmetric
         quantizer.bitwidth = spec.bitwidth
+
+
+def _set_weights(
+    sim: QuantizationSimModel, weights: Mapping[str, QSpec | None], *, keep_others: bool
+) -> None:
+    made: dict[int, nn.Module | None] = {}  # tied weights share one quantizer
+    for name, layer in sim.model.named_modules():
+        if not isinstance(layer, BaseQuantizationMixin):
+            continue
+        if name in weights:
+            spec, weight = weights[name], layer.weight
+            if id(weight) not in made:
+                made[id(weight)] = None if spec is None else weight_quantizer_for(spec, weight)
+            layer.param_quantizers["weight"] = made[id(weight)]
+        elif not keep_others:
+            for parameter in layer.param_quantizers:
+                layer.param_quantizers[parameter] = None
+        with _quiet():
+            layer.compute_param_encodings()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings of what AIMET calls: torch.jit is deprecated, and so is some of its own."""
+    with warnings.catch_warnings():
+        for category in (FutureWarning, DeprecationWarning, torch.jit.TracerWarning):
+            warnings.simplefilter("ignore", category)
+        yield
 
 
 @contextmanager

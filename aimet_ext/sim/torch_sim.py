@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from aimet_torch import QuantizationSimModel
@@ -12,7 +12,8 @@ from aimet_torch.nn import BaseQuantizationMixin
 from aimet_torch.quantization.base import QuantizerBase
 from torch import Tensor, nn
 
-from aimet_ext.sim.base import Range
+from aimet_ext.core.affine import Grid, fake_quantize, minmax_range, scale_offset
+from aimet_ext.sim.base import Range, SimAdaptor, WeightQuantizer
 from aimet_ext.sim.torch_quantizers import (
     TorchWeightQuantizer,
     quantizer_state,
@@ -56,7 +57,7 @@ class TorchSim:
         return getattr(self.sim, _SETTINGS, None)
 
     @settings.setter
-    def settings(self, settings: dict[str, Any]) -> None:
+    def settings(self, settings: dict[str, Any] | None) -> None:
         setattr(self.sim, _SETTINGS, settings)
 
     def weight_quantizer(self, name: str) -> TorchWeightQuantizer | None:
@@ -112,6 +113,17 @@ class TorchSim:
         finally:
             for container, key, quantizer in places:
                 setattr(container, key, quantizer)
+
+    @contextmanager
+    def live_activations(self, module: str) -> Iterator[None]:
+        """Context in which inputs and outputs are quantized on the range of the tensor at hand.
+
+        Calibrated or not, frozen or not: the quantizers' own ranges are neither read nor written.
+        Gradients pass straight through the rounding; the range counts as a constant.
+        """
+        quantizers = self.activation_quantizers(module).values()
+        with _forwards({quantizer: _live(quantizer) for quantizer in quantizers}):
+            yield
 
     def float_parameters(self, module: str) -> dict[str, nn.Parameter]:
         """Parameters of a module, named within it, without those of quantizers."""
@@ -170,30 +182,53 @@ class TorchSim:
         :returns: ``(min, max)`` by the full names of the quantizers that saw something.
         """
         ranges: dict[str, Range] = {}
-        quantizers = self._quantizers(module)
         watched = self.activation_quantizers(module)
-        for name, quantizer in quantizers.items():
+        for name in self._quantizers(module):
             if name not in watched and not self._is_layer_weight(name):
                 _widen(ranges, name, self._parameter_of(name))
-            elif name in watched:
-                quantizer.forward = _observer(ranges, name)
-        try:
-            with self.disabled_quantizers(module, activations=False):
-                run()
-        finally:
-            for quantizer in watched.values():
-                vars(quantizer).pop("forward", None)
+        observers = {quantizer: _observer(ranges, name) for name, quantizer in watched.items()}
+        with _forwards(observers), self.disabled_quantizers(module, activations=False):
+            run()
         return ranges
 
-    def reset_encodings(self, names: Iterable[str]) -> None:
+    def reset_encodings(self, names: Iterable[str]) -> list[str]:
         """Drop the ranges of these quantizers, frozen or not, for ``compute_encodings`` to fill.
 
         :param names: full names, as :meth:`tensor_ranges` gives them.
+        :returns: those that had a range.
         """
         quantizers = self._quantizers("")
-        for name in names:
+        had = [name for name in names if quantizers[name].is_initialized()]
+        for name in had:
             uninitialize(quantizers[name])
             quantizers[name].allow_overwrite(True)
+        return had
+
+    @contextmanager
+    def calibrated(self, names: Iterable[str]) -> Iterator[None]:
+        """Context in which these layers' weight quantizers have a range, if only for the while."""
+        new = [w for w in self.weight_quantizers(names).values() if not w.initialized]
+        try:
+            for quantizer in new:
+                quantizer.calibrate()
+            yield
+        finally:
+            self.reset_encodings(f"{quantizer.name}.param_quantizers.weight" for quantizer in new)
+
+    def float_state(self) -> dict[str, Tensor]:
+        """Parameters and persistent buffers of the model without those of its quantizers.
+
+        Tied parameters stand under each of their names.
+
+        :returns: the tensors themselves, detached, by their names in the model.
+        """
+        inside = tuple(f"{key}." for key in map(".".join, self._places("")))
+        every = self.model.state_dict(keep_vars=True)
+        return {
+            name: value.detach()
+            for name, value in every.items()
+            if isinstance(value, Tensor) and not name.startswith(inside)
+        }
 
     @contextmanager
     def preserved_state(self) -> Iterator[None]:
@@ -264,6 +299,30 @@ def _is_activation(quantizer: str) -> bool:
     return ".param_quantizers." not in f".{quantizer}"
 
 
+@contextmanager
+def _forwards(replacements: Mapping[Any, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Context in which quantizers compute something else."""
+    try:
+        for quantizer, forward in replacements.items():
+            quantizer.forward = forward
+        yield
+    finally:
+        for quantizer in replacements:
+            vars(quantizer).pop("forward", None)
+
+
+def _live(quantizer: Any) -> Callable[[Tensor], Tensor]:
+    def quantize(tensor: Tensor) -> Tensor:
+        if not tensor.numel():
+            return tensor
+        integers = (quantizer.qmin, quantizer.qmax, quantizer.symmetric)
+        low, high = minmax_range(tensor.detach(), tuple(quantizer.shape), *integers)
+        scale, offset = scale_offset(low.float(), high.float(), *integers)
+        return fake_quantize(tensor, Grid(scale, offset, *integers[:2], quantizer.block_size))
+
+    return quantize
+
+
 def _observer(ranges: dict[str, Range], name: str) -> Callable[[Tensor], Tensor]:
     def observe(tensor: Tensor) -> Tensor:
         _widen(ranges, name, tensor)
@@ -276,3 +335,12 @@ def _widen(ranges: dict[str, Range], name: str, tensor: Tensor) -> None:
     if tensor.numel():
         low, high = ranges.get(name, (float("inf"), -float("inf")))
         ranges[name] = (min(low, float(tensor.min())), max(high, float(tensor.max())))
+
+
+if TYPE_CHECKING:  # the protocols are met, says the type checker
+
+    def _adaptor(sim: TorchSim) -> SimAdaptor:
+        return sim
+
+    def _weight_quantizer(quantizer: TorchWeightQuantizer) -> WeightQuantizer:
+        return quantizer

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from aimet_ext.config import QSpec
+from aimet_ext.errors import require
 from aimet_ext.model.batches import map_tensors, module_device
-from aimet_ext.model.huggingface import prepare_model
+from aimet_ext.model.huggingface import PreparedCausalLM, prepare_model
 from aimet_ext.sim.base import adapt
 from aimet_ext.workflow.plan import pad_mlps, plan_weights
 
@@ -57,11 +58,14 @@ def create_sim(
     :param config_file: alias, path or content of AIMET's configuration, which says what tensors
         are quantized at all. None is ``"htp_v79"``: what the NPU of a phone computes.
     :returns: the simulation. ``sim.aimet_ext_settings`` holds these settings as JSON values.
-    :raises ValueError: a pattern that fits no layer, a block size that does not divide, or two
-        specs for one shared weight.
+    :raises TypeError: no causal LM, or a sample that holds no ids.
+    :raises ValueError: ids longer than the context, a pattern that fits no layer, a block size
+        that does not divide, or two specs for one shared weight.
+    :raises MissingExtraError: aimet-torch is not installed.
 
     >>> sim = create_sim(model, ids, weights=QSpec(bitwidth=4, granularity=LPBQ(64)))
     """
+    require("aimet_torch", "torch")
     from aimet_ext.sim.torch_setup import build_sim
 
     module = prepare_model(model) if hasattr(model, "get_output_embeddings") else model
@@ -124,5 +128,12 @@ def _config(config: str | Path | Mapping[str, Any] | None) -> str | dict[str, An
 def _dummy_input(sample: Any, module: nn.Module) -> Any:
     if isinstance(sample, Mapping):
         sample = sample["input_ids"]
+    if not isinstance(sample, Tensor | tuple | list):
+        raise TypeError(
+            "sample_input_ids must be a tensor of ids, a mapping with input_ids or a tuple of "
+            f"arguments, got {type(sample).__name__}"
+        )
+    if isinstance(module, PreparedCausalLM):
+        module.check_input(*(sample if isinstance(sample, tuple | list) else (sample,)))
     device = module_device(module)
     return map_tensors(lambda tensor: tensor.to(device), sample)

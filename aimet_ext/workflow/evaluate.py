@@ -49,9 +49,8 @@ def evaluate_perplexity(model_or_sim: Any, batches: Iterable[Any]) -> float:
 
 
 def _model_of(model_or_sim: Any) -> nn.Module:
-    model = (
-        model_or_sim if isinstance(model_or_sim, nn.Module) else model_or_sim.__dict__.get("model")
-    )
+    is_module = isinstance(model_or_sim, nn.Module)
+    model = model_or_sim if is_module else getattr(model_or_sim, "model", None)
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"a model or a QuantizationSimModel is required, got {type(model_or_sim).__name__}"

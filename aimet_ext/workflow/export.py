@@ -108,7 +108,7 @@ def export(
     """
     adaptor = adapt(sim)
     require("onnx", "onnx")
-    if not filename_prefix or Path(filename_prefix).name != filename_prefix:
+    if filename_prefix in ("", "..") or Path(filename_prefix).name != filename_prefix:
         raise ValueError(f"filename_prefix must be a plain file name, got {filename_prefix!r}")
     check_output(path)
     _check_ranges(sim)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from aimet_ext.model.huggingface import causal_lm, original_name
+from aimet_ext.sim.base import adapt
 from aimet_ext.workflow.quantizers import named_quantizers
 
 __all__ = [
@@ -41,19 +42,8 @@ _TOKENIZER_FILES = (
 
 
 def float_state(sim: Any) -> dict[str, Tensor]:
-    """Parameters and persistent buffers of a sim's model without those of its quantizers.
-
-    Tied parameters stand under each of their names.
-
-    :returns: the tensors themselves, by their names in ``sim.model``.
-    """
-    inside = tuple(f"{name}." for name, _ in named_quantizers(sim))
-    every = sim.model.state_dict(keep_vars=True)
-    return {
-        name: value.detach()
-        for name, value in every.items()
-        if isinstance(value, Tensor) and not name.startswith(inside)
-    }
+    """Float parameters and persistent buffers of a sim; see :meth:`SimAdaptor.float_state`."""
+    return adapt(sim).float_state()
 
 
 def passing_buffers(sim: Any) -> dict[str, Tensor]:

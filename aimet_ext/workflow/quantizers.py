@@ -102,9 +102,16 @@ def load_quantizers(
 def _static(quantizer: Any) -> dict[str, Any]:
     """What of a quantizer does not change when it is calibrated, as JSON values."""
     found = {key: getattr(quantizer, key) for key in _STATIC if hasattr(quantizer, key)}
-    plain = {key: list(v) if isinstance(v, tuple) else v for key, v in found.items()}
+    plain = {key: _plain(value) for key, value in found.items()}
     keys = sorted(key for key, _ in quantizer.named_parameters(recurse=False))
     return {"class": type(quantizer).__name__, "parameters": keys, **plain}
+
+
+def _plain(value: Any) -> Any:
+    """JSON values; a copy made by ``copy.deepcopy`` has tensors in its block size."""
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value.item() if isinstance(value, Tensor) else value
 
 
 def _make(static: Mapping[str, Any]) -> Any:

@@ -88,7 +88,9 @@ def document(entry: dict[str, Any]) -> dict[str, Any]:
 def same(one: Grid, other: Grid) -> bool:
     """Whether two grids hold the same values, cell by cell."""
     values = [grid.scale * (grid.offset + grid.zero_point_shift) for grid in (one, other)]
-    ends = [[grid.scale * (grid.offset + q) for q in (grid.qmin, grid.qmax)] for grid in (one, other)]
+    ends = [
+        [grid.scale * (grid.offset + q) for q in (grid.qmin, grid.qmax)] for grid in (one, other)
+    ]
     return (
         torch.equal(one.scale.reshape(other.scale.shape), other.scale)
         and torch.equal(values[0].reshape(values[1].shape), values[1])

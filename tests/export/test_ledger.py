@@ -83,7 +83,7 @@ def test_tensors_and_json_hold_all_of_it() -> None:
 
 def test_the_same_technique_twice_is_refused() -> None:
     ledger, _, _ = stacked()
-    with pytest.raises(ValueError, match="omniquant was already applied to .*q_proj"):
+    with pytest.raises(ValueError, match=r"omniquant was already applied to .*q_proj"):
         ledger.check_can_apply("omniquant", [Q])
     ledger.check_can_apply("omniquant", ["model.layers.1.self_attn.q_proj"])
     ledger.check_can_apply("awq", [Q])
@@ -92,13 +92,15 @@ def test_the_same_technique_twice_is_refused() -> None:
 def test_a_transform_of_rounded_weights_is_refused() -> None:
     ledger = Ledger()
     ledger.log_run("gptq", [Q], rounds=True)
-    with pytest.raises(ValueError, match="gptq already rounded those of .*q_proj"):
+    with pytest.raises(ValueError, match=r"gptq already rounded those of .*q_proj"):
         ledger.check_can_apply("omniquant", [Q, V])
     ledger.check_can_apply("adaround", [Q], transforms=False)
     ledger.check_can_apply("omniquant", [V])
 
 
-@pytest.mark.parametrize("bad", [torch.tensor([1.0, 0.0]), torch.tensor([torch.nan]), torch.ones(())])
+@pytest.mark.parametrize(
+    "bad", [torch.tensor([1.0, 0.0]), torch.tensor([torch.nan]), torch.ones(())]
+)
 def test_a_multiplier_that_cannot_be_undone_is_refused(bad: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="other than 0"):
         Ledger().record("x", "b", "p", "k", [(Q, "in", bad)], size=1)

@@ -13,7 +13,7 @@ from aimet_ext.export.ledger import Ledger
 from aimet_ext.export.manifest import MANIFEST, read_manifest
 from aimet_ext.export.scales import AIMET_FILE, SCALES_FILE, load_scales, save_scales
 
-NORM, V, O = "m.norm", "m.v_proj", "m.o_proj"
+NORM, V, OUT = "m.norm", "m.v_proj", "m.o_proj"
 
 
 @pytest.fixture
@@ -30,9 +30,9 @@ def ledger() -> Ledger:
         source=NORM,
     )
     ledger.record(
-        "omniquant", "m", "v->o", "v_o", [(V, "out", 1 / t), (O, "in", t)], size=2, source=V
+        "omniquant", "m", "v->o", "v_o", [(V, "out", 1 / t), (OUT, "in", t)], size=2, source=V
     )
-    ledger.log_run("omniquant", [NORM, V, O])
+    ledger.log_run("omniquant", [NORM, V, OUT])
     return ledger
 
 
@@ -48,7 +48,7 @@ def test_a_file_holds_the_cumulative_scales(tmp_path: pathlib.Path, ledger: Ledg
     assert scales.pairs[1]["source"] == "v_proj" and scales.pairs[1]["size"] == 2
     assert scales.pairs[1]["sides"] == [["v_proj", "out", 4], ["o_proj", "in", 4]]
     # Plain safetensors for whoever does not have aimet_ext.
-    assert torch.equal(safetensors.torch.load_file(path)["o_proj.input"], expected[O]["input"])
+    assert torch.equal(safetensors.torch.load_file(path)["o_proj.input"], expected[OUT]["input"])
 
 
 def test_a_folder_holds_the_file_and_a_manifest(tmp_path: pathlib.Path, ledger: Ledger) -> None:
@@ -67,7 +67,7 @@ def test_a_ledger_without_scales_can_be_written(tmp_path: pathlib.Path) -> None:
 def test_aimet_keys_divide_and_multiply(tmp_path: pathlib.Path, ledger: Ledger) -> None:
     save_scales(tmp_path, ledger, aimet_keys=True)
     tensors = safetensors.torch.load_file(tmp_path / AIMET_FILE)
-    assert set(tensors) == {f"{NORM}.prev", f"{V}.foll", f"{V}.prev", f"{O}.foll"}
+    assert set(tensors) == {f"{NORM}.prev", f"{V}.foll", f"{V}.prev", f"{OUT}.foll"}
     torch.testing.assert_close(1 / tensors[f"{V}.prev"], ledger.cumulative()[V]["output"])
     assert torch.equal(tensors[f"{V}.foll"], ledger.cumulative()[V]["input"])
 

@@ -173,7 +173,7 @@ class TestDisabledQuantizers:
         assert torch.equal(sim.model(inputs()), quantized)
 
     def test_weights_and_activations_apart_and_one_module_alone(self, sim):
-        quantizers = {name: q for name, q in sim.named_quantizers()}
+        quantizers = dict(sim.named_quantizers())
         with adapt(sim).disabled_quantizers(LAYER, activations=False):
             left = dict(sim.named_quantizers())
             assert quantizers.keys() - left.keys() == {"linear.param_quantizers.weight"}
@@ -186,6 +186,35 @@ class TestDisabledQuantizers:
         with pytest.raises(RuntimeError, match="stop"), adapt(sim).disabled_quantizers():
             raise RuntimeError("stop")
         assert dict(sim.named_quantizers()) == before
+
+
+class TestLiveActivations:
+    def test_are_those_of_a_calibration_on_the_same_tensor(self, sim):
+        adaptor, quantizer = adapt(sim), sim.model.linear.input_quantizers[0]
+        tensor = 3 * inputs() + 1
+        with torch.no_grad(), adaptor.live_activations(LAYER):
+            live = quantizer(tensor)
+        with torch.no_grad():
+            assert not torch.equal(quantizer(tensor), live)
+            with quantizer.compute_encodings():
+                quantizer(tensor)
+            assert torch.equal(quantizer(tensor), live)
+
+    def test_ranges_of_the_quantizers_do_not_matter_and_stay(self, sim):
+        adaptor = adapt(sim)
+        with adaptor.live_activations(""):
+            live = sim.model(inputs())
+        adaptor.reset_encodings(adaptor.activation_quantizers())
+        with adaptor.live_activations(""):
+            assert torch.equal(sim.model(inputs()), live)
+            assert not torch.equal(sim.model(100 * inputs()), 100 * live)
+        assert not any(q.is_initialized() for q in adaptor.activation_quantizers().values())
+
+    def test_gradients_pass(self, sim):
+        x = inputs().requires_grad_()
+        with adapt(sim).live_activations(""):
+            sim.model(x).sum().backward()
+        assert x.grad.abs().sum() > 0
 
 
 class TestSnapshot:
@@ -208,11 +237,7 @@ class TestSnapshot:
         assert {name: id(p) for name, p in sim.model.named_parameters()} == {
             name: id(p) for name, p in objects.items()
         }
-        for name, value in sim.model.state_dict().items():
-            if isinstance(value, torch.Tensor):
-                assert torch.equal(value, state[name]), name
-            else:
-                assert value == state[name], name
+        torch.testing.assert_close(dict(sim.model.state_dict()), dict(state), rtol=0, atol=0)
         assert adaptor.weight_quantizer("last").frozen
         assert not adaptor.weight_quantizer(LAYER).frozen
         assert adaptor.weight_quantizer(LAYER).initialized
@@ -270,11 +295,15 @@ def test_state_is_preserved(sim):
     sim.model.norm.train()
     sim.model.linear.weight.requires_grad_(False)
     flags = [p.requires_grad for p in sim.model.parameters()]
-    with pytest.raises(RuntimeError, match="stop"), adapt(sim).preserved_state():
+
+    def change() -> None:
         sim.model.eval().requires_grad_(False)
         sim.model.linear.weight.requires_grad_(True)
         sim.model.linear.weight.grad = torch.ones(OUT, IN)
         raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"), adapt(sim).preserved_state():
+        change()
     assert sim.model.norm.training and not sim.model.linear.training
     assert [p.requires_grad for p in sim.model.parameters()] == flags
     assert sim.model.linear.weight.grad is None

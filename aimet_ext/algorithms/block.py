@@ -1,0 +1,205 @@
+"""One block as an optimisation problem: its float parameters, its grids, its inputs and targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from aimet_ext.core.affine import fake_quantize
+from aimet_ext.core.clipping import GridLayout
+from aimet_ext.core.equivalence import ScalePair, expand, transform
+from aimet_ext.core.objective import squared_error
+from aimet_ext.model.cache import TensorCache
+from aimet_ext.model.stream import BlockCall, BlockStream
+from aimet_ext.sim.base import SimAdaptor, WeightQuantizer
+
+__all__ = ["Block", "BlockState", "layout_of"]
+
+Params = dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockState:
+    """What a technique decides for a block; tensors are never changed.
+
+    :param smooth: scale of each pair ``[pair.size]``, by the pair's name.
+    :param grids: raw scale and offset of each layer's cells, for the transformed weight.
+    """
+
+    smooth: Mapping[str, Tensor] = field(default_factory=dict)
+    grids: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+def layout_of(quantizer: WeightQuantizer) -> GridLayout:
+    """All of a weight quantizer's grid but its ranges."""
+    cells = (1,) * (2 - len(quantizer.shape)) + tuple(quantizer.shape)
+    return GridLayout(
+        shape=cells[:2],
+        qmin=quantizer.qmin,
+        qmax=quantizer.qmax,
+        symmetric=quantizer.symmetric,
+        zero_point_shift=quantizer.zero_point_shift,
+        block_size=quantizer.block_size,
+        block_grouping=quantizer.block_grouping,
+        scale_bits=quantizer.scale_bits,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A block of the simulation while it is worked on.
+
+    :param module: the simulation's own block.
+    :param name: its full name.
+    :param stages: layers to quantize, relative names, those that share an input together.
+    :param quantizers: of those layers.
+    :param pairs: scale pairs that were proved.
+    :param params: its float parameters as they were, float32 (or float64), detached.
+    :param float_stream: inputs of the block in the float model.
+    :param quantized_stream: inputs of the block in the quantized model.
+    :param targets: outputs of the float block on the float stream.
+    :param adaptor: of the simulation.
+    :param quantize_activations: have the activation quantizers on, calibrating on each batch.
+    """
+
+    module: nn.Module
+    name: str
+    stages: Sequence[Sequence[str]]
+    quantizers: Mapping[str, WeightQuantizer]
+    pairs: Sequence[ScalePair]
+    params: Params
+    float_stream: BlockStream
+    quantized_stream: BlockStream
+    targets: TensorCache
+    adaptor: SimAdaptor
+    quantize_activations: bool = False
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Layers to quantize, in dependency order."""
+        return tuple(layer for stage in self.stages for layer in stage)
+
+    def weight(self, layer: str) -> Tensor:
+        """Float weight of a layer as a matrix ``[out, in]``."""
+        return self.params[f"{layer}.weight"].flatten(1)
+
+    def layout(self, layer: str) -> GridLayout:
+        """Grid of a layer's weight as a matrix."""
+        return layout_of(self.quantizers[layer])
+
+    def chosen(self, smooth: Mapping[str, Tensor]) -> list[tuple[ScalePair, Tensor]]:
+        """The pairs that have a scale, with it, in the order they are folded in."""
+        return [(pair, smooth[pair.name]) for pair in self.pairs if pair.name in smooth]
+
+    def multipliers(self, layer: str, smooth: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What a transform multiplies a layer's rows ``[out]`` and columns ``[in]`` by."""
+        weight = self.weight(layer)
+        rows, columns = weight.new_ones(weight.shape[0]), weight.new_ones(weight.shape[1])
+        for pair in self.pairs:
+            for side in pair.sides:
+                if side.module == layer and pair.name in smooth:
+                    values = smooth[pair.name]
+                    if side.axis == "out":
+                        rows = rows * expand(side, values, len(rows))
+                    else:
+                        columns = columns * expand(side, values, len(columns))
+        return rows, columns
+
+    def quantized(
+        self, smooth: Mapping[str, Tensor], quantize: Callable[[str, Tensor], Tensor]
+    ) -> Params:
+        """The block's parameters after a transform, with quantized weights; differentiable.
+
+        :param smooth: scale of each pair; pairs not named stay as they are.
+        :param quantize: from a layer and its transformed weight ``[out, in]``, in the dtype it is
+            stored in, to its quantized weight.
+        """
+        params = {**self.params, **transform(self.params, self.chosen(smooth))}
+        stored = dict(self.module.named_parameters())
+        params = {name: value.to(stored[name].dtype) for name, value in params.items()}
+        for layer in self.layers:
+            weight = params[f"{layer}.weight"]
+            params[f"{layer}.weight"] = quantize(layer, weight.flatten(1)).view_as(weight)
+        return params
+
+    def state_params(self, state: BlockState) -> Params:
+        """The block's parameters in a state, as they will be deployed."""
+
+        def quantize(layer: str, weight: Tensor) -> Tensor:
+            return fake_quantize(weight, self.layout(layer).with_scale(*state.grids[layer]))
+
+        with torch.no_grad():
+            return self.quantized(state.smooth, quantize)
+
+    def run(self, call: BlockCall, params: Params | None = None) -> Tensor:
+        """Hidden states ``[batch, seq, hidden]`` of the block for a call, in float arithmetic.
+
+        :param params: in place of the block's own.
+        """
+        if params is None:
+            return call(self.module)
+        return call(lambda *a, **k: functional_call(self.module, params, a, k))
+
+    def score(self, params: Params | None = None) -> float:
+        """Mean squared error of the output over all batches, tokens that count.
+
+        :param params: to judge; None for the simulation's own block with its weight quantizers.
+        """
+        total, count = 0.0, 0
+        with torch.no_grad(), self.float_weights(params is not None), self.activations():
+            for index in range(len(self.quantized_stream)):
+                call = self.quantized_stream.select(index)
+                target = self.targets.read(index, self.quantized_stream.device)
+                error, elements = squared_error(self.run(call, params), target, call.mask)
+                total, count = total + error, count + elements
+        return total / max(count, 1)
+
+    def signal(self) -> float:
+        """Mean square of the targets, over the tokens that count."""
+        total, count = 0.0, 0
+        for index, target in enumerate(self.targets):
+            mask = self.quantized_stream.mask(index)
+            power, elements = squared_error(target, torch.zeros_like(target), mask)
+            total, count = total + power, count + elements
+        return total / max(count, 1)
+
+    def float_weights(self, off: bool = True) -> Any:
+        """Context without the block's parameter quantizers (if ``off``)."""
+        return self.adaptor.disabled_quantizers(self.name, weights=off, activations=False)
+
+    def activations(self) -> Any:
+        """Context that turns the block's activation quantizers off, or has them calibrate."""
+        if self.quantize_activations:
+            return self.adaptor.live_activations(self.name)
+        return self.adaptor.disabled_quantizers(self.name, weights=False)
+
+    def nearest(self) -> BlockState:
+        """Plain rounding of the original weights on their full ranges."""
+        grids = {}
+        for layer in self.layers:
+            layout, weight = self.layout(layer), self.params[f"{layer}.weight"]
+            stored = weight.to(self.quantizers[layer].weight.dtype).flatten(1).float()
+            low, high = layout.bounds(stored)
+            grids[layer] = layout.raw(low, high)
+        return BlockState({}, grids)
+
+    @torch.no_grad()
+    def deploy(self, state: BlockState) -> None:
+        """Fold a state's scales into the weights, set the quantizers and freeze them."""
+        changed = transform(self.params, self.chosen(state.smooth))
+        for name, parameter in self.module.named_parameters():
+            if name in self.params:
+                parameter.copy_(changed.get(name, self.params[name]))
+        for layer, (scale, offset) in state.grids.items():
+            quantizer = self.quantizers[layer]
+            symmetric = quantizer.symmetric
+            shape = quantizer.shape
+            quantizer.set_scale(
+                scale.float().reshape(shape), None if symmetric else offset.float().reshape(shape)
+            )
+            quantizer.freeze()

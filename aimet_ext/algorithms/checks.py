@@ -1,0 +1,105 @@
+"""What must hold before a technique starts; each error names the layer and what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aimet_ext.config import OmniQuantParams
+from aimet_ext.core.affine import fake_quantize, to_blocks
+from aimet_ext.model.topology import BlockTopology
+from aimet_ext.sim.base import SimAdaptor, WeightQuantizer
+
+__all__ = ["layers_to_quantize", "resolve_params"]
+
+
+def resolve_params(
+    params: OmniQuantParams | None, num_iterations: Any, settings: Mapping[str, Any]
+) -> OmniQuantParams:
+    """The settings of a run, checked.
+
+    :param num_iterations: of the call; counts unless ``params`` is given and this is the default.
+    :param settings: fields that replace those of ``params``.
+    :raises TypeError: a field that does not exist.
+    :raises ValueError: a value that is not allowed.
+    """
+    fields = {field.name: field for field in dataclasses.fields(OmniQuantParams)}
+    unknown = sorted(set(settings) - set(fields))
+    if unknown:
+        raise TypeError(
+            f"apply_omniquant() has no setting {', '.join(unknown)}; it has {', '.join(fields)}"
+        )
+    values = dict(settings)
+    if params is None or num_iterations != fields["num_iterations"].default:
+        values["num_iterations"] = num_iterations
+    base = {} if params is None else {name: getattr(params, name) for name in fields}
+    return OmniQuantParams(**{**base, **values})
+
+
+def layers_to_quantize(
+    adaptor: SimAdaptor, blocks: Sequence[BlockTopology], exclude: Sequence[str]
+) -> dict[str, WeightQuantizer]:
+    """Weight quantizers of the layers to work on, by their full names, checked.
+
+    :param exclude: full names of layers to leave alone.
+    :raises ValueError: an excluded layer does not exist; a layer has no weight quantizer, a frozen
+        one, one of too many bits; a weight is not finite or rounded already.
+    """
+    names = [f"{block.name}.{layer}" for block in blocks for layer in block.linears]
+    unknown = sorted(set(exclude) - set(names))
+    if unknown:
+        raise ValueError(
+            f"modules_to_exclude must name layers of the blocks, such as {names[0]!r}; "
+            f"not found: {', '.join(unknown)}"
+        )
+    found = {name: adaptor.weight_quantizer(name) for name in names if name not in set(exclude)}
+    _refuse(
+        [name for name, quantizer in found.items() if quantizer is None],
+        "must have a weight quantizer and has none; give it one, or list it in modules_to_exclude",
+    )
+    quantizers = {name: quantizer for name, quantizer in found.items() if quantizer is not None}
+    _refuse(
+        [name for name, quantizer in quantizers.items() if quantizer.frozen],
+        "must have a weight quantizer that may change, but an earlier technique froze its range, "
+        "which rescaling would make wrong; start from a new sim, or list it in modules_to_exclude",
+    )
+    _refuse(
+        [n for n, q in quantizers.items() if not bool(torch.isfinite(q.weight).all())],
+        "must have a finite weight, it holds NaN or infinity; repair the checkpoint",
+    )
+    _refuse(
+        [name for name, quantizer in quantizers.items() if _is_rounded(quantizer)],
+        "must have a float weight, but it is rounded to a grid already; load the original weights",
+    )
+    if not quantizers:
+        raise ValueError("at least one layer must remain, modules_to_exclude names all of them")
+    return quantizers
+
+
+def _refuse(names: Sequence[str], problem: str) -> None:
+    if names:
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        raise ValueError(f"{shown}: each {problem}")
+
+
+@torch.no_grad()
+def _is_rounded(quantizer: WeightQuantizer) -> bool:
+    """Whether a weight holds no more different values than its grid has, in each cell tried."""
+    weight = quantizer.weight.detach()
+    if quantizer.initialized:
+        return bool(torch.equal(fake_quantize(weight, quantizer.grid()), weight))
+    levels = quantizer.qmax - quantizer.qmin + 1
+    matrix = weight.flatten(1)
+    cells = (1,) * (2 - len(quantizer.shape)) + tuple(quantizer.shape)[:2]
+    blocks = to_blocks(matrix, cells).transpose(1, 2).flatten(2).flatten(0, 1)  # [cells, elements]
+    if blocks.shape[1] < 4 * levels:
+        return False
+    return all(_distinct(row) <= levels for row in blocks[:8])
+
+
+def _distinct(values: Tensor) -> int:
+    return int(values.unique().numel())

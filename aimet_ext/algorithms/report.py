@@ -1,0 +1,91 @@
+"""What a technique did, block by block, for people and for files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from aimet_ext.export.folders import replace_file
+
+__all__ = ["BlockReport", "Kept", "OmniQuantReport"]
+
+Kept: TypeAlias = Literal["nearest", "search", "training", "polish"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockReport:
+    """What happened to one block.
+
+    Losses are mean squared errors of the block's output over all tokens that count, on the
+    quantized stream, against the float stream's output.
+
+    :param name: of the block.
+    :param loss_nearest: with plain nearest rounding and no transform.
+    :param loss_before: at the start of training.
+    :param loss_after: as deployed, computed by the simulation itself.
+    :param sqnr_db: of the output as deployed, in dB.
+    :param kept: where the deployed state came from; ``"nearest"`` if nothing learnt was better.
+    :param seconds: of work.
+    :param peak_memory_bytes: most memory the process (or the GPU, if the block was there) held.
+    :param reset_encodings: quantizers whose ranges no longer fit and were dropped.
+    :param resumed: whether the block came from a checkpoint.
+    """
+
+    name: str
+    loss_nearest: float
+    loss_before: float
+    loss_after: float
+    sqnr_db: float
+    kept: Kept
+    seconds: float
+    peak_memory_bytes: int
+    reset_encodings: tuple[str, ...] = ()
+    resumed: bool = False
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any], *, resumed: bool) -> BlockReport:
+        """Read back what :func:`dataclasses.asdict` gave."""
+        names = tuple(plain["reset_encodings"])
+        return cls(**{**plain, "reset_encodings": names, "resumed": resumed})
+
+
+@dataclass(frozen=True, kw_only=True)
+class OmniQuantReport:
+    """What :func:`aimet_ext.apply_omniquant` did; ``print`` shows a table.
+
+    :param blocks: one entry each, in order.
+    :param settings: of the run.
+    :param refused_pairs: kinds of scale pairs that were asked for and not used, with the reason.
+    :param seconds: of the whole run.
+    """
+
+    blocks: tuple[BlockReport, ...]
+    settings: dict[str, Any]
+    refused_pairs: dict[str, str] = field(default_factory=dict)
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain JSON values."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def save(self, path: str | Path) -> None:
+        """Write it to a JSON file, atomically."""
+        replace_file(path, json.dumps(self.to_dict(), indent=2).encode())
+
+    def __str__(self) -> str:
+        head = f"{'block':<28}{'nearest':>12}{'before':>12}{'after':>12}{'SQNR':>9}{'s':>8}  kept"
+        rows = [
+            f"{b.name:<28}{b.loss_nearest:>12.4g}{b.loss_before:>12.4g}{b.loss_after:>12.4g}"
+            f"{b.sqnr_db:>7.1f}dB{b.seconds:>8.1f}  {b.kept}"
+            for b in self.blocks
+        ]
+        lines = [head, *rows, f"{self.seconds:.1f} s in all"]
+        lines += [f"pairs not used: {kind}: {why}" for kind, why in self.refused_pairs.items()]
+        dropped = sum(len(b.reset_encodings) for b in self.blocks)
+        if dropped:
+            lines.append(
+                f"{dropped} encodings no longer fit and were reset: run sim.compute_encodings"
+            )
+        return "\n".join(lines)

@@ -1,0 +1,348 @@
+"""Scales and ranges of a block by coordinate descent on second moments, stage after stage.
+
+Each stage is searched after the stages before it are quantized, on the inputs that then reach it.
+Weights stay untransformed here: with the multiplier ``m`` of its input columns a layer computes
+``fq(W diag(m)) diag(1/m)``, which is what the transformed block computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from aimet_ext.algorithms.block import Block, BlockState, Params
+from aimet_ext.core.affine import fake_quantize
+from aimet_ext.core.clipping import GridLayout, search_ranges
+from aimet_ext.core.equivalence import ScalePair
+from aimet_ext.core.objective import SecondMoment, row_errors
+from aimet_ext.core.smoothing import (
+    Reader,
+    candidate_multipliers,
+    search_smoothing,
+    smoothquant_scale,
+)
+from aimet_ext.model.stream import BlockCall
+
+__all__ = ["search_block", "smoothquant_start"]
+
+_REACH = 1.5  # of a candidate multiplier, either way
+_MULTIPLIERS = 24
+_LEAST_GAIN = 1e-3  # relative, of a sweep, to go on
+_PROBE_BATCHES = 4  # for the weight of output rows
+
+Grids = dict[str, tuple[Tensor, Tensor]]
+
+
+class _Reached(BaseException):
+    """Ends a forward pass at the layer whose input was wanted."""
+
+
+def search_block(
+    block: Block,
+    start: Mapping[str, Tensor] | None = None,
+    *,
+    sweeps: int,
+    clip: bool = True,
+    float_target: bool = True,
+) -> BlockState:
+    """Choose scales and ranges that lower every stage's output error, from a start.
+
+    :param start: scale of each pair; 1 for those not named.
+    :param sweeps: over the columns and the ranges of a stage; 0 leaves the scales as they are and
+        chooses the ranges alone.
+    :param clip: choose ranges; if false they hold every weight.
+    :param float_target: against the float stream, see :class:`SecondMoment`.
+    """
+    with torch.no_grad():
+        smooth = {
+            pair.name: next(iter(block.params.values())).new_ones(pair.size) for pair in block.pairs
+        }
+        smooth.update({name: scale.clone() for name, scale in (start or {}).items()})
+        importance = _row_importance(block)
+        params: Params = dict(block.params)
+        stages: list[_Stage] = []
+        for layers in block.stages:
+            moment = _second_moment(block, layers[0], params, float_target)
+            stage = _Stage(block, tuple(layers), moment, importance, clip)
+            stage.search(smooth, sweeps)
+            params.update(stage.effective(smooth))
+            stages.append(stage)
+        grids: Grids = {}
+        for stage in stages:
+            grids.update(stage.deployed(smooth))
+    return BlockState(smooth, grids)
+
+
+def smoothquant_start(block: Block, alpha: float) -> dict[str, Tensor]:
+    """Scale of each pair that has readers by SmoothQuant's formula, on the quantized stream."""
+    start = {}
+    for pair in block.pairs:
+        readers = [side.module for side in pair.sides if side.axis == "in"]
+        known = [name for name in readers if f"{name}.weight" in block.params]
+        groups = _groups(block, pair, known)
+        if not known or groups is None:
+            continue
+        peak = _input_peak(block, known[0])
+        columns = torch.stack([block.weight(name).abs().amax(0) for name in known]).amax(0)
+        entry_peak = torch.stack([peak[group].amax() for group in groups])
+        entry_weight = torch.stack([columns[group].amax() for group in groups])
+        start[pair.name] = smoothquant_scale(entry_peak, entry_weight, alpha)
+    return start
+
+
+@dataclass(frozen=True, eq=False)
+class _Stage:
+    """Layers that read one input, and what their output error depends on."""
+
+    block: Block
+    layers: tuple[str, ...]
+    moment: SecondMoment
+    importance: Mapping[str, Tensor]
+    clip: bool
+
+    # Of weights with their columns multiplied, rows as they were.
+    grids: Grids = field(default_factory=dict)
+
+    def search(self, smooth: dict[str, Tensor], sweeps: int) -> None:
+        """Choose ranges, then scales and ranges in turn while that pays; changes ``smooth``."""
+        self._choose_ranges(smooth, fresh=True)
+        pairs = [(pair, groups) for pair in self.block.pairs if (groups := self._own(pair))]
+        if not pairs or sweeps == 0:
+            return
+        error = self._error(smooth)
+        for _ in range(sweeps):
+            for pair, groups in pairs:
+                self._choose_smoothing(pair, groups, smooth)
+            self._choose_ranges(smooth, fresh=False)
+            before, error = error, self._error(smooth)
+            if before - error < _LEAST_GAIN * abs(before):
+                break
+
+    def effective(self, smooth: Mapping[str, Tensor]) -> Params:
+        """Quantized weights as the untransformed block sees them, by parameter name."""
+        result = {}
+        for layer in self.layers:
+            stored = self.block.params[f"{layer}.weight"]
+            result[f"{layer}.weight"] = self._quantized(layer, smooth).view_as(stored)
+        return result
+
+    def deployed(self, smooth: Mapping[str, Tensor]) -> Grids:
+        """Raw scales and offsets for the weights with their rows multiplied as well."""
+        result = {}
+        for layer in self.layers:
+            rows, columns = self.block.multipliers(layer, smooth)
+            layout = self.block.layout(layer)
+            scale, offset = self.grids[layer]
+            if layout.is_row_wise(self.block.weight(layer)):
+                result[layer] = (scale * rows.abs()[:, None], offset)
+            elif bool((rows != 1).any()):
+                weight = self.block.weight(layer) * rows[:, None]
+                result[layer] = self._ranges_of(layer, weight, columns, rows, None)
+            else:
+                result[layer] = (scale, offset)
+        return result
+
+    def _own(self, pair: ScalePair) -> list[Tensor] | None:
+        readers = [side.module for side in pair.sides if side.axis == "in"]
+        if not set(readers) & set(self.layers):
+            return None
+        return _groups(self.block, pair, [name for name in readers if name in self.layers])
+
+    def _columns(self, layer: str, smooth: Mapping[str, Tensor]) -> Tensor:
+        return self.block.multipliers(layer, smooth)[1]
+
+    def _quantized(self, layer: str, smooth: Mapping[str, Tensor]) -> Tensor:
+        columns = self._columns(layer, smooth)
+        grid = self.block.layout(layer).with_scale(*self.grids[layer])
+        return fake_quantize(self.block.weight(layer) * columns, grid) / columns
+
+    def _error(self, smooth: Mapping[str, Tensor]) -> float:
+        total = 0.0
+        for layer in self.layers:
+            weight = self.block.weight(layer)
+            error = self._quantized(layer, smooth) - weight
+            rows = row_errors(error, self.moment.second, self.moment.pull(weight))
+            total += float((rows * self.importance[layer]).sum())
+        return total
+
+    def _choose_ranges(self, smooth: Mapping[str, Tensor], *, fresh: bool) -> None:
+        for layer in self.layers:
+            start = None if fresh else self.grids[layer]
+            weight = self.block.weight(layer)
+            columns = self._columns(layer, smooth)
+            rows = weight.new_ones(weight.shape[0])
+            self.grids[layer] = self._ranges_of(layer, weight, columns, rows, start)
+
+    def _ranges_of(
+        self,
+        layer: str,
+        weight: Tensor,
+        columns: Tensor,
+        rows: Tensor,
+        start: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:
+        layout: GridLayout = self.block.layout(layer)
+        if not self.clip:
+            return layout.raw(*layout.bounds(weight * columns))
+        return search_ranges(
+            weight,
+            layout,
+            self.moment.second,
+            self.moment.pull(weight),
+            smooth=columns,
+            row_weight=self.importance[layer] / rows.square(),
+            start=start,
+        )
+
+    def _choose_smoothing(
+        self, pair: ScalePair, groups: list[Tensor], smooth: dict[str, Tensor]
+    ) -> None:
+        readers = []
+        for layer in self.layers:
+            weight = self.block.weight(layer)
+            readers.append(
+                Reader(
+                    weight=weight,
+                    grid=self.block.layout(layer).with_scale(*self.grids[layer]),
+                    pull=self.moment.pull(weight),
+                    row_weight=self.importance[layer],
+                )
+            )
+        columns = self._columns(self.layers[0], smooth)
+        found = search_smoothing(
+            readers,
+            self.moment.second,
+            columns,
+            groups,
+            candidate_multipliers(columns, _MULTIPLIERS, _REACH),
+        )
+        first = torch.stack([group[0] for group in groups])
+        smooth[pair.name] = smooth[pair.name] * (found / columns)[first]
+
+
+def _groups(block: Block, pair: ScalePair, readers: list[str]) -> list[Tensor] | None:
+    """Columns that take each entry of a pair's scale; None unless all readers agree on them."""
+    indices = []
+    for side in pair.sides:
+        if side.axis == "in" and side.module in readers:
+            width = block.weight(side.module).shape[1]
+            if side.rows is not None and side.rows != (0, width):
+                return None
+            device = block.weight(side.module).device
+            index = torch.arange(width) if side.index is None else side.index
+            indices.append(index.to(device))
+    if not indices or any(not torch.equal(indices[0], other) for other in indices[1:]):
+        return None
+    order = torch.argsort(indices[0], stable=True)
+    counts = torch.bincount(indices[0], minlength=pair.size)
+    return list(order.split(counts.tolist()))
+
+
+@contextmanager
+def _input_of(module: nn.Module, layer: str) -> Iterator[list[Tensor]]:
+    """Collects the inputs of a layer; the forward pass ends there."""
+    seen: list[Tensor] = []
+
+    def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0])
+        raise _Reached
+
+    hook = module.get_submodule(layer).register_forward_pre_hook(stop)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def _layer_input(block: Block, layer: str, call: BlockCall, params: Params) -> Tensor:
+    """What reaches a layer, ``[tokens, in]``, of the tokens that count."""
+    stored = dict(block.module.named_parameters())
+    cast = {name: value.to(stored[name].dtype) for name, value in params.items()}
+    with _input_of(block.module, layer) as seen, suppress(_Reached):
+        block.run(call, cast)
+    if not seen:
+        raise ValueError(
+            f"{block.name}.{layer} must receive data from the calibration batches, it never did; "
+            "leave it out, or calibrate with inputs that reach it"
+        )
+    return seen[0][call.mask].flatten(0, -2).to(block.weight(layer).dtype)
+
+
+def _second_moment(block: Block, layer: str, params: Params, float_target: bool) -> SecondMoment:
+    """``H`` and ``C`` of a layer's input, summed in float64 over all batches."""
+    width = block.weight(layer).shape[1]
+    second = torch.zeros(width, width, dtype=torch.float64, device=block.weight(layer).device)
+    cross = torch.zeros_like(second) if float_target else None
+    tokens = 0
+    with block.float_weights(), block.adaptor.disabled_quantizers(block.name):
+        for index in range(len(block.quantized_stream)):
+            inputs = _layer_input(block, layer, block.quantized_stream.select(index), params)
+            second += (inputs.T @ inputs).double()
+            tokens += len(inputs)
+            if cross is not None:
+                original = block.float_stream.select(index)
+                gap = _layer_input(block, layer, original, block.params) - inputs
+                cross += (inputs.T @ gap).double()
+    dtype = block.weight(layer).dtype
+    mean = (second / tokens).to(dtype)
+    return SecondMoment(mean, None if cross is None else (cross / tokens).to(dtype), tokens)
+
+
+def _input_peak(block: Block, layer: str) -> Tensor:
+    """Largest magnitude of every channel that reaches a layer, ``[in]``."""
+    peak: Tensor | None = None
+    with torch.no_grad(), block.adaptor.disabled_quantizers(block.name):
+        for index in range(len(block.quantized_stream)):
+            call = block.quantized_stream.select(index)
+            largest = _layer_input(block, layer, call, block.params).abs().amax(0)
+            peak = largest if peak is None else torch.maximum(peak, largest)
+    if peak is None:
+        raise ValueError(f"{block.name}.{layer} must receive data, there are no batches")
+    return peak
+
+
+@torch.enable_grad()
+def _row_importance(block: Block) -> dict[str, Tensor]:
+    """Mean squared gradient of a random projection of the block's output, by output row ``[out]``.
+
+    The diagonal of the Gauss-Newton matrix of the block's error in each layer's output.
+    """
+    outputs: dict[str, Tensor] = {}
+
+    def keep(layer: str) -> object:
+        def hook(_: nn.Module, args: object, output: Tensor) -> None:
+            output.retain_grad()
+            outputs[layer] = output
+
+        return block.module.get_submodule(layer).register_forward_hook(hook)
+
+    totals = {layer: block.weight(layer).new_zeros(()) for layer in block.layers}
+    generator = torch.Generator().manual_seed(0)
+    hooks = [keep(layer) for layer in block.layers]
+    try:
+        with block.adaptor.disabled_quantizers(block.name):
+            for index in range(min(_PROBE_BATCHES, len(block.float_stream))):
+                call = block.float_stream.select(index)
+                traced = call.with_hidden(call.hidden.detach().requires_grad_())
+                result = traced(block.module)
+                probe = torch.randn(result.shape, generator=generator).to(result)
+                (result * probe)[call.mask].sum().backward()
+                for layer, output in outputs.items():
+                    gradient = output.grad
+                    if gradient is not None:
+                        power = gradient[call.mask].float().square().mean(0)  # [out]
+                        totals[layer] = totals[layer] + power
+    finally:
+        for hook in hooks:
+            hook.remove()  # type: ignore[attr-defined]
+        block.module.zero_grad(set_to_none=True)
+    mean = {}
+    for stage in block.stages:
+        average = torch.cat([totals[layer] for layer in stage]).mean().clamp_min(1e-30)
+        for layer in stage:
+            mean[layer] = totals[layer] / average + 1e-6
+    return mean

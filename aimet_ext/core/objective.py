@@ -1,0 +1,69 @@
+"""How far a quantized layer or block is from its float original."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["SecondMoment", "row_errors", "sqnr_db"]
+
+
+@dataclass(frozen=True, eq=False)
+class SecondMoment:
+    """What the output error of a linear layer needs to know of its inputs, exactly.
+
+    With the quantized stream's inputs ``x̂`` and the float stream's ``x = x̂ + e``, over all tokens
+
+        Σ ‖W x − Ŵ x̂‖² = tr(E H Eᵀ) − 2 tr(E C Wᵀ) + Σ ‖W e‖²,   E = Ŵ − W,
+
+    ``H = Σ x̂ x̂ᵀ`` and ``C = Σ x̂ eᵀ``: the difference form, which does not cancel.
+
+    :param second: ``H [in, in]``, divided by the number of tokens.
+    :param cross: ``C [in, in]``, likewise; None where the target is ``W x̂``.
+    :param tokens: how many tokens went in.
+    """
+
+    second: Tensor
+    cross: Tensor | None
+    tokens: int
+
+    def pull(self, weight: Tensor) -> Tensor | None:
+        """The linear term ``W Cᵀ [out, in]``: where upstream errors pull the weight to."""
+        return None if self.cross is None else weight @ self.cross.T
+
+
+def row_errors(error: Tensor, second: Tensor, pull: Tensor | None) -> Tensor:
+    """``E H Eᵀ − 2 E · pull`` of every output row, up to a constant the mean squared output error.
+
+    :param error: quantized minus float weight, ``[out, in]``.
+    :param second: ``H [in, in]``.
+    :param pull: ``[out, in]`` or None, see :meth:`SecondMoment.pull`.
+    :returns: ``[out]``.
+    """
+    gradient = error @ second
+    if pull is not None:
+        gradient = gradient - 2 * pull
+    return (gradient * error).sum(1)
+
+
+def sqnr_db(signal: float, noise: float) -> float:
+    """Signal to quantization noise ratio in dB, of two sums (or means) of squares."""
+    if noise <= 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def squared_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -> tuple[float, int]:
+    """Sum of squared differences and number of elements, in float32, over the tokens that count.
+
+    :param output: ``[batch, seq, hidden]``.
+    :param target: the same shape.
+    :param mask: bool ``[batch, seq]``, None for all tokens.
+    """
+    difference = output.float() - target.float()
+    if mask is not None:
+        difference = difference[mask]
+    return float(difference.square().sum(dtype=torch.float64)), difference.numel()
