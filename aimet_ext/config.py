@@ -145,7 +145,7 @@ class OmniQuantParams:
         ``"search"`` for the search's result, ``"ones"``.
     :param smooth_alpha: exponent of SmoothQuant's formula.
     :param search_sweeps: sweeps of the search on second moments, before training and after it; 0
-        for the gradient alone.
+        searches ranges alone and leaves the scales to the gradient.
     :param float_target: search against the output of the float stream, so that a layer makes up
         for errors before it; if false, against its own float output on the quantized stream.
     :param lwc_lr: learning rate of the clipping logits.

@@ -27,7 +27,7 @@ from aimet_ext.core.smoothing import (
 )
 from aimet_ext.model.stream import BlockCall
 
-__all__ = ["search_block", "smoothquant_start"]
+__all__ = ["BlockSearch"]
 
 _REACH = 1.5  # of a candidate multiplier, either way
 _MULTIPLIERS = 24
@@ -41,57 +41,72 @@ class _Reached(BaseException):
     """Ends a forward pass at the layer whose input was wanted."""
 
 
-def search_block(
-    block: Block,
-    start: Mapping[str, Tensor] | None = None,
-    *,
-    sweeps: int,
-    clip: bool = True,
-    float_target: bool = True,
-) -> BlockState:
-    """Choose scales and ranges that lower every stage's output error, from a start.
+class BlockSearch:
+    """The search on one block.
 
-    :param start: scale of each pair; 1 for those not named.
-    :param sweeps: over the columns and the ranges of a stage; 0 leaves the scales as they are and
-        chooses the ranges alone.
     :param clip: choose ranges; if false they hold every weight.
     :param float_target: against the float stream, see :class:`SecondMoment`.
     """
-    with torch.no_grad():
-        smooth = {
-            pair.name: next(iter(block.params.values())).new_ones(pair.size) for pair in block.pairs
-        }
-        smooth.update({name: scale.clone() for name, scale in (start or {}).items()})
-        importance = _row_importance(block)
-        params: Params = dict(block.params)
-        stages: list[_Stage] = []
-        for layers in block.stages:
-            moment = _second_moment(block, layers[0], params, float_target)
-            stage = _Stage(block, tuple(layers), moment, importance, clip)
+
+    def __init__(self, block: Block, *, clip: bool = True, float_target: bool = True) -> None:
+        self.block = block
+        self.clip = clip
+        self.float_target = float_target
+        self.importance = _row_importance(block)
+        self.stages: list[_Stage] = []
+
+    @torch.no_grad()
+    def run(self, start: Mapping[str, Tensor] | None = None, *, sweeps: int) -> BlockState:
+        """Choose scales and ranges that lower every stage's output error, from a start.
+
+        :param start: scale of each pair; 1 for those not named.
+        :param sweeps: over the columns and the ranges of a stage; 0 leaves the scales as they are
+            and chooses the ranges alone.
+        """
+        smooth = self._scales(start)
+        params: Params = dict(self.block.params)
+        self.stages = []
+        for layers in self.block.stages:
+            moment, peak = _second_moment(self.block, layers[0], params, self.float_target)
+            stage = _Stage(self.block, tuple(layers), moment, peak, self.importance, self.clip)
             stage.search(smooth, sweeps)
             params.update(stage.effective(smooth))
-            stages.append(stage)
+            self.stages.append(stage)
+        return self._state(smooth)
+
+    @torch.no_grad()
+    def ranges(self, start: Mapping[str, Tensor]) -> BlockState:
+        """Choose ranges alone for these scales, on the moments that :meth:`run` saw."""
+        smooth = self._scales(start)
+        for stage in self.stages:
+            stage.search(smooth, sweeps=0)
+        return self._state(smooth)
+
+    def smoothquant(self, alpha: float) -> dict[str, Tensor]:
+        """Scale of each pair by SmoothQuant's formula, on the inputs that :meth:`run` saw."""
+        scales = {}
+        for stage in self.stages:
+            for pair, groups in stage.pairs():
+                readers = [layer for layer in stage.layers if _reads(pair, layer)]
+                weight = torch.stack([self.block.weight(r).abs().amax(0) for r in readers]).amax(0)
+                scales[pair.name] = smoothquant_scale(
+                    torch.stack([stage.peak[group].amax() for group in groups]),
+                    torch.stack([weight[group].amax() for group in groups]),
+                    alpha,
+                )
+        return scales
+
+    def _scales(self, start: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        like = next(iter(self.block.params.values()))
+        scales = {pair.name: like.new_ones(pair.size) for pair in self.block.pairs}
+        scales.update({name: scale.clone() for name, scale in (start or {}).items()})
+        return scales
+
+    def _state(self, smooth: dict[str, Tensor]) -> BlockState:
         grids: Grids = {}
-        for stage in stages:
+        for stage in self.stages:
             grids.update(stage.deployed(smooth))
-    return BlockState(smooth, grids)
-
-
-def smoothquant_start(block: Block, alpha: float) -> dict[str, Tensor]:
-    """Scale of each pair that has readers by SmoothQuant's formula, on the quantized stream."""
-    start = {}
-    for pair in block.pairs:
-        readers = [side.module for side in pair.sides if side.axis == "in"]
-        known = [name for name in readers if f"{name}.weight" in block.params]
-        groups = _groups(block, pair, known)
-        if not known or groups is None:
-            continue
-        peak = _input_peak(block, known[0])
-        columns = torch.stack([block.weight(name).abs().amax(0) for name in known]).amax(0)
-        entry_peak = torch.stack([peak[group].amax() for group in groups])
-        entry_weight = torch.stack([columns[group].amax() for group in groups])
-        start[pair.name] = smoothquant_scale(entry_peak, entry_weight, alpha)
-    return start
+        return BlockState(smooth, grids)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +116,7 @@ class _Stage:
     block: Block
     layers: tuple[str, ...]
     moment: SecondMoment
+    peak: Tensor  # largest magnitude of each input channel, [in]
     importance: Mapping[str, Tensor]
     clip: bool
 
@@ -110,7 +126,7 @@ class _Stage:
     def search(self, smooth: dict[str, Tensor], sweeps: int) -> None:
         """Choose ranges, then scales and ranges in turn while that pays; changes ``smooth``."""
         self._choose_ranges(smooth, fresh=True)
-        pairs = [(pair, groups) for pair in self.block.pairs if (groups := self._own(pair))]
+        pairs = self.pairs()
         if not pairs or sweeps == 0:
             return
         error = self._error(smooth)
@@ -146,11 +162,14 @@ class _Stage:
                 result[layer] = (scale, offset)
         return result
 
-    def _own(self, pair: ScalePair) -> list[Tensor] | None:
-        readers = [side.module for side in pair.sides if side.axis == "in"]
-        if not set(readers) & set(self.layers):
-            return None
-        return _groups(self.block, pair, [name for name in readers if name in self.layers])
+    def pairs(self) -> list[tuple[ScalePair, list[Tensor]]]:
+        """Scale pairs that this stage reads, with the columns that take each entry."""
+        found = []
+        for pair in self.block.pairs:
+            groups = _groups(self.block, pair, [n for n in self.layers if _reads(pair, n)])
+            if groups is not None:
+                found.append((pair, groups))
+        return found
 
     def _columns(self, layer: str, smooth: Mapping[str, Tensor]) -> Tensor:
         return self.block.multipliers(layer, smooth)[1]
@@ -224,6 +243,10 @@ class _Stage:
         smooth[pair.name] = smooth[pair.name] * (found / columns)[first]
 
 
+def _reads(pair: ScalePair, layer: str) -> bool:
+    return any(side.axis == "in" and side.module == layer for side in pair.sides)
+
+
 def _groups(block: Block, pair: ScalePair, readers: list[str]) -> list[Tensor] | None:
     """Columns that take each entry of a pair's scale; None unless all readers agree on them."""
     indices = []
@@ -272,37 +295,28 @@ def _layer_input(block: Block, layer: str, call: BlockCall, params: Params) -> T
     return seen[0][call.mask].flatten(0, -2).to(block.weight(layer).dtype)
 
 
-def _second_moment(block: Block, layer: str, params: Params, float_target: bool) -> SecondMoment:
-    """``H`` and ``C`` of a layer's input, summed in float64 over all batches."""
-    width = block.weight(layer).shape[1]
-    second = torch.zeros(width, width, dtype=torch.float64, device=block.weight(layer).device)
+def _second_moment(
+    block: Block, layer: str, params: Params, float_target: bool
+) -> tuple[SecondMoment, Tensor]:
+    """``H`` and ``C`` of a layer's input, summed in float64 over all batches, and its peaks."""
+    weight = block.weight(layer)
+    width = weight.shape[1]
+    second = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
     cross = torch.zeros_like(second) if float_target else None
-    tokens = 0
-    with block.float_weights(), block.adaptor.disabled_quantizers(block.name):
+    peak, tokens = weight.new_zeros(width), 0
+    with block.adaptor.disabled_quantizers(block.name):
         for index in range(len(block.quantized_stream)):
             inputs = _layer_input(block, layer, block.quantized_stream.select(index), params)
             second += (inputs.T @ inputs).double()
+            peak = torch.maximum(peak, inputs.abs().amax(0))
             tokens += len(inputs)
             if cross is not None:
                 original = block.float_stream.select(index)
                 gap = _layer_input(block, layer, original, block.params) - inputs
                 cross += (inputs.T @ gap).double()
-    dtype = block.weight(layer).dtype
-    mean = (second / tokens).to(dtype)
-    return SecondMoment(mean, None if cross is None else (cross / tokens).to(dtype), tokens)
-
-
-def _input_peak(block: Block, layer: str) -> Tensor:
-    """Largest magnitude of every channel that reaches a layer, ``[in]``."""
-    peak: Tensor | None = None
-    with torch.no_grad(), block.adaptor.disabled_quantizers(block.name):
-        for index in range(len(block.quantized_stream)):
-            call = block.quantized_stream.select(index)
-            largest = _layer_input(block, layer, call, block.params).abs().amax(0)
-            peak = largest if peak is None else torch.maximum(peak, largest)
-    if peak is None:
-        raise ValueError(f"{block.name}.{layer} must receive data, there are no batches")
-    return peak
+    mean = (second / tokens).to(weight.dtype)
+    pull = None if cross is None else (cross / tokens).to(weight.dtype)
+    return SecondMoment(mean, pull, tokens), peak
 
 
 @torch.enable_grad()

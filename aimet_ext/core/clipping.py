@@ -101,6 +101,9 @@ class LearnableClipping(nn.Module):
             return cls(layout, scale / layout.raw(low, high)[0])
         chosen_low = scale * (offset + layout.qmin)
         chosen_high = scale * (offset + layout.qmax)
+        # Whole offsets leave half a step of play, which takes both ends inside the full range.
+        move = torch.zeros_like(scale).clamp(low - chosen_low, high - chosen_high)
+        chosen_low, chosen_high = chosen_low + move, chosen_high + move
         return cls(layout, _share(chosen_low, low), _share(chosen_high, high))
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -151,6 +154,8 @@ def search_ranges(
         scale, offset = _lpbq_start(seen, smooth, layout, second, shares), full[1].clone()
     else:
         scale, offset = (tensor.clone() for tensor in full)
+    if layout.scale_bits is not None:  # once deployed, a block that moves leaves the others alone
+        scale = lpbq_scale(scale, layout.block_grouping or (), layout.scale_bits)
     candidates = _candidates(seen, layout, shares)
     error = fake_quantize(seen, layout.with_scale(scale, offset)) / smooth - weight
     columns = weight.shape[1] // layout.shape[1]

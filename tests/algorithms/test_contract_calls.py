@@ -1,0 +1,399 @@
+"""How every technique is called: AIMET's arguments, all forms of data, errors before any harm."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import aimet_ext
+from aimet_ext import QSpec
+from aimet_ext.core.affine import fake_quantize
+from aimet_ext.sim.base import adapt
+
+FIRST_LAYER = "model.model.layers.0.self_attn.q_proj"
+
+
+def test_every_argument_of_aimet_is_known(technique: Any) -> None:
+    module, name = technique.aimet
+    theirs = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+    ours = inspect.signature(technique.function).parameters
+    assert len(theirs) == len(technique.order)
+    from aimet_ext.algorithms.aliases import ALIASES
+
+    assert tuple(ALIASES.get(argument, argument) for argument in theirs) == technique.order
+    assert set(technique.order) <= set(ours)
+
+
+def test_shape_of_the_signature(technique: Any) -> None:
+    parameters = list(inspect.signature(technique.function).parameters.values())
+    assert [p.name for p in parameters[:3]] == ["sim", "dataloader", technique.number]
+    assert all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in parameters[3:])
+    assert "forward_fn" in inspect.signature(technique.function).parameters
+
+
+def test_a_call_in_the_order_of_aimet(
+    technique: Any, make_sim: Any, batches: list[Tensor], result_of: Any, tmp_path: pathlib.Path
+) -> None:
+    ours, theirs = make_sim(), make_sim()
+    technique.apply(ours, batches)
+    values = {
+        "sim": theirs,
+        "dataloader": batches,
+        "forward_fn": lambda model, batch: model(batch),
+        "output_path": str(tmp_path / "out"),
+        **technique.quick,
+    }
+    rest = {k: v for k, v in technique.quick.items() if k not in technique.order}
+    positional = [values[name] for name in technique.order]
+    technique.function(*positional, progress=False, **rest)
+    assert result_of(ours) == result_of(theirs)
+    assert (tmp_path / "out" / "report.json").is_file()
+
+
+def test_a_call_with_the_names_of_aimet(
+    technique: Any, sim: Any, make_sim: Any, batches: list[Tensor], result_of: Any
+) -> None:
+    technique.function(quant_sim=sim, data_loader=batches, progress=False, **technique.quick)
+    other = make_sim()
+    technique.apply(other, batches)
+    assert result_of(sim) == result_of(other)
+
+
+def run_model(model: nn.Module, batch: Any) -> Any:
+    return model(batch)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "name"),
+    [
+        (2, {"quant_sim": None}, "sim"),
+        (2, {"data_loader": []}, "dataloader"),
+        (2, {"inputs": []}, "dataloader"),
+        (1, {"dataloader": [], "data_loader": []}, "dataloader"),
+        (3, {"forward_fn": run_model}, "forward_fn"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_one_argument_twice(
+    technique: Any,
+    sim: Any,
+    batches: list[Tensor],
+    state_of: Any,
+    args: int,
+    kwargs: Any,
+    name: str,
+) -> None:
+    before = state_of(sim)
+    with pytest.raises(TypeError, match=f"'{name}'.*twice|twice.*'{name}'"):
+        technique.function(*(sim, batches, run_model)[:args], **kwargs)
+    assert state_of(sim) == before
+
+
+def test_more_positions_than_aimet_has(technique: Any, sim: Any, batches: list[Tensor]) -> None:
+    many = (run_model, *[1] * len(technique.order))
+    with pytest.raises(TypeError, match="positional arguments in AIMET's order sim, dataloader"):
+        technique.function(sim, batches, *many)
+
+
+def masked(ids: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+
+class Datasets(torch.utils.data.Dataset):
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, row: int) -> Tensor:
+        return self.ids[row]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda batches: [(ids,) for ids in batches],
+        lambda batches: [[ids, torch.ones_like(ids)] for ids in batches],
+        lambda batches: [masked(ids) for ids in batches],
+        lambda batches: (ids for ids in batches),
+        lambda batches: torch.utils.data.DataLoader(Datasets(torch.cat(batches)), batch_size=2),
+    ],
+    ids=["tuples", "lists-with-mask", "hugging-face", "generator", "DataLoader"],
+)
+def test_forms_of_data_give_one_result(
+    technique: Any, make_sim: Any, ids: Any, result_of: Any, form: Callable[..., Any]
+) -> None:
+    batches = [ids(2, 16, 1), ids(2, 16, 2)]
+    reference, other = make_sim(layers=1), make_sim(layers=1)
+    technique.apply(reference, batches)
+    technique.apply(other, form(batches))
+    assert result_of(other) == result_of(reference)
+
+
+def test_batches_of_a_type_of_ones_own(
+    technique: Any, make_sim: Any, ids: Any, result_of: Any
+) -> None:
+    batches = [ids(2, 16, 1), ids(2, 16, 2)]
+    reference, other = make_sim(layers=1), make_sim(layers=1)
+    technique.apply(reference, batches)
+
+    def forward_fn(model: nn.Module, batch: Any) -> Any:
+        return model(torch.tensor(batch["tokens"].split(), dtype=torch.long).view(2, 16))
+
+    texts = [{"tokens": " ".join(map(str, b.flatten().tolist()))} for b in batches]
+    technique.apply(other, texts, forward_fn=forward_fn)
+    assert result_of(other) == result_of(reference)
+
+
+def test_arguments_are_not_changed(technique: Any, sim: Any, ids: Any) -> None:
+    batch = masked(ids())
+    copies = {name: tensor.clone() for name, tensor in batch.items()}
+    dataloader = [batch]
+    technique.apply(sim, dataloader)
+    assert len(dataloader) == 1 and dataloader[0] is batch and list(batch) == list(copies)
+    assert all(torch.equal(batch[name], copies[name]) for name in batch)
+
+
+def padded(ids: Tensor, fill: int, left: bool = False, pad: int = 6) -> dict[str, Tensor]:
+    extra = torch.full((len(ids), pad), fill)
+    real = torch.ones_like(ids)
+    parts = [(ids, real), (extra, torch.zeros_like(extra))]
+    ordered = parts[::-1] if left else parts
+    return {
+        "input_ids": torch.cat([tokens for tokens, _ in ordered], 1),
+        "attention_mask": torch.cat([mask for _, mask in ordered], 1),
+    }
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_what_stands_in_padding_is_not_seen(
+    technique: Any, make_sim: Any, ids: Any, result_of: Any, left: bool
+) -> None:
+    """Contract: tokens with attention mask 0 enter nothing."""
+    one, other = make_sim(), make_sim()
+    for sim, fill in ((one, 7), (other, 101)):
+        technique.apply(sim, [padded(ids(2, 16, seed), fill, left) for seed in (1, 2)])
+    assert result_of(one) == result_of(other)
+
+
+def test_padding_weighs_nothing(technique: Any, make_sim: Any, ids: Any) -> None:
+    plain, filled = make_sim(layers=1), make_sim(layers=1)
+    units = technique.units(technique.apply(plain, [ids(2, 16, 1), ids(2, 16, 2)]))
+    again = technique.units(
+        technique.apply(filled, [padded(ids(2, 16, seed), 9) for seed in (1, 2)])
+    )
+    for (name, nearest, after), (same, nearest_too, after_too) in zip(units, again, strict=True):
+        assert name == same
+        assert nearest_too == pytest.approx(nearest, rel=1e-4)
+        assert after_too == pytest.approx(after, rel=1e-2)
+
+
+class Refused:
+    """A call that must end in one error and leave the sim alone."""
+
+    def __init__(self, technique: Any, sim: Any, state_of: Any) -> None:
+        self.technique, self.sim, self.state_of = technique, sim, state_of
+
+    def __call__(self, error: type[BaseException], text: str, data: Any, **settings: Any) -> Any:
+        before = self.state_of(self.sim)
+        with pytest.raises(error, match=text) as caught:
+            self.technique.apply(self.sim, data, **settings)
+        assert self.state_of(self.sim) == before
+        return caught.value
+
+
+@pytest.fixture
+def refused(technique: Any, sim: Any, state_of: Any) -> Refused:
+    return Refused(technique, sim, state_of)
+
+
+def exhausted() -> Any:
+    generator = (torch.ones(1, 8, dtype=torch.long) for _ in range(2))
+    list(generator)
+    return generator
+
+
+LONG = torch.ones(1, 65, dtype=torch.long)
+BAD_DATA = {
+    "empty": ([], ValueError, "at least one batch.*a generator can be walked through only once"),
+    "exhausted": (exhausted, ValueError, "at least one batch.*generator"),
+    "one batch": (torch.ones(2, 8, dtype=torch.long), TypeError, "single batch into a list"),
+    "none": (None, TypeError, "dataloader must be an iterable of batches, got NoneType"),
+    "text": (["hello"], TypeError, "batch 0 must be a tensor of ids.*got str.*forward_fn"),
+    "no tensor": ([{"input_ids": [[1, 2]]}], TypeError, "batch 0 must hold at least one tensor"),
+    "one row": ([torch.ones(8, dtype=torch.long)], ValueError, r"batch 0.*unsqueeze"),
+    "no token": ([torch.ones(2, 0, dtype=torch.long)], ValueError, "batch 0.*at least one token"),
+    "too long": ([LONG[:, :8], LONG], ValueError, "context of 64 tokens.*batch 1 has 65"),
+    "too short": ([LONG[:, :4]], ValueError, "at least 8 tokens, got 4; calibrate with longer"),
+    "id too big": ([LONG[:, :8] * 999], (RuntimeError, ValueError), "batch 0"),
+    "elsewhere": (
+        [torch.ones(2, 8, dtype=torch.long, device="meta")],
+        ValueError,
+        "batches must be on the model's device",
+    ),
+    "all masked": (
+        [{"input_ids": LONG[:, :8], "attention_mask": 0 * LONG[:, :8]}],
+        ValueError,
+        "batch 0 must hold a token that is not masked",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data(refused: Refused, case: str) -> None:
+    data, error, text = BAD_DATA[case]
+    refused(error, text, data() if callable(data) else data)
+
+
+@pytest.mark.parametrize("value", [0, -3, 2.5, "10", None, True])
+def test_bad_number(refused: Refused, batches: list[Tensor], value: Any) -> None:
+    refused(
+        (TypeError, ValueError),
+        refused.technique.number,
+        batches,
+        **{refused.technique.number: value},
+    )
+
+
+def test_forward_fn_that_raises(refused: Refused, batches: list[Tensor]) -> None:
+    def forward_fn(model: nn.Module, batch: Tensor) -> Any:
+        if len(batch) == 3:
+            raise KeyError("no such column")
+        return model(batch)
+
+    error = refused(
+        RuntimeError, "forward_fn failed on batch 1 with KeyError", batches, forward_fn=forward_fn
+    )
+    assert isinstance(error.__cause__, KeyError)
+
+
+def test_forward_fn_that_runs_something_else(refused: Refused, batches: list[Tensor]) -> None:
+    refused(ValueError, "must run the model it is given", batches, forward_fn=lambda m, b: b)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite(refused: Refused, batches: list[Tensor], value: float) -> None:
+    with torch.no_grad():
+        refused.sim.model.get_submodule(FIRST_LAYER).weight[3, 5] = value
+    refused(ValueError, f"{FIRST_LAYER}.*finite.*NaN or infinity", batches)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("model.model.embed_tokens", "inputs of the first block must be finite, batch 0"),
+        ("model.model.layers.1.input_layernorm", r"layers\.1"),
+    ],
+)
+def test_other_parameters_that_are_not_finite(
+    refused: Refused, batches: list[Tensor], name: str, text: str
+) -> None:
+    with torch.no_grad():
+        refused.sim.model.get_submodule(name).weight.fill_(math.nan)
+    refused(ValueError, text, batches)
+
+
+def test_a_layer_without_weight_quantizer(refused: Refused, batches: list[Tensor]) -> None:
+    layer = refused.sim.model.get_submodule(FIRST_LAYER)
+    layer.param_quantizers["weight"] = None
+    refused(
+        ValueError, f"{FIRST_LAYER}.*weight quantizer and has none.*modules_to_exclude", batches
+    )
+    refused.technique.apply(refused.sim, batches, modules_to_exclude=[FIRST_LAYER])
+
+
+def test_weights_that_are_rounded(refused: Refused, batches: list[Tensor]) -> None:
+    quantizer = adapt(refused.sim).weight_quantizer(FIRST_LAYER)
+    with torch.no_grad():
+        quantizer.weight.copy_(fake_quantize(quantizer.weight, quantizer.grid()))
+    refused(ValueError, f"{FIRST_LAYER}.*rounded to a grid already; load the original", batches)
+
+
+def test_weights_that_another_technique_froze(refused: Refused, batches: list[Tensor]) -> None:
+    adapt(refused.sim).weight_quantizer(FIRST_LAYER).freeze()
+    refused(ValueError, f"{FIRST_LAYER}.*froze its range", batches)
+
+
+def test_once_is_enough(refused: Refused, batches: list[Tensor]) -> None:
+    refused.technique.apply(refused.sim, batches)
+    refused(ValueError, "froze|already applied", batches)
+
+
+def test_the_ledger_refuses_too(refused: Refused, batches: list[Tensor]) -> None:
+    """Unfreezing the quantizers does not make a second run right."""
+    refused.technique.apply(refused.sim, batches)
+    for quantizer in adapt(refused.sim).weight_quantizers().values():
+        quantizer.freeze(False)
+    text = f"{refused.technique.name} was already applied to {FIRST_LAYER}.*a new sim"
+    refused(ValueError, text, batches)
+
+
+def test_names_of_layers_that_do_not_exist(refused: Refused, batches: list[Tensor]) -> None:
+    text = "modules_to_exclude must name layers of the blocks.*not found: lm_head"
+    refused(ValueError, text, batches, modules_to_exclude=["lm_head"])
+
+
+def test_unknown_architecture(technique: Any, batches: list[Tensor]) -> None:
+    aimet_torch = importlib.import_module("aimet_torch")
+    sim = aimet_torch.QuantizationSimModel(
+        nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.ones(2, 8)
+    )
+    with pytest.raises(ValueError, match="TopologyDescription"):
+        technique.apply(sim, batches)
+
+
+def test_something_that_is_no_sim(technique: Any, tiny_llama: Any, batches: list[Tensor]) -> None:
+    with pytest.raises(TypeError, match="must be an aimet_torch.QuantizationSimModel.*create_sim"):
+        technique.apply(tiny_llama, batches)
+
+
+def test_a_block_size_that_does_not_divide(tiny_llama: Any, ids: Any) -> None:
+    spec = QSpec(granularity=aimet_ext.Blockwise(48))
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj.*48"):
+        aimet_ext.create_sim(tiny_llama, ids(), weights=spec, activations=None)
+
+
+def test_settings_that_do_not_exist(refused: Refused, batches: list[Tensor]) -> None:
+    refused(TypeError, "no setting iterations; it has num_iterations", batches, iterations=3)
+
+
+@pytest.mark.parametrize("name", ["output_path", "checkpoint_dir", "cache_dir"])
+def test_places_that_cannot_be_written(
+    refused: Refused, batches: list[Tensor], tmp_path: pathlib.Path, name: str
+) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("not a folder")
+    refused(
+        (OSError, ValueError),
+        name.replace("_", ".") + ".*file",
+        batches,
+        **{name: blocker / "inside"},
+    )
+    assert blocker.read_text() == "not a folder"
+
+
+def test_a_foreign_folder_is_refused_before_any_work(
+    refused: Refused, batches: list[Tensor], tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "thesis.txt").write_text("ten years")
+
+    def forward_fn(model: nn.Module, batch: Tensor) -> Any:
+        raise AssertionError("work began")
+
+    refused(
+        FileExistsError,
+        "holds other files, which are left as they are",
+        batches,
+        output_path=tmp_path,
+        forward_fn=forward_fn,
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

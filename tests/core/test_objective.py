@@ -1,0 +1,93 @@
+"""Output errors from second moments, against sums over tokens."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from search_reference import objective_by_loop
+
+from aimet_ext.core.objective import SecondMoment, row_errors, sqnr_db, squared_error
+
+OUT, IN, TOKENS = 3, 5, 50
+
+
+@pytest.fixture
+def data():
+    """Weights, quantized weights, inputs of the quantized and of the float stream."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    weight = normal(OUT, IN)
+    seen = normal(TOKENS, IN) @ normal(IN, IN)
+    return weight, weight + 0.1 * normal(OUT, IN), seen, seen + 0.2 * normal(TOKENS, IN)
+
+
+def moment_of(seen, original=None) -> SecondMoment:
+    cross = None if original is None else seen.T @ (original - seen) / len(seen)
+    return SecondMoment(seen.T @ seen / len(seen), cross, len(seen))
+
+
+def test_without_upstream_error_it_is_the_mean_squared_output_error(data):
+    """``Σ ‖E x̂‖² = tr(E H Eᵀ)``."""
+    weight, quantized, seen, _ = data
+    moment = moment_of(seen)
+    assert moment.pull(weight) is None
+    rows = row_errors(quantized - weight, moment.second, None)
+    expected = torch.zeros(OUT, dtype=torch.float64)
+    for token in seen:
+        expected += ((quantized - weight) @ token).square() / TOKENS
+    torch.testing.assert_close(rows, expected, rtol=1e-12, atol=0)
+
+
+def test_difference_form_is_exact(data):
+    """``Σ ‖W x − Ŵ x̂‖² = tr(E H Eᵀ) − 2 tr(E C Wᵀ) + Σ ‖W e‖²``, token by token."""
+    weight, quantized, seen, original = data
+    moment = moment_of(seen, original)
+    rows = row_errors(quantized - weight, moment.second, moment.pull(weight))
+    expected = torch.zeros(OUT, dtype=torch.float64)
+    for token, before in zip(seen, original, strict=True):
+        output = (weight @ before - quantized @ token).square()
+        expected += (output - (weight @ (before - token)).square()) / TOKENS
+    torch.testing.assert_close(rows, expected, rtol=1e-11, atol=1e-13)
+
+
+def test_cross_term_counts(data):
+    """Without it the weight that makes up for upstream errors would look worse, not better."""
+    weight, _, seen, original = data
+    moment = moment_of(seen, original)
+    best = weight + moment.pull(weight) @ torch.linalg.inv(moment.second)  # of least squares
+    with_cross = row_errors(best - weight, moment.second, moment.pull(weight))
+    without = row_errors(best - weight, moment.second, None)
+    assert (with_cross < -1e-4).all() and (without > 1e-4).all()
+    gradient = 2 * ((best - weight) @ moment.second - moment.pull(weight))
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-12)
+
+
+def test_row_errors_are_the_loop(data):
+    weight, quantized, seen, original = data
+    moment = moment_of(seen, original)
+    error, pull = quantized - weight, moment.pull(weight)
+    rows = row_errors(error, moment.second, pull)
+    for row in range(OUT):
+        part = slice(row, row + 1)
+        expected = objective_by_loop(error[part], moment.second, pull[part], None)
+        assert float(rows[row]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_sqnr():
+    assert sqnr_db(100.0, 1.0) == pytest.approx(20)
+    assert sqnr_db(1.0, 1.0) == 0
+    assert sqnr_db(1.0, 0.0) == math.inf
+    assert sqnr_db(0.0, 1.0) == -math.inf
+
+
+def test_squared_error_counts_real_tokens_alone():
+    output, target = torch.zeros(2, 3, 4), torch.ones(2, 3, 4)
+    assert squared_error(output, target) == (24.0, 24)
+    target[0, 2] = math.nan  # of padding: it must not get in
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    assert squared_error(output, target, mask) == (12.0, 12)
