@@ -16,8 +16,9 @@ SOURCES      := $(shell find aimet_ext -type f -not -name '*.pyc')
 .PHONY: demo test install lint types tests docs format clean
 .DEFAULT_GOAL := test
 
+# One thread: the model is so small that several would mostly wait for each other.
 demo: $(PACKAGE)
-	$(BIN)/aimet-ext demo --output $(OUTPUT)
+	OMP_NUM_THREADS=1 $(BIN)/aimet-ext demo --output $(OUTPUT)
 
 test: lint types tests docs
 

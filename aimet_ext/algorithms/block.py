@@ -169,8 +169,12 @@ class Block:
         return total / max(count, 1)
 
     def float_weights(self, off: bool = True) -> Any:
-        """Context without the block's parameter quantizers (if ``off``)."""
-        return self.adaptor.disabled_quantizers(self.name, weights=off, activations=False)
+        """Context without the block's parameter quantizers; if not ``off``, its layers keep theirs.
+
+        Those of norm gains are off either way: a transform has made their ranges wrong.
+        """
+        kept = () if off else [f"{self.name}.{layer}" for layer in self.layers]
+        return self.adaptor.disabled_quantizers(self.name, activations=False, keep=kept)
 
     def activations(self) -> Any:
         """Context that turns the block's activation quantizers off, or has them calibrate."""

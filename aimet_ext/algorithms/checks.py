@@ -67,9 +67,14 @@ def layers_to_quantize(
         "must have a weight quantizer that may change, but an earlier technique froze its range, "
         "which rescaling would make wrong; start from a new sim, or list it in modules_to_exclude",
     )
+    parameters = {
+        f"{block.name}.{name}": parameter
+        for block in blocks
+        for name, parameter in adaptor.float_parameters(block.name).items()
+    }
     _refuse(
-        [n for n, q in quantizers.items() if not bool(torch.isfinite(q.weight).all())],
-        "must have a finite weight, it holds NaN or infinity; repair the checkpoint",
+        [name for name, value in parameters.items() if not bool(torch.isfinite(value).all())],
+        "must be finite, it holds NaN or infinity; repair the checkpoint",
     )
     _refuse(
         [name for name, quantizer in quantizers.items() if _is_rounded(quantizer)],

@@ -78,6 +78,7 @@ class OmniQuantRun:
 
     def all_blocks(self, dataloader: Iterable[Any]) -> list[BlockReport]:
         """Work on every block in order."""
+        self.adaptor.model.eval().requires_grad_(False)
         with ExitStack() as stack:
             floats, quantized = self._streams(dataloader)
             stack.callback(floats.close)
@@ -265,6 +266,7 @@ class OmniQuantRun:
             smoothquant = params.let_start == "smoothquant"
             start = search.ranges(search.smoothquant(params.smooth_alpha) if smoothquant else {})
             before = block.score(block.state_params(start))
+            states["search"] = min(states["search"], (before, start), key=lambda state: state[0])
         trained, score = self._train(block, start, number, bar)
         states["training"] = (score, trained)
         if block.pairs and params.search_sweeps:

@@ -13,6 +13,7 @@ from torch import nn
 
 from aimet_ext.export.ledger import Ledger
 from aimet_ext.model.journal import UndoJournal, hash_tensors
+from aimet_ext.model.tensors import writable_folder
 from aimet_ext.sim.base import SimAdaptor
 
 try:
@@ -55,6 +56,8 @@ def undo_on_failure(
     :param cache_dir: folder for the originals of weights; None keeps them in RAM.
     :returns: a function to call with a module's name before the module is changed.
     """
+    if cache_dir is not None:
+        cache_dir = writable_folder(cache_dir, "cache_dir")
     with tempfile.TemporaryDirectory(dir=cache_dir, prefix="undo_") as folder:
         journal = UndoJournal(None if cache_dir is None else folder)
         ledger = adaptor.ledger
@@ -65,6 +68,8 @@ def undo_on_failure(
 
         try:
             with adaptor.preserved_state():
+                adaptor.model.eval()
+                adaptor.model.zero_grad(set_to_none=True)
                 yield keep
         except BaseException:
             adaptor.ledger = ledger

@@ -271,7 +271,7 @@ def demo(
     output: Output = Path("demo_output"),
     num_iterations: Annotated[
         int, typer.Option(min=1, help="Optimizer steps for each block.")
-    ] = 200,
+    ] = 100,
     seed: Seed = 0,
 ) -> None:
     """Try it on the packaged model: no download, a few minutes."""
@@ -279,7 +279,10 @@ def demo(
         from aimet_ext.cli import jobs
 
         result = jobs.demo(output, num_iterations=num_iterations, seed=seed)
-    typer.echo(_table([(name, f"{value:.4f}") for name, value in result.perplexity.items()]))
+    rows = [(name, f"{value:.3f}") for name, value in result.perplexity.items()]
+    share = result.recovered
+    rows.append(("recovered", "–" if share is None else f"{share:.0%} of what rounding lost"))
+    typer.echo("Perplexity on held-out text, 4-bit weights\n" + _table(rows))
     typer.echo(f"\n{output}:")
     typer.echo(_table(result.files))
 

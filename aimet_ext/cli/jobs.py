@@ -35,10 +35,16 @@ class Quantized:
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """What ``demo`` made: perplexities by name, and files with their sizes."""
+    """What ``demo`` made: perplexities by technique, and files with their sizes."""
 
     perplexity: dict[str, float]
     files: list[tuple[str, str]]
+
+    @property
+    def recovered(self) -> float | None:
+        """Share of the perplexity lost to rounding that OmniQuant won back; None if none was."""
+        best, worst = self.perplexity["float"], self.perplexity["nearest"]
+        return (worst - self.perplexity["omniquant"]) / (worst - best) if worst > best else None
 
 
 def quantize(
@@ -97,13 +103,13 @@ def demo(output: Path, *, num_iterations: int, seed: int) -> Demo:
     check_output(output)
     model, tokenizer = load_model(aimet_ext.examples.model_dir())
     documents = aimet_ext.examples.documents
-    batches = _batches(tokenizer, documents("calibration"), 256, 16, batch_size=4)
+    batches = _batches(tokenizer, documents("calibration"), 256, 16, batch_size=2)
     held_out = _batches(tokenizer, documents("evaluation"), 256, 16, batch_size=8)
     perplexity = {"float": aimet_ext.evaluate_perplexity(model, held_out)}
     for technique in ("nearest", "omniquant"):
         sim = aimet_ext.create_sim(model, batches[0], activations=None)
         _apply(sim, batches, technique, num_iterations=num_iterations, seed=seed)
-        perplexity[f"4 bits, {technique}"] = aimet_ext.evaluate_perplexity(sim, held_out)
+        perplexity[technique] = aimet_ext.evaluate_perplexity(sim, held_out)
     aimet_ext.export(sim, output, PREFIX, batches[0][:1])
     return Demo(perplexity, list_files(output))
 

@@ -18,7 +18,7 @@ from aimet_ext.core.affine import (
     scale_offset,
     symmetric_offset,
 )
-from aimet_ext.core.lpbq import integer_scale, lpbq_scale
+from aimet_ext.core.lpbq import channel_scale, integer_scale, lpbq_scale
 
 __all__ = ["GridLayout", "LearnableClipping", "default_shares", "search_ranges"]
 
@@ -240,7 +240,8 @@ def _candidates(
     def by_integer(cell: int, scale: Tensor, offset: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         bits, grouping = layout.scale_bits or 0, layout.block_grouping or ()
         integers = integer_scale(scale, grouping, bits)
-        unit = (lpbq_scale(scale, grouping, bits) / integers)[:, cell]
+        shared = channel_scale(scale, grouping, bits)  # [out, groups]
+        unit = shared[:, cell * shared.shape[1] // scale.shape[1]]
         top = integers == 2**bits
         # AIMET derives the unit from the top integer of the channel: its only carrier stays.
         movable = ~top[:, cell] | (_in_group(top, layout) > 1)[:, cell]

@@ -124,9 +124,17 @@ class SimAdaptor(Protocol):
         """Weight quantizers of the layers named, or of all that have one."""
 
     def disabled_quantizers(
-        self, module: str = "", *, weights: bool = True, activations: bool = True
+        self,
+        module: str = "",
+        *,
+        weights: bool = True,
+        activations: bool = True,
+        keep: Iterable[str] = (),
     ) -> AbstractContextManager[None]:
-        """Context in which a module computes in float; restored at the end whatever happens."""
+        """Context in which a module computes in float; restored at the end whatever happens.
+
+        Weights of the layers in ``keep`` stay quantized.
+        """
 
     def live_activations(self, module: str) -> AbstractContextManager[None]:
         """Context in which inputs and outputs are quantized on the range of the tensor at hand."""

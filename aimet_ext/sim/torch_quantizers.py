@@ -166,6 +166,11 @@ class TorchWeightQuantizer:
             if not self.symmetric:
                 quantizer.offset.copy_(offset)
             return
+        if self.scale_bits is not None:
+            # AIMET's exporter makes a range of the scale and a scale of that again, in float32:
+            # one that comes out as it went in is needed for encodings that are the sim's.
+            scale = scale.float()
+            scale = (scale * self.qmax - scale * self.qmin) / steps
         scale = scale.double()
         low = (scale * (offset.double() + self.qmin)).float()
         high = (low.double() + scale * steps).float()

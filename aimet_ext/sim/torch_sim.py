@@ -93,18 +93,26 @@ class TorchSim:
 
     @contextmanager
     def disabled_quantizers(
-        self, module: str = "", *, weights: bool = True, activations: bool = True
+        self,
+        module: str = "",
+        *,
+        weights: bool = True,
+        activations: bool = True,
+        keep: Iterable[str] = (),
     ) -> Iterator[None]:
         """Context in which a module computes in float; restored at the end whatever happens.
 
         :param module: name, ``""`` for the whole model.
         :param weights: quantizers of parameters, norm gains and biases among them.
         :param activations: quantizers of inputs and outputs.
+        :param keep: names of layers whose weight quantizers stay on.
         """
+        kept = {(f"{name}.param_quantizers", "weight") for name in keep}
         places = [
             (self.model.get_submodule(parent), key, quantizer)
             for (parent, key), quantizer in self._places(module).items()
             if (weights if parent.endswith("param_quantizers") else activations)
+            and (parent, key) not in kept
         ]
         try:
             for container, key, _ in places:

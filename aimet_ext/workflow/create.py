@@ -54,7 +54,7 @@ def create_sim(
     :param activations: bits (asymmetric) or spec of all inputs and outputs. None leaves them and
         the gains of norms float; otherwise gains have 16 bits.
     :param overrides: specs for the layers whose name, in the checkpoint or in the model, fits a
-        pattern like ``"model.layers.0.*"``; of several that fit, the last one counts.
+        pattern like ``"model.layers.0.*"``; of several that fit, the first one counts.
     :param config_file: alias, path or content of AIMET's configuration, which says what tensors
         are quantized at all. None is ``"htp_v79"``: what the NPU of a phone computes.
     :returns: the simulation. ``sim.aimet_ext_settings`` holds these settings as JSON values.

@@ -46,7 +46,7 @@ def plan_weights(
     """Give each linear layer, convolution and embedding of a model its spec.
 
     :param overrides: specs by pattern, matched with names of the model and of its checkpoint; the
-        last one that fits counts.
+        first one that fits counts.
     :raises ValueError: a pattern that fits nothing, a block size that does not divide a layer
         whose spec says ``on_indivisible="error"``, or two specs for one shared weight.
     """
@@ -59,7 +59,7 @@ def plan_weights(
             specs[name] = lm_head
         else:
             specs[name] = embedding if isinstance(layer, nn.Embedding) else weights
-    for pattern, spec in overrides.items():
+    for pattern, spec in reversed(overrides.items()):  # the first pattern has the last word
         fits = [
             name
             for name in layers

@@ -57,7 +57,7 @@ TECHNIQUES = (
         aimet=("aimet_torch.experimental.omniquant", "apply_omniquant"),
         order=("sim", "dataloader", "forward_fn", "num_iterations", "output_path"),
         number="num_iterations",
-        quick={"num_iterations": 2, "search_sweeps": 0},
+        quick={"num_iterations": 2, "search_sweeps": 1},
         changed=("let_lr", 1e-2),
         units=lambda report: [(b.name, b.loss_nearest, b.loss_after) for b in report.blocks],
     ),
@@ -123,7 +123,7 @@ def sim(make_sim: Callable[..., Any]) -> Any:
 def _digest(tensor: Tensor | None) -> str:
     if tensor is None:
         return "none"
-    data = tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from search_reference import objective_by_loop, reader_error_by_loop, search_smoothing_by_loop
@@ -111,7 +113,7 @@ def test_objective_never_rises(name):
     for _ in range(3):
         smooth = search_smoothing(readers, second, smooth, GROUPS["alone"], multipliers)
         costs.append(objective(readers, second, smooth))
-    assert all(after <= before + 1e-12 for before, after in zip(costs, costs[1:], strict=False))
+    assert all(after <= before + 1e-12 for before, after in itertools.pairwise(costs))
     assert costs[1] < costs[0] - 1e-6
 
 

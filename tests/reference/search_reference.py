@@ -16,16 +16,16 @@ def quantized_by_loop(
     weight: Tensor, scale: Tensor, offset: Tensor, qmin: int, qmax: int, shift: float
 ) -> Tensor:
     """Every weight moved to the nearest value of its cell."""
-    result = torch.empty_like(weight)
+    values, scales, offsets = weight.tolist(), scale.tolist(), offset.tolist()
     for row in range(weight.shape[0]):
         for column in range(weight.shape[1]):
             i = row * scale.shape[0] // weight.shape[0]
             j = column * scale.shape[1] // weight.shape[1]
-            step, zero = float(scale[i, j]), float(offset[i, j])
-            code = round(float(weight[row, column]) / step - shift) - zero
+            step, zero = scales[i][j], offsets[i][j]
+            code = round(values[row][column] / step - shift) - zero
             code = min(max(code, qmin), qmax)
-            result[row, column] = (code + zero + shift) * step
-    return result
+            values[row][column] = (code + zero + shift) * step
+    return torch.tensor(values, dtype=weight.dtype)
 
 
 def objective_by_loop(
@@ -33,13 +33,14 @@ def objective_by_loop(
 ) -> float:
     """``Σ_r row_weight[r] · (Σ_ij e_i H_ij e_j − 2 Σ_i e_i pull_i)`` over the rows ``e`` of E."""
     total = 0.0
-    for row in range(error.shape[0]):
+    moments = second.tolist()
+    for row, values in enumerate(error.tolist()):
         cost = 0.0
-        for i in range(error.shape[1]):
-            for j in range(error.shape[1]):
-                cost += float(error[row, i] * second[i, j] * error[row, j])
+        for i, first in enumerate(values):
+            for j, other in enumerate(values):
+                cost += first * moments[i][j] * other
             if pull is not None:
-                cost -= 2 * float(error[row, i] * pull[row, i])
+                cost -= 2 * first * float(pull[row, i])
         total += cost if row_weight is None else cost * float(row_weight[row])
     return total
 

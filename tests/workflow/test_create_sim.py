@@ -103,14 +103,14 @@ def test_every_granularity_is_set(tiny_llama, ids, spec):
     assert sim.model(ids).isfinite().all()
 
 
-def test_overrides_fit_names_of_the_checkpoint_or_of_the_model_and_the_last_counts(tiny_llama, ids):
+def test_overrides_fit_names_of_the_checkpoint_or_of_the_model_and_the_first_counts(tiny_llama, ids):
     sim = create_sim(
         tiny_llama,
         ids,
         activations=8,
         overrides={
-            "model.layers.*.mlp.*": QSpec(bitwidth=8),
             "*.layers.0.mlp.down_proj": QSpec(bitwidth=3),
+            "model.layers.*.mlp.*": QSpec(bitwidth=8),
             "model.model.layers.1.self_attn.q_proj": None,
         },
     )

@@ -1,0 +1,243 @@
+"""What OmniQuant's settings do, and that it helps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import aimet_ext
+from aimet_ext import OmniQuantParams, QSpec
+from aimet_ext.sim.base import adapt
+
+pytest.importorskip("aimet_torch")
+
+QUICK: dict[str, Any] = {"num_iterations": 3, "search_sweeps": 1, "progress": False}
+
+
+@pytest.fixture
+def data(ids: Callable[..., Tensor]) -> list[Tensor]:
+    return [ids(4, 16, 1), ids(3, 24, 2)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quantize_activations": True},
+        {"aug_loss": 1.0},
+        {"autocast": True},
+        {"batch_size": 1},
+        {"batch_size": 99},
+        {"let": False},
+        {"lwc": False},
+        {"let_start": "ones"},
+        {"let_start": "search"},
+        {"search_sweeps": 0},
+        {"search_sweeps": 0, "let_start": "search"},
+        {"search_sweeps": 0, "lwc": False, "let_start": "ones"},
+        {"float_target": False},
+        {"lr_schedule": "linear"},
+        {"lr_schedule": "constant", "evaluations": 99},
+        {"pairs": ("v_o",)},
+        {"pairs": ()},
+        {"smooth_alpha": 1.0},
+        {"device": "cpu"},
+    ],
+    ids=lambda settings: ",".join(f"{k}={v}" for k, v in settings.items()),
+)
+def test_settings_work(make_sim: Any, data: list[Tensor], settings: dict[str, Any]) -> None:
+    """Never worse than plain rounding or than the start; what is switched off stays off."""
+    sim = make_sim(activations=8, layers=1)
+    before = {name: p.detach().clone() for name, p in sim.model.named_parameters()}
+    grids = {n: q.grid().scale for n, q in adapt(sim).weight_quantizers().items()}
+    report = aimet_ext.apply_omniquant(sim, data, **{**QUICK, **settings})
+    (block,) = report.blocks
+    assert math.isfinite(block.loss_after)
+    assert block.loss_after <= block.loss_nearest
+    assert block.loss_after <= block.loss_before * (1 + 1e-5)
+    for name, value in settings.items():
+        if name != "device":
+            expected = list(value) if isinstance(value, tuple) else value
+            assert report.settings[name] == expected
+    if settings.get("let") is False or settings.get("pairs") == ():
+        assert sim.aimet_ext_ledger.entries == []
+        for name, parameter in sim.model.named_parameters():
+            assert "quantizers" in name or torch.equal(parameter, before[name]), name
+    if settings.get("pairs") == ("v_o",):
+        assert {entry.kind for entry in sim.aimet_ext_ledger.entries} <= {"v_o"}
+    if settings.get("lwc") is False:  # ranges hold every weight
+        for name, quantizer in adapt(sim).weight_quantizers(grids).items():
+            weight = quantizer.weight.detach()
+            if weight.dim() > 1 and quantizer.frozen:
+                scale = quantizer.grid().scale
+                assert bool((weight.abs().amax(1, keepdim=True) <= 8.01 * scale).all()), name
+
+
+def test_one_params_object_or_its_fields(make_sim: Any, data: list[Tensor], result_of: Any) -> None:
+    params = OmniQuantParams(num_iterations=3, search_sweeps=1, let_lr=1e-2)
+    one, other = make_sim(layers=1), make_sim(layers=1)
+    aimet_ext.apply_omniquant(one, data, params=params, progress=False)
+    report = aimet_ext.apply_omniquant(
+        other,
+        data,
+        3,
+        params=dataclasses.replace(params, let_lr=5e-3),
+        let_lr=1e-2,
+        progress=False,
+    )
+    assert result_of(one) == result_of(other)
+    assert report.settings == params.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"lwc": False, "let": False}, "lwc or let must be true"),
+        ({"lwc_lr": -1.0}, "lwc_lr"),
+        ({"let_lr": math.nan}, "let_lr"),
+        ({"let_start": "random"}, "let_start"),
+        ({"pairs": ("q_v",)}, "pairs"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"smooth_alpha": 1.5}, "smooth_alpha"),
+    ],
+    ids=str,
+)
+def test_settings_that_are_refused(
+    sim: Any, data: list[Tensor], state_of: Any, settings: dict[str, Any], text: str
+) -> None:
+    before = state_of(sim)
+    with pytest.raises(ValueError, match=text):
+        aimet_ext.apply_omniquant(sim, data, **settings)
+    assert state_of(sim) == before
+
+
+@pytest.mark.parametrize("rate", [1e2, 1e6])
+@pytest.mark.parametrize("search_sweeps", [0, 1])
+def test_divergence_is_rolled_back(
+    make_sim: Any, data: list[Tensor], rate: float, search_sweeps: int
+) -> None:
+    sim = make_sim("qwen2")
+    report = aimet_ext.apply_omniquant(
+        sim,
+        data,
+        8,
+        let_lr=rate,
+        lwc_lr=rate,
+        search_sweeps=search_sweeps,
+        evaluations=8,
+        lr_schedule="constant",
+        progress=False,
+    )
+    for block in report.blocks:
+        assert block.loss_after <= block.loss_nearest
+        assert block.loss_after <= block.loss_before * (1 + 1e-5)
+    assert all(bool(p.isfinite().all()) for p in sim.model.parameters())
+
+
+def test_nan_in_a_step_is_rolled_back(
+    make_sim: Any, data: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third step of each block leaves NaN behind; training goes on from the best state."""
+    steps = []
+    step = torch.optim.Adam.step
+
+    def poisoned(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        steps.append(step(optimizer, *args, **kwargs))
+        if len(steps) == 3:
+            with torch.no_grad():
+                for group in optimizer.param_groups:
+                    for parameter in group["params"]:
+                        parameter.fill_(math.nan)
+        return steps[-1]
+
+    monkeypatch.setattr(torch.optim.Adam, "step", poisoned)
+    sim = make_sim(layers=1)
+    report = aimet_ext.apply_omniquant(sim, data, 8, search_sweeps=0, evaluations=8, progress=False)
+    assert len(steps) > 4
+    assert report.blocks[0].loss_after <= report.blocks[0].loss_before
+    assert all(bool(p.isfinite().all()) for p in sim.model.parameters())
+
+
+def test_training_lowers_the_loss(make_sim: Any, data: list[Tensor]) -> None:
+    """More steps of the gradient alone end lower than few."""
+    losses = []
+    for steps in (1, 40):
+        report = aimet_ext.apply_omniquant(
+            make_sim(layers=1, spec=QSpec(bitwidth=3)),
+            data,
+            steps,
+            search_sweeps=0,
+            progress=False,
+        )
+        losses.append(report.blocks[0].loss_after)
+    assert losses[1] < losses[0]
+
+
+def test_the_seed_decides_the_order_of_batches(
+    make_sim: Any, ids: Callable[..., Tensor], result_of: Any
+) -> None:
+    data = [ids(2, 16, seed) for seed in range(4)]
+    results = []
+    for seed in (0, 0, 1):
+        sim = make_sim(layers=1)
+        aimet_ext.apply_omniquant(
+            sim, data, 6, search_sweeps=0, batch_size=1, seed=seed, let_lr=0.05, progress=False
+        )
+        results.append(result_of(sim))
+    assert results[0] == results[1]
+
+
+def test_excluded_layers_are_left_alone(make_sim: Any, data: list[Tensor]) -> None:
+    sim = make_sim()
+    excluded = "model.model.layers.1.self_attn.v_proj"
+    quantizer = adapt(sim).weight_quantizer(excluded)
+    weight, scale = quantizer.weight.detach().clone(), quantizer.grid().scale
+    report = aimet_ext.apply_omniquant(sim, data, modules_to_exclude=[excluded], **QUICK)
+    assert torch.equal(quantizer.weight, weight)
+    assert torch.equal(quantizer.grid().scale, scale) and not quantizer.frozen
+    assert set(report.refused_pairs) == {"norm_qkv", "v_o"}
+    assert all("v_proj" in reason for reason in report.refused_pairs.values())
+
+
+def test_progress_is_shown_on_request(
+    sim: Any, data: list[Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    aimet_ext.apply_omniquant(sim, data, **{**QUICK, "progress": True})
+    shown = capsys.readouterr().err
+    assert "OmniQuant" in shown and "6/6" in shown and "2/2" in shown
+
+
+@pytest.mark.slow
+def test_perplexity_of_a_trained_model_recovers() -> None:
+    """On text it was not calibrated on, far closer to float than plain rounding is."""
+    transformers = pytest.importorskip("transformers")
+    folder = aimet_ext.examples.model_dir()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+
+    def batches(split: str, count: int) -> list[Tensor]:
+        documents = aimet_ext.examples.documents(split)
+        return aimet_ext.calibration_batches(tokenizer, documents, 128, count, batch_size=4)
+
+    calibration, evaluation = batches("calibration", 4), batches("evaluation", 6)
+    figures = {"float": aimet_ext.evaluate_perplexity(model, evaluation)}
+    for name in ("nearest", "omniquant"):
+        sim = aimet_ext.create_sim(
+            model,
+            calibration[0],
+            weights=QSpec(bitwidth=3),
+            lm_head=None,
+            embedding=None,
+            activations=None,
+        )
+        if name == "omniquant":
+            aimet_ext.apply_omniquant(sim, calibration, 8, search_sweeps=1, progress=False)
+        figures[name] = aimet_ext.evaluate_perplexity(sim, evaluation)
+    lost = math.log(figures["nearest"] / figures["float"])
+    left = math.log(figures["omniquant"] / figures["float"])
+    assert left < 0.7 * lost, figures
