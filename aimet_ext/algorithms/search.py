@@ -342,9 +342,9 @@ def _row_importance(block: Block) -> dict[str, Tensor]:
             for index in range(min(_PROBE_BATCHES, len(block.float_stream))):
                 call = block.float_stream.select(index)
                 traced = call.with_hidden(call.hidden.detach().requires_grad_())
-                result = traced(block.module)
+                result = traced(block.module)[call.mask]  # [tokens, hidden]
                 probe = torch.randn(result.shape, generator=generator).to(result)
-                (result * probe)[call.mask].sum().backward()
+                (result * probe).sum().backward()
                 for layer, output in outputs.items():
                     gradient = output.grad
                     if gradient is not None:

@@ -40,6 +40,9 @@ class _Learner(nn.Module):
             clipping = LearnableClipping.from_scale(
                 block.layout(layer), weight, *start.grids[layer]
             )
+            if not params.lwc:  # a share of exactly 1, which no finite logit has
+                for logit in clipping.parameters():
+                    logit.data.fill_(math.inf)
             self.clippings.append(clipping.requires_grad_(params.lwc))
             self.by_layer[layer] = clipping
 

@@ -59,7 +59,7 @@ def plan_weights(
             specs[name] = lm_head
         else:
             specs[name] = embedding if isinstance(layer, nn.Embedding) else weights
-    for pattern, spec in reversed(overrides.items()):  # the first pattern has the last word
+    for pattern, spec in reversed(list(overrides.items())):  # the first pattern has the last word
         fits = [
             name
             for name in layers

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import aimet_ext
-from aimet_ext import OmniQuantParams, QSpec
+from aimet_ext import OmniQuantParams, PerTensor, QSpec
 from aimet_ext.sim.base import adapt
 
 pytest.importorskip("aimet_torch")
@@ -75,7 +75,7 @@ def test_settings_work(make_sim: Any, data: list[Tensor], settings: dict[str, An
             weight = quantizer.weight.detach()
             if weight.dim() > 1 and quantizer.frozen:
                 scale = quantizer.grid().scale
-                assert bool((weight.abs().amax(1, keepdim=True) <= 8.01 * scale).all()), name
+                assert bool((weight.abs().amax(1, keepdim=True) <= 8.05 * scale).all()), name
 
 
 def test_one_params_object_or_its_fields(make_sim: Any, data: list[Tensor], result_of: Any) -> None:
@@ -164,18 +164,14 @@ def test_nan_in_a_step_is_rolled_back(
 
 
 def test_training_lowers_the_loss(make_sim: Any, data: list[Tensor]) -> None:
-    """More steps of the gradient alone end lower than few."""
-    losses = []
-    for steps in (1, 40):
-        report = aimet_ext.apply_omniquant(
-            make_sim(layers=1, spec=QSpec(bitwidth=3)),
-            data,
-            steps,
-            search_sweeps=0,
-            progress=False,
-        )
-        losses.append(report.blocks[0].loss_after)
-    assert losses[1] < losses[0]
+    """The gradient alone, from scales of 1, ends clearly below where it began."""
+    sim = make_sim(layers=1, spec=QSpec(bitwidth=3, granularity=PerTensor()))
+    report = aimet_ext.apply_omniquant(
+        sim, data, 30, search_sweeps=0, let_start="ones", let_lr=0.03, progress=False
+    )
+    (block,) = report.blocks
+    assert block.kept == "training"
+    assert block.loss_after < 0.95 * block.loss_before
 
 
 def test_the_seed_decides_the_order_of_batches(
@@ -224,7 +220,7 @@ def test_perplexity_of_a_trained_model_recovers() -> None:
         documents = aimet_ext.examples.documents(split)
         return aimet_ext.calibration_batches(tokenizer, documents, 128, count, batch_size=4)
 
-    calibration, evaluation = batches("calibration", 4), batches("evaluation", 6)
+    calibration, evaluation = batches("calibration", 2), batches("evaluation", 4)
     figures = {"float": aimet_ext.evaluate_perplexity(model, evaluation)}
     for name in ("nearest", "omniquant"):
         sim = aimet_ext.create_sim(
@@ -236,8 +232,17 @@ def test_perplexity_of_a_trained_model_recovers() -> None:
             activations=None,
         )
         if name == "omniquant":
-            aimet_ext.apply_omniquant(sim, calibration, 8, search_sweeps=1, progress=False)
+            aimet_ext.apply_omniquant(sim, calibration, 4, search_sweeps=1, progress=False)
         figures[name] = aimet_ext.evaluate_perplexity(sim, evaluation)
     lost = math.log(figures["nearest"] / figures["float"])
     left = math.log(figures["omniquant"] / figures["float"])
     assert left < 0.7 * lost, figures
+
+
+def test_ranges_of_norm_gains_do_not_blur_the_judgement(make_sim: Any, data: list[Tensor]) -> None:
+    """Gains have moved out of the ranges their quantizers had: losses must not see those."""
+    losses = []
+    for activations in (None, 16):
+        report = aimet_ext.apply_omniquant(make_sim(activations=activations), data, **QUICK)
+        losses.append([loss for b in report.blocks for loss in (b.loss_nearest, b.loss_after)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)

@@ -103,7 +103,7 @@ def test_every_granularity_is_set(tiny_llama, ids, spec):
     assert sim.model(ids).isfinite().all()
 
 
-def test_overrides_fit_names_of_the_checkpoint_or_of_the_model_and_the_first_counts(tiny_llama, ids):
+def test_overrides_fit_names_of_checkpoint_or_model_and_the_first_counts(tiny_llama, ids):
     sim = create_sim(
         tiny_llama,
         ids,
