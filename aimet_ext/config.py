@@ -157,7 +157,8 @@ class OmniQuantParams:
     :param quantize_activations: train with the activation quantizers on, their ranges taken from
         each batch.
     :param autocast: train in bfloat16 where operators allow it.
-    :param evaluations: how often a block is scored on all batches while it trains.
+    :param evaluations: how often a block is scored on all batches while it trains, at most once an
+        epoch and at the end in any case.
     :param patience: how often training may diverge, each time it goes on from the best state with
         half the rates.
     :param seed: of the order of batches.

@@ -39,8 +39,10 @@ from aimet_ext.sim.base import Range, SimAdaptor, WeightQuantizer, moved_ranges
 __all__ = ["TECHNIQUE", "OmniQuantRun", "RunOptions"]
 
 TECHNIQUE = "omniquant"
-_LARGEST_CHANGE = 1e-4  # of a float32 block's output by folding, relative to its largest value
-_FLOAT32_EPS = torch.finfo(torch.float32).eps
+# Largest change of a block's output by folding, relative to its largest value: at least this, and
+# so many units in the last place where weights are stored in fewer bits.
+_LARGEST_CHANGE = 1e-4
+_LARGEST_CHANGE_UNITS = 16
 _PROBE_BATCHES = 4  # that tell which encodings a transform made stale
 
 
@@ -90,7 +92,7 @@ class OmniQuantRun:
             )
             reports = []
             for number, topology in enumerate(self.blocks):
-                bar.set_postfix(block=f"{number + 1}/{len(self.blocks)}")
+                bar.set_description(f"OmniQuant, block {number + 1} of {len(self.blocks)}")
                 reports.append(self._block(number, topology, floats, quantized, checkpoints, bar))
             return reports
 
@@ -257,6 +259,7 @@ class OmniQuantRun:
     def _best_state(self, block: Block, number: int, bar: Any) -> tuple[BlockState, Kept, float]:
         """The best state that was found, how it was found, and the score where training began."""
         params = self.options.params
+        bar.set_postfix_str("search")
         search = BlockSearch(block, clip=params.lwc, float_target=params.float_target)
         found = search.run(sweeps=params.search_sweeps)
         states: dict[Kept, tuple[float, BlockState]] = {}
@@ -267,20 +270,22 @@ class OmniQuantRun:
             start = search.ranges(search.smoothquant(params.smooth_alpha) if smoothquant else {})
             before = block.score(block.state_params(start))
             states["search"] = min(states["search"], (before, start), key=lambda state: state[0])
-        trained, score = self._train(block, start, number, bar)
+        trained, score = self._train(block, start, before, number, bar)
         states["training"] = (score, trained)
         if block.pairs and params.search_sweeps:
+            bar.set_postfix_str("search again")
             polished = search.run(trained.smooth, sweeps=params.search_sweeps)
             states["polish"] = (block.score(block.state_params(polished)), polished)
         kept = min(states, key=lambda name: states[name][0])
         return states[kept][1], kept, before
 
     def _train(
-        self, block: Block, start: BlockState, number: int, bar: Any
+        self, block: Block, start: BlockState, start_score: float, number: int, bar: Any
     ) -> tuple[BlockState, float]:
         params = self.options.params
 
         def on_step(loss: float) -> None:
+            bar.set_postfix(loss=f"{loss:.3g}", refresh=False)
             bar.update()
 
         with ExitStack() as stack:
@@ -291,7 +296,13 @@ class OmniQuantRun:
                     block.quantized_stream.advance(block.module, out=outputs)
             seed = params.seed * len(self.blocks) + number
             return train_block(
-                block, start, params, seed=seed, float_outputs=outputs, on_step=on_step
+                block,
+                start,
+                start_score,
+                params,
+                seed=seed,
+                float_outputs=outputs,
+                on_step=on_step,
             )
 
     def _run_some(self, block: Block) -> None:
@@ -308,7 +319,7 @@ class OmniQuantRun:
         with torch.no_grad(), self.adaptor.disabled_quantizers(block.name):
             change = (block.run(call) - reference)[call.mask].abs().max()
         deviation = float(change / reference[call.mask].abs().max().clamp_min(1e-30))
-        bound = _LARGEST_CHANGE * max(1.0, torch.finfo(reference.dtype).eps / _FLOAT32_EPS)
+        bound = max(_LARGEST_CHANGE, _LARGEST_CHANGE_UNITS * torch.finfo(reference.dtype).eps)
         if not deviation <= bound:
             raise TransformRefused(
                 f"{block.name}: folding the learnt scales must leave the float function unchanged, "

@@ -76,28 +76,30 @@ class _Learner(nn.Module):
 def train_block(
     block: Block,
     start: BlockState,
+    start_score: float,
     params: OmniQuantParams,
     *,
     seed: int,
     float_outputs: TensorCache | None = None,
     on_step: Callable[[float], None] = lambda loss: None,
 ) -> tuple[BlockState, float]:
-    """Train from a start; the best state on all batches is returned, which may be the start's.
+    """Train from a start; the best state on all batches is returned, which may be the start.
 
+    :param start_score: of the start, see :meth:`Block.score`.
     :param seed: of the order of batches.
     :param float_outputs: outputs of the float block on the quantized stream, for
         ``params.aug_loss``.
     :param on_step: called with the loss of every step.
-    :returns: the best state and its score, see :meth:`Block.score`.
+    :returns: the best state and its score.
     """
     learner = _Learner(block, start, params)
-    best = learner.state()
-    best_score = first_score = block.score(block.state_params(best))
+    best, best_score = start, start_score
     best_weights = _copy(learner.state_dict())
     rate, failures = 1.0, 0
     optimizer = _optimizer(learner, params)
     order = _batches(block, params.batch_size, seed)
-    interval = max(1, params.num_iterations // params.evaluations)
+    # No more often than once an epoch: a score costs a forward pass over all batches.
+    interval = max(len(block.quantized_stream), params.num_iterations // params.evaluations)
     for step in range(params.num_iterations):
         _set_rates(optimizer, params, rate * _schedule(params, step))
         loss = _step(block, learner, optimizer, next(order), params, float_outputs)
@@ -110,7 +112,7 @@ def train_block(
             if score < best_score:
                 best, best_score = state, score
                 best_weights = _copy(learner.state_dict())
-        diverged = not math.isfinite(loss) or score > _DIVERGED * max(first_score, best_score)
+        diverged = not math.isfinite(loss) or score > _DIVERGED * start_score
         if diverged:
             failures += 1
             if failures > params.patience:

@@ -20,7 +20,7 @@ from aimet_ext.cli.errors import EXIT_CODES_HELP, ErrorsAsCodes
 from aimet_ext.cli.specs import OnIndivisible, on_blocks, width, width_or_none
 
 # Left out of what `inspect` prints for people.
-_TOO_LONG = frozenset({"onnx_names", "settings"})
+_TOO_LONG = frozenset({"onnx_names", "seeds", "settings", "techniques"})
 
 _HELP = """Quantize language models with AIMET and techniques that AIMET lacks.
 
@@ -69,11 +69,12 @@ def _table(rows: list[tuple[str, str]]) -> str:
 def _summary(found: dict[str, Any]) -> str:
     """What ``inspect`` found, for people."""
     files = found.pop("files")
-    rows = [
-        (name, value if isinstance(value, str) else json.dumps(value))
-        for name, value in found.items()
-        if value and name not in _TOO_LONG
-    ]
+    rows = []
+    for name, value in found.items():
+        if isinstance(value, dict) and name not in _TOO_LONG:
+            rows += [(f"{name}: {key}", json.dumps(inner)) for key, inner in value.items()]
+        elif value and name not in _TOO_LONG:
+            rows.append((name, value if isinstance(value, str) else json.dumps(value)))
     rows += [(name, f"{entry['bytes']} bytes") for name, entry in files.items()]
     return _table(rows) + "\nEvery file agrees with its hash."
 
