@@ -344,7 +344,8 @@ def main() -> int:
         print(f"section {key}: {time.perf_counter() - started:.0f} s", flush=True)
         missed += sum(not bar["reached"] for bar in result["bars"])
         if output is not None:
-            _add(output, key, {"machine": machine, "settings": vars(options), **result})
+            settings = {name: value for name, value in vars(options).items() if name != "assets"}
+            _add(output, key, {"machine": machine, "settings": settings, **result})
     return 1 if missed and not arguments.quick else 0
 
 
