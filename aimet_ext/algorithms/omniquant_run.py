@@ -121,7 +121,9 @@ class OmniQuantRun:
         if not embeddings:
             return floats, floats.fork()
         with adaptor.calibrated(embeddings), adaptor.disabled_quantizers(weights=False):
-            return floats, capture()
+            quantized = capture()
+        quantized.share_arguments(floats)
+        return floats, quantized
 
     def _checkpoints(self, floats: BlockStream) -> Checkpoints | None:
         if self.options.checkpoint_dir is None:

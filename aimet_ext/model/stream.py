@@ -218,6 +218,17 @@ class BlockStream:
         twin._loaded_on = self.device
         return twin
 
+    def share_arguments(self, other: BlockStream) -> None:
+        """Use the arguments of another stream, captured from the same batches, beside own states.
+
+        :raises ValueError: the batches differ in number or shape.
+        """
+        mine, theirs = self._arguments.records, other._arguments.records
+        if [record.shape for record in mine] != [record.shape for record in theirs]:
+            raise ValueError("streams of the same batches are required, their shapes differ")
+        self._arguments = other._arguments
+        self._loaded = {}
+
     def new_cache(self, name: str = "outputs") -> TensorCache:
         """An empty cache of the kind this stream uses, for outputs of a block."""
         return TensorCache(self.hidden.cache_dir, name=name)
