@@ -170,7 +170,7 @@ class OmniQuantParams:
     pairs: tuple[PairKindName, ...] = ("norm_qkv", "v_o", "norm_mlp", "up_down")
     let_start: Literal["search", "smoothquant", "ones"] = "smoothquant"
     smooth_alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
-    search_sweeps: Annotated[int, Field(ge=0)] = 6
+    search_sweeps: Annotated[int, Field(ge=0)] = 3
     float_target: bool = True
     lwc_lr: Positive = 1e-2
     let_lr: Positive = 5e-3

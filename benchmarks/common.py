@@ -147,11 +147,21 @@ class Bench:
         """On the scored windows and on all of them."""
         return self._score(self.subject(name).model, self.subject(name))
 
-    def run(self, name: str, spec: QSpec, method: str, *, seed: int = 0, steps: int = 0) -> Run:
+    def run(
+        self,
+        name: str,
+        spec: QSpec,
+        method: str,
+        *,
+        seed: int = 0,
+        steps: int = 0,
+        **changes: Any,
+    ) -> Run:
         """One method, once; the same arguments again cost nothing."""
-        key = (name, spec, method, seed, steps)
+        key = (name, spec, method, seed, steps, *sorted(changes.items()))
         if key not in self._runs:
-            self._runs[key] = self._run(self.subject(name), spec, method, seed, steps)
+            subject = self.subject(name)
+            self._runs[key] = self._run(subject, spec, method, seed, steps, changes)
             done = self._runs[key]
             print(
                 f"  {name} {label(spec)} {method} seed {seed}: perplexity {done.perplexity:.4f}, "
@@ -160,10 +170,10 @@ class Bench:
             )
         return self._runs[key]
 
-    def seeds(self, name: str, spec: QSpec, *, steps: int = 0) -> list[Run]:
+    def seeds(self, name: str, spec: QSpec, *, steps: int = 0, **changes: Any) -> list[Run]:
         """Ours with every seed."""
         seeds = range(self.options.seeds)
-        return [self.run(name, spec, OURS, seed=seed, steps=steps) for seed in seeds]
+        return [self.run(name, spec, OURS, seed=seed, steps=steps, **changes) for seed in seeds]
 
     def compare(self, name: str, spec: QSpec, others: Sequence[str]) -> dict[str, list[Run]]:
         """Ours and AIMET's in turn, so that neither has the quiet hours to itself."""
@@ -185,16 +195,30 @@ class Bench:
                 activations=None,
             )
 
-    def _run(self, subject: Subject, spec: QSpec, method: str, seed: int, steps: int) -> Run:
+    def _run(
+        self,
+        subject: Subject,
+        spec: QSpec,
+        method: str,
+        seed: int,
+        steps: int,
+        changes: dict[str, Any],
+    ) -> Run:
         if (subject.name, spec, method) not in self._warm:  # neither side is timed cold
             self._warm.add((subject.name, spec, method))
-            self._apply(self.sim(subject, spec), subject.calibration[:2], method, 0, 1, 1)
+            self._apply(self.sim(subject, spec), subject.calibration[:2], method, 0, 1, 1, {})
         sim = self.sim(subject, spec)
         before = grids(sim, spec)
         default = self.options.aimet_steps if method == AIMET else self.options.steps
         started = time.perf_counter()
         extra = self._apply(
-            sim, subject.calibration, method, seed, steps or default, self.options.candidates
+            sim,
+            subject.calibration,
+            method,
+            seed,
+            steps or default,
+            self.options.candidates,
+            changes,
         )
         seconds = time.perf_counter() - started
         if metadata := extra.pop("metadata", None):
@@ -213,7 +237,14 @@ class Bench:
         )
 
     def _apply(
-        self, sim: Any, windows: Tensor, method: str, seed: int, steps: int, candidates: int
+        self,
+        sim: Any,
+        windows: Tensor,
+        method: str,
+        seed: int,
+        steps: int,
+        candidates: int,
+        changes: dict[str, Any],
     ) -> dict[str, Any]:
         if method == SIMPLE:
             return {}
@@ -221,7 +252,7 @@ class Bench:
             return apply_seq_mse(sim, windows, candidates)
         if method == AIMET:
             return apply_aimet_omniquant(sim, windows, steps)
-        settings = {"seed": seed, **self.options.changes}
+        settings = {"seed": seed, **self.options.changes, **changes}
         batches = list(windows.split(self.options.batch_size))
         report = aimet_ext.apply_omniquant(sim, batches, steps, progress=False, **settings)
         return {"kept": [block.kept for block in report.blocks], "settings": report.settings}
