@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +20,13 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 ASSETS = ROOT.parent / "shared" / "assets"
 
 
+# copy.deepcopy walks AIMET's graph of a model op by op, each one deeper in the stack.
+RECURSION_LIMIT = 10_000
+
+
 def pytest_configure() -> None:
     """Refuse to test the checkout where the installed package was asked for (``make test``)."""
+    sys.setrecursionlimit(max(RECURSION_LIMIT, sys.getrecursionlimit()))
     location = pathlib.Path(aimet_ext.__file__).resolve().parent
     if os.environ.get("AIMET_EXT_TEST_INSTALLED") and location == ROOT / "aimet_ext":
         raise pytest.UsageError(
