@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["SecondMoment", "row_errors", "sqnr_db"]
+__all__ = ["SecondMoment", "row_errors", "sqnr_db", "squared_error"]
 
 
 @dataclass(frozen=True, eq=False)
