@@ -13,8 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aimet_ext import examples
+    from aimet_ext.algorithms.adaround import apply_adaround
+    from aimet_ext.algorithms.gptq import apply_gptq
+    from aimet_ext.algorithms.layer_report import LayerReport, LayerwiseReport
     from aimet_ext.algorithms.omniquant import OmniQuantReport, apply_omniquant
-    from aimet_ext.config import LPBQ, Blockwise, OmniQuantParams, PerChannel, PerTensor, QSpec
+    from aimet_ext.algorithms.seq_mse import apply_seq_mse
+    from aimet_ext.config import (
+        LPBQ,
+        AdaRoundParams,
+        Blockwise,
+        GPTQParams,
+        OmniQuantParams,
+        PerChannel,
+        PerTensor,
+        QSpec,
+        SeqMSEParams,
+    )
     from aimet_ext.errors import CorruptFileError, MissingExtraError, TransformRefused
     from aimet_ext.export.ledger import Ledger
     from aimet_ext.export.scales import load_scales
@@ -24,15 +38,22 @@ if TYPE_CHECKING:
     from aimet_ext.workflow.create import create_sim
     from aimet_ext.workflow.evaluate import evaluate_perplexity
     from aimet_ext.workflow.export import export
+    from aimet_ext.workflow.grids import GridReport, set_blockwise, set_lpbq
     from aimet_ext.workflow.load import load
+    from aimet_ext.workflow.lpbq import apply_lpbq
 
 __version__ = "0.1.0"
 
 # The same pairs as above, for the import on first use; a test compares them.
 _HOMES = {
+    "AdaRoundParams": "aimet_ext.config",
     "Blockwise": "aimet_ext.config",
     "CorruptFileError": "aimet_ext.errors",
+    "GPTQParams": "aimet_ext.config",
+    "GridReport": "aimet_ext.workflow.grids",
     "LPBQ": "aimet_ext.config",
+    "LayerReport": "aimet_ext.algorithms.layer_report",
+    "LayerwiseReport": "aimet_ext.algorithms.layer_report",
     "Ledger": "aimet_ext.export.ledger",
     "MissingExtraError": "aimet_ext.errors",
     "OmniQuantParams": "aimet_ext.config",
@@ -40,9 +61,14 @@ _HOMES = {
     "PerChannel": "aimet_ext.config",
     "PerTensor": "aimet_ext.config",
     "QSpec": "aimet_ext.config",
+    "SeqMSEParams": "aimet_ext.config",
     "TopologyDescription": "aimet_ext.model.topology",
     "TransformRefused": "aimet_ext.errors",
+    "apply_adaround": "aimet_ext.algorithms.adaround",
+    "apply_gptq": "aimet_ext.algorithms.gptq",
+    "apply_lpbq": "aimet_ext.workflow.lpbq",
     "apply_omniquant": "aimet_ext.algorithms.omniquant",
+    "apply_seq_mse": "aimet_ext.algorithms.seq_mse",
     "calibration_batches": "aimet_ext.model.text",
     "create_sim": "aimet_ext.workflow.create",
     "evaluate_perplexity": "aimet_ext.workflow.evaluate",
@@ -51,15 +77,22 @@ _HOMES = {
     "load": "aimet_ext.workflow.load",
     "load_scales": "aimet_ext.export.scales",
     "prepare_model": "aimet_ext.model.huggingface",
+    "set_blockwise": "aimet_ext.workflow.grids",
+    "set_lpbq": "aimet_ext.workflow.grids",
 }
 
 # Which extra installs an optional package.
 _EXTRAS = {"aimet_torch": "torch", "transformers": "torch", "onnx": "onnx", "aimet_onnx": "onnx"}
 
 __all__ = [
+    "AdaRoundParams",
     "Blockwise",
     "CorruptFileError",
+    "GPTQParams",
+    "GridReport",
     "LPBQ",
+    "LayerReport",
+    "LayerwiseReport",
     "Ledger",
     "MissingExtraError",
     "OmniQuantParams",
@@ -67,10 +100,15 @@ __all__ = [
     "PerChannel",
     "PerTensor",
     "QSpec",
+    "SeqMSEParams",
     "TopologyDescription",
     "TransformRefused",
     "__version__",
+    "apply_adaround",
+    "apply_gptq",
+    "apply_lpbq",
     "apply_omniquant",
+    "apply_seq_mse",
     "calibration_batches",
     "create_sim",
     "evaluate_perplexity",
@@ -79,6 +117,8 @@ __all__ = [
     "load",
     "load_scales",
     "prepare_model",
+    "set_blockwise",
+    "set_lpbq",
 ]
 
 

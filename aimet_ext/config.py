@@ -15,12 +15,17 @@ from pydantic.dataclasses import dataclass
 
 __all__ = [
     "LPBQ",
+    "AdaRoundParams",
     "Blockwise",
+    "GPTQParams",
     "Granularity",
+    "InputSymmetry",
+    "LayerwiseParams",
     "OmniQuantParams",
     "PerChannel",
     "PerTensor",
     "QSpec",
+    "SeqMSEParams",
 ]
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -192,3 +197,96 @@ class OmniQuantParams:
     def to_dict(self) -> dict:
         """The settings as plain JSON values."""
         return TypeAdapter(OmniQuantParams).dump_python(self, mode="json")
+
+
+InputSymmetry = Literal["symqt", "symfp", "asym"]
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class LayerwiseParams:
+    """Settings that all techniques share which work layer by layer on second moments.
+
+    :param inp_symmetry: which inputs a layer's output error is taken on, in AIMET's words.
+        ``"symqt"``: those of the quantized model so far, for the float weight and the quantized
+        one; ``"symfp"``: those of the float model for both; ``"asym"``: the quantized weight on
+        the quantized model's, against the float weight on the float model's, so that a layer
+        makes up for errors before it.
+    :param asym_strength: with ``"asym"``, how much of those errors a layer is asked to make up
+        for. 1 is AIMET's target; less is more robust, for what is made up for is in part noise.
+    :param max_bitwidth: layers of more bits are left to plain rounding.
+    """
+
+    inp_symmetry: InputSymmetry = "symqt"
+    asym_strength: Annotated[float, Field(gt=0, le=1)] = 0.5
+    max_bitwidth: Annotated[int, Field(ge=2, le=8)] = 8
+
+    def to_dict(self) -> dict:
+        """The settings as plain JSON values."""
+        return TypeAdapter(type(self)).dump_python(self, mode="json")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class SeqMSEParams(LayerwiseParams):
+    """Settings of :func:`aimet_ext.apply_seq_mse`.
+
+    :param num_candidates: shares of the full range that are tried, evenly spaced down from it.
+    :param mode: ``"best"`` judges every cell on the full second moment and tries finer and
+        one-sided ranges too; ``"compatible"`` takes what AIMET's search takes.
+    :param sweeps: over the cells of a layer, at most; of mode ``"best"``.
+    """
+
+    num_candidates: Annotated[int, Field(ge=1)] = 20
+    mode: Literal["best", "compatible"] = "best"
+    sweeps: Annotated[int, Field(ge=2)] = 3
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class GPTQParams(LayerwiseParams):
+    """Settings of :func:`aimet_ext.apply_gptq`.
+
+    :param damping: added to the diagonal of the second moment, as a share of its mean.
+    :param act_order: round the columns with the largest inputs first.
+    :param beams: partial roundings of each row that are kept on the way; 1 is GPTQ itself, more
+        find lower errors, in proportionally more time.
+    :param scale_candidates: multiples of each row's range that are tried, each with its own
+        rounding, where no earlier technique froze the range; 0 keeps the ranges of plain rounding.
+    :param refine_sweeps: sweeps of coordinate descent on the full objective afterwards, at most;
+        0 for GPTQ alone.
+    """
+
+    inp_symmetry: InputSymmetry = "asym"
+    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+    act_order: bool = False
+    beams: Annotated[int, Field(ge=1)] = 1
+    scale_candidates: Annotated[int, Field(ge=0)] = 12
+    refine_sweeps: Annotated[int, Field(ge=0)] = 8
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class AdaRoundParams(LayerwiseParams):
+    """Settings of :func:`aimet_ext.apply_adaround`.
+
+    :param num_iterations: steps for each layer, at most.
+    :param momentum: share of a step that goes on in the next; None for what was measured to be
+        best, with and without samples.
+    :param learning_rate: length of a step, 1 for the inverse of the largest curvature.
+    :param batch_size: samples of a step, for layers that a ReLU follows; all others take the
+        gradient over all tokens at once.
+    :param samples: inputs that are kept for a layer that a ReLU follows.
+    :param activation_aware: judge a layer that a ReLU follows behind the ReLU.
+    :param search_ranges: choose ranges as SeqMSE does first, where no earlier technique froze
+        them; if false they are those of plain rounding.
+    :param refine_sweeps: sweeps of coordinate descent on the full objective afterwards, at most.
+    :param seed: of the samples and their order.
+    """
+
+    inp_symmetry: InputSymmetry = "asym"
+    num_iterations: Annotated[int, Field(ge=1)] = 500
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    learning_rate: Positive = 1.0
+    batch_size: Annotated[int, Field(ge=1)] = 2048
+    samples: Annotated[int, Field(ge=1)] = 16384
+    activation_aware: bool = True
+    search_ranges: bool = True
+    refine_sweeps: Annotated[int, Field(ge=0)] = 8
+    seed: int = 0

@@ -11,12 +11,13 @@ import contextlib
 import copy
 import functools
 import io
+import logging
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Options:
     candidates: int = 20
     batch_size: int = 4
     quick: bool = False
-    changes: dict[str, Any] = field(default_factory=dict)  # fields of OmniQuantParams
+    changes: dict[str, Any] = field(default_factory=dict)  # settings of ours
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Subject:
     calibration: Tensor
     scored: Tensor
     everything: Tensor
+    overrides: Mapping[str, QSpec | None] = field(default_factory=dict)  # as create_sim takes them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +111,8 @@ def quiet_warnings() -> Iterator[None]:
 def quiet() -> Iterator[None]:
     """Without the other side's progress bars, log lines and warnings."""
     with quiet_warnings(), contextlib.ExitStack() as stack:
+        stack.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.WARNING)
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         yield
@@ -124,7 +128,10 @@ class Bench:
 
     @functools.cache  # noqa: B019 - one object for the whole process
     def subject(self, name: str) -> Subject:
-        """``"stories260K"``, its multi-head ``"twin"``, or the model in the ``"box"``."""
+        """``"stories260K"``, its multi-head ``"twin"``, or the model in the ``"box"``.
+
+        ``"stories260K 0-1"`` is the first with all blocks but the first two left float.
+        """
         if name == "box":
             model, tokenizer = load(examples.model_dir())
             texts = [examples.documents(split) for split in ("calibration", "evaluation")]
@@ -140,7 +147,10 @@ class Bench:
         )
         if self.options.quick:
             calibration, everything = calibration[:8], everything[:12]
-        return Subject(name, model, calibration[:CALIBRATION], everything[:SCORED], everything)
+        rest = {"model.layers.[!01].*": None} if name.endswith(" 0-1") else {}
+        return Subject(
+            name, model, calibration[:CALIBRATION], everything[:SCORED], everything, rest
+        )
 
     @functools.cache  # noqa: B019
     def float_perplexity(self, name: str) -> tuple[float, float]:
@@ -193,7 +203,12 @@ class Bench:
                 lm_head=None,
                 embedding=None,
                 activations=None,
+                overrides=subject.overrides,
             )
+
+    def default_steps(self, method: str) -> int:
+        """What the command line says."""
+        return self.options.aimet_steps if method == AIMET else self.options.steps
 
     def _run(
         self,
@@ -204,19 +219,20 @@ class Bench:
         steps: int,
         changes: dict[str, Any],
     ) -> Run:
-        if (subject.name, spec, method) not in self._warm:  # neither side is timed cold
+        cold = (subject.name, spec, method) not in self._warm
+        if cold and not self.options.quick:  # neither side is timed cold
             self._warm.add((subject.name, spec, method))
-            self._apply(self.sim(subject, spec), subject.calibration[:2], method, 0, 1, 1, {})
+            small = replace(subject, calibration=subject.calibration[:2])
+            self._apply(self.sim(subject, spec), small, method, 0, 1, 1, {})
         sim = self.sim(subject, spec)
         before = grids(sim, spec)
-        default = self.options.aimet_steps if method == AIMET else self.options.steps
         started = time.perf_counter()
         extra = self._apply(
             sim,
-            subject.calibration,
+            subject,
             method,
             seed,
-            steps or default,
+            steps or self.default_steps(method),
             self.options.candidates,
             changes,
         )
@@ -239,7 +255,7 @@ class Bench:
     def _apply(
         self,
         sim: Any,
-        windows: Tensor,
+        subject: Subject,
         method: str,
         seed: int,
         steps: int,
@@ -249,11 +265,11 @@ class Bench:
         if method == SIMPLE:
             return {}
         if method == SEQ_MSE:
-            return apply_seq_mse(sim, windows, candidates)
+            return apply_seq_mse(sim, subject.calibration.split(4), candidates)
         if method == AIMET:
-            return apply_aimet_omniquant(sim, windows, steps)
+            return apply_aimet_omniquant(sim, subject.calibration, steps)
         settings = {"seed": seed, **self.options.changes, **changes}
-        batches = list(windows.split(self.options.batch_size))
+        batches = list(subject.calibration.split(self.options.batch_size))
         report = aimet_ext.apply_omniquant(sim, batches, steps, progress=False, **settings)
         return {"kept": [block.kept for block in report.blocks], "settings": report.settings}
 
@@ -281,14 +297,12 @@ class Bench:
             return float((plain(ids) - before).abs().max() / before.abs().max())
 
 
-def apply_seq_mse(sim: Any, windows: Tensor, candidates: int) -> dict[str, Any]:
+def apply_seq_mse(sim: Any, batches: Iterable[Any], candidates: int) -> dict[str, Any]:
     """AIMET's sequential MSE search of ranges."""
     from aimet_torch import seq_mse
 
     with quiet():
-        seq_mse.apply_seq_mse(
-            sim, list(windows.split(4)), num_candidates=candidates, forward_fn=call
-        )
+        seq_mse.apply_seq_mse(sim, list(batches), num_candidates=candidates, forward_fn=call)
     return {}
 
 
@@ -335,24 +349,3 @@ def label(spec: QSpec) -> str:
 def mean(values: Sequence[float]) -> float:
     """Arithmetic mean."""
     return statistics.fmean(values)
-
-
-def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Rows under a head, numbers with four digits behind the point."""
-    cells = [list(head), *[[_cell(value) for value in row] for row in rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    print(f"\n{title}")
-    for number, row in enumerate(cells):
-        line = [row[0].ljust(widths[0])]
-        line += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        print("  ".join(line))
-        if number == 0:
-            print("  ".join("-" * width for width in widths))
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.2e}" if value and abs(value) < 1e-3 else f"{value:.4f}"
-    return "" if value is None else str(value)

@@ -21,13 +21,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +38,23 @@ from common import (
     Run,
     label,
     mean,
-    print_table,
     quiet_warnings,
 )
 from families import FAMILIES, change_by_folding, random_model
+from report import (
+    ASSETS,
+    HERE,
+    add_section,
+    bar,
+    in_own_process,
+    machine,
+    named,
+    pairs,
+    print_table,
+)
 
-import aimet_ext
 from aimet_ext import LPBQ, Blockwise, QSpec
 
-HERE = Path(__file__).resolve().parent
-ASSETS = HERE.parent.parent / "shared" / "assets"
 W4, W3 = QSpec(bitwidth=4), QSpec(bitwidth=3)
 FAST = ((10, 2), (25, 2))  # steps and sweeps
 GRIDS = (
@@ -80,7 +83,7 @@ def float_function(bench: Bench) -> dict[str, Any]:
     head = ("family", "heads", "biases", "float64", "float32")
     print_table("a. Change of the float function by random scales in [1/4, 4]", head, rows)
     reached = all(worst[dtype] <= bound for dtype, bound in BOUNDS.items())
-    return {"rows": _named(head, rows[:-1]), "bars": [_bar("float function unchanged", reached)]}
+    return {"rows": named(head, rows[:-1]), "bars": [bar("float function unchanged", reached)]}
 
 
 def recovered(bench: Bench) -> dict[str, Any]:
@@ -88,7 +91,7 @@ def recovered(bench: Bench) -> dict[str, Any]:
     runs = bench.compare("stories260K", W4, (SIMPLE, SEQ_MSE, AIMET))
     result = _table(bench, "b. stories260K, W4 per-channel, block linears", "stories260K", runs)
     share = _share(bench, "stories260K", runs[OURS], runs[SIMPLE])
-    result["bars"] = [_bar(f"recovered {share:.1%}, at least 45 %", share >= 0.45)]
+    result["bars"] = [bar(f"recovered {share:.1%}, at least 45 %", share >= 0.45)]
     return result
 
 
@@ -104,8 +107,8 @@ def twin(bench: Bench) -> dict[str, Any]:
     better = _perplexity(runs[OURS]) < _perplexity(runs[AIMET])
     result["logits_differ"] = same
     result["bars"] = [
-        _bar("the twin computes the same", same < 1e-5),
-        _bar("below AIMET's OmniQuant", better),
+        bar("the twin computes the same", same < 1e-5),
+        bar("below AIMET's OmniQuant", better),
     ]
     return result
 
@@ -126,8 +129,8 @@ def fast(bench: Bench) -> dict[str, Any]:
     rows[-1].append(1.0)
     head = ("method", "steps", "perplexity", "seconds", "of AIMET OmniQuant's time")
     print_table("d. Within a fifth of the time, stories260K, W4 per-channel", head, rows)
-    bar = _bar("a row of ours within a fifth of the time and below AIMET's SeqMSE", reached)
-    return {"rows": _named(head, rows), "bars": [bar]}
+    reached_bar = bar("a row of ours within a fifth of the time and below AIMET's SeqMSE", reached)
+    return {"rows": named(head, rows), "bars": [reached_bar]}
 
 
 def other_grids(bench: Bench) -> dict[str, Any]:
@@ -142,9 +145,9 @@ def other_grids(bench: Bench) -> dict[str, Any]:
         print(f"{mine['on_grid']} of {mine['linears']} linears have the grid")
         kept = all(run.extra["grid_kept"] for run in runs[OURS])
         result["bars"] += [
-            _bar(f"{label(spec)}: below AIMET's SeqMSE", _perplexity(runs[OURS]) < other),
-            _bar(f"{label(spec)}: every linear has it", mine["on_grid"] == mine["linears"]),
-            _bar(f"{label(spec)}: the grid is what it was", kept),
+            bar(f"{label(spec)}: below AIMET's SeqMSE", _perplexity(runs[OURS]) < other),
+            bar(f"{label(spec)}: every linear has it", mine["on_grid"] == mine["linears"]),
+            bar(f"{label(spec)}: the grid is what it was", kept),
         ]
     return result
 
@@ -154,26 +157,11 @@ def memory(bench: Bench) -> dict[str, Any]:
     sizes, arguments = (2, 4, 8), []
     if bench.options.quick:
         sizes, arguments = (1, 2), ["--windows", "8", "--steps", "1"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(aimet_ext.__file__).parents[1]), *sys.path]),
-        # glibc's own start values, held: freed pieces above them go back and pass for none in use.
-        "MALLOC_ARENA_MAX": "1",
-        "MALLOC_TRIM_THRESHOLD_": str(2**17),
-        "MALLOC_MMAP_THRESHOLD_": str(2**17),
-    }
     rows, first = [], 0
     head = ("blocks", "cache", "model MiB", "before MiB", "over MiB", "growth", "hidden MiB", "s")
     for blocks, cache in [*((size, True) for size in sizes), (sizes[-1], False)]:
-        command = [sys.executable, str(HERE / "memory.py"), str(blocks), *arguments]
-        done = subprocess.run(
-            command + ([] if cache else ["--no-cache"]),
-            env=environment,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        got = json.loads(done.stdout.splitlines()[-1])
+        ram = [] if cache else ["--no-cache"]
+        got = in_own_process("memory.py", str(blocks), *arguments, *ram)
         first = first or got["over_bytes"]
         growth = got["over_bytes"] / first - 1
         sizes_mib = [
@@ -193,8 +181,8 @@ def memory(bench: Bench) -> dict[str, Any]:
     print_table("f. Peak memory over the simulation", head, rows)
     growths = [float(row[5].rstrip("%")) for row in rows if row[1] == "disk"]
     return {
-        "rows": _named(head, rows),
-        "bars": [_bar(f"grows by {max(growths):.1f} %, at most 5 %", max(growths) <= 5)],
+        "rows": named(head, rows),
+        "bars": [bar(f"grows by {max(growths):.1f} %, at most 5 %", max(growths) <= 5)],
     }
 
 
@@ -207,7 +195,7 @@ def box(bench: Bench) -> dict[str, Any]:
         result["rows"] += [{"grid": label(spec), **row} for row in table["rows"]]
         for method in (SEQ_MSE, AIMET):
             better = _perplexity(runs[OURS]) < _perplexity(runs[method])
-            result["bars"].append(_bar(f"{label(spec)}: below {method}", better))
+            result["bars"].append(bar(f"{label(spec)}: below {method}", better))
     return result
 
 
@@ -260,7 +248,7 @@ def _table(bench: Bench, title: str, name: str, runs: dict[str, list[Run]]) -> d
             each = ", ".join(f"{run.perplexity:.4f} ({run.seconds:.0f} s)" for run in group)
             print(f"{group[0].method}, seed by seed: {each}")
     raw = [{**vars(run)} for group in runs.values() for run in group]
-    return {"rows": _named(head, rows), "runs": raw}
+    return {"rows": named(head, rows), "runs": raw}
 
 
 def _share(bench: Bench, name: str, runs: list[Run], plain: list[Run]) -> float:
@@ -270,28 +258,6 @@ def _share(bench: Bench, name: str, runs: list[Run], plain: list[Run]) -> float:
 
 def _perplexity(runs: list[Run]) -> float:
     return mean([run.perplexity for run in runs])
-
-
-def _named(head: tuple[str, ...], rows: list[list[Any]]) -> list[dict[str, Any]]:
-    return [dict(zip(head, row, strict=True)) for row in rows]
-
-
-def _bar(text: str, reached: bool) -> dict[str, Any]:
-    print(f"{'reached' if reached else 'MISSED'}: {text}")
-    return {"bar": text, "reached": bool(reached)}
-
-
-def _machine() -> dict[str, Any]:
-    packages = ("torch", "aimet-torch", "transformers")
-    return {
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in packages},
-        "aimet_ext": aimet_ext.__version__,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 def _arguments() -> argparse.Namespace:
@@ -325,11 +291,11 @@ def main() -> int:
         "steps": arguments.steps,
         "aimet_steps": arguments.aimet_steps,
         "batch_size": arguments.batch_size,
-        "changes": {key: json.loads(value) for key, value in _pairs(arguments.set)},
+        "changes": {key: json.loads(value) for key, value in pairs(arguments.set)},
     }
     options = Options(assets=arguments.assets, quick=arguments.quick, **{**given, **quick})
-    bench, machine = Bench(options), _machine()
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    bench, made_on = Bench(options), machine()
+    print(", ".join(f"{name} {value}" for name, value in made_on.items()))
     output = arguments.output
     if output is None and not arguments.quick:
         output = HERE / "results" / "omniquant.json"
@@ -342,23 +308,11 @@ def main() -> int:
         with quiet_warnings():
             result = SECTIONS[key](bench)
         print(f"section {key}: {time.perf_counter() - started:.0f} s", flush=True)
-        missed += sum(not bar["reached"] for bar in result["bars"])
+        missed += sum(not each["reached"] for each in result["bars"])
         if output is not None:
             settings = {name: value for name, value in vars(options).items() if name != "assets"}
-            _add(output, key, {"machine": machine, "settings": settings, **result})
+            add_section(output, key, {"machine": made_on, "settings": settings, **result})
     return 1 if missed and not arguments.quick else 0
-
-
-def _pairs(texts: list[str]) -> list[tuple[str, str]]:
-    return [(text.partition("=")[0], text.partition("=")[2]) for text in texts]
-
-
-def _add(output: Path, key: str, result: dict[str, Any]) -> None:
-    """Put a section into the output file, beside those that are there."""
-    known = json.loads(output.read_text()) if output.exists() else {}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(dict(sorted({**known, key: result}.items())), indent=1, default=str)
-    output.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from aimet_ext.core.affine import fake_quantize, to_blocks
 from aimet_ext.model.topology import BlockTopology
 from aimet_ext.sim.base import SimAdaptor, WeightQuantizer
 
-__all__ = ["layers_to_quantize", "resolve_params"]
+__all__ = ["is_rounded", "layers_to_quantize", "refuse", "resolve_params"]
 
 
 def resolve_params(
@@ -57,12 +57,12 @@ def layers_to_quantize(
             f"not found: {', '.join(unknown)}"
         )
     found = {name: adaptor.weight_quantizer(name) for name in names if name not in set(exclude)}
-    _refuse(
+    refuse(
         [name for name, quantizer in found.items() if quantizer is None],
         "must have a weight quantizer and has none; give it one, or list it in modules_to_exclude",
     )
     quantizers = {name: quantizer for name, quantizer in found.items() if quantizer is not None}
-    _refuse(
+    refuse(
         [name for name, quantizer in quantizers.items() if quantizer.frozen],
         "must have a weight quantizer that may change, but an earlier technique froze its range, "
         "which rescaling would make wrong; start from a new sim, or list it in modules_to_exclude",
@@ -72,12 +72,12 @@ def layers_to_quantize(
         for block in blocks
         for name, parameter in adaptor.float_parameters(block.name).items()
     }
-    _refuse(
+    refuse(
         [name for name, value in parameters.items() if not bool(torch.isfinite(value).all())],
         "must be finite, it holds NaN or infinity; repair the checkpoint",
     )
-    _refuse(
-        [name for name, quantizer in quantizers.items() if _is_rounded(quantizer)],
+    refuse(
+        [name for name, quantizer in quantizers.items() if is_rounded(quantizer)],
         "must have a float weight, but it is rounded to a grid already; load the original weights",
     )
     if not quantizers:
@@ -85,14 +85,18 @@ def layers_to_quantize(
     return quantizers
 
 
-def _refuse(names: Sequence[str], problem: str) -> None:
+def refuse(names: Sequence[str], problem: str) -> None:
+    """Raise an error that names some layers and what is wrong with each, if there are any.
+
+    :raises ValueError: there are.
+    """
     if names:
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         raise ValueError(f"{shown}: each {problem}")
 
 
 @torch.no_grad()
-def _is_rounded(quantizer: WeightQuantizer) -> bool:
+def is_rounded(quantizer: WeightQuantizer) -> bool:
     """Whether a weight holds no more different values than its grid has, in each cell tried."""
     weight = quantizer.weight.detach()
     if quantizer.initialized:

@@ -49,11 +49,12 @@ def weights_hash(adaptor: SimAdaptor) -> str:
 
 @contextmanager
 def undo_on_failure(
-    adaptor: SimAdaptor, cache_dir: str | Path | None
+    adaptor: SimAdaptor, cache_dir: str | Path | None, *, weights: bool = True
 ) -> Iterator[Callable[[str], None]]:
     """Context that leaves the simulation as it was if its body raises or is interrupted.
 
     :param cache_dir: folder for the originals of weights; None keeps them in RAM.
+    :param weights: whether weights are going to change, or quantizers alone.
     :returns: a function to call with a module's name before the module is changed.
     """
     if cache_dir is not None:
@@ -64,7 +65,7 @@ def undo_on_failure(
 
         def keep(module: str) -> None:
             if module not in journal:
-                journal.save(module, *adaptor.snapshot(module))
+                journal.save(module, *adaptor.snapshot(module, weights=weights))
 
         try:
             with adaptor.preserved_state():

@@ -19,6 +19,7 @@ from aimet_ext.core.affine import (
     symmetric_offset,
 )
 from aimet_ext.core.lpbq import channel_scale, integer_scale, lpbq_scale
+from aimet_ext.core.objective import moment_product
 
 __all__ = ["GridLayout", "LearnableClipping", "default_shares", "search_ranges"]
 
@@ -127,6 +128,7 @@ def search_ranges(
     row_weight: Tensor | None = None,
     shares: Tensor | None = None,
     start: tuple[Tensor, Tensor] | None = None,
+    steps: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scale and offset of every cell by coordinate descent on ``E H Eᵀ − 2 E · pull``.
 
@@ -136,12 +138,15 @@ def search_ranges(
     cell that carries the top integer of its channel keeps it, as AIMET derives the scale from it.
 
     :param weight: ``[out, in]``.
-    :param second: ``H [in, in]`` of the inputs of ``weight`` before smoothing.
+    :param second: ``H [in, in]`` of the inputs of ``weight`` before smoothing, or
+        ``[groups, in, in]``.
     :param pull: ``[out, in]`` or None, see :class:`~aimet_ext.core.objective.SecondMoment`.
     :param smooth: multiplier of every input column that the quantizer sees, ``[in]``; None for 1.
     :param row_weight: what an output row counts where rows share a cell, ``[out]``.
     :param shares: candidate shares of the full range, ``[candidates]``.
     :param start: scale and offset to improve; None to start at the full range.
+    :param steps: shares of the full range by which either end of the current range is moved as
+        well, ``[steps]``; None for none. LPBQ has its integers instead.
     :returns: ``(scale, offset)`` of the grid's shape; the scale is the raw one for LPBQ.
     """
     smooth = weight.new_ones(weight.shape[1]) if smooth is None else smooth
@@ -156,18 +161,20 @@ def search_ranges(
         scale, offset = (tensor.clone() for tensor in full)
     if layout.scale_bits is not None:  # once deployed, a block that moves leaves the others alone
         scale = lpbq_scale(scale, layout.block_grouping or (), layout.scale_bits)
-    candidates = _candidates(seen, layout, shares)
+    candidates = _candidates(seen, layout, shares, steps)
     error = fake_quantize(seen, layout.with_scale(scale, offset)) / smooth - weight
     columns = weight.shape[1] // layout.shape[1]
     rows = None if layout.is_row_wise(weight) else (row_weight, weight.shape[0])
     for cell in range(layout.shape[1]):
         at = slice(cell * columns, (cell + 1) * columns)
-        gradient = error @ second[:, at]
+        gradient = moment_product(error, second[..., at])
         if pull is not None:
             gradient = gradient - pull[:, at]
         best = _best_candidate(
             candidates(cell, scale, offset),
-            _Cell(seen[:, at], smooth[at], weight[:, at], error[:, at], second[at, at], gradient),
+            _Cell(
+                seen[:, at], smooth[at], weight[:, at], error[:, at], second[..., at, at], gradient
+            ),
             layout,
             rows,
         )
@@ -188,7 +195,7 @@ class _Cell:
     smooth: Tensor  # [columns]
     weight: Tensor  # [out, columns]
     error: Tensor  # [out, columns]
-    second: Tensor  # [columns, columns]
+    second: Tensor  # [columns, columns] or [groups, columns, columns]
     gradient: Tensor  # [out, columns], E H − pull
 
     def quantized_error(self, scale: Tensor, offset: Tensor, layout: GridLayout) -> Tensor:
@@ -210,7 +217,8 @@ def _best_candidate(
     for new_scale, new_offset in candidates:
         new_error = cell.quantized_error(new_scale, new_offset, layout)
         step = new_error - cell.error
-        cost = ((step @ cell.second + 2 * cell.gradient) * step).sum(1)  # [out]
+        change = moment_product(step, cell.second) + 2 * cell.gradient
+        cost = (change * step).sum(1)  # [out]
         if rows is not None:  # all rows share the cell
             cost = (cost if rows[0] is None else cost * rows[0]).sum().expand_as(cost)
         better = cost < lowest
@@ -223,7 +231,7 @@ def _best_candidate(
 
 
 def _candidates(
-    seen: Tensor, layout: GridLayout, shares: Tensor
+    seen: Tensor, layout: GridLayout, shares: Tensor, steps: Tensor | None
 ) -> Callable[[int, Tensor, Tensor], Iterator[tuple[Tensor, Tensor]]]:
     """For a column of cells, an iterator of (scale, offset), each ``[rows of the grid]``."""
     low, high = layout.bounds(seen)
@@ -236,6 +244,13 @@ def _candidates(
                 sides += [(share, 1.0), (1.0, share)]
             for left, right in sides:
                 yield layout.raw(low[:, cell] * left, high[:, cell] * right)
+        ends = [scale[:, cell] * (offset[:, cell] + end) for end in (layout.qmin, layout.qmax)]
+        for step in [] if steps is None else steps.tolist():
+            moves = [(step, step)] if layout.symmetric else [(step, step), (step, 0.0), (0.0, step)]
+            for left, right in moves:
+                new_low = (ends[0] + low[:, cell] * left).clamp_max(0)
+                new_high = (ends[1] + high[:, cell] * right).clamp_min(0)
+                yield layout.raw(new_low, new_high)
 
     def by_integer(cell: int, scale: Tensor, offset: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         bits, grouping = layout.scale_bits or 0, layout.block_grouping or ()

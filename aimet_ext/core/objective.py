@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["SecondMoment", "row_errors", "sqnr_db", "squared_error"]
+__all__ = ["SecondMoment", "moment_product", "row_errors", "sqnr_db", "squared_error"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,8 +21,9 @@ class SecondMoment:
 
     ``H = Σ x̂ x̂ᵀ`` and ``C = Σ x̂ eᵀ``: the difference form, which does not cancel.
 
-    :param second: ``H [in, in]``, divided by the number of tokens.
-    :param cross: ``C [in, in]``, likewise; None where the target is ``W x̂``.
+    :param second: ``H [in, in]``, divided by the number of tokens; ``[groups, in, in]`` for a
+        convolution in groups, each of which has inputs and output rows of its own.
+    :param cross: ``C``, of the same shape, likewise; None where the target is ``W x̂``.
     :param tokens: how many tokens went in.
     """
 
@@ -32,18 +33,31 @@ class SecondMoment:
 
     def pull(self, weight: Tensor) -> Tensor | None:
         """The linear term ``W Cᵀ [out, in]``: where upstream errors pull the weight to."""
-        return None if self.cross is None else weight @ self.cross.T
+        return None if self.cross is None else moment_product(weight, self.cross.mT)
+
+
+def moment_product(rows: Tensor, moment: Tensor) -> Tensor:
+    """``rows · moment``, with each group's own moment for its rows.
+
+    :param rows: ``[out, n]``.
+    :param moment: ``[n, m]``, or ``[groups, n, m]`` where ``groups`` divides ``out``.
+    :returns: ``[out, m]``.
+    """
+    if moment.dim() == 2:
+        return rows @ moment
+    grouped = rows.reshape(moment.shape[0], -1, rows.shape[1])  # [groups, out / groups, n]
+    return (grouped @ moment).flatten(0, 1)  # [out, m]
 
 
 def row_errors(error: Tensor, second: Tensor, pull: Tensor | None) -> Tensor:
     """``E H Eᵀ − 2 E · pull`` of every output row, up to a constant the mean squared output error.
 
     :param error: quantized minus float weight, ``[out, in]``.
-    :param second: ``H [in, in]``.
+    :param second: ``H [in, in]`` or ``[groups, in, in]``.
     :param pull: ``[out, in]`` or None, see :meth:`SecondMoment.pull`.
     :returns: ``[out]``.
     """
-    gradient = error @ second
+    gradient = moment_product(error, second)
     if pull is not None:
         gradient = gradient - 2 * pull
     return (gradient * error).sum(1)

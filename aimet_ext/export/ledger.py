@@ -84,12 +84,9 @@ class Ledger:
         memo[id(self)] = copied
         return copied
 
-    def check_can_apply(
-        self, technique: str, modules: Iterable[str], *, transforms: bool = True
-    ) -> None:
-        """Refuse a technique that was applied before, or a transform of rounded weights.
+    def check_can_apply(self, technique: str, modules: Iterable[str]) -> None:
+        """Refuse a technique that was applied before, or one that comes after the rounding.
 
-        :param transforms: whether the technique rescales weights.
         :raises ValueError: one of the modules had this technique, or holds rounded weights.
         """
         wanted = set(modules)
@@ -102,10 +99,10 @@ class Ledger:
                     f"{technique} was already applied to {_some(common)}; a technique is applied "
                     "once: start again from a new sim"
                 )
-            if run.rounds and transforms:
+            if run.rounds:
                 raise ValueError(
-                    f"{technique} rescales weights, but {run.technique} already rounded those of "
-                    f"{_some(common)}; apply {technique} first, on a new sim"
+                    f"{technique} needs float weights, but {run.technique} already rounded those "
+                    f"of {_some(common)}; apply {technique} first, on a new sim"
                 )
 
     def log_run(

@@ -6,12 +6,33 @@ zero column it meets in the down projection ignores it anyway.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from aimet_ext.model.topology import BlockTopology
 
-__all__ = ["pad_mlp"]
+__all__ = ["mlp_layers", "pad_mlp", "pad_rows"]
+
+
+def mlp_layers(model: nn.Module, block: BlockTopology) -> tuple[dict[str, int], nn.Linear]:
+    """The layers of a block that the inner width of its MLP is a dimension of.
+
+    :param model: holds the block.
+    :param block: its topology; the last two stages are what goes in and out of the MLP.
+    :returns: by full name of a layer that leads in, how many projections are fused in its rows;
+        and the layer that leads out.
+    :raises TypeError: a layer is no linear layer.
+    """
+    down = _linear(model, block, block.stages[-1][0])
+    fused = {}
+    for name in block.stages[-2]:
+        layer = _linear(model, block, name)
+        if layer.out_features % down.in_features:
+            continue  # a router: it reads the same input, and is no part of the inner width
+        fused[f"{block.name}.{name}"] = layer.out_features // down.in_features
+    return fused, down
 
 
 @torch.no_grad()
@@ -22,23 +43,28 @@ def pad_mlp(model: nn.Module, block: BlockTopology, multiple: int) -> int:
     :param block: its topology; the last two stages are what goes in and out of the MLP.
     :param multiple: the inner width becomes the smallest multiple of this that holds it.
     :returns: the new inner width.
-    :raises TypeError: a layer is no linear layer.
+    :raises TypeError: a layer is no linear layer; nothing is changed.
     """
-    down = _linear(model, block, block.stages[-1][0])
-    width = down.in_features
-    extra = -width % multiple
-    for name in block.stages[-2]:
-        layer = _linear(model, block, name)
-        if layer.out_features % width:
-            continue  # a router: it reads the same input, and is no part of the inner width
-        fused = layer.out_features // width
-        layer.weight = _like(layer.weight, _pad_rows(layer.weight, fused, extra))
+    inputs, down = mlp_layers(model, block)
+    extra = -down.in_features % multiple
+    if not extra:
+        return down.in_features
+    for name, fused in inputs.items():
+        layer: Any = model.get_submodule(name)
+        layer.weight = _like(layer.weight, pad_rows(layer.weight, fused, extra))
         if layer.bias is not None:
-            layer.bias = _like(layer.bias, _pad_rows(layer.bias, fused, extra))
+            layer.bias = _like(layer.bias, pad_rows(layer.bias, fused, extra))
         layer.out_features += fused * extra
     down.weight = _like(down.weight, nn.functional.pad(down.weight, (0, extra)))
     down.in_features += extra
-    return width + extra
+    return down.in_features
+
+
+def pad_rows(tensor: Tensor, fused: int, extra: int) -> Tensor:
+    """``extra`` zero rows after each of ``fused`` equal slices of the rows."""
+    slices = tensor.chunk(fused)  # [width, in] each
+    zeros = tensor.new_zeros(extra, *tensor.shape[1:])
+    return torch.cat([piece for part in slices for piece in (part, zeros)])
 
 
 def _linear(model: nn.Module, block: BlockTopology, name: str) -> nn.Linear:
@@ -49,13 +75,6 @@ def _linear(model: nn.Module, block: BlockTopology, name: str) -> nn.Linear:
             f'got {type(layer).__name__}; use on_indivisible="per_channel"'
         )
     return layer
-
-
-def _pad_rows(tensor: Tensor, fused: int, extra: int) -> Tensor:
-    """``extra`` zero rows after each of ``fused`` equal slices of the rows."""
-    slices = tensor.chunk(fused)  # [width, in] each
-    zeros = tensor.new_zeros(extra, *tensor.shape[1:])
-    return torch.cat([piece for part in slices for piece in (part, zeros)])
 
 
 def _like(old: Tensor, new: Tensor) -> nn.Parameter:

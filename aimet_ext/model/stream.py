@@ -112,6 +112,7 @@ class BlockStream:
     def __init__(self, device: torch.device | str, cache_dir: str | Path | None = None) -> None:
         self.device = torch.device(device)
         self.hidden = TensorCache(cache_dir, name="hidden")
+        self.width = 0  # of the hidden states, once there are any
         self._arguments = _Arguments(TensorCache(cache_dir, name="arguments"))
         # Most batches share masks and position embeddings: those of the last call stay loaded.
         self._loaded: dict[_Slot, Tensor] = {}
@@ -133,6 +134,7 @@ class BlockStream:
                 return _HIDDEN if leaf is hidden else self._arguments.keep(leaf)
             return None if hasattr(leaf, "get_seq_length") else leaf  # a key-value cache
 
+        self.width = hidden.shape[-1]
         named = map_leaves(keep, kwargs)
         if named.get("use_cache"):
             named["use_cache"] = False
@@ -211,6 +213,7 @@ class BlockStream:
         twin = BlockStream.__new__(BlockStream)
         twin.device = self.device
         twin.hidden = self.new_cache("hidden")
+        twin.width = self.width
         for tensor in self.hidden:
             twin.hidden.append(tensor)
         twin._arguments = self._arguments

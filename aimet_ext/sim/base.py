@@ -85,6 +85,9 @@ class WeightQuantizer(Protocol):
     def grid(self) -> Grid:
         """The grid as the simulation uses it, read back from the quantizer."""
 
+    def free_grid(self) -> Grid:
+        """The same with LPBQ's raw float scale for every block."""
+
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Write the range of each cell, of the grid's ``shape`` or one that expands to it."""
 
@@ -142,8 +145,13 @@ class SimAdaptor(Protocol):
     def float_parameters(self, module: str) -> dict[str, nn.Parameter]:
         """Parameters of a module, named within it, without those of quantizers."""
 
-    def snapshot(self, module: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Copies of a module's weights and the whole state of its quantizers; plain JSON beside."""
+    def snapshot(
+        self, module: str, *, weights: bool = True
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Copies of a module's weights and the whole state of its quantizers; plain JSON beside.
+
+        Without weights where these are not going to change.
+        """
 
     def restore(self, module: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Put back what :meth:`snapshot` returned."""

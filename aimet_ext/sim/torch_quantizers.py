@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ class TorchWeightQuantizer:
         """The nearest word of :mod:`aimet_ext.config` for the grid's shape."""
         cells = (1,) * (self.weight.dim() - len(self.shape)) + self.shape
         if self.block_size is not None:
-            width = self.weight[0].numel() // torch.Size(cells[1:]).numel()
+            width = self.weight.shape[1] // cells[1]  # input channels, whatever the kernel
             if self.scale_bits:
                 return LPBQ(width, self.scale_bits)
             return Blockwise(width)
@@ -134,6 +135,17 @@ class TorchWeightQuantizer:
             block_size=self.block_size,
             zero_point_shift=self.zero_point_shift,
         )
+
+    def free_grid(self) -> Grid:
+        """The same with LPBQ's raw float scale for every block: no integers, no channel's scale.
+
+        :raises ValueError: the quantizer has no range yet.
+        """
+        grid = self.grid()
+        if self.scale_bits is None:
+            return grid
+        low, high = self.quantizer.min.detach().float(), self.quantizer.max.detach().float()
+        return replace(grid, scale=(high - low) / (self.qmax - self.qmin))
 
     @torch.no_grad()
     def set_range(self, low: Tensor, high: Tensor) -> None:

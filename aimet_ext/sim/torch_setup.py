@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from aimet_ext.config import LPBQ, PerTensor, QSpec
 
-__all__ = ["build_sim", "weight_quantizer_for"]
+__all__ = [
+    "build_sim",
+    "calibrate_alone",
+    "calibrated_weight_quantizer",
+    "parameter_quantizers",
+    "put_quantizer",
+    "weight_quantizer_for",
+]
 
 _NORM_BITS = 16
 
@@ -86,6 +93,53 @@ def weight_quantizer_for(spec: QSpec, weight: Tensor) -> nn.Module:
     return QuantizeDequantize(shape, spec.bitwidth, spec.symmetric, block_size=size).to(
         weight.device
     )
+
+
+def parameter_quantizers(sim: QuantizationSimModel) -> dict[str, dict[str, nn.Module | None]]:
+    """Quantizers of the parameters of each layer that can have some, None where one is float.
+
+    :returns: by name of layer and name of parameter, of whatever type; a layer that stands at two
+        places is listed once.
+    """
+    return {
+        name: dict(layer.param_quantizers.items())
+        for name, layer in sim.model.named_modules()
+        if isinstance(layer, BaseQuantizationMixin)
+    }
+
+
+def put_quantizer(layer: Any, parameter: str, quantizer: nn.Module | None) -> None:
+    """Quantize a parameter of AIMET's layer with this quantizer, None: leave it float."""
+    layer.param_quantizers[parameter] = quantizer
+
+
+def calibrated_weight_quantizer(spec: QSpec, layer: Any) -> nn.Module:
+    """A quantizer for a layer's weight with the range that ``sim.compute_encodings`` would set.
+
+    The layer itself is left as it is.
+
+    :param layer: AIMET's layer.
+    :raises ValueError: the block size does not divide the input width.
+    """
+    quantizer = weight_quantizer_for(spec, layer.weight)
+    calibrate_alone(layer, "weight", quantizer)
+    return quantizer
+
+
+def calibrate_alone(layer: Any, parameter: str, quantizer: nn.Module) -> None:
+    """Set a quantizer's range from a parameter, by AIMET's own rule.
+
+    The layer's own quantizers, of this parameter and of others, keep their ranges.
+    """
+    own = dict(layer.param_quantizers.items())
+    try:
+        for key in own:
+            layer.param_quantizers[key] = quantizer if key == parameter else None
+        with _quiet():
+            layer.compute_param_encodings()
+    finally:
+        for key, kept in own.items():
+            layer.param_quantizers[key] = kept
 
 
 def _set_activations(sim: QuantizationSimModel, spec: QSpec | None) -> None:

@@ -144,14 +144,18 @@ class TorchSim:
         }
 
     @torch.no_grad()
-    def snapshot(self, module: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def snapshot(
+        self, module: str, *, weights: bool = True
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Copies of a module's weights and the whole state of its quantizers.
 
+        :param weights: false where weights are not going to change.
         :returns: tensors, and plain JSON values beside them.
         """
         tensors = {
             name: parameter.detach().clone()
             for name, parameter in self.float_parameters(module).items()
+            if weights
         }
         meta = {}
         for name, quantizer in _named_quantizers(self._module(module)):
@@ -163,7 +167,8 @@ class TorchSim:
     def restore(self, module: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Put back what :meth:`snapshot` returned; the parameters stay the same objects."""
         for name, parameter in self.float_parameters(module).items():
-            parameter.copy_(tensors[name])
+            if name in tensors:
+                parameter.copy_(tensors[name])
         for name, quantizer in _named_quantizers(self._module(module)):
             state = {
                 key: tensors[f"{name}.{key}"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -12,12 +12,24 @@ from torch import nn
 
 from aimet_ext.config import PerChannel, QSpec
 from aimet_ext.model.huggingface import causal_lm, original_name
-from aimet_ext.model.padding import pad_mlp
-from aimet_ext.model.topology import find_blocks
+from aimet_ext.model.padding import mlp_layers, pad_mlp
+from aimet_ext.model.topology import BlockTopology, find_blocks
 
-__all__ = ["WeightPlan", "pad_mlps", "plan_weights"]
+__all__ = [
+    "LAYERS",
+    "PaddingPlan",
+    "WeightPlan",
+    "fit_blocks",
+    "fits",
+    "pad_mlps",
+    "plan_padding",
+    "plan_weights",
+    "record_inner_width",
+    "some",
+]
 
-_LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+#: Layers whose weight ``[out, in, …]`` can be cut into blocks along dimension 1.
+LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,23 @@ class WeightPlan:
     pad: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class PaddingPlan:
+    """MLPs to be widened.
+
+    :param blocks: all decoder blocks.
+    :param multiple: what the inner width of each becomes a multiple of.
+    """
+
+    blocks: tuple[BlockTopology, ...]
+    multiple: int
+
+
+def fits(name: str, pattern: str, model: nn.Module) -> bool:
+    """Whether a layer's name fits a pattern, in the model or in the checkpoint it came from."""
+    return fnmatchcase(name, pattern) or fnmatchcase(original_name(name, model), pattern)
+
+
 def plan_weights(
     model: nn.Module,
     *,
@@ -50,7 +79,7 @@ def plan_weights(
     :raises ValueError: a pattern that fits nothing, a block size that does not divide a layer
         whose spec says ``on_indivisible="error"``, or two specs for one shared weight.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, _LAYERS)}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LAYERS)}
     language_model = causal_lm(model)
     output = None if language_model is None else language_model.get_output_embeddings()
     specs: dict[str, QSpec | None] = {}
@@ -60,19 +89,46 @@ def plan_weights(
         else:
             specs[name] = embedding if isinstance(layer, nn.Embedding) else weights
     for pattern, spec in reversed(list(overrides.items())):  # the first pattern has the last word
-        fits = [
-            name
-            for name in layers
-            if fnmatchcase(name, pattern) or fnmatchcase(original_name(name, model), pattern)
-        ]
-        if not fits:
+        fitting = [name for name in layers if fits(name, pattern, model)]
+        if not fitting:
             raise ValueError(
                 f"the pattern of an override must fit a layer with a weight, {pattern!r} fits "
                 f"none; names look like {original_name(next(iter(layers), ''), model)!r}"
             )
-        specs.update(dict.fromkeys(fits, spec))
+        specs.update(dict.fromkeys(fitting, spec))
     _check_shared(layers, specs)
-    return _fit_blocks(layers, specs)
+    return fit_blocks(layers, specs)
+
+
+def plan_padding(
+    model: nn.Module, plan: WeightPlan, block_sizes: Mapping[str, int] | None = None
+) -> PaddingPlan:
+    """Check that MLPs can be padded so that the block sizes of a plan divide their inner widths.
+
+    :param block_sizes: of layers outside the plan, by name.
+    :raises ValueError: a layer to be padded is not what leads out of an MLP.
+    :raises TypeError: a layer of an MLP is no linear layer.
+    """
+    try:
+        blocks = tuple(find_blocks(model))
+    except ValueError as error:
+        raise ValueError(
+            'on_indivisible="pad" needs decoder blocks whose MLPs can be widened, for '
+            f"{', '.join(plan.pad)}, but {error}"
+        ) from error
+    inner = [f"{block.name}.{block.stages[-1][0]}" for block in blocks]
+    others = sorted(set(plan.pad) - set(inner))
+    if others:
+        raise ValueError(
+            'only the inner width of an MLP can be padded (on_indivisible="pad"), and these '
+            f'layers read something else: {", ".join(others)}; give them "per_channel" or a block '
+            "size that divides"
+        )
+    for block in blocks:
+        mlp_layers(model, block)
+    planned = {name: spec.block_size for name, spec in plan.specs.items() if spec is not None}
+    sizes = {**(block_sizes or {}), **planned}
+    return PaddingPlan(blocks, math.lcm(*(sizes.get(name) or 1 for name in inner)))
 
 
 def pad_mlps(model: nn.Module, plan: WeightPlan) -> dict[str, int]:
@@ -80,23 +136,27 @@ def pad_mlps(model: nn.Module, plan: WeightPlan) -> dict[str, int]:
 
     :returns: new inner width by name of block.
     :raises ValueError: a layer to be padded is not what leads out of an MLP.
+    :raises TypeError: a layer of an MLP is no linear layer.
     """
-    blocks = find_blocks(model)
-    inner = {f"{block.name}.{block.stages[-1][0]}" for block in blocks}
-    others = sorted(set(plan.pad) - inner)
-    if others:
-        raise ValueError(
-            'only the inner width of an MLP can be padded (on_indivisible="pad"), and these '
-            f'layers read something else: {", ".join(others)}; give them "per_channel" or a block '
-            "size that divides"
-        )
-    sizes = [spec.block_size for name in plan.pad if (spec := plan.specs[name]) is not None]
-    multiple = math.lcm(*(size for size in sizes if size is not None))
-    widths = {block.name: pad_mlp(model, block, multiple) for block in blocks}
+    padding = plan_padding(model, plan)
+    widths = {block.name: pad_mlp(model, block, padding.multiple) for block in padding.blocks}
+    record_inner_width(model, widths)
+    return widths
+
+
+def record_inner_width(model: nn.Module, widths: Mapping[str, int]) -> None:
+    """Say in the config of a language model how wide its MLPs are, if all are alike.
+
+    :param widths: inner width by name of block.
+    """
     language_model = causal_lm(model)
     if language_model is not None and len(set(widths.values())) == 1:
         language_model.config.get_text_config().intermediate_size = next(iter(widths.values()))
-    return widths
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _check_shared(layers: Mapping[str, Any], specs: Mapping[str, QSpec | None]) -> None:
@@ -111,7 +171,12 @@ def _check_shared(layers: Mapping[str, Any], specs: Mapping[str, QSpec | None]) 
             )
 
 
-def _fit_blocks(layers: Mapping[str, Any], specs: dict[str, QSpec | None]) -> WeightPlan:
+def fit_blocks(layers: Mapping[str, Any], specs: Mapping[str, QSpec | None]) -> WeightPlan:
+    """Decide what becomes of layers whose width a block size does not divide.
+
+    :param layers: by name, each with a ``weight`` ``[out, in, …]``.
+    :raises ValueError: there are such layers, and their spec says ``on_indivisible="error"``.
+    """
     fitted, instead, pad, problems = dict(specs), [], [], []
     for name, spec in specs.items():
         width = layers[name].weight.shape[1]
@@ -123,10 +188,12 @@ def _fit_blocks(layers: Mapping[str, Any], specs: dict[str, QSpec | None]) -> We
         elif spec.on_indivisible == "pad":
             pad.append(name)
         else:
-            problems.append(f"{name} (width {width}, block size {spec.block_size})")
+            groups = getattr(layers[name], "groups", 1)
+            grouped = f" in each of {groups} groups" if groups > 1 else ""
+            problems.append(f"{name} (width {width}{grouped}, block size {spec.block_size})")
     if problems:
         raise ValueError(
             f"a block size that divides the input width is required, got {', '.join(problems)}; "
-            'choose another, or QSpec(on_indivisible="per_channel" or "pad")'
+            'choose another, or on_indivisible="per_channel" or "pad"'
         )
     return WeightPlan(fitted, tuple(instead), tuple(pad))

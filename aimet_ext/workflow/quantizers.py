@@ -9,7 +9,13 @@ from torch import Tensor
 
 from aimet_ext.sim.torch_quantizers import quantizer_state, restore_quantizer
 
-__all__ = ["load_quantizers", "named_quantizers", "quantizers_to_tensors"]
+__all__ = [
+    "describe_quantizer",
+    "load_quantizers",
+    "make_quantizer",
+    "named_quantizers",
+    "quantizers_to_tensors",
+]
 
 _STATIC = (
     "shape",
@@ -48,7 +54,7 @@ def quantizers_to_tensors(sim: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         first[id(quantizer)] = name
         state, meta = quantizer_state(quantizer)
         tensors.update({f"{name}.{key}": value for key, value in state.items()})
-        described[name] = {**_static(quantizer), "state": meta}
+        described[name] = {**describe_quantizer(quantizer), "state": meta}
     return tensors, described
 
 
@@ -69,14 +75,14 @@ def load_quantizers(
         if "same_as" in description:
             continue
         static = {key: value for key, value in description.items() if key != "state"}
-        if name in existing and _static(existing[name]) == static:
+        if name in existing and describe_quantizer(existing[name]) == static:
             made[name] = existing[name]
         elif _container(sim, name) is None:
             faults.append(f"{name} (the model has no such place)")
         elif static["class"] not in ("QuantizeDequantize", "GroupedBlockQuantizeDequantize"):
             faults.append(f"{name} (a {static['class']} must be set in the sim before)")
         else:
-            made[name] = _make(static)
+            made[name] = make_quantizer(static)
     if faults:
         raise ValueError(
             "a sim of the model that was exported is required, but these quantizers do not fit: "
@@ -99,7 +105,7 @@ def load_quantizers(
         restore_quantizer(quantizer, state, dict(description["state"]))
 
 
-def _static(quantizer: Any) -> dict[str, Any]:
+def describe_quantizer(quantizer: Any) -> dict[str, Any]:
     """What of a quantizer does not change when it is calibrated, as JSON values."""
     found = {key: getattr(quantizer, key) for key in _STATIC if hasattr(quantizer, key)}
     plain = {key: _plain(value) for key, value in found.items()}
@@ -114,7 +120,8 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) else value
 
 
-def _make(static: Mapping[str, Any]) -> Any:
+def make_quantizer(static: Mapping[str, Any]) -> Any:
+    """A new quantizer, without a range, of what :func:`describe_quantizer` returned."""
     from aimet_torch.quantization import affine
 
     def tuple_of(key: str) -> tuple[int, ...] | None:

@@ -89,12 +89,13 @@ def test_the_same_technique_twice_is_refused() -> None:
     ledger.check_can_apply("awq", [Q])
 
 
-def test_a_transform_of_rounded_weights_is_refused() -> None:
+def test_what_comes_after_the_rounding_is_refused() -> None:
     ledger = Ledger()
     ledger.log_run("gptq", [Q], rounds=True)
     with pytest.raises(ValueError, match=r"gptq already rounded those of .*q_proj"):
         ledger.check_can_apply("omniquant", [Q, V])
-    ledger.check_can_apply("adaround", [Q], transforms=False)
+    with pytest.raises(ValueError, match=r"adaround needs float weights"):
+        ledger.check_can_apply("adaround", [Q])
     ledger.check_can_apply("omniquant", [V])
 
 

@@ -1,0 +1,203 @@
+"""One layer decided and deployed: written to the simulation, read back, compared, kept or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aimet_ext.algorithms.block import layout_of
+from aimet_ext.core.affine import Grid, dequantize, fake_quantize, quantize
+from aimet_ext.core.clipping import GridLayout
+from aimet_ext.core.objective import SecondMoment, moment_product, row_errors
+from aimet_ext.sim.base import WeightQuantizer
+
+__all__ = ["Decision", "Outcome", "Problem", "deploy"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Problem:
+    """A layer to decide. Weights and grids are those of its matrix ``[out, in]``.
+
+    :param stored: the weight in the dtype it is stored in.
+    :param weight: the same in float32 at least, to compute with.
+    :param bias: ``[out]`` or None.
+    :param frozen: the grid that an earlier technique decided; None where it may be chosen.
+    :param moment: of its inputs.
+    :param samples: inputs and the ReLU that follows, where the technique asked for them.
+    """
+
+    name: str
+    stored: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    layout: GridLayout
+    frozen: Grid | None
+    moment: SecondMoment
+    pull: Tensor | None
+    samples: Any = None
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        quantizer: WeightQuantizer,
+        bias: Tensor | None,
+        moment: SecondMoment,
+        samples: Any,
+    ) -> Problem:
+        """The problem of a layer of a simulation."""
+        stored = quantizer.weight.detach().flatten(1).to(moment.second.device)
+        weight = stored.to(torch.promote_types(stored.dtype, torch.float32))
+        return cls(
+            name=name,
+            stored=stored,
+            weight=weight,
+            bias=None if bias is None else bias.detach().to(weight),
+            layout=layout_of(quantizer),
+            frozen=_read(quantizer, weight) if quantizer.frozen else None,
+            moment=moment,
+            pull=moment.pull(weight),
+            samples=samples,
+        )
+
+    def errors(self, values: Tensor) -> Tensor:
+        """What the objective makes of a quantized weight, for every row ``[out]``."""
+        return row_errors(values.to(self.weight) - self.weight, self.moment.second, self.pull)
+
+    def nearest_grid(self) -> Grid:
+        """The grid of plain rounding: the frozen one, or the range that holds every weight."""
+        if self.frozen is not None:
+            return self.frozen
+        stored = self.stored.float()
+        return self.layout.with_scale(*self.layout.raw(*self.layout.bounds(stored)))
+
+    def signal(self) -> float:
+        """Mean square of the float output over all tokens, summed over rows."""
+        power = moment_product(self.weight, self.moment.second) * self.weight
+        return float(power.sum(dtype=torch.float64))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Decision:
+    """What a technique wants for a layer.
+
+    :param scale: of every cell (raw, for LPBQ), with ``offset``; None leaves the range of plain
+        rounding, or the frozen one.
+    :param range: smallest and largest value of every cell, in place of a scale.
+    :param codes: from the grid as the simulation has it to the integers ``[out, in]``; None where
+        the weight stays as it is and is rounded to nearest.
+    :param judge: objective of every row for quantized values, where it is not the problem's own.
+    :param compare: give rows back to plain rounding where that is better.
+    """
+
+    scale: Tensor | None = None
+    offset: Tensor | None = None
+    range: tuple[Tensor, Tensor] | None = None
+    codes: Callable[[Grid], Tensor] | None = None
+    judge: Callable[[Tensor], Tensor] | None = None
+    compare: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Objective of plain rounding and as deployed, and how many rows plain rounding keeps."""
+
+    nearest: float
+    after: float
+    signal: float
+    rows_nearest: int
+
+
+@torch.no_grad()
+def deploy(
+    problem: Problem, quantizer: WeightQuantizer, decide: Callable[[Problem], Decision]
+) -> Outcome:
+    """Decide a layer, write the range, read the grid back, round on that, keep what is better."""
+    plain = problem.nearest_grid()
+    decision = decide(problem)
+    judge = decision.judge or problem.errors
+    if decision.range is not None:
+        shape = quantizer.shape
+        quantizer.set_range(*(bound.float().reshape(shape) for bound in decision.range))
+    elif decision.scale is not None:
+        _write(quantizer, decision.scale, decision.offset)
+    elif problem.frozen is None:
+        _write(quantizer, plain.scale, plain.offset)
+    grid = _read(quantizer, problem.weight)
+    codes = quantize(problem.stored, grid) if decision.codes is None else decision.codes(grid)
+    found = judge(_values(codes, grid))
+    nearest_values = fake_quantize(problem.stored, plain)
+    nearest = judge(nearest_values)
+    given_back = torch.zeros_like(found, dtype=torch.bool)
+    if decision.compare:
+        given_back = ~(found <= nearest)
+        whole = problem.frozen is None and not problem.layout.is_row_wise(problem.weight)
+        if whole:  # rows share cells of a range that was chosen: all or none
+            given_back[:] = bool(~(found.sum() <= nearest.sum()))
+    if bool(given_back.any()):
+        grid, codes = _give_back(problem, quantizer, plain, grid, codes, given_back)
+    if decision.codes is not None:
+        _write_weight(problem, quantizer, codes, grid)
+    quantizer.freeze()
+    deployed = fake_quantize(quantizer.weight.detach().flatten(1).to(problem.stored.device), grid)
+    return Outcome(
+        nearest=float(nearest.sum(dtype=torch.float64)),
+        after=float(judge(deployed).sum(dtype=torch.float64)),
+        signal=problem.signal(),
+        rows_nearest=int(given_back.sum()),
+    )
+
+
+def _give_back(
+    problem: Problem,
+    quantizer: WeightQuantizer,
+    plain: Grid,
+    grid: Grid,
+    codes: Tensor,
+    rows: Tensor,
+) -> tuple[Grid, Tensor]:
+    """Plain rounding for some rows."""
+    if problem.frozen is None:
+        where = rows[:, None] if plain.scale.shape[0] == len(rows) else rows[:1, None]
+        scale = torch.where(where, plain.scale.to(grid.scale), grid.scale)
+        offset = torch.where(where, plain.offset.to(grid.offset), grid.offset)
+        _write(quantizer, scale, offset)
+        grid = _read(quantizer, problem.weight)
+    return grid, torch.where(rows[:, None], quantize(problem.stored, grid), codes)
+
+
+def _write(quantizer: WeightQuantizer, scale: Tensor, offset: Tensor | None) -> None:
+    shape = quantizer.shape
+    own = None if quantizer.symmetric or offset is None else offset.float().reshape(shape)
+    quantizer.set_scale(scale.float().reshape(shape), own)
+
+
+def _read(quantizer: WeightQuantizer, weight: Tensor) -> Grid:
+    """The simulation's grid as that of a matrix."""
+    grid, shape = quantizer.grid(), layout_of(quantizer).shape
+    scale, offset = (t.reshape(shape).to(weight.device) for t in (grid.scale, grid.offset))
+    return replace(grid, scale=scale, offset=offset)
+
+
+def _values(codes: Tensor, grid: Grid) -> Tensor:
+    return dequantize(codes.to(torch.promote_types(codes.dtype, torch.float32)), grid)
+
+
+def _write_weight(problem: Problem, quantizer: WeightQuantizer, codes: Tensor, grid: Grid) -> None:
+    """Put the rounded values in the weight's place.
+
+    :raises RuntimeError: the simulation would round them to something else.
+    """
+    values = dequantize(codes.float(), grid).to(problem.stored.dtype)
+    if not torch.equal(fake_quantize(values, grid), values):
+        moved = int((fake_quantize(values, grid) != values).sum())
+        raise RuntimeError(
+            f"{problem.name}: values on the grid must stay as they are when the simulation "
+            f"quantizes them, but {moved} of {values.numel()} move; report this"
+        )
+    parameter = quantizer.weight
+    parameter.copy_(values.view_as(parameter))

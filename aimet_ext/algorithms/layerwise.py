@@ -1,0 +1,339 @@
+"""The loop over layers that SeqMSE, GPTQ and AdaRound share.
+
+One pass over the calibration data brings each layer's second moments, in the order in which data
+flows; each layer is decided, deployed and read back before the next one is looked at.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from aimet_ext.algorithms.deploy import Decision, Problem, deploy
+from aimet_ext.algorithms.layer_report import LayerReport
+from aimet_ext.algorithms.samples import SampleSum
+from aimet_ext.algorithms.session import weights_hash
+from aimet_ext.config import LayerwiseParams
+from aimet_ext.core.affine import fake_quantize
+from aimet_ext.core.objective import SecondMoment
+from aimet_ext.model.batches import ForwardFn, iterate_batches, map_leaves
+from aimet_ext.model.block_walk import BlockWalk, find_stack
+from aimet_ext.model.graph import walk_graph
+from aimet_ext.model.journal import Checkpoints, environment, hash_tensors
+from aimet_ext.model.layers import uncalled
+from aimet_ext.model.moments import Geometry, MomentSum
+from aimet_ext.model.walk import Inputs, Stage, Streams, Walk
+from aimet_ext.sim.base import SimAdaptor, WeightQuantizer
+
+__all__ = ["LayerwiseRun", "RunOptions", "Solver"]
+
+_STREAMS: dict[str, Streams] = {"symqt": "quantized", "symfp": "float", "asym": "both"}
+
+
+class Solver(Protocol):
+    """What makes a technique: how it decides one layer."""
+
+    @property
+    def technique(self) -> str:
+        """Its name, in reports and in the ledger."""
+
+    @property
+    def rounds(self) -> bool:
+        """Whether weights are on their grid afterwards."""
+
+    @property
+    def params(self) -> LayerwiseParams:
+        """Settings of the run."""
+
+    @property
+    def embeddings_float(self) -> bool:
+        """Whether embeddings stay float in the quantized stream."""
+
+    def samples(self, layer: str) -> int:
+        """How many input rows a layer that a ReLU follows needs beside its moments."""
+
+    def decide(self, problem: Problem) -> Decision:
+        """Ranges, and codes if the technique rounds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The arguments of a run that are not its data."""
+
+    forward_fn: ForwardFn | None = None
+    checkpoint_dir: str | Path | None = None
+    cache_dir: str | Path | None = None
+    device: torch.device | str | None = None
+    progress: bool = True
+
+
+class LayerwiseRun:
+    """The walk over a simulation's layers; everything it changes is kept for undoing first.
+
+    :param quantizers: of the layers to decide, by full name.
+    :param others: quantized layers that are not decided, which compute on their grids meanwhile.
+    :param keep: to be called with a layer's name before the layer is changed.
+    """
+
+    def __init__(
+        self,
+        adaptor: SimAdaptor,
+        quantizers: Mapping[str, WeightQuantizer],
+        others: Mapping[str, WeightQuantizer],
+        solver: Solver,
+        options: RunOptions,
+        keep: Callable[[str], None],
+    ) -> None:
+        self.adaptor = adaptor
+        self.quantizers = quantizers
+        self.others = others
+        self.solver = solver
+        self.options = options
+        self.keep = keep
+        self.cost: dict[str, Any] = {}
+
+    def all_layers(self, dataloader: Iterable[Any]) -> list[LayerReport]:
+        """Decide every layer, in the order in which data flows."""
+        opaque = self.options.forward_fn is not None
+        batches = list(iterate_batches(dataloader, opaque=opaque))
+        self.adaptor.model.eval().requires_grad_(False)
+        walk = self._walk(batches)
+        reports: list[LayerReport] = []
+        bar = tqdm(
+            total=len(self.quantizers),
+            desc=self.solver.technique,
+            unit="layer",
+            disable=not self.options.progress,
+        )
+        try:
+            checkpoints = self._checkpoints(batches)
+            stages = walk.stages()
+            number = 0
+            with bar:
+                while (stage := self._next(stages)) is not None:
+                    reports += self._stage(number, stage, walk, checkpoints, bar)
+                    number += 1
+            self.cost = walk.cost
+        finally:
+            walk.close()
+        return reports
+
+    def _walk(self, batches: Sequence[Any]) -> Walk:
+        """By blocks where the model repeats them, else by its graph."""
+        layers, model = list(self.quantizers), self.adaptor.model
+        options: dict[str, Any] = {
+            "streams": _STREAMS[self.solver.params.inp_symmetry],
+            "effective": _OnGrids(self.others, self.solver.embeddings_float, model),
+            "forward_fn": self.options.forward_fn,
+            "cache_dir": self.options.cache_dir,
+            "device": self.options.device,
+        }
+        with self.adaptor.disabled_quantizers(), torch.no_grad():
+            blocks = find_stack(model, layers)
+            if blocks:
+                return BlockWalk(model, blocks, batches, layers, **options)
+            return walk_graph(model, batches, layers, **options)
+
+    def _next(self, stages: Iterator[Stage]) -> Stage | None:
+        with self.adaptor.disabled_quantizers(), torch.no_grad():
+            return next(stages, None)
+
+    def _checkpoints(self, batches: Sequence[Any]) -> Checkpoints | None:
+        if self.options.checkpoint_dir is None:
+            return None
+        tensors: list[tuple[str, Tensor]] = []
+
+        def note(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                tensors.append((str(len(tensors)), leaf))
+            return leaf
+
+        map_leaves(note, list(batches))
+        device = next(iter(self.quantizers.values())).weight.device
+        fingerprint = {
+            **environment(self.options.device or device),
+            "technique": self.solver.technique,
+            "settings": self.solver.params.to_dict(),
+            "layers": {name: q.spec().to_dict() for name, q in self.quantizers.items()},
+            "weights": weights_hash(self.adaptor),
+            "data": hash_tensors(tensors),
+        }
+        return Checkpoints(self.options.checkpoint_dir, fingerprint)
+
+    def _stage(
+        self,
+        number: int,
+        stage: Stage,
+        walk: Walk,
+        checkpoints: Checkpoints | None,
+        bar: Any,
+    ) -> list[LayerReport]:
+        """Decide the layers of a stage, or take them from their checkpoint."""
+        if self.solver.rounds:
+            for layer in stage.layers:
+                walk.hold(layer)
+        if checkpoints is not None and number in checkpoints:
+            reports = self._resume(stage, *checkpoints.load(number))
+        else:
+            reports = self._decide(stage, bar)
+            if checkpoints is not None:
+                self._save(checkpoints, number, stage, reports)
+        for layer in stage.layers:
+            walk.decide(layer, self._in_stream(layer))
+        bar.update(len(stage.layers))
+        return reports
+
+    def _decide(self, stage: Stage, bar: Any) -> list[LayerReport]:
+        bar.set_postfix_str(stage.layers[0])
+        started = time.perf_counter()
+        with self.adaptor.disabled_quantizers(), torch.no_grad():
+            moment, storage, samples = self._gather(stage)
+        gathering = (time.perf_counter() - started) / len(stage.layers)
+        reports = []
+        for layer in stage.layers:
+            started = time.perf_counter()
+            quantizer = self.quantizers[layer]
+            self.keep(layer)
+            module: Any = self.adaptor.model.get_submodule(layer)
+            problem = Problem.of(
+                layer, quantizer, getattr(module, "bias", None), moment, samples.get(layer)
+            )
+            with torch.no_grad():
+                outcome = deploy(problem, quantizer, self.solver.decide)
+            reports.append(
+                LayerReport(
+                    name=layer,
+                    spec=str(quantizer.spec().granularity),
+                    bitwidth=quantizer.bitwidth,
+                    loss_nearest=outcome.nearest,
+                    loss_after=outcome.after,
+                    signal=outcome.signal,
+                    rows_nearest=outcome.rows_nearest,
+                    rows=problem.weight.shape[0],
+                    tokens=moment.tokens,
+                    storage=storage,
+                    seconds=gathering + time.perf_counter() - started,
+                )
+            )
+        return reports
+
+    def _gather(self, stage: Stage) -> tuple[SecondMoment, str, dict[str, Any]]:
+        """Second moments of a stage's input, and samples for layers that a ReLU follows."""
+        params = self.solver.params
+        layer: Any = self.adaptor.model.get_submodule(stage.layers[0])
+        geometry = Geometry.of(layer)
+        width = layer.weight[0].numel()
+        both = params.inp_symmetry == "asym"
+        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+        samples = {
+            name: SampleSum(count, activation)
+            for name, activation in stage.activations.items()
+            if (count := self.solver.samples(name)) > 0
+        }
+        total: MomentSum | None = None
+        try:
+            for inputs in stage.batches():
+                for rows, originals in _rows(geometry, inputs):
+                    if total is None:
+                        folder = _path(self.options.cache_dir)
+                        total = MomentSum(
+                            width,
+                            geometry.groups,
+                            device=rows.device,
+                            cross=both,
+                            dtype=dtype,
+                            mapped_dir=folder,
+                        )
+                    total.add(rows, originals)
+                    for kept in samples.values():
+                        kept.add(rows, rows if originals is None else originals)
+            moment = None if total is None else total.result(dtype)
+        except ValueError as error:
+            raise ValueError(f"{', '.join(stage.layers)}: {error}") from error
+        if total is None or moment is None:
+            raise uncalled(stage.layers)
+        if moment.cross is not None and params.asym_strength != 1:
+            moment.cross.mul_(params.asym_strength)  # ours alone
+        return moment, total.storage, samples
+
+    def _in_stream(self, layer: str) -> Tensor:
+        """The weight that the quantized stream uses from now on."""
+        return on_grid(self.quantizers[layer], free_blocks=self.solver.embeddings_float)
+
+    def _save(
+        self,
+        checkpoints: Checkpoints,
+        number: int,
+        stage: Stage,
+        reports: Sequence[LayerReport],
+    ) -> None:
+        tensors, metas = {}, {}
+        for layer in stage.layers:
+            state, metas[layer] = self.adaptor.snapshot(layer, weights=self.solver.rounds)
+            tensors.update({f"{layer}/{name}": tensor for name, tensor in state.items()})
+        plain = [asdict(report) for report in reports]
+        checkpoints.save(number, tensors, {"states": metas, "reports": plain})
+
+    def _resume(
+        self, stage: Stage, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
+    ) -> list[LayerReport]:
+        for layer in stage.layers:
+            self.keep(layer)
+            prefix = f"{layer}/"
+            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            self.adaptor.restore(layer, state, meta["states"][layer])
+        return [LayerReport(**{**plain, "resumed": True}) for plain in meta["reports"]]
+
+
+def on_grid(quantizer: WeightQuantizer, *, free_blocks: bool = False) -> Tensor:
+    """A weight as its quantizer rounds it.
+
+    :param free_blocks: LPBQ's blocks as if each had its own float scale.
+    """
+    weight = quantizer.weight.detach()
+    grid = quantizer.free_grid() if free_blocks else quantizer.grid()
+    return fake_quantize(weight, grid)
+
+
+class _OnGrids(Mapping[str, Tensor]):
+    """Weights of layers that are not decided, on their grids, computed when they are asked for."""
+
+    def __init__(
+        self, quantizers: Mapping[str, WeightQuantizer], embeddings_float: bool, model: nn.Module
+    ) -> None:
+        self.quantizers = {
+            name: quantizer
+            for name, quantizer in quantizers.items()
+            if not embeddings_float or not isinstance(model.get_submodule(name), nn.Embedding)
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        return on_grid(self.quantizers[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.quantizers)
+
+    def __len__(self) -> int:
+        return len(self.quantizers)
+
+
+def _rows(geometry: Geometry, inputs: Inputs) -> Iterator[tuple[Tensor, Tensor | None]]:
+    quantized, original, mask = inputs
+    first = quantized if quantized is not None else original
+    assert first is not None
+    chunks = geometry.chunks(first, mask)
+    if quantized is None or original is None:
+        yield from ((rows, None) for rows in chunks)
+        return
+    yield from zip(chunks, geometry.chunks(original, mask), strict=True)
+
+
+def _path(folder: str | Path | None) -> Path | None:
+    return None if folder is None else Path(folder)

@@ -1,0 +1,102 @@
+"""What ``apply_seq_mse``, ``apply_gptq`` and ``apply_adaround`` have in common as calls."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from aimet_ext.algorithms.layer_choice import choose_layers
+from aimet_ext.algorithms.layer_report import LayerwiseReport
+from aimet_ext.algorithms.layerwise import LayerwiseRun, RunOptions, Solver
+from aimet_ext.algorithms.session import open_ledger, undo_on_failure
+from aimet_ext.config import LayerwiseParams
+from aimet_ext.export.folders import check_output, replace_folder
+from aimet_ext.export.manifest import write_manifest
+from aimet_ext.sim.base import adapt
+
+__all__ = ["merge_params", "run_layerwise"]
+
+P = TypeVar("P", bound=LayerwiseParams)
+
+
+def merge_params(
+    kind: type[P], who: str, params: P | None, settings: Mapping[str, Any], **number: Any
+) -> P:
+    """The settings of a run, checked.
+
+    :param who: name of the function, for messages.
+    :param params: base; None for the defaults.
+    :param settings: fields that replace those of ``params``.
+    :param number: the number in third position; counts unless it is the default and ``params``
+        are given.
+    :raises TypeError: a field that does not exist, or ``params`` of another class.
+    :raises ValueError: a value that is not allowed.
+    """
+    if params is not None and type(params) is not kind:
+        raise TypeError(f"params must be {kind.__name__}, got {type(params).__name__}")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    unknown = sorted(set(settings) - set(fields))
+    if unknown:
+        raise TypeError(f"{who}() has no setting {', '.join(unknown)}; it has {', '.join(fields)}")
+    given = {n: v for n, v in number.items() if params is None or v != fields[n].default}
+    values = {**settings, **given}
+    base = {} if params is None else {name: getattr(params, name) for name in fields}
+    return kind(**{**base, **values})
+
+
+def run_layerwise(
+    sim: Any,
+    dataloader: Iterable[Any],
+    solver: Solver,
+    options: RunOptions,
+    *,
+    modules_to_exclude: Sequence[str | nn.Module] | None,
+    output_path: str | Path | None,
+    max_bitwidth: int,
+    only: Collection[str] | None = None,
+) -> LayerwiseReport:
+    """Apply a layer-wise technique to a simulation, or leave it as it was.
+
+    :param only: names of the layers to decide at most; None for all.
+    """
+    started = time.perf_counter()
+    folder = None if output_path is None else check_output(output_path)
+    adaptor = adapt(sim)
+    choice = choose_layers(
+        adaptor,
+        tuple(modules_to_exclude or ()),
+        max_bitwidth=max_bitwidth,
+        rounds=solver.rounds,
+        only=only,
+    )
+    ledger = open_ledger(adaptor, solver.technique, list(choice.decided))
+    with undo_on_failure(adaptor, options.cache_dir, weights=solver.rounds) as keep:
+        adaptor.ledger = ledger = copy.deepcopy(ledger)
+        run = LayerwiseRun(adaptor, choice.decided, choice.others, solver, options, keep)
+        with adaptor.calibrated(choice.others):
+            layers = run.all_layers(dataloader)
+        ledger.log_run(
+            solver.technique,
+            list(choice.decided),
+            rounds=solver.rounds,
+            settings=solver.params.to_dict(),
+        )
+        report = LayerwiseReport(
+            technique=solver.technique,
+            layers=tuple(layers),
+            skipped=choice.skipped,
+            settings=solver.params.to_dict(),
+            cost=run.cost,
+            seconds=time.perf_counter() - started,
+        )
+        if folder is not None:
+            with replace_folder(folder) as place:
+                report.save(place / "report.json")
+                write_manifest(place, "report", techniques=list(ledger.techniques))
+    return report

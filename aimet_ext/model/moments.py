@@ -1,0 +1,387 @@
+"""Second moments of what flows into a layer: rows from its input, and sums of their products.
+
+A linear layer multiplies its weight with rows, one per token; a convolution does too, one row per
+position of its output. ``H = Σ x xᵀ`` over those rows is all that the squared output error needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from aimet_ext.core.objective import SecondMoment
+from aimet_ext.model.memory import available_bytes, mapped_zeros
+
+__all__ = ["Geometry", "MomentSum"]
+
+Storage: TypeAlias = Literal["memory", "mapped"]
+
+_CHUNK = 2**24  # elements of the rows unrolled at a time: 64 MiB of float32
+_BLOCK = 2048  # rows that are multiplied at a time
+_STRIP = 256  # rows of H that are computed at a time
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a layer's input becomes the rows that multiply its weight.
+
+    Layers of equal geometry that read one input have the same second moments. Hence settings
+    that make no difference (how padding is spelled, its mode where there is none, the dilation of
+    a 1 × 1 kernel) are brought to one form. All fields are empty or 1 for a linear layer.
+
+    :param kernel_size: one number per spatial dimension.
+    :param stride: likewise.
+    :param dilation: likewise.
+    :param padding: numbers before and after each dimension, the last dimension first, as
+        ``torch.nn.functional.pad`` takes them.
+    :param padding_mode: as torch.nn.Conv2d names it.
+    :param groups: groups of channels, each with inputs and outputs of its own.
+    """
+
+    kernel_size: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    padding_mode: str = "zeros"
+    groups: int = 1
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Geometry:
+        """The geometry of a linear layer or of a convolution in one, two or three dimensions.
+
+        :raises TypeError: the module is neither.
+        """
+        if isinstance(module, nn.Linear):
+            return cls()
+        if not isinstance(module, _CONVOLUTIONS):
+            raise TypeError(
+                "a layer with second moments must be nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d, "
+                f"got {type(module).__name__}; leave it out"
+            )
+        kernel, dilation = module.kernel_size, module.dilation
+        padding = _padding(module)
+        return cls(
+            kernel_size=tuple(kernel),
+            stride=tuple(module.stride),
+            dilation=tuple(1 if k == 1 else d for k, d in zip(kernel, dilation, strict=True)),
+            padding=padding,
+            padding_mode=module.padding_mode if any(padding) else "zeros",
+            groups=module.groups,
+        )
+
+    def rows(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """All rows of an input, one per token or output position, in the weight's element order.
+
+        :param x: ``[..., in]`` for a linear layer, ``[images, channels, ...]`` for a convolution,
+            which takes a single image ``[channels, ...]`` as well.
+        :param mask: bool of leading dimensions of ``x``, true for what counts: tokens for a linear
+            layer, images ``[images]`` for a convolution.
+        :returns: ``[groups, tokens, in]``, with ``in = channels / groups * kernel elements`` in
+            the order of ``weight.flatten(1)``.
+        :raises ValueError: ``x`` or ``mask`` has a shape that does not fit.
+        """
+        return torch.cat(list(self.chunks(x, mask)), 1)
+
+    def chunks(self, x: Tensor, mask: Tensor | None = None) -> Iterator[Tensor]:
+        """What :meth:`rows` returns, in order and in chunks of at most some 64 MiB of float32.
+
+        How rows are cut depends on shapes only: the chunks of two streams go together.
+        """
+        x = x.detach()
+        if not self.kernel_size:
+            yield from self._linear_chunks(_select(x, mask, x.dim() - 1))
+        else:
+            batched = x if x.dim() == len(self.kernel_size) + 2 else x.unsqueeze(0)
+            yield from self._patch_chunks(_select(batched, mask, 1))
+
+    def _linear_chunks(self, x: Tensor) -> Iterator[Tensor]:
+        tokens = x.reshape(-1, x.shape[-1])  # [tokens, in]
+        for part in tokens.split(max(1, _CHUNK // max(1, tokens.shape[1]))):
+            yield part.unsqueeze(0)  # [1, tokens, in]
+
+    def _patch_chunks(self, images: Tensor) -> Iterator[Tensor]:
+        patches = self._patches(images)  # [groups, images, *output, in / kernel, *kernel]
+        spatial = len(self.kernel_size)
+        width = math.prod(patches.shape[2 + spatial :])
+        line = self.groups * width * math.prod(patches.shape[3 : 2 + spatial])
+        lines = max(1, _CHUNK // max(1, line))  # of the output's first dimension
+        count = max(1, lines // max(1, patches.shape[2]))  # images
+        for group in patches.split(count, 1):
+            # Only an image that is too large for a chunk of its own is cut.
+            for part in group.split(max(1, patches.shape[2]) if count > 1 else lines, 2):
+                yield part.reshape(self.groups, -1, width)  # [groups, tokens, in]
+
+    def _patches(self, images: Tensor) -> Tensor:
+        """The padded images seen as ``[groups, images, *output, in / kernel, *kernel]``."""
+        spatial = len(self.kernel_size)
+        if images.dim() != spatial + 2 or images.shape[1] % self.groups:
+            raise ValueError(
+                f"the input of a convolution with {self.groups} groups and a kernel of "
+                f"{self.kernel_size} must be [images, channels, {spatial} dimensions], "
+                f"got {list(images.shape)}"
+            )
+        if any(self.padding):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            images = functional.pad(images, self.padding, mode=mode)
+        settings = zip(self.kernel_size, self.stride, self.dilation, strict=True)
+        for dimension, (kernel, stride, dilation) in enumerate(settings, 2):
+            span = dilation * (kernel - 1) + 1
+            images = images.unfold(dimension, span, stride)[..., ::dilation]
+        # [images, groups, channels / groups, *output, *kernel]
+        patches = images.unflatten(1, (self.groups, -1))
+        output = range(3, 3 + spatial)
+        kernels = range(3 + spatial, 3 + 2 * spatial)
+        return patches.permute(1, 0, *output, 2, *kernels)
+
+
+def _padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:
+    """Padding of a convolution as ``torch.nn.functional.pad`` takes it."""
+    kernel, dilation, padding = module.kernel_size, module.dilation, module.padding
+    if padding == "same":
+        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        sides = [(total // 2, total - total // 2) for total in totals]
+    elif padding == "valid":
+        sides = [(0, 0)] * len(kernel)
+    else:
+        sides = [(int(p), int(p)) for p in padding]
+    return tuple(amount for side in reversed(sides) for amount in side)
+
+
+def _select(x: Tensor, mask: Tensor | None, most: int) -> Tensor:
+    """The part of ``x`` that counts.
+
+    :param most: how many dimensions the mask may have.
+    """
+    if mask is None:
+        return x
+    if (
+        mask.dtype != torch.bool
+        or not 1 <= mask.dim() <= most
+        or x.shape[: mask.dim()] != mask.shape
+    ):
+        raise ValueError(
+            f"a mask must be bool, of the first dimensions (at most {most}) of an input "
+            f"{list(x.shape)}, got {str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}"
+        )
+    return x[mask.to(x.device)]
+
+
+class MomentSum:
+    """``H = Σ x̂ x̂ᵀ`` and, if asked for, ``C = Σ x̂ eᵀ`` with ``e = x − x̂``, over rows as they come.
+
+    Products of blocks of rows are summed in float64. Blocks are filled before they are multiplied:
+    how the rows were cut into batches makes no difference, bit for bit. Of ``H`` only strips that
+    reach from the diagonal to the right are computed and kept, which saves almost half.
+
+    Beside the sums, memory is needed for 2048 rows, twice that with ``cross``.
+
+    :param width: elements of a row.
+    :param groups: each has rows and sums of its own.
+    :param device: where rows are multiplied.
+    :param cross: sum ``C`` as well; each :meth:`add` then needs both streams.
+    :param dtype: of the products.
+    :param mapped_dir: folder for sums that do not fit in memory, the system's folder for
+        temporary files if None. Nothing is left there.
+    :param max_bytes: sums larger than this are kept in a memory-mapped file, on the CPU; half of
+        what ``device`` has left if None.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        groups: int = 1,
+        *,
+        device: torch.device | str = "cpu",
+        cross: bool = False,
+        dtype: torch.dtype = torch.float32,
+        mapped_dir: str | Path | None = None,
+        max_bytes: int | None = None,
+    ) -> None:
+        self.width, self.groups = width, groups
+        self.device, self.dtype = torch.device(device), dtype
+        self._folder = mapped_dir
+        places = [slice(begin, begin + _STRIP) for begin in range(0, width, _STRIP)]
+        shapes = [(groups, min(_STRIP, width - p.start), width - p.start) for p in places]
+        sizes = [math.prod(shape) for shape in shapes]
+        square = (groups, width, width)
+        needed = 8 * (sum(sizes) + math.prod(square) * cross)
+        self._storage = _storage(needed, self.device, max_bytes)
+        parts = self._zeros((sum(sizes),), torch.float64).split(sizes)
+        sums = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        self._strips = list(zip(places, sums, strict=True))  # [groups, strip, in - begin] each
+        self._cross = self._zeros(square, torch.float64) if cross else None
+        self._peak = torch.zeros(groups, width, dtype=dtype, device=self.device)
+        self._blocks: Tensor | None = None  # [1 or 2, groups, rows, width]: x̂, then e
+        self._filled = 0
+        self._tokens = 0
+
+    @property
+    def storage(self) -> Storage:
+        """Where the sums are: in memory, or in a memory-mapped file."""
+        return self._storage
+
+    @property
+    def tokens(self) -> int:
+        """How many rows went in."""
+        return self._tokens
+
+    @property
+    def peak(self) -> Tensor:
+        """Largest ``|x̂|`` of every element of a row, ``[in]`` or ``[groups, in]``."""
+        return self._peak[0].clone() if self.groups == 1 else self._peak.clone()
+
+    @torch.no_grad()
+    def add(self, rows: Tensor, float_rows: Tensor | None = None) -> None:
+        """Add rows. After an error the sum is of no use any more.
+
+        :param rows: ``x̂ [groups, tokens, in]``, of any floating dtype.
+        :param float_rows: ``x``, the same rows in the float stream, given if and only if ``cross``.
+        :raises ValueError: the shape is wrong, or a row holds NaN or infinity.
+        """
+        for given in (rows,) if self._cross is None else (rows, float_rows):
+            shape = None if given is None else list(given.shape)
+            if shape != [self.groups, rows.shape[1], self.width]:
+                raise ValueError(
+                    f"rows must be [{self.groups}, tokens, {self.width}], as many in both streams, "
+                    f"got {shape}"
+                )
+        if self._cross is None and float_rows is not None:
+            raise ValueError("float_rows are for sums built with cross=True, got them without")
+        begin = 0
+        while begin < rows.shape[1]:
+            end = min(begin + _BLOCK - self._filled, rows.shape[1])
+            self._fill(rows[:, begin:end], None if float_rows is None else float_rows[:, begin:end])
+            begin = end
+        self._tokens += rows.shape[1]
+
+    def _fill(self, rows: Tensor, float_rows: Tensor | None) -> None:
+        """Copy at most as many rows as the block still takes, and multiply it when it is full."""
+        if self._blocks is None:
+            shape = (1 if self._cross is None else 2, self.groups, _BLOCK, self.width)
+            self._blocks = torch.empty(shape, dtype=self.dtype, device=self.device)
+        place = slice(self._filled, self._filled + rows.shape[1])
+        block = self._blocks[0, :, place]
+        block.copy_(rows)
+        peak = _largest(block, "")
+        torch.maximum(self._peak, peak, out=self._peak)
+        if float_rows is not None:
+            # Subtracted before rounded to the dtype of the products: the difference may be small.
+            wide = torch.promote_types(rows.dtype, self.dtype)
+            error = float_rows.to(self.device, wide) - rows.to(self.device, wide)
+            self._blocks[1, :, place] = error
+            _largest(self._blocks[1, :, place], " of the float stream")
+        self._filled += rows.shape[1]
+        if self._filled == _BLOCK:
+            self._multiply()
+
+    def _multiply(self) -> None:
+        """Add the products of the rows in the block to the sums, and empty it."""
+        if self._blocks is None or not self._filled:
+            return
+        blocks = self._blocks[:, :, : self._filled]  # [1 or 2, groups, rows, width]
+        with _full_precision():
+            for place, sums in self._strips:
+                left = blocks[0, :, :, place].mT  # [groups, strip, rows]
+                sums += self._home(left @ blocks[0, :, :, place.start :])
+                if self._cross is not None:
+                    self._cross[:, place] += self._home(left @ blocks[1])
+        self._filled = 0
+
+    @torch.no_grad()
+    def result(self, dtype: torch.dtype = torch.float32) -> SecondMoment:
+        """The means so far; adding may go on. ``H`` is symmetric bit for bit.
+
+        :param dtype: of the moments. They are mapped like the sums where those are.
+        :raises ValueError: no rows went in, or their squares overflow.
+        """
+        if not self._tokens:
+            raise ValueError("second moments need at least one token that counts, got none")
+        self._multiply()
+        square = (self.groups, self.width, self.width)
+        second = self._zeros(square, dtype)
+        cross = None if self._cross is None else self._zeros(square, dtype)
+        for place, sums in self._strips:
+            mean = self._mean(sums)  # [groups, strip, in - begin]
+            corner = mean[:, :, : mean.shape[1]]
+            corner.copy_(corner.triu() + corner.triu(1).mT)
+            second[:, place, place.start :] = mean
+            second[:, place.start :, place] = mean.mT
+            if cross is not None and self._cross is not None:
+                cross[:, place] = self._mean(self._cross[:, place])
+        if self.groups == 1:
+            second, cross = second[0], None if cross is None else cross[0]
+        return SecondMoment(second, cross, self._tokens)
+
+    def _mean(self, sums: Tensor) -> Tensor:
+        if not torch.isfinite(sums.sum()):
+            largest = float(self._peak.max())
+            raise ValueError(
+                f"inputs must be small enough to be squared in {self.dtype}, got values up to "
+                f"{largest:.3g}; look for the layer upstream that overflows"
+            )
+        return sums / self._tokens
+
+    def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if self._storage == "mapped":
+            return mapped_zeros(shape, dtype, self._folder)
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def _home(self, product: Tensor) -> Tensor:
+        """The product where the sums are."""
+        return product.to(self._strips[0][1].device)
+
+
+def _storage(size: int, device: torch.device, max_bytes: int | None) -> Storage:
+    """Where ``size`` bytes of sums go."""
+    if max_bytes is None:
+        available = available_bytes(device)
+        if available is None:
+            return "memory"
+        max_bytes = available // 2
+    return "mapped" if size > max_bytes else "memory"
+
+
+def _largest(rows: Tensor, whose: str) -> Tensor:
+    """Largest magnitude over tokens, ``[groups, in]``.
+
+    :raises ValueError: there is NaN or infinity among them.
+    """
+    largest = rows.abs().amax(1)
+    wrong = torch.nonzero(~torch.isfinite(largest.flatten())).flatten()  # [wrong elements]
+    if len(wrong):
+        raise ValueError(
+            f"inputs{whose} must be finite, got NaN or infinity in {len(wrong)} of "
+            f"{largest.numel()} elements, the first of them number {int(wrong[0])}; "
+            "look for the layer upstream that overflows"
+        )
+    return largest
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Products of float32 in float32, whatever the program allows for speed (TF32, bfloat16)."""
+    backends: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
+    places = [backend.matmul for backend in backends if hasattr(backend, "matmul")]
+    places = [place for place in places if hasattr(place, "fp32_precision")]
+    allowed = [place.fp32_precision for place in places]
+    former = None if places else torch.get_float32_matmul_precision()  # before torch 2.9
+    try:
+        for place in places:
+            place.fp32_precision = "ieee"
+        if former is not None:
+            torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        for place, precision in zip(places, allowed, strict=True):
+            place.fp32_precision = precision
+        if former is not None:
+            torch.set_float32_matmul_precision(former)

@@ -1,0 +1,265 @@
+"""Which layers of a simulation a call means: patterns, names, types, modules or a condition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from aimet_ext.config import QSpec
+from aimet_ext.model.huggingface import causal_lm, original_name
+from aimet_ext.sim.base import SimAdaptor
+from aimet_ext.workflow.plan import LAYERS, fits
+
+__all__ = ["Layers", "LayerTable", "select_specs"]
+
+_Layer: TypeAlias = str | nn.Module | type[nn.Module] | Callable[[nn.Module], bool]
+#: One of these or several: pattern or name, module, type of module, AIMET's condition.
+Layers: TypeAlias = _Layer | Iterable[_Layer]
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """The layers of a simulation.
+
+    :param adaptor: the simulation.
+    :param quantizers: the weight quantizer, of any type, of each layer of AIMET's that has a
+        weight; None where the weight is float.
+    """
+
+    adaptor: SimAdaptor
+    quantizers: Mapping[str, Any]
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model with its quantizers."""
+        return self.adaptor.model
+
+    @cached_property
+    def layers(self) -> dict[str, Any]:
+        """Layers that can have a grid, quantized or not, by name."""
+        every = ((name, self.model.get_submodule(name)) for name in self.quantizers)
+        return {name: layer for name, layer in every if isinstance(layer, LAYERS)}
+
+    @cached_property
+    def quantized(self) -> list[str]:
+        """Names of the layers whose weight is quantized today."""
+        return [name for name, layer in self.layers.items() if self.quantizers[name] is not None]
+
+    def matching(self, pattern: str) -> list[str]:
+        """Names of the layers that fit a pattern under any of their names."""
+        found = [self.names[id(m)] for m in self.modules(pattern)]
+        return [name for name in dict.fromkeys(found) if name in self.layers]
+
+    def modules(self, pattern: str) -> list[nn.Module]:
+        """Modules that fit a pattern under any of their names, containers among them."""
+        every = self.model.named_modules(remove_duplicate=False)
+        return [module for name, module in every if fits(name, pattern, self.model)]
+
+    @cached_property
+    def names(self) -> dict[int, str]:
+        """The first name of each module by its identity."""
+        return {id(module): name for name, module in self.model.named_modules()}
+
+    @cached_property
+    def left_out(self) -> set[str]:
+        """Names of embeddings and of the output layer of a language model."""
+        language_model = causal_lm(self.model)
+        output = None if language_model is None else language_model.get_output_embeddings()
+        return {
+            name
+            for name, layer in self.layers.items()
+            if layer is output or isinstance(layer, nn.Embedding)
+        }
+
+    def example(self) -> str:
+        """What names look like."""
+        return repr(original_name(next(iter(self.layers), ""), self.model))
+
+
+def select_specs(
+    table: LayerTable,
+    spec: QSpec,
+    *,
+    layers: Layers,
+    modules_to_exclude: str | nn.Module | Iterable[str | nn.Module],
+    overrides: Mapping[str, QSpec | None],
+) -> dict[str, QSpec | None]:
+    """The spec of every layer that is to change, tied ones included; nothing is changed.
+
+    :param spec: of the layers selected.
+    :param overrides: specs by pattern; the first one that fits counts.
+    :raises TypeError: an argument is of another type.
+    :raises ValueError: a pattern, name, type, module or condition that selects nothing, a module
+        that can have no such grid, or two specs for one weight.
+    """
+    excluded = _excluded(table, modules_to_exclude)
+    specs: dict[str, QSpec | None] = dict.fromkeys(_selected(table, layers), spec)
+    for pattern, other in reversed(list(overrides.items())):  # the first pattern counts
+        if not isinstance(pattern, str) or not (other is None or isinstance(other, QSpec)):
+            raise TypeError(
+                "overrides must map patterns to QSpec or None (float), "
+                f"got {pattern!r}: {type(other).__name__}"
+            )
+        fitting = table.matching(pattern)
+        if not fitting:
+            raise ValueError(
+                f"the pattern of an override must fit a layer with a weight, {pattern!r} fits "
+                f"none; names look like {table.example()}"
+            )
+        specs.update(dict.fromkeys(fitting, other))
+    specs = {name: chosen for name, chosen in specs.items() if name not in excluded}
+    if not specs:
+        raise ValueError(
+            "at least one layer must remain, but layers and overrides select none that "
+            "modules_to_exclude leaves"
+        )
+    return _with_tied(table, specs, excluded)
+
+
+def _excluded(table: LayerTable, entries: Any) -> set[str]:
+    """Names of the modules excluded and of all inside them."""
+    if isinstance(entries, str | nn.Module):
+        entries = (entries,)
+    excluded: set[str] = set()
+    unknown = []
+    for entry in entries:
+        if isinstance(entry, str):
+            found = table.modules(entry)
+        elif isinstance(entry, nn.Module):
+            found = [entry] if id(entry) in table.names else []
+        else:
+            raise TypeError(
+                f"modules_to_exclude must hold names or modules, got {type(entry).__name__}"
+            )
+        if not found:
+            unknown.append(repr(entry) if isinstance(entry, str) else f"a {type(entry).__name__}")
+        excluded.update(table.names[id(inner)] for module in found for inner in module.modules())
+    if unknown:
+        raise ValueError(
+            f"modules_to_exclude must name modules of sim.model, such as {table.example()}; "
+            f"not found: {', '.join(unknown)}"
+        )
+    return excluded
+
+
+def _selected(table: LayerTable, layers: Any) -> list[str]:
+    if isinstance(layers, str | nn.Module | type) or callable(layers):
+        layers = (layers,)
+    elif not isinstance(layers, Iterable):
+        raise _bad_entry(layers)
+    names: list[str] = []
+    for entry in layers:
+        if isinstance(entry, str):
+            names += _by_pattern(table, entry)
+        elif isinstance(entry, nn.Module):
+            names.append(_by_module(table, entry))
+        elif isinstance(entry, type) and issubclass(entry, nn.Module):
+            names += _by_condition(table, _instance_of(entry), f"type {entry.__name__}")
+        elif callable(entry) and not isinstance(entry, type):
+            names += _by_condition(table, entry, "condition")
+        else:
+            raise _bad_entry(entry)
+    return names
+
+
+def _bad_entry(entry: Any) -> TypeError:
+    shown = entry.__name__ if isinstance(entry, type) else type(entry).__name__
+    return TypeError(
+        "layers must be patterns or names, modules of sim.model, types of torch.nn modules or a "
+        f"condition of a module, got {shown}"
+    )
+
+
+def _by_pattern(table: LayerTable, pattern: str) -> list[str]:
+    fitting = table.matching(pattern)
+    if pattern in {full for name in fitting for full in (name, original_name(name, table.model))}:
+        if table.quantizers[fitting[0]] is None:
+            raise ValueError(
+                f"{fitting[0]} is named in layers and its weight is float; to quantize it give it "
+                "a QSpec in overrides"
+            )
+        return fitting
+    kinds = (nn.Linear, nn.Conv2d) if pattern == "*" else LAYERS
+    found = [
+        name
+        for name in fitting
+        if table.quantizers[name] is not None
+        and isinstance(table.layers[name], kinds)
+        and (name not in table.left_out or pattern.endswith(name.rpartition(".")[2]))
+    ]
+    if not found:
+        raise ValueError(
+            f"layers={pattern!r} must fit a layer whose weight is quantized, it fits "
+            f"{'only others: ' + ', '.join(fitting[:3]) if fitting else 'none'}; names look like "
+            f"{table.example()}, and embeddings and the output layer must be named in full"
+        )
+    return found
+
+
+def _by_module(table: LayerTable, module: nn.Module) -> str:
+    if id(module) not in table.names:
+        raise ValueError(
+            f"layers must hold modules of sim.model, got a {type(module).__name__} that is not in "
+            "it; QuantizationSimModel copies the model, take the module from sim.model"
+        )
+    return _supported(table, table.names[id(module)])
+
+
+def _by_condition(
+    table: LayerTable, condition: Callable[[nn.Module], bool], shown: str
+) -> list[str]:
+    quantized = [name for name, quantizer in table.quantizers.items() if quantizer is not None]
+    found = [name for name in quantized if condition(table.model.get_submodule(name))]
+    if not found:
+        raise ValueError(
+            f"layers: the {shown} must hold for a module whose weight is quantized, it holds for "
+            "none"
+        )
+    return [_supported(table, name) for name in found]
+
+
+def _instance_of(kind: type[nn.Module]) -> Callable[[nn.Module], bool]:
+    return lambda module: isinstance(module, kind)
+
+
+def _supported(table: LayerTable, name: str) -> str:
+    if name not in table.layers:
+        kind = type(table.model.get_submodule(name)).__name__
+        raise ValueError(
+            f"{name}: a layer whose weight has input channels in dimension 1 is required "
+            f"({', '.join(cls.__name__ for cls in LAYERS)}), got {kind}"
+        )
+    if table.quantizers[name] is None:
+        raise ValueError(
+            f"{name} is named in layers and its weight is float; to quantize it give it a QSpec "
+            "in overrides"
+        )
+    return name
+
+
+def _with_tied(
+    table: LayerTable, specs: Mapping[str, QSpec | None], excluded: set[str]
+) -> dict[str, QSpec | None]:
+    """Add the layers that share a weight with one selected: one weight has one quantizer."""
+    sharing: dict[int, list[str]] = {}
+    for name, layer in table.layers.items():
+        sharing.setdefault(id(layer.weight), []).append(name)
+    complete: dict[str, QSpec | None] = {}
+    for name, spec in specs.items():
+        for other in sharing[id(table.layers[name].weight)]:
+            if other in excluded:
+                raise _conflict(name, other, "modules_to_exclude names one of them")
+            if specs.get(other, spec) != spec:
+                raise _conflict(name, other, f"got {spec} and {specs[other]}")
+            if other not in specs and spec is not None and table.quantizers[other] is None:
+                raise _conflict(name, other, f"and that of {other} is float; name both")
+            complete[other] = spec
+    return complete
+
+
+def _conflict(name: str, other: str, problem: str) -> ValueError:
+    return ValueError(f"{name} and {other} share one weight and need the same spec, {problem}")
