@@ -267,6 +267,8 @@ class AdaRoundParams(LayerwiseParams):
     """Settings of :func:`aimet_ext.apply_adaround`.
 
     :param num_iterations: steps for each layer, at most.
+    :param start: where relaxed codes begin: at GPTQ's rounding, which they improve, or at the
+        weight itself.
     :param momentum: share of a step that goes on in the next; None for what was measured to be
         best, with and without samples.
     :param learning_rate: length of a step, 1 for the inverse of the largest curvature.
@@ -274,14 +276,15 @@ class AdaRoundParams(LayerwiseParams):
         gradient over all tokens at once.
     :param samples: inputs that are kept for a layer that a ReLU follows.
     :param activation_aware: judge a layer that a ReLU follows behind the ReLU.
-    :param search_ranges: choose ranges as SeqMSE does first, where no earlier technique froze
-        them; if false they are those of plain rounding.
+    :param search_ranges: choose ranges first, where no earlier technique froze them: for every row
+        those on which GPTQ's rounding has the lowest error; if false those of plain rounding.
     :param refine_sweeps: sweeps of coordinate descent on the full objective afterwards, at most.
     :param seed: of the samples and their order.
     """
 
     inp_symmetry: InputSymmetry = "asym"
-    num_iterations: Annotated[int, Field(ge=1)] = 500
+    num_iterations: Annotated[int, Field(ge=1)] = 300
+    start: Literal["gptq", "weight"] = "gptq"
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
     learning_rate: Positive = 1.0
     batch_size: Annotated[int, Field(ge=1)] = 2048

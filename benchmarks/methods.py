@@ -32,10 +32,7 @@ STACKS: dict[str, Stack] = {
     "ours: adaround": (("adaround", {}),),
     "ours: seq_mse + gptq": (("seq_mse", BEST), ("gptq", {})),
     "ours: seq_mse + adaround": (("seq_mse", BEST), ("adaround", {})),
-    BEST_STACK: (
-        ("seq_mse", {**BEST, "inp_symmetry": "asym"}),
-        ("gptq", {"inp_symmetry": "asym"}),
-    ),
+    BEST_STACK: (("gptq", {"beams": 4}),),
 }
 
 

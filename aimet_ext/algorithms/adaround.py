@@ -22,10 +22,14 @@ from aimet_ext.config import AdaRoundParams
 from aimet_ext.core.adaround import adaround, adaround_samples
 from aimet_ext.core.affine import Grid
 from aimet_ext.core.range_search import best_ranges
-from aimet_ext.core.rounding import coordinate_descent
+from aimet_ext.core.rounding import coordinate_descent, gptq
+from aimet_ext.core.rounding_ranges import rounding_ranges
 from aimet_ext.model.batches import ForwardFn
 
 __all__ = ["apply_adaround"]
+
+# Of the rounding to begin with.
+_DAMPING, _BEAMS = 1e-3, 8
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,9 @@ class _AdaRound:
     def decide(self, problem: Problem) -> Decision:
         scale = offset = None
         if self.params.search_ranges and problem.frozen is None:
-            scale, offset = best_ranges(
+            row_wise = problem.layout.is_row_wise(problem.weight)
+            search = rounding_ranges if row_wise else best_ranges
+            scale, offset = search(
                 problem.weight, problem.layout, problem.moment.second, problem.pull
             )
         if problem.samples is None:
@@ -59,6 +65,15 @@ class _AdaRound:
         momentum = {} if params.momentum is None else {"momentum": params.momentum}
         return {"learning_rate": params.learning_rate, **momentum}
 
+    def _start(self, problem: Problem, grid: Grid) -> Tensor | None:
+        """Rounding to begin with: what relaxation alone does not find where H is near singular."""
+        if self.params.start == "weight":
+            return None
+        second, pull = problem.moment.second, problem.pull
+        return gptq(
+            problem.weight, grid, second, pull, damping=_DAMPING, act_order=True, beams=_BEAMS
+        )
+
     def _by_moments(self, problem: Problem) -> Callable[[Grid], Tensor]:
         params, second, pull = self.params, problem.moment.second, problem.pull
 
@@ -68,6 +83,7 @@ class _AdaRound:
                 grid,
                 second,
                 pull,
+                start=self._start(problem, grid),
                 num_iterations=params.num_iterations,
                 **self._pace(),
             )
@@ -90,6 +106,7 @@ class _AdaRound:
                 behind.inputs,
                 behind.targets,
                 behind.activation,
+                start=self._start(problem, grid),
                 num_iterations=params.num_iterations,
                 batch=params.batch_size,
                 **self._pace(),
@@ -125,7 +142,7 @@ class _Behind:
 def apply_adaround(
     sim: Any,
     dataloader: Iterable[Any],
-    num_iterations: int = 500,
+    num_iterations: int = 300,
     *,
     forward_fn: ForwardFn | None = None,
     modules_to_exclude: Sequence[str | nn.Module] | None = None,

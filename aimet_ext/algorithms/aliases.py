@@ -23,26 +23,32 @@ ALIASES: Mapping[str, str] = {
 def accepts_aimet_arguments(order: Sequence[str]) -> Callable[[F], F]:
     """Have a function understand a call that was written for AIMET's function of that name.
 
-    A callable in third position is AIMET's ``forward_fn``: positional arguments are then taken in
-    AIMET's order. Keyword arguments may have AIMET's names.
+    A callable in third position is AIMET's ``forward_fn``. It and more positional arguments than
+    ours takes are understood in AIMET's order. Keyword arguments may have AIMET's names.
 
     :param order: our names of AIMET's arguments, in AIMET's order.
     """
 
     def decorate(function: F) -> F:
         known = inspect.signature(function).parameters
+        own = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in known.values())
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             named = dict(kwargs)
-            if len(args) > 2 and callable(args[2]):
-                if len(args) > len(order):
+            third = len(args) > 2 and callable(args[2])
+            if third or len(args) > own:
+                names = order
+                if third and "forward_fn" not in order[2:3]:
+                    names = (*order[:2], "forward_fn")
+                if len(args) > len(names):
                     raise TypeError(
-                        f"{function.__name__}() takes at most {len(order)} positional arguments "
-                        f"in AIMET's order {', '.join(order)}, got {len(args)}"
+                        f"{function.__name__}() takes at most {len(names)} positional arguments "
+                        f"in AIMET's order {', '.join(names)}, got {len(args)}"
                     )
-                for name, value in zip(order[2:], args[2:], strict=False):
-                    _put(function, named, name, value, f"position {order.index(name) + 1}")
+                for number, (name, value) in enumerate(zip(names, args, strict=False), start=1):
+                    if number > 2:
+                        _put(function, named, name, value, f"position {number}")
                 args = args[:2]
             for alias, name in ALIASES.items():
                 if alias in named and alias not in known and name in known:

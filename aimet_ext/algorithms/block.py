@@ -36,8 +36,9 @@ class BlockState:
 
 
 def layout_of(quantizer: WeightQuantizer) -> GridLayout:
-    """All of a weight quantizer's grid but its ranges."""
+    """All of a weight quantizer's grid but its ranges, as that of a matrix ``[out, in]``."""
     cells = (1,) * (2 - len(quantizer.shape)) + tuple(quantizer.shape)
+    grouping = quantizer.block_grouping  # of the kernel's dimensions too, which have one block
     return GridLayout(
         shape=cells[:2],
         qmin=quantizer.qmin,
@@ -45,7 +46,7 @@ def layout_of(quantizer: WeightQuantizer) -> GridLayout:
         symmetric=quantizer.symmetric,
         zero_point_shift=quantizer.zero_point_shift,
         block_size=quantizer.block_size,
-        block_grouping=quantizer.block_grouping,
+        block_grouping=None if grouping is None else grouping[:2],
         scale_bits=quantizer.scale_bits,
     )
 

@@ -14,7 +14,7 @@ from aimet_ext.core.affine import fake_quantize, to_blocks
 from aimet_ext.model.topology import BlockTopology
 from aimet_ext.sim.base import SimAdaptor, WeightQuantizer
 
-__all__ = ["is_rounded", "layers_to_quantize", "refuse", "resolve_params"]
+__all__ = ["frozen_by", "is_rounded", "layers_to_quantize", "refuse", "resolve_params"]
 
 
 def resolve_params(
@@ -62,11 +62,13 @@ def layers_to_quantize(
         "must have a weight quantizer and has none; give it one, or list it in modules_to_exclude",
     )
     quantizers = {name: quantizer for name, quantizer in found.items() if quantizer is not None}
-    refuse(
-        [name for name, quantizer in quantizers.items() if quantizer.frozen],
-        "must have a weight quantizer that may change, but an earlier technique froze its range, "
-        "which rescaling would make wrong; start from a new sim, or list it in modules_to_exclude",
-    )
+    frozen = [name for name, quantizer in quantizers.items() if quantizer.frozen]
+    for technique in sorted({frozen_by(adaptor, name) for name in frozen}):
+        refuse(
+            [name for name in frozen if frozen_by(adaptor, name) == technique],
+            f"must have a weight quantizer that may change, but {technique} froze its range, which "
+            "rescaling would make wrong; start from a new sim, or list it in modules_to_exclude",
+        )
     parameters = {
         f"{block.name}.{name}": parameter
         for block in blocks
@@ -83,6 +85,12 @@ def layers_to_quantize(
     if not quantizers:
         raise ValueError("at least one layer must remain, modules_to_exclude names all of them")
     return quantizers
+
+
+def frozen_by(adaptor: SimAdaptor, layer: str) -> str:
+    """What froze the range of a layer, as far as the ledger knows."""
+    runs = adaptor.ledger.runs if adaptor.ledger is not None else ()
+    return next((r.technique for r in reversed(runs) if layer in r.modules), "an earlier technique")
 
 
 def refuse(names: Sequence[str], problem: str) -> None:

@@ -50,7 +50,8 @@ class Problem:
         samples: Any,
     ) -> Problem:
         """The problem of a layer of a simulation."""
-        stored = quantizer.weight.detach().flatten(1).to(moment.second.device)
+        original = quantizer.weight.detach().flatten(1)
+        stored = original.to(moment.second.device, copy=True)  # the original may be replaced
         weight = stored.to(torch.promote_types(stored.dtype, torch.float32))
         return cls(
             name=name,
@@ -129,7 +130,7 @@ def deploy(
         _write(quantizer, plain.scale, plain.offset)
     grid = _read(quantizer, problem.weight)
     codes = quantize(problem.stored, grid) if decision.codes is None else decision.codes(grid)
-    found = judge(_values(codes, grid))
+    found = judge(_values(codes, grid, problem.stored.dtype))
     nearest_values = fake_quantize(problem.stored, plain)
     nearest = judge(nearest_values)
     given_back = torch.zeros_like(found, dtype=torch.bool)
@@ -143,10 +144,9 @@ def deploy(
     if decision.codes is not None:
         _write_weight(problem, quantizer, codes, grid)
     quantizer.freeze()
-    deployed = fake_quantize(quantizer.weight.detach().flatten(1).to(problem.stored.device), grid)
     return Outcome(
         nearest=float(nearest.sum(dtype=torch.float64)),
-        after=float(judge(deployed).sum(dtype=torch.float64)),
+        after=float(torch.where(given_back, nearest, found).sum(dtype=torch.float64)),
         signal=problem.signal(),
         rows_nearest=int(given_back.sum()),
     )
@@ -183,8 +183,9 @@ def _read(quantizer: WeightQuantizer, weight: Tensor) -> Grid:
     return replace(grid, scale=scale, offset=offset)
 
 
-def _values(codes: Tensor, grid: Grid) -> Tensor:
-    return dequantize(codes.to(torch.promote_types(codes.dtype, torch.float32)), grid)
+def _values(codes: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """Values as the simulation computes them, which is in the weight's own dtype."""
+    return dequantize(codes.to(dtype), grid).to(dtype)
 
 
 def _write_weight(problem: Problem, quantizer: WeightQuantizer, codes: Tensor, grid: Grid) -> None:
@@ -192,7 +193,7 @@ def _write_weight(problem: Problem, quantizer: WeightQuantizer, codes: Tensor, g
 
     :raises RuntimeError: the simulation would round them to something else.
     """
-    values = dequantize(codes.float(), grid).to(problem.stored.dtype)
+    values = _values(codes, grid, problem.stored.dtype)
     if not torch.equal(fake_quantize(values, grid), values):
         moved = int((fake_quantize(values, grid) != values).sum())
         raise RuntimeError(

@@ -20,15 +20,12 @@ from aimet_ext.algorithms.layer_report import LayerwiseReport
 from aimet_ext.algorithms.layerwise import RunOptions
 from aimet_ext.algorithms.layerwise_call import merge_params, run_layerwise
 from aimet_ext.config import GPTQParams
-from aimet_ext.core.affine import Grid, dequantize
-from aimet_ext.core.range_search import best_ranges
+from aimet_ext.core.affine import Grid
 from aimet_ext.core.rounding import coordinate_descent, gptq
+from aimet_ext.core.rounding_ranges import rounding_ranges
 from aimet_ext.model.batches import ForwardFn
 
 __all__ = ["apply_gptq"]
-
-_SMALLEST = {2: 0.3, 3: 0.4}  # multiple of a row's full range that is tried, by bits
-_LARGEST = 1.25  # multiple of a searched range: a rounding that looks ahead wants wider ones
 
 
 @dataclass(frozen=True)
@@ -43,15 +40,22 @@ class _GPTQ:
 
     def decide(self, problem: Problem) -> Decision:
         def codes(grid: Grid) -> Tensor:
-            return self._round(problem, grid, self.params.beams)
+            return self._round(problem, grid, self.params.beams, self.params.refine_sweeps)
 
         choose = self.params.scale_candidates > 0 and problem.frozen is None
         if not choose or not problem.layout.is_row_wise(problem.weight):
             return Decision(codes=codes)
-        scale, offset = self._ranges(problem)
+        scale, offset = rounding_ranges(
+            problem.weight,
+            problem.layout,
+            problem.moment.second,
+            problem.pull,
+            candidates=self.params.scale_candidates,
+            damping=self.params.damping,
+        )
         return Decision(scale=scale, offset=offset, codes=codes)
 
-    def _round(self, problem: Problem, grid: Grid, beams: int) -> Tensor:
+    def _round(self, problem: Problem, grid: Grid, beams: int, sweeps: int) -> Tensor:
         params, second, pull = self.params, problem.moment.second, problem.pull
         codes = gptq(
             problem.weight,
@@ -62,34 +66,9 @@ class _GPTQ:
             act_order=params.act_order,
             beams=beams,
         )
-        if not params.refine_sweeps:
+        if not sweeps:
             return codes
-        return coordinate_descent(
-            problem.weight, codes, grid, second, pull, sweeps=params.refine_sweeps
-        )
-
-    def _ranges(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        """For every row the multiple of its ranges whose own rounding has the lowest error."""
-        layout, weight = problem.layout, problem.weight
-        count = self.params.scale_candidates
-        if layout.shape[1] == 1 and layout.symmetric:
-            scale, offset = layout.raw(*layout.bounds(weight))
-            smallest = _SMALLEST.get((layout.qmax - layout.qmin).bit_length(), 0.5)
-            multiples = torch.linspace(1.0, smallest, count)
-        else:
-            scale, offset = best_ranges(weight, layout, problem.moment.second, problem.pull)
-            multiples = torch.linspace(1.0, _LARGEST, count)
-        best, lowest = scale, None
-        for multiple in multiples.tolist():
-            candidate = scale * multiple
-            grid = layout.with_scale(candidate, offset)
-            error = problem.errors(dequantize(self._round(problem, grid, 1), grid))
-            if lowest is None:
-                best, lowest = candidate, error
-            else:
-                best = torch.where((error < lowest)[:, None], candidate, best)
-                lowest = torch.minimum(error, lowest)
-        return best, offset
+        return coordinate_descent(problem.weight, codes, grid, second, pull, sweeps=sweeps)
 
 
 @accepts_aimet_arguments(order=("sim", "dataloader"))

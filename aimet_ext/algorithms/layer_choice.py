@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from aimet_ext.algorithms.checks import is_rounded, refuse
+from aimet_ext.algorithms.checks import frozen_by, is_rounded, refuse
 from aimet_ext.sim.base import SimAdaptor, WeightQuantizer
 
 __all__ = ["LayerChoice", "choose_layers", "module_names"]
@@ -59,6 +59,7 @@ def choose_layers(
     adaptor: SimAdaptor,
     exclude: Sequence[str | nn.Module],
     *,
+    technique: str,
     max_bitwidth: int,
     rounds: bool,
     only: Collection[str] | None = None,
@@ -66,12 +67,13 @@ def choose_layers(
     """Sort the quantized layers of a simulation.
 
     :param exclude: left float meanwhile, as AIMET does.
+    :param technique: what is to be applied.
     :param max_bitwidth: layers of more bits are left alone.
     :param rounds: whether the technique rounds weights, on frozen ranges too; one that does not
         leaves frozen ranges alone.
     :param only: layers to decide at most; None for all.
-    :raises ValueError: an excluded module does not exist; nothing remains; a weight is not finite,
-        is rounded already, or is shared by two layers.
+    :raises ValueError: an excluded module does not exist; nothing remains; the technique was
+        applied before; a weight is not finite, is rounded already, or is shared by two layers.
     """
     excluded = module_names(adaptor.model, exclude)
     every = {n: q for n, q in adaptor.weight_quantizers().items() if n not in excluded}
@@ -86,7 +88,7 @@ def choose_layers(
         if quantizer.bitwidth > max_bitwidth:
             skipped[name] = f"{quantizer.bitwidth} bits, max_bitwidth is {max_bitwidth}"
         elif quantizer.frozen and not rounds:
-            skipped[name] = "an earlier technique froze its range"
+            skipped[name] = f"{frozen_by(adaptor, name)} froze its range"
         elif any(isinstance(adaptor.model.get_submodule(t), nn.Embedding) for t in twins):
             skipped[name] = f"shares its weight with the embedding {twins[0]}"
         elif twins:
@@ -98,6 +100,8 @@ def choose_layers(
             skipped[name] = f"its grid {quantizer.shape} has cells of several output rows"
         else:
             decided[name] = quantizer
+    if adaptor.ledger is not None:  # it knows the reason for what the weights show
+        adaptor.ledger.check_can_apply(technique, decided or skipped)
     _check(decided, skipped)
     others = {name: quantizer for name, quantizer in every.items() if name not in decided}
     return LayerChoice(decided, others, skipped)

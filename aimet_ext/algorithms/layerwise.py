@@ -303,25 +303,28 @@ def on_grid(quantizer: WeightQuantizer, *, free_blocks: bool = False) -> Tensor:
 
 
 class _OnGrids(Mapping[str, Tensor]):
-    """Weights of layers that are not decided, on their grids, computed when they are asked for."""
+    """Weights of layers that are not decided, on their grids, computed when they are asked for.
+
+    The grids are read at once: later on the quantizers are out of the model.
+    """
 
     def __init__(
         self, quantizers: Mapping[str, WeightQuantizer], embeddings_float: bool, model: nn.Module
     ) -> None:
-        self.quantizers = {
-            name: quantizer
+        self.layers = {
+            name: (quantizer.weight.detach(), quantizer.grid())
             for name, quantizer in quantizers.items()
             if not embeddings_float or not isinstance(model.get_submodule(name), nn.Embedding)
         }
 
     def __getitem__(self, name: str) -> Tensor:
-        return on_grid(self.quantizers[name])
+        return fake_quantize(*self.layers[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.quantizers)
+        return iter(self.layers)
 
     def __len__(self) -> int:
-        return len(self.quantizers)
+        return len(self.layers)
 
 
 def _rows(geometry: Geometry, inputs: Inputs) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -71,6 +71,7 @@ def run_layerwise(
     choice = choose_layers(
         adaptor,
         tuple(modules_to_exclude or ()),
+        technique=solver.technique,
         max_bitwidth=max_bitwidth,
         rounds=solver.rounds,
         only=only,

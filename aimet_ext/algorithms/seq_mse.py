@@ -47,7 +47,11 @@ class SeqMSE:
         second, pull, params = problem.moment.second, problem.pull, self.params
         if params.mode == "compatible":
             chosen = compatible_ranges(
-                problem.weight, problem.layout, second, pull, params.num_candidates
+                problem.weight,
+                problem.layout,
+                second,
+                problem.moment.cross,
+                params.num_candidates,
             )
             return Decision(range=chosen, compare=False)
         scale, offset = best_ranges(

@@ -216,7 +216,7 @@ class _Beams:
     ) -> None:
         self.ideal, self.step, self.coupling, self.cost = ideal, step, coupling, cost
         self.beams = beams
-        groups, width, rows = ideal.shape
+        groups, _, rows = ideal.shape
         # Of every column still to come: what its error would be by choice, [g, in, rows, beams].
         self.wish = shift[..., None].repeat(1, 1, 1, beams)
         self.total = shift.new_full((groups, rows, beams), torch.inf)
@@ -249,7 +249,7 @@ class _Beams:
                 lower = self.coupling[:, column : column + 1, at.start : column]
                 done = error[:, :j].reshape(groups, j, -1)
                 wish = wish - torch.bmm(lower, done).view_as(wish)
-            parent, chosen = self._branch(column, wish, qmin, qmax)
+            parent = self._branch(column, wish, qmin, qmax)
             if j:
                 error[:, :j] = error[:, :j].gather(-1, parent[:, None].expand(-1, j, -1, -1))
             torch.sub(self.codes[-1], self.ideal[:, column, :, None], out=error[:, j])
@@ -265,8 +265,8 @@ class _Beams:
                 alpha=-1,
             ).view_as(later)
 
-    def _branch(self, column: int, wish: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
-        """Both nearest codes of every beam; those with the smallest sums become the beams."""
+    def _branch(self, column: int, wish: Tensor, qmin: int, qmax: int) -> Tensor:
+        """Both nearest codes of every beam: those with the smallest sums, and whose they are."""
         step = self.step[:, column, :, None]
         real = wish / step + self.ideal[:, column, :, None]
         first = real.round()
@@ -281,4 +281,4 @@ class _Beams:
         parent = index % self.beams
         self.codes.append(codes.gather(-1, index))
         self.parents.append(parent)
-        return parent, index
+        return parent

@@ -86,7 +86,7 @@ def best_ranges(
 
 @torch.no_grad()
 def compatible_ranges(
-    weight: Tensor, layout: GridLayout, second: Tensor, pull: Tensor | None, num_candidates: int
+    weight: Tensor, layout: GridLayout, second: Tensor, cross: Tensor | None, num_candidates: int
 ) -> tuple[Tensor, Tensor]:
     """Ranges as AIMET's SeqMSE chooses them, from second moments in place of tokens.
 
@@ -94,6 +94,9 @@ def compatible_ranges(
     columns alone, LPBQ's blocks as if each had a float scale of its own, a per-tensor range on the
     widest choice of all rows. The first of equal candidates wins.
 
+    :param second: ``H [in, in]`` or ``[groups, in, in]``.
+    :param cross: ``C`` of the same shape or None, see
+        :class:`~aimet_ext.core.objective.SecondMoment`. A cell sees its own columns' part alone.
     :returns: ``(min, max)`` of the grid's shape.
     """
     free = free_layout(layout)
@@ -101,18 +104,24 @@ def compatible_ranges(
     cells = layout.shape[1]
     columns = weight.shape[1] // cells
     groups = second.shape[0] if second.dim() == 3 else 1
-    inside = second.view(groups, cells, columns, cells, columns)
-    inside = inside.diagonal(dim1=1, dim2=3).movedim(-1, 1)  # [groups, cells, columns, columns]
+
+    def inside(moment: Tensor) -> Tensor:
+        blocks = moment.view(groups, cells, columns, cells, columns)
+        return blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)  # [groups, cells, columns, columns]
+
+    def parts(rows: Tensor) -> Tensor:
+        return rows.view(groups, -1, cells, columns).transpose(1, 2)
+
+    own = inside(second)
+    pull = None if cross is None else parts(weight) @ inside(cross).mT
     costs, ranges = [], []
     for number in range(num_candidates):
         ranges.append(_candidate(free, low, high, number, num_candidates))
         error = fake_quantize(weight, free.with_scale(*free.raw(*ranges[-1]))) - weight
-        part = error.view(groups, -1, cells, columns).transpose(1, 2)
-        cost = ((part @ inside) * part).sum(-1)  # [groups, cells, rows]
-        cost = cost.transpose(1, 2).flatten(0, 1)  # [out, cells]
-        if pull is not None:
-            cost = cost - 2 * (pull * error).view(-1, cells, columns).sum(-1)
-        costs.append(cost)
+        part = parts(error)  # [groups, cells, out / groups, columns]
+        gradient = part @ own if pull is None else part @ own - 2 * pull
+        cost = (gradient * part).sum(-1)
+        costs.append(cost.transpose(1, 2).flatten(0, 1))  # [out, cells]
     cost = torch.stack(costs)
     winner = cost.min(0).indices  # [out, cells]
     if layout.shape[0] == 1:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from aimet_ext.model.layers import relu_of, twice_called, uncalled
+from aimet_ext.model.layers import check_folded, geometries, relu_of, twice_called, uncalled
 from aimet_ext.model.walk import Activation
-from aimet_ext.model.watch import Watch
+from aimet_ext.model.watch import Watch, tensor_version
 
-__all__ = ["LayerOrder", "Wrap", "layer_order"]
+__all__ = ["LayerOrder", "Wrap", "layer_order", "layers_around"]
 
 Wrap = Callable[[Tensor], Any]
 
@@ -23,35 +25,38 @@ Wrap = Callable[[Tensor], Any]
 class LayerOrder:
     """What forward passes of a module do with some of its layers.
 
-    :param stages: layers called one after another that read one tensor, in order.
+    :param order: all layers in the order of their calls.
+    :param stages: layers that read one tensor in the same way, by their first one's place in it.
     :param activations: the ReLU that alone reads a layer's output, by layer.
     :param parts: direct children of the module whose output is their last layer's output, with
         that layer and what makes the child's output of the layer's.
     :param returns: what makes the module's own output of its first tensor.
     """
 
+    order: list[str] = field(default_factory=list)
     stages: list[tuple[str, ...]] = field(default_factory=list)
     activations: dict[str, Activation] = field(default_factory=dict)
     parts: dict[str, tuple[str, Wrap]] = field(default_factory=dict)
     returns: Wrap = field(default=lambda tensor: tensor)
 
-    @property
-    def order(self) -> list[str]:
-        """All layers in the order of their calls."""
-        return [layer for stage in self.stages for layer in stage]
-
 
 @torch.no_grad()
 def layer_order(
-    module: nn.Module, layers: Sequence[str], passes: Iterable[Callable[[], object]]
+    module: nn.Module,
+    layers: Sequence[str],
+    passes: Iterable[Callable[[], object]],
+    prefix: str = "",
 ) -> LayerOrder:
     """Watch forward passes until each layer was called: an expert may not be, in some of them.
 
     :param layers: names within ``module``.
     :param passes: each runs the module once.
-    :raises ValueError: a layer is called twice in a pass, or never.
+    :param prefix: of the layers' names in errors, which then are those in the whole model.
+    :raises ValueError: a layer is called twice in a pass, or never, or a batch norm follows it.
+    :raises TypeError: a layer is neither linear nor a convolution.
     """
     found = LayerOrder()
+    geometry = geometries({name: module.get_submodule(name) for name in layers})
     missing = dict.fromkeys(layers)
     for run in passes:
         watch, ends = Watch(), _Ends(list(layers))
@@ -62,43 +67,71 @@ def layer_order(
             with watch:
                 run()
         if watch.twice is not None:
-            raise twice_called(watch.twice)
-        _add(found, watch, ends, missing)
-        for name in watch.reads:
-            missing.pop(name, None)
+            raise twice_called(f"{prefix}{watch.twice}")
+        partners = watch.partners(geometry)
+        stages: dict[str, list[str]] = {}
+        for name in [name for name in watch.reads if name in missing]:
+            del missing[name]
+            found.order.append(name)
+            stages.setdefault(partners[name], []).append(name)
+            reader = watch.sole_reader(name)
+            check_folded(f"{prefix}{name}", reader)
+            if relu := relu_of(reader):
+                found.activations[name] = relu
+        found.stages += [tuple(names) for names in stages.values()]
+        found.parts.update(ends.parts(list(watch.reads)))
+        found.returns = ends.returns or found.returns
         if not missing:
             return found
-    raise uncalled(missing)
+    raise uncalled(f"{prefix}{name}" for name in missing)
 
 
-def _add(found: LayerOrder, watch: Watch, ends: _Ends, missing: Mapping[str, Any]) -> None:
-    """Add what a pass shows of layers that no earlier one called."""
-    last = None
-    for name, token in watch.reads.items():
-        if name not in missing:
-            continue
-        if token == last:
-            found.stages[-1] = (*found.stages[-1], name)
-        else:
-            found.stages.append((name,))
-        last = token
-        if relu := relu_of(watch.sole_reader(name)):
-            found.activations[name] = relu
-    order = list(watch.reads)
-    for part, (layer, wrap) in ends.parts.items():
-        if layer == [name for name in order if name.startswith(f"{part}.")][-1]:
-            found.parts[part] = (layer, wrap)
-    found.returns = ends.returns or found.returns
+def layers_around(
+    model: nn.Module,
+    blocks: Sequence[str],
+    layers: Sequence[str],
+    passes: Iterable[Callable[[], object]],
+) -> tuple[list[str], LayerOrder]:
+    """Layers called before the first of some blocks, and the order of those after the last.
+
+    :param layers: names of layers in none of the blocks.
+    :param passes: each runs the model once.
+    :raises ValueError: a layer is called between two blocks; else as :func:`layer_order`.
+    """
+    if not layers:
+        return [], LayerOrder()
+    order: dict[str, int] = {}
+
+    def note(name: str, module: nn.Module, args: Any) -> None:
+        order.setdefault(name, len(order))
+
+    with ExitStack() as hooks:
+        for name in (*layers, blocks[0], blocks[-1]):
+            hook = model.get_submodule(name).register_forward_pre_hook(partial(note, name))
+            hooks.callback(hook.remove)
+        found = layer_order(model, layers, passes)
+    begin, end = (order.get(block, len(order)) for block in (blocks[0], blocks[-1]))
+    for name in found.order:
+        if begin < order[name] < end:
+            raise ValueError(
+                f"layer {name!r} must be called before or after the repeated blocks "
+                f"({blocks[0]} to {blocks[-1]}), it is called between them; leave it out"
+            )
+    before = [name for name in found.order if order[name] < begin]
+    stages = [tuple(name for name in names if name not in before) for names in found.stages]
+    after = [name for name in found.order if name not in before]
+    return before, replace(found, order=after, stages=[names for names in stages if names])
 
 
 class _Ends:
-    """Finds children that return what one of their layers returned."""
+    """Finds children that return what one of their layers returned. No tensor is kept for it."""
 
     def __init__(self, layers: list[str]) -> None:
         self.layers = layers
-        self.parts: dict[str, tuple[str, Wrap]] = {}
         self.returns: Wrap | None = None
-        self._outputs: dict[str, Tensor] = {}
+        self._ends: dict[str, tuple[str, Wrap]] = {}
+        # With how often it had been changed in place when the layer returned it.
+        self._outputs = WeakTensorKeyDictionary()
 
     def hook(self, module: nn.Module, hooks: ExitStack) -> None:
         for name in self.layers:
@@ -109,20 +142,30 @@ class _Ends:
                 hooks.callback(child.register_forward_hook(self._ended(name)).remove)
         hooks.callback(module.register_forward_hook(self._returned).remove)
 
+    def parts(self, order: Sequence[str]) -> dict[str, tuple[str, Wrap]]:
+        """By child that ends with the last of its layers, that layer and the form of its output.
+
+        :param order: of the layers' calls.
+        """
+        last = {name.partition(".")[0]: name for name in order}
+        return {part: end for part, end in self._ends.items() if last[part] == end[0]}
+
     def _keep(self, name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Tensor):
-                self._outputs[name] = output
+                self._outputs[output] = (name, tensor_version(output))
 
         return hook
 
     def _ended(self, child: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, output: Any) -> None:
-            wrap = _wrap(output)
-            first = output[0] if isinstance(output, tuple) and output else output
-            for name, tensor in self._outputs.items():
-                if name.startswith(f"{child}.") and tensor is first and wrap is not None:
-                    self.parts[child] = (name, wrap)
+            first = _first(output)
+            alone = first is output or not any(value is not None for value in output[1:])
+            if not isinstance(first, Tensor) or not alone:
+                return
+            name, version = self._outputs.get(first, ("", 0))
+            if name.startswith(f"{child}.") and version == tensor_version(first):
+                self._ends[child] = (name, _wrap(output))
 
         return hook
 
@@ -130,12 +173,13 @@ class _Ends:
         self.returns = _wrap(output)
 
 
-def _wrap(output: Any) -> Wrap | None:
-    """What makes an output of this form of its first tensor; None if it holds other tensors."""
-    if isinstance(output, Tensor):
+def _first(output: Any) -> Any:
+    return output[0] if type(output) in (tuple, list) and output else output
+
+
+def _wrap(output: Any) -> Wrap:
+    """What makes an output of this form of its first value."""
+    if _first(output) is output:
         return lambda tensor: tensor
-    if type(output) is tuple and output and isinstance(output[0], Tensor):
-        rest = output[1:]
-        if not any(isinstance(value, Tensor) for value in rest):
-            return lambda tensor: (tensor, *rest)
-    return None
+    kind, rest = type(output), output[1:]
+    return lambda tensor: kind([tensor, *rest])

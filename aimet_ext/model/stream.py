@@ -224,13 +224,16 @@ class BlockStream:
     def share_arguments(self, other: BlockStream) -> None:
         """Use the arguments of another stream, captured from the same batches, beside own states.
 
+        Where these are the same: what layers before the blocks made may differ.
+
         :raises ValueError: the batches differ in number or shape.
         """
         mine, theirs = self._arguments.records, other._arguments.records
         if [record.shape for record in mine] != [record.shape for record in theirs]:
             raise ValueError("streams of the same batches are required, their shapes differ")
-        self._arguments = other._arguments
-        self._loaded = {}
+        if [*self._arguments.known] == [*other._arguments.known]:
+            self._arguments = other._arguments
+            self._loaded = {}
 
     def new_cache(self, name: str = "outputs") -> TensorCache:
         """An empty cache of the kind this stream uses, for outputs of a block."""

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from aimet_ext.model.batches import map_tensors
 from aimet_ext.model.moments import Geometry
 
-__all__ = ["Watch", "layer_input"]
+__all__ = ["Watch", "layer_input", "tensor_version"]
 
 # A tensor's number, and how often it was changed in place.
 _Token = tuple[int, int]
@@ -72,23 +72,23 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         inputs = _tensors((args, kwargs))
         read = [(x, self._outputs[t]) for x in inputs if (t := self._known(x)) in self._outputs]
-        versions = [_version(x) for x, _ in read]
+        versions = [tensor_version(x) for x, _ in read]
         output = func(*args, **kwargs)
         outputs = _tensors(output)
         for (x, name), version in zip(read, versions, strict=True):
-            passed_on = any(y is x for y in outputs) and _version(x) == version
+            passed_on = any(y is x for y in outputs) and tensor_version(x) == version
             if outputs and not passed_on:
                 self._readers[name].append(_reader(func, args, kwargs))
         return output
 
     def _known(self, tensor: Tensor) -> _Token | None:
         number = self._numbers.get(tensor)
-        return None if number is None else (number, _version(tensor))
+        return None if number is None else (number, tensor_version(tensor))
 
     def _token(self, tensor: Tensor) -> _Token:
         if tensor not in self._numbers:
             self._numbers[tensor] = next(self._next)
-        return self._numbers[tensor], _version(tensor)
+        return self._numbers[tensor], tensor_version(tensor)
 
 
 def _reader(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -106,7 +106,8 @@ def _tensors(tree: Any) -> list[Tensor]:
     return found
 
 
-def _version(tensor: Tensor) -> int:
+def tensor_version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place."""
     return 0 if tensor.is_inference() else tensor._version
 
 

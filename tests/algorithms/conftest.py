@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,59 +15,164 @@ import torch
 from torch import Tensor
 
 import aimet_ext
-from aimet_ext import QSpec
+from aimet_ext import LPBQ, QSpec
 
 WEIGHTS_ONLY: dict[str, Any] = {"activations": None, "lm_head": None, "embedding": None}
 CONTEXT = 64
+
+
+GRIDS = {
+    "per-channel": QSpec(bitwidth=4),
+    "asymmetric": QSpec(bitwidth=4, symmetric=False),
+    "LPBQ": QSpec(bitwidth=4, granularity=LPBQ(16)),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Technique:
     """One ``apply_<name>`` as the contract sees it.
 
-    :param aimet: module and name of AIMET's function, whose calls must be understood.
-    :param order: our names of AIMET's arguments, in AIMET's order.
-    :param number: the one number that matters, third position.
+    :param aimet: module and name of AIMET's function, whose calls must be understood; None where
+        AIMET has none of that form.
+    :param order: our names of the positional arguments, in AIMET's order.
+    :param number: the one number that matters, third position; None if there is none.
     :param quick: settings for small models and little time.
     :param changed: one of its settings and another value, which a checkpoint must not mix.
-    :param units: from a report to (name, nearest, after) of each unit.
+    :param by_blocks: whether it works on whole blocks of a language model, else on layers.
+    :param rounds: whether weights are on their grids afterwards, frozen ranges or not.
+    :param head: whether it decides the output layer too.
+    :param grids: the grids to look at the whole sim on.
+    :param entries: from a report to what it says of each unit, a block or a layer.
     """
 
     name: str
-    aimet: tuple[str, str]
+    aimet: tuple[str, str] | None = None
     order: tuple[str, ...]
-    number: str
+    number: str | None
     quick: dict[str, Any] = field(default_factory=dict)
     changed: tuple[str, Any]
-    units: Callable[[Any], list[tuple[str, float, float]]]
+    by_blocks: bool = False
+    rounds: bool = False
+    head: bool = False
+    grids: Sequence[str] = ("per-channel", "asymmetric", "LPBQ")
+    entries: Callable[[Any], Sequence[Any]] = lambda report: report.layers
 
     @property
     def function(self) -> Callable[..., Any]:
         """``aimet_ext.apply_<name>`` itself."""
         return getattr(aimet_ext, f"apply_{self.name}")
 
+    @property
+    def checkpoints(self) -> list[int]:
+        """Units of each checkpoint of a Llama of two blocks: blocks, or layers of one input."""
+        return [1, 1] if self.by_blocks else [3, 1, 2, 1] * 2
+
     def apply(self, sim: Any, dataloader: Any, **settings: Any) -> Any:
         """Apply it quickly, without progress bars."""
         return self.function(sim, dataloader, **{"progress": False, **self.quick, **settings})
 
+    def units(self, report: Any) -> list[tuple[str, float, float]]:
+        """From a report to (name, nearest, after) of each unit."""
+        return [(e.name, e.loss_nearest, e.loss_after) for e in self.entries(report)]
 
-#: A new technique is one more entry: every test of the contract runs on it.
-TECHNIQUES = (
-    Technique(
-        name="omniquant",
-        aimet=("aimet_torch.experimental.omniquant", "apply_omniquant"),
-        order=("sim", "dataloader", "forward_fn", "num_iterations", "output_path"),
-        number="num_iterations",
-        quick={"num_iterations": 2, "search_sweeps": 1},
-        changed=("let_lr", 1e-2),
-        units=lambda report: [(b.name, b.loss_nearest, b.loss_after) for b in report.blocks],
+    def resumed(self, report: Any) -> list[bool]:
+        """Which units came from a checkpoint."""
+        return [entry.resumed for entry in self.entries(report)]
+
+
+OMNIQUANT = Technique(
+    name="omniquant",
+    aimet=("aimet_torch.experimental.omniquant", "apply_omniquant"),
+    order=("sim", "dataloader", "forward_fn", "num_iterations", "output_path"),
+    number="num_iterations",
+    quick={"num_iterations": 2, "search_sweeps": 1},
+    changed=("let_lr", 1e-2),
+    by_blocks=True,
+    entries=lambda report: report.blocks,
+)
+SEQ_MSE = Technique(
+    name="seq_mse",
+    aimet=("aimet_torch.seq_mse", "_apply_seq_mse"),  # the public one takes anything
+    order=(
+        "sim",
+        "dataloader",
+        "num_candidates",
+        "forward_fn",
+        "modules_to_exclude",
+        "checkpoints_config",
+        "cache_dir",
     ),
+    number="num_candidates",
+    quick={"num_candidates": 4, "sweeps": 2},
+    changed=("sweeps", 3),
+    head=True,
+)
+GPTQ = Technique(
+    name="gptq",
+    order=("sim", "dataloader"),
+    number=None,
+    quick={"scale_candidates": 2, "refine_sweeps": 1},
+    changed=("damping", 0.1),
+    rounds=True,
+    head=True,
+)
+ADAROUND = Technique(
+    name="adaround",
+    order=("sim", "dataloader", "num_iterations"),
+    number="num_iterations",
+    quick={"num_iterations": 10, "refine_sweeps": 1, "search_ranges": False},
+    changed=("refine_sweeps", 2),
+    rounds=True,
+    head=True,
+    grids=("asymmetric", "LPBQ"),
+)
+APPLY_LPBQ = Technique(
+    name="lpbq",
+    order=("sim", "dataloader", "block_size"),
+    number="block_size",
+    quick={"block_size": 16, "num_candidates": 4, "sweeps": 2},
+    changed=("sweeps", 3),
+    grids=("per-channel",),  # which becomes another one
+    entries=lambda report: report.search.layers,
 )
 
+#: A new technique is one more entry: every test of the contract runs on it.
+TECHNIQUES = (OMNIQUANT, SEQ_MSE, GPTQ, ADAROUND, APPLY_LPBQ)
 
-@pytest.fixture(params=TECHNIQUES, ids=lambda technique: technique.name)
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the marker known."""
+    config.addinivalue_line(
+        "markers",
+        "techniques(where, grids): run for techniques of which where(technique) is true, on these "
+        "names of grids",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Each technique in turn, on each of its grids; see the marker ``techniques``."""
+    if "technique" not in metafunc.fixturenames:
+        return
+    marker = metafunc.definition.get_closest_marker("techniques")
+    wanted = {} if marker is None else marker.kwargs
+    chosen = [t for t in TECHNIQUES if wanted.get("where", bool)(t)]
+    if "grid" not in metafunc.fixturenames:
+        metafunc.parametrize("technique", chosen, ids=lambda t: t.name, indirect=True)
+        return
+    pairs = [(t, grid) for t in chosen for grid in t.grids if grid in wanted.get("grids", GRIDS)]
+    names = [f"{t.name}-{grid}" for t, grid in pairs]
+    metafunc.parametrize(("technique", "grid"), pairs, ids=names, indirect=True)
+
+
+@pytest.fixture
+def grid(request: pytest.FixtureRequest) -> QSpec:
+    """One grid, see :func:`pytest_generate_tests`."""
+    return GRIDS[request.param]
+
+
+@pytest.fixture
 def technique(request: pytest.FixtureRequest) -> Technique:
-    """Each technique in turn."""
+    """One technique, see :func:`pytest_generate_tests`."""
     pytest.importorskip("aimet_torch")
     return request.param
 
@@ -204,3 +310,40 @@ def block_outputs() -> Callable[..., list[Tensor]]:
         return seen
 
     return run
+
+
+@pytest.fixture
+def problems(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Each layer's problem, as it was given to the technique."""
+    from aimet_ext.algorithms import layerwise
+
+    seen: dict[str, Any] = {}
+    deploy = layerwise.deploy
+
+    def spy(problem: Any, *args: Any) -> Any:
+        seen[problem.name] = dataclasses.replace(
+            problem, stored=problem.stored.clone(), weight=problem.weight.clone()
+        )
+        return deploy(problem, *args)
+
+    monkeypatch.setattr(layerwise, "deploy", spy)
+    return seen
+
+
+class Refused:
+    """A call that must end in one error and leave the sim alone."""
+
+    def __init__(self, technique: Any, sim: Any, state_of: Any) -> None:
+        self.technique, self.sim, self.state_of = technique, sim, state_of
+
+    def __call__(self, error: type[BaseException], text: str, data: Any, **settings: Any) -> Any:
+        before = self.state_of(self.sim)
+        with pytest.raises(error, match=text) as caught:
+            self.technique.apply(self.sim, data, **settings)
+        assert self.state_of(self.sim) == before
+        return caught.value
+
+
+@pytest.fixture
+def refused(technique: Any, sim: Any, state_of: Any) -> Refused:
+    return Refused(technique, sim, state_of)

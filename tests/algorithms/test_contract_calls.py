@@ -22,6 +22,7 @@ from aimet_ext.sim.base import adapt
 FIRST_LAYER = "model.model.layers.0.self_attn.q_proj"
 
 
+@pytest.mark.techniques(where=lambda t: t.aimet)
 def test_every_argument_of_aimet_is_known(technique: Any) -> None:
     module, name = technique.aimet
     theirs = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
@@ -32,11 +33,14 @@ def test_every_argument_of_aimet_is_known(technique: Any) -> None:
 
 def test_shape_of_the_signature(technique: Any) -> None:
     parameters = list(inspect.signature(technique.function).parameters.values())
-    assert [p.name for p in parameters[:3]] == ["sim", "dataloader", technique.number]
-    assert all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in parameters[3:])
+    first = ["sim", "dataloader", *([technique.number] if technique.number else [])]
+    assert [p.name for p in parameters[: len(first)]] == first
+    assert all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in parameters[len(first) :])
     assert "forward_fn" in inspect.signature(technique.function).parameters
 
 
+@pytest.mark.techniques(where=lambda t: t.aimet)
+@pytest.mark.filterwarnings("ignore:checkpoints_config is not needed:UserWarning")
 def test_a_call_in_the_order_of_aimet(
     technique: Any, make_sim: Any, batches: list[Tensor], result_of: Any, tmp_path: pathlib.Path
 ) -> None:
@@ -46,14 +50,26 @@ def test_a_call_in_the_order_of_aimet(
         "sim": theirs,
         "dataloader": batches,
         "forward_fn": lambda model, batch: model(batch),
+        "modules_to_exclude": None,
+        "checkpoints_config": "cuts.json",
+        "cache_dir": str(tmp_path / "cache"),
         "output_path": str(tmp_path / "out"),
         **technique.quick,
     }
-    rest = {k: v for k, v in technique.quick.items() if k not in technique.order}
-    positional = [values[name] for name in technique.order]
+    positional = [values.pop(name) for name in technique.order]
+    rest = {k: v for k, v in values.items() if k in ("output_path", *technique.quick)}
     technique.function(*positional, progress=False, **rest)
     assert result_of(ours) == result_of(theirs)
     assert (tmp_path / "out" / "report.json").is_file()
+
+
+def test_forward_fn_in_third_position(
+    technique: Any, make_sim: Any, batches: list[Tensor], result_of: Any
+) -> None:
+    ours, theirs = make_sim(layers=1), make_sim(layers=1)
+    technique.apply(ours, batches)
+    technique.function(theirs, batches, run_model, progress=False, **technique.quick)
+    assert result_of(ours) == result_of(theirs)
 
 
 def test_a_call_with_the_names_of_aimet(
@@ -195,33 +211,10 @@ def test_padding_weighs_nothing(technique: Any, make_sim: Any, ids: Any) -> None
         assert after_too == pytest.approx(after, rel=0.1)  # random probes differ in shape
 
 
-class Refused:
-    """A call that must end in one error and leave the sim alone."""
-
-    def __init__(self, technique: Any, sim: Any, state_of: Any) -> None:
-        self.technique, self.sim, self.state_of = technique, sim, state_of
-
-    def __call__(self, error: type[BaseException], text: str, data: Any, **settings: Any) -> Any:
-        before = self.state_of(self.sim)
-        with pytest.raises(error, match=text) as caught:
-            self.technique.apply(self.sim, data, **settings)
-        assert self.state_of(self.sim) == before
-        return caught.value
-
-
-@pytest.fixture
-def refused(technique: Any, sim: Any, state_of: Any) -> Refused:
-    return Refused(technique, sim, state_of)
-
-
-def exhausted() -> Any:
-    return iter([])
-
-
 LONG = torch.ones(1, 65, dtype=torch.long)
 BAD_DATA = {
     "empty": ([], ValueError, "at least one batch.*a generator can be walked through only once"),
-    "exhausted": (exhausted, ValueError, "at least one batch.*generator"),
+    "exhausted": (lambda: iter([]), ValueError, "at least one batch.*generator"),
     "one batch": (torch.ones(2, 8, dtype=torch.long), TypeError, "single batch into a list"),
     "none": (None, TypeError, "dataloader must be an iterable of batches, got NoneType"),
     "text": (["hello"], TypeError, "batch 0 must be a tensor of ids.*got str.*forward_fn"),
@@ -245,13 +238,17 @@ BAD_DATA = {
 
 
 @pytest.mark.parametrize("case", BAD_DATA)
-def test_bad_data(refused: Refused, case: str) -> None:
+def test_bad_data(refused: Any, case: str) -> None:
+    layer_wise = not refused.technique.by_blocks  # nothing to prove: a few tokens are enough
+    if (case == "too short" and layer_wise) or (case, refused.technique.name) == ("none", "lpbq"):
+        return
     data, error, text = BAD_DATA[case]
     refused(error, text, data() if callable(data) else data)
 
 
+@pytest.mark.techniques(where=lambda t: t.number)
 @pytest.mark.parametrize("value", [0, -3, 2.5, "10", None, True])
-def test_bad_number(refused: Refused, batches: list[Tensor], value: Any) -> None:
+def test_bad_number(refused: Any, batches: list[Tensor], value: Any) -> None:
     refused(
         (TypeError, ValueError),
         refused.technique.number,
@@ -260,7 +257,7 @@ def test_bad_number(refused: Refused, batches: list[Tensor], value: Any) -> None
     )
 
 
-def test_forward_fn_that_raises(refused: Refused, batches: list[Tensor]) -> None:
+def test_forward_fn_that_raises(refused: Any, batches: list[Tensor]) -> None:
     def forward_fn(model: nn.Module, batch: Tensor) -> Any:
         if len(batch) == 3:
             raise KeyError("no such column")
@@ -272,15 +269,15 @@ def test_forward_fn_that_raises(refused: Refused, batches: list[Tensor]) -> None
     assert isinstance(error.__cause__, KeyError)
 
 
-def test_forward_fn_that_runs_something_else(refused: Refused, batches: list[Tensor]) -> None:
+def test_forward_fn_that_runs_something_else(refused: Any, batches: list[Tensor]) -> None:
     refused(ValueError, "must run the model it is given", batches, forward_fn=lambda m, b: b)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_weights_that_are_not_finite(refused: Refused, batches: list[Tensor], value: float) -> None:
+def test_weights_that_are_not_finite(refused: Any, batches: list[Tensor], value: float) -> None:
     with torch.no_grad():
         refused.sim.model.get_submodule(FIRST_LAYER).weight[3, 5] = value
-    refused(ValueError, f"{FIRST_LAYER}.weight: each must be finite.*NaN or infinity", batches)
+    refused(ValueError, f"{FIRST_LAYER}.*finite.*NaN or infinity", batches)
 
 
 @pytest.mark.parametrize(
@@ -289,19 +286,20 @@ def test_weights_that_are_not_finite(refused: Refused, batches: list[Tensor], va
         ("model.model.embed_tokens", "inputs of the first block must be finite, batch 0"),
         (
             "model.model.layers.1.input_layernorm",
-            r"layers\.1\.input_layernorm\.weight.*finite.*NaN",
+            r"layers\.1\.(input_layernorm\.weight|self_attn\.q_proj).*finite.*NaN",
         ),
     ],
 )
 def test_other_parameters_that_are_not_finite(
-    refused: Refused, batches: list[Tensor], name: str, text: str
+    refused: Any, batches: list[Tensor], name: str, text: str
 ) -> None:
     with torch.no_grad():
         refused.sim.model.get_submodule(name).weight.fill_(math.nan)
     refused(ValueError, text, batches)
 
 
-def test_a_layer_without_weight_quantizer(refused: Refused, batches: list[Tensor]) -> None:
+@pytest.mark.techniques(where=lambda t: t.by_blocks)
+def test_a_layer_without_weight_quantizer(refused: Any, batches: list[Tensor]) -> None:
     layer = refused.sim.model.get_submodule(FIRST_LAYER)
     layer.param_quantizers["weight"] = None
     refused(
@@ -310,24 +308,26 @@ def test_a_layer_without_weight_quantizer(refused: Refused, batches: list[Tensor
     refused.technique.apply(refused.sim, batches, modules_to_exclude=[FIRST_LAYER])
 
 
-def test_weights_that_are_rounded(refused: Refused, batches: list[Tensor]) -> None:
+@pytest.mark.techniques(where=lambda t: t.name != "lpbq")  # it replaces the grid
+def test_weights_that_are_rounded(refused: Any, batches: list[Tensor]) -> None:
     quantizer = adapt(refused.sim).weight_quantizer(FIRST_LAYER)
     with torch.no_grad():
         quantizer.weight.copy_(fake_quantize(quantizer.weight, quantizer.grid()))
     refused(ValueError, f"{FIRST_LAYER}.*rounded to a grid already; load the original", batches)
 
 
-def test_weights_that_another_technique_froze(refused: Refused, batches: list[Tensor]) -> None:
+@pytest.mark.techniques(where=lambda t: t.by_blocks or t.name == "lpbq")
+def test_weights_that_another_technique_froze(refused: Any, batches: list[Tensor]) -> None:
     adapt(refused.sim).weight_quantizer(FIRST_LAYER).freeze()
     refused(ValueError, f"{FIRST_LAYER}.*froze its range", batches)
 
 
-def test_once_is_enough(refused: Refused, batches: list[Tensor]) -> None:
+def test_once_is_enough(refused: Any, batches: list[Tensor]) -> None:
     refused.technique.apply(refused.sim, batches)
-    refused(ValueError, "froze|already applied", batches)
+    refused(ValueError, "froze|already applied to", batches)
 
 
-def test_the_ledger_refuses_too(refused: Refused, batches: list[Tensor]) -> None:
+def test_the_ledger_refuses_too(refused: Any, batches: list[Tensor]) -> None:
     """Unfreezing the quantizers does not make a second run right."""
     refused.technique.apply(refused.sim, batches)
     for quantizer in adapt(refused.sim).weight_quantizers().values():
@@ -336,11 +336,12 @@ def test_the_ledger_refuses_too(refused: Refused, batches: list[Tensor]) -> None
     refused(ValueError, text, batches)
 
 
-def test_names_of_layers_that_do_not_exist(refused: Refused, batches: list[Tensor]) -> None:
-    text = "modules_to_exclude must name layers of the blocks.*not found: lm_head"
-    refused(ValueError, text, batches, modules_to_exclude=["lm_head"])
+def test_names_of_layers_that_do_not_exist(refused: Any, batches: list[Tensor]) -> None:
+    name = "model.layers.0.no_such"
+    refused(ValueError, f"modules_to_exclude.*{name}", batches, modules_to_exclude=[name])
 
 
+@pytest.mark.techniques(where=lambda t: t.by_blocks)
 def test_unknown_architecture(technique: Any, batches: list[Tensor]) -> None:
     aimet_torch = importlib.import_module("aimet_torch")
     sim = aimet_torch.QuantizationSimModel(
@@ -363,13 +364,13 @@ def test_a_block_size_that_does_not_divide(tiny_llama: Any, ids: Any) -> None:
         aimet_ext.create_sim(tiny_llama, ids(), weights=spec, activations=None)
 
 
-def test_settings_that_do_not_exist(refused: Refused, batches: list[Tensor]) -> None:
-    refused(TypeError, "no setting iterations; it has num_iterations", batches, iterations=3)
+def test_settings_that_do_not_exist(refused: Any, batches: list[Tensor]) -> None:
+    refused(TypeError, r"no setting iterations; it has \w+, ", batches, iterations=3)
 
 
 @pytest.mark.parametrize("name", ["output_path", "checkpoint_dir", "cache_dir"])
 def test_places_that_cannot_be_written(
-    refused: Refused, batches: list[Tensor], tmp_path: pathlib.Path, name: str
+    refused: Any, batches: list[Tensor], tmp_path: pathlib.Path, name: str
 ) -> None:
     blocker = tmp_path / "file"
     blocker.write_text("not a folder")
@@ -383,7 +384,7 @@ def test_places_that_cannot_be_written(
 
 
 def test_a_foreign_folder_is_refused_before_any_work(
-    refused: Refused, batches: list[Tensor], tmp_path: pathlib.Path
+    refused: Any, batches: list[Tensor], tmp_path: pathlib.Path
 ) -> None:
     (tmp_path / "thesis.txt").write_text("ten years")
 

@@ -15,16 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import aimet_ext
-from aimet_ext import LPBQ, CorruptFileError, QSpec, load_scales
+from aimet_ext import CorruptFileError, QSpec, load_scales
 from aimet_ext.model.huggingface import original_name
 from aimet_ext.model.journal import hash_tensors
 from aimet_ext.sim.base import adapt
-
-SPECS = {
-    "per-channel": QSpec(bitwidth=4),
-    "asymmetric": QSpec(bitwidth=4, symmetric=False),
-    "LPBQ": QSpec(bitwidth=4, granularity=LPBQ(16)),
-}
 
 
 @pytest.fixture(scope="session")
@@ -32,16 +26,16 @@ def _done() -> dict[Any, Any]:
     return {}
 
 
-@pytest.fixture(params=SPECS)
+@pytest.fixture
 def full(
-    request: Any, technique: Any, make_sim: Any, ids: Callable[..., Tensor], _done: dict[Any, Any]
+    technique: Any, grid: QSpec, make_sim: Any, ids: Callable[..., Tensor], _done: dict[Any, Any]
 ) -> Any:
     """A whole sim (embedding, head, activations) after a technique and calibration."""
-    key = technique.name, request.param
+    key = technique.name, grid
     if key not in _done:
         sim = make_sim(
             "qwen2",
-            SPECS[request.param],
+            grid,
             activations=16,
             lm_head=QSpec(bitwidth=8),
             embedding=QSpec(bitwidth=8),
@@ -73,12 +67,12 @@ def same_grids(one: Any, other: Any) -> bool:
     )
 
 
-def test_quantizers_are_aimets_and_frozen(full: Any) -> None:
+def test_quantizers_are_aimets_and_frozen(technique: Any, full: Any) -> None:
     for name, module in full.model.named_modules():
         if "quantizers." in name:
             assert type(module).__module__.partition(".")[0] == "aimet_torch", name
     frozen = {n for n, q in adapt(full).weight_quantizers().items() if q.frozen}
-    assert frozen == set(grids(full))
+    assert frozen == {*grids(full), *(grids(full, "lm_head") if technique.head else ())}
 
 
 def test_calibration_leaves_what_was_decided(full: Any, ids: Callable[..., Tensor]) -> None:
@@ -139,7 +133,9 @@ def test_encodings_saved_and_loaded(full: Any, tmp_path: pathlib.Path) -> None:
     torch.testing.assert_close(logits(twin), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("full", ["per-channel", "asymmetric"], indirect=True)
+@pytest.mark.techniques(
+    where=lambda t: t.name in ("omniquant", "gptq"), grids=("per-channel", "asymmetric")
+)
 def test_export_of_aimet(full: Any, tmp_path: pathlib.Path) -> None:
     """Plain ``sim.onnx.export`` writes the ranges that were decided."""
     pytest.importorskip("onnx")
@@ -206,6 +202,7 @@ def test_seqmse_of_aimet_before(technique: Any, make_sim: Any, ids: Callable[...
     assert torch.equal(head[0], after[0])
 
 
+@pytest.mark.techniques(where=lambda t: t.by_blocks)
 def test_stale_encodings_are_reset_and_named(
     technique: Any, make_sim: Any, ids: Callable[..., Tensor]
 ) -> None:
@@ -261,6 +258,7 @@ def every_now(sim: Any) -> dict[str, Any]:
     return dict(sim.model.named_modules())
 
 
+@pytest.mark.techniques(where=lambda t: t.by_blocks)
 def test_output_folder(
     technique: Any,
     make_sim: Any,
@@ -303,6 +301,7 @@ def hash_of(sim: Any) -> str:
     return hash_tensors((original_name(n, sim.model), state[n]) for n in sorted(state))
 
 
+@pytest.mark.techniques(where=lambda t: t.by_blocks)
 def test_keys_of_aimet_on_request(
     technique: Any, sim: Any, ids: Callable[..., Tensor], tmp_path: pathlib.Path
 ) -> None:
@@ -316,6 +315,7 @@ def test_keys_of_aimet_on_request(
     torch.testing.assert_close(keys[f"{name}.foll"].flatten(), scales[name].input)
 
 
+@pytest.mark.techniques(where=lambda t: t.by_blocks)
 def test_a_folder_of_ours_is_replaced_whole(
     technique: Any, make_sim: Any, ids: Callable[..., Tensor], tmp_path: pathlib.Path
 ) -> None:
@@ -327,3 +327,17 @@ def test_a_folder_of_ours_is_replaced_whole(
         "scales.safetensors",
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.techniques(where=lambda t: not t.by_blocks)
+def test_output_folder_of_a_technique_without_scales(
+    technique: Any, make_sim: Any, ids: Callable[..., Tensor], tmp_path: pathlib.Path
+) -> None:
+    output = tmp_path / "deep" / "out"
+    for seed in (1, 2):
+        report = technique.apply(make_sim(layers=1), [ids(2, 16, seed)], output_path=output)
+    assert sorted(path.name for path in output.iterdir()) == ["manifest.json", "report.json"]
+    written = json.loads((output / "report.json").read_text())
+    assert written == getattr(report, "search", report).to_dict()
+    assert json.loads((output / "manifest.json").read_text())["techniques"] == [technique.name]
+    assert str(report).count("\n") >= len(technique.entries(report))

@@ -406,9 +406,11 @@ def test_the_error_behind_the_activation_is_what_counts(groups, activation):
     """Behind it better than what is best without the activation, and worse without it."""
     p = problem(30, out=32, width=16, groups=groups)
     grid = per_channel(p.weight)
-    bias = torch.linspace(-6, 2, 32, dtype=torch.float64)
-    target = behind(p, bias, p.weight, torch.nn.Identity())
+    linear = behind(p, torch.zeros(32), p.weight, torch.nn.Identity())
+    bias = -1.5 * linear.std(0)  # one output in fifteen is positive
+    target = linear + bias
     moments = gptq(p.weight, grid, p.second, act_order=True, damping=1e-4, beams=64)
+    moments = adaround(p.weight, grid, p.second, num_iterations=300, start=moments)
     samples = adaround_samples(
         p.weight,
         bias,
@@ -426,9 +428,9 @@ def test_the_error_behind_the_activation_is_what_counts(groups, activation):
         output = behind(p, bias, dequantize(codes, grid), activation)
         return (output - activation(target)).square().mean(0)
 
-    assert error(samples).sum() < 0.95 * error(moments).sum()
+    assert error(samples).sum() < 0.8 * error(moments).sum()
     assert (error(samples) <= error(quantize(p.weight, grid)) + 1e-12).all()
-    assert errors(p, grid, samples).sum() > 1.05 * errors(p, grid, moments).sum()
+    assert errors(p, grid, samples).sum() > 1.2 * errors(p, grid, moments).sum()
 
 
 def test_samples_without_activation_come_near_the_moments():
