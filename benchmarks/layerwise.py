@@ -17,6 +17,9 @@ Sections, each alone if need be; ``--only a`` is all that start with an a:
     f                ResNet-20
     g                second moments beside one matrix product of their size
 
+Seconds are those of the processor, one thread on both sides: another process on the machine
+disturbs them less than the clock's.
+
 acheck, cquality, d, e and f need the folders of ``--assets``. A section with AIMET in it takes
 minutes, cquality and f half an hour and more with AIMET's default steps. Results are added to the
 output file section by section.

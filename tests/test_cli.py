@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,12 +24,27 @@ def run(*arguments: str | pathlib.Path) -> Result:
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
 
+def then(*techniques: str) -> list[str]:
+    """Return the options that apply techniques in this order."""
+    return [word for technique in techniques for word in ("--technique", technique)]
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("text") / "text.jsonl"
     lines = [json.dumps({"text": document}) for document in examples.documents("calibration")]
     path.write_text("\n".join(lines), "utf-8")
     return path
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Folder of a small random model, with the tokenizer of the packaged one."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_model("llama", vocab_size=1024).save_pretrained(folder)
+    for file in examples.model_dir().glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
 
 
 # ------------------------------------------------------------------------------------------- help
@@ -77,6 +93,20 @@ def test_the_module_runs_as_a_program() -> None:
         (["--lpbq", "32", "--weights", "uint4"], "LPBQ needs symmetric=True"),
         (["--num-iterations", "0"], "--num-iterations"),
         (["--technique", "magic"], "magic"),
+        ([*then("gptq"), "--num-iterations", "5"], "add --technique omniquant"),
+        (["--num-iterations", "5", "--set", "omniquant.num_iterations=6"], "given twice"),
+        (["--set", "gptq.beams=2"], "add --technique gptq"),
+        ([*then("gptq"), "--set", "beams=2"], "such as gptq.beams=4"),
+        ([*then("gptq"), "--set", "gptq.beams"], "such as gptq.beams=4"),
+        ([*then("gptq"), "--set", "gtpq.beams=2"], "omniquant, seq_mse, gptq, adaround"),
+        ([*then("gptq"), "--set", "gptq.beems=2"], "no setting 'beems'"),
+        ([*then("gptq"), "--set", "gptq.beams=0"], "gptq: beams"),
+        ([*then("gptq"), "--set", "gptq.beams=two"], "gptq: beams"),
+        (["--set", "omniquant.pairs=[]", "--set", "omniquant.pairs=[]"], "given twice"),
+        (then("gptq", "gptq"), "gptq cannot follow gptq"),
+        (then("gptq", "adaround"), "adaround cannot follow gptq"),
+        (then("seq_mse", "omniquant"), "omniquant cannot follow seq_mse"),
+        (then("omniquant", "nearest"), "give it alone"),
     ],
 )
 def test_wrong_usage_ends_with_2(
@@ -85,7 +115,7 @@ def test_wrong_usage_ends_with_2(
     arguments = ["--calibration", text, "--output", tmp_path / "out", *options]
     done = run("quantize", examples.model_dir(), *arguments)
     assert done.exit_code == 2
-    assert message in done.stderr
+    assert message in " ".join(done.stderr.split())
     assert not (tmp_path / "out").exists()
 
 
@@ -203,6 +233,80 @@ def test_what_quantize_wrote_can_be_evaluated(exported: pathlib.Path, text: path
     assert quantized["quantized"] and not plain["quantized"]
     assert quantized["windows"] == plain["windows"] == 4
     assert plain["perplexity"] < quantized["perplexity"] < 2 * plain["perplexity"]
+
+
+def test_the_report_is_in_the_manifest(exported: pathlib.Path) -> None:
+    found = json.loads(run("inspect", exported, "--json").stdout)
+    assert "reports/omniquant.json" in found["files"] and found["unlisted"] == []
+    assert found["kind"] == "export" and found["checks"]
+
+
+@pytest.mark.parametrize(
+    ("techniques", "settings", "expected"),
+    [
+        (
+            ("seq_mse", "adaround"),
+            ("seq_mse.num_candidates=3", "seq_mse.mode=compatible", "adaround.num_iterations=2"),
+            {
+                "seq_mse": {"num_candidates": 3, "mode": "compatible"},
+                "adaround": {"num_iterations": 2, "seed": 7},
+            },
+        ),
+        (
+            ("omniquant", "gptq"),
+            ('omniquant.pairs=["v_o"]', "omniquant.num_iterations=1", "gptq.damping=0.5"),
+            {
+                "omniquant": {"pairs": ["v_o"], "num_iterations": 1, "seed": 7},
+                "gptq": {"damping": 0.5},
+            },
+        ),
+    ],
+)
+def test_techniques_follow_one_another_with_their_settings(
+    techniques: tuple[str, ...],
+    settings: tuple[str, ...],
+    expected: dict[str, dict[str, Any]],
+    tiny: pathlib.Path,
+    text: pathlib.Path,
+    tmp_path: pathlib.Path,
+) -> None:
+    output, kept = tmp_path / "out", tmp_path / "kept"
+    arguments = [
+        *("quantize", tiny, "--calibration", text, "--output", output, "--checkpoint-dir", kept),
+        *("--activations", "none", "--seq-length", "32", "--num-batches", "2"),
+        *("--batch-size", "2", "--seed", "7", *then(*techniques)),
+        *(word for setting in settings for word in ("--set", setting)),
+    ]
+    done = run(*arguments)
+    assert done.exit_code == 0, done.stderr
+
+    ledger = json.loads((output / "manifest.json").read_text("utf-8"))["techniques"]
+    assert [entry["technique"] for entry in ledger] == list(techniques)
+    for name, values in expected.items():
+        report = json.loads((output / "reports" / f"{name}.json").read_text("utf-8"))
+        assert report["settings"].items() >= values.items()
+        assert any((kept / name).iterdir())
+    shown = done.stdout
+    assert shown.count(" s in all") == 2
+    assert f"reports/{techniques[-1]}.json" in shown
+
+    again = run(*arguments)  # nothing is computed twice
+    assert again.exit_code == 0, again.stderr
+    report = json.loads((output / "reports" / f"{techniques[-1]}.json").read_text("utf-8"))
+    assert all(layer["resumed"] for layer in report["layers"])
+
+
+def test_plain_rounding_has_no_report(
+    tiny: pathlib.Path, text: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    output = tmp_path / "out"
+    done = run(
+        *("quantize", tiny, "--calibration", text, "--output", output, *then("nearest")),
+        *("--activations", "none", "--seq-length", "32", "--num-batches", "1"),
+    )
+    assert done.exit_code == 0, done.stderr
+    assert "in all" not in done.stdout and not (output / "reports").exists()
+    assert json.loads(run("inspect", output, "--json").stdout)["techniques"] == []
 
 
 def test_a_changed_file_ends_with_4(exported: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -18,6 +18,7 @@ from aimet_ext.algorithms.deploy import Decision, Problem
 from aimet_ext.algorithms.layer_report import LayerwiseReport
 from aimet_ext.algorithms.layerwise import RunOptions
 from aimet_ext.algorithms.layerwise_call import merge_params, run_layerwise
+from aimet_ext.algorithms.samples import SampleSum
 from aimet_ext.config import AdaRoundParams
 from aimet_ext.core.adaround import adaround, adaround_samples
 from aimet_ext.core.affine import Grid
@@ -25,6 +26,7 @@ from aimet_ext.core.range_search import best_ranges
 from aimet_ext.core.rounding import coordinate_descent, gptq
 from aimet_ext.core.rounding_ranges import rounding_ranges
 from aimet_ext.model.batches import ForwardFn
+from aimet_ext.model.walk import Activation
 
 __all__ = ["apply_adaround"]
 
@@ -37,10 +39,13 @@ class _AdaRound:
     params: AdaRoundParams
     technique: str = "adaround"
     rounds: bool = True
-    embeddings_float: bool = False
+    aimet_stream: bool = False
 
-    def samples(self, layer: str) -> int:
-        return self.params.samples if self.params.activation_aware else 0
+    def samples(self, activation: Activation) -> SampleSum | None:
+        params = self.params
+        if not params.activation_aware:
+            return None
+        return SampleSum(params.samples, activation, params.seed)
 
     def decide(self, problem: Problem) -> Decision:
         scale = offset = None
@@ -52,7 +57,7 @@ class _AdaRound:
             )
         if problem.samples is None:
             return Decision(scale=scale, offset=offset, codes=self._by_moments(problem))
-        behind = _Behind(problem)
+        behind = _Behind(problem, problem.samples)
         return Decision(
             scale=scale,
             offset=offset,
@@ -119,11 +124,11 @@ class _AdaRound:
 class _Behind:
     """The output error behind the ReLU that follows, on samples."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.activation = problem.samples.activation
-        self.inputs = problem.samples.inputs.to(problem.weight)  # [groups, n, in]
+    def __init__(self, problem: Problem, samples: SampleSum) -> None:
+        self.activation = samples.activation
+        self.inputs = samples.inputs.to(problem.weight)  # [groups, n, in]
         self.bias = problem.bias
-        self.targets = self._outputs(problem.weight, problem.samples.originals.to(problem.weight))
+        self.targets = self._outputs(problem.weight, samples.originals.to(problem.weight))
 
     def errors(self, values: Tensor) -> Tensor:
         """Mean squared error of every row ``[out]`` for quantized values ``[out, in]``."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from aimet_ext.algorithms.block import layout_of
+from aimet_ext.algorithms.samples import SampleSum
 from aimet_ext.core.affine import Grid, dequantize, fake_quantize, quantize
 from aimet_ext.core.clipping import GridLayout
 from aimet_ext.core.objective import SecondMoment, moment_product, row_errors
@@ -38,7 +38,7 @@ class Problem:
     frozen: Grid | None
     moment: SecondMoment
     pull: Tensor | None
-    samples: Any = None
+    samples: SampleSum | None = None
 
     @classmethod
     def of(
@@ -47,7 +47,7 @@ class Problem:
         quantizer: WeightQuantizer,
         bias: Tensor | None,
         moment: SecondMoment,
-        samples: Any,
+        samples: SampleSum | None,
     ) -> Problem:
         """The problem of a layer of a simulation."""
         original = quantizer.weight.detach().flatten(1)

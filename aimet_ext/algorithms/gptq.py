@@ -19,11 +19,13 @@ from aimet_ext.algorithms.deploy import Decision, Problem
 from aimet_ext.algorithms.layer_report import LayerwiseReport
 from aimet_ext.algorithms.layerwise import RunOptions
 from aimet_ext.algorithms.layerwise_call import merge_params, run_layerwise
+from aimet_ext.algorithms.samples import SampleSum
 from aimet_ext.config import GPTQParams
 from aimet_ext.core.affine import Grid
 from aimet_ext.core.rounding import coordinate_descent, gptq
 from aimet_ext.core.rounding_ranges import rounding_ranges
 from aimet_ext.model.batches import ForwardFn
+from aimet_ext.model.walk import Activation
 
 __all__ = ["apply_gptq"]
 
@@ -33,10 +35,10 @@ class _GPTQ:
     params: GPTQParams
     technique: str = "gptq"
     rounds: bool = True
-    embeddings_float: bool = False
+    aimet_stream: bool = False
 
-    def samples(self, layer: str) -> int:
-        return 0
+    def samples(self, activation: Activation) -> SampleSum | None:
+        return None
 
     def decide(self, problem: Problem) -> Decision:
         def codes(grid: Grid) -> Tensor:

@@ -29,7 +29,7 @@ from aimet_ext.model.graph import walk_graph
 from aimet_ext.model.journal import Checkpoints, environment, hash_tensors
 from aimet_ext.model.layers import uncalled
 from aimet_ext.model.moments import Geometry, MomentSum
-from aimet_ext.model.walk import Inputs, Stage, Streams, Walk
+from aimet_ext.model.walk import Activation, Inputs, Stage, Streams, Walk
 from aimet_ext.sim.base import SimAdaptor, WeightQuantizer
 
 __all__ = ["LayerwiseRun", "RunOptions", "Solver"]
@@ -53,11 +53,14 @@ class Solver(Protocol):
         """Settings of the run."""
 
     @property
-    def embeddings_float(self) -> bool:
-        """Whether embeddings stay float in the quantized stream."""
+    def aimet_stream(self) -> bool:
+        """Whether the quantized stream is that of AIMET's SeqMSE.
 
-    def samples(self, layer: str) -> int:
-        """How many input rows a layer that a ReLU follows needs beside its moments."""
+        Embeddings are float there, and each block of LPBQ has a float scale of its own.
+        """
+
+    def samples(self, activation: Activation) -> SampleSum | None:
+        """What is to collect input rows of a layer that a ReLU follows, beside its moments."""
 
     def decide(self, problem: Problem) -> Decision:
         """Ranges, and codes if the technique rounds."""
@@ -130,7 +133,7 @@ class LayerwiseRun:
         layers, model = list(self.quantizers), self.adaptor.model
         options: dict[str, Any] = {
             "streams": _STREAMS[self.solver.params.inp_symmetry],
-            "effective": _OnGrids(self.others, self.solver.embeddings_float, model),
+            "effective": _OnGrids(self.others, self.solver.aimet_stream, model),
             "forward_fn": self.options.forward_fn,
             "cache_dir": self.options.cache_dir,
             "device": self.options.device,
@@ -224,7 +227,7 @@ class LayerwiseRun:
             )
         return reports
 
-    def _gather(self, stage: Stage) -> tuple[SecondMoment, str, dict[str, Any]]:
+    def _gather(self, stage: Stage) -> tuple[SecondMoment, str, dict[str, SampleSum]]:
         """Second moments of a stage's input, and samples for layers that a ReLU follows."""
         params = self.solver.params
         layer: Any = self.adaptor.model.get_submodule(stage.layers[0])
@@ -233,9 +236,9 @@ class LayerwiseRun:
         both = params.inp_symmetry == "asym"
         dtype = torch.promote_types(layer.weight.dtype, torch.float32)
         samples = {
-            name: SampleSum(count, activation)
+            name: kept
             for name, activation in stage.activations.items()
-            if (count := self.solver.samples(name)) > 0
+            if (kept := self.solver.samples(activation)) is not None
         }
         total: MomentSum | None = None
         try:
@@ -265,7 +268,7 @@ class LayerwiseRun:
 
     def _in_stream(self, layer: str) -> Tensor:
         """The weight that the quantized stream uses from now on."""
-        return on_grid(self.quantizers[layer], free_blocks=self.solver.embeddings_float)
+        return on_grid(self.quantizers[layer], free_blocks=self.solver.aimet_stream)
 
     def _save(
         self,
@@ -309,12 +312,15 @@ class _OnGrids(Mapping[str, Tensor]):
     """
 
     def __init__(
-        self, quantizers: Mapping[str, WeightQuantizer], embeddings_float: bool, model: nn.Module
+        self, quantizers: Mapping[str, WeightQuantizer], aimet_stream: bool, model: nn.Module
     ) -> None:
         self.layers = {
-            name: (quantizer.weight.detach(), quantizer.grid())
+            name: (
+                quantizer.weight.detach(),
+                quantizer.free_grid() if aimet_stream else quantizer.grid(),
+            )
             for name, quantizer in quantizers.items()
-            if not embeddings_float or not isinstance(model.get_submodule(name), nn.Embedding)
+            if not aimet_stream or not isinstance(model.get_submodule(name), nn.Embedding)
         }
 
     def __getitem__(self, name: str) -> Tensor:

@@ -16,9 +16,11 @@ from aimet_ext.algorithms.deploy import Decision, Problem
 from aimet_ext.algorithms.layer_report import LayerwiseReport
 from aimet_ext.algorithms.layerwise import RunOptions
 from aimet_ext.algorithms.layerwise_call import merge_params, run_layerwise
+from aimet_ext.algorithms.samples import SampleSum
 from aimet_ext.config import SeqMSEParams
 from aimet_ext.core.range_search import best_ranges, compatible_ranges
 from aimet_ext.model.batches import ForwardFn
+from aimet_ext.model.walk import Activation
 
 __all__ = ["SeqMSE", "apply_seq_mse"]
 
@@ -34,13 +36,13 @@ class SeqMSE:
     rounds: bool = False
 
     @property
-    def embeddings_float(self) -> bool:
-        """AIMET's search leaves embeddings float."""
+    def aimet_stream(self) -> bool:
+        """What AIMET takes depends on what it sees."""
         return self.params.mode == "compatible"
 
-    def samples(self, layer: str) -> int:
+    def samples(self, activation: Activation) -> SampleSum | None:
         """Second moments are enough."""
-        return 0
+        return None
 
     def decide(self, problem: Problem) -> Decision:
         """Ranges alone."""

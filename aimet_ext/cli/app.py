@@ -6,7 +6,6 @@ Everything heavy is imported inside the commands, so that ``--help`` answers at 
 from __future__ import annotations
 
 import contextlib
-import enum
 import json
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import typer
 import aimet_ext
 from aimet_ext.cli.errors import EXIT_CODES_HELP, ErrorsAsCodes
 from aimet_ext.cli.specs import OnIndivisible, on_blocks, width, width_or_none
+from aimet_ext.cli.techniques import Technique, chosen
 
 # Left out of what `inspect` prints for people.
 _TOO_LONG = frozenset({"onnx_names", "seeds", "settings", "techniques"})
@@ -45,13 +45,6 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-
-
-class Technique(str, enum.Enum):
-    """How the weights are chosen."""
-
-    OMNIQUANT = "omniquant"
-    NEAREST = "nearest"
 
 
 @contextlib.contextmanager
@@ -122,6 +115,10 @@ Examples:
 \b
   4 bits in low-power blocks of 64; if it is stopped, the same command goes on:
     aimet-ext quantize ./llama --lpbq 64 --checkpoint-dir ckpt --calibration text.txt --output out
+\b
+  Ranges by SeqMSE, then rounding by GPTQ, with a setting of its own:
+    aimet-ext quantize ./llama --technique seq_mse --technique gptq --set gptq.beams=4 \\
+        --calibration text.txt --output out
 """
 )
 def quantize(
@@ -134,8 +131,22 @@ def quantize(
     calibration: Text,
     output: Output,
     technique: Annotated[
-        Technique, typer.Option(help="How to choose weights and ranges; nearest is plain rounding.")
-    ] = Technique.OMNIQUANT,
+        list[Technique] | None,
+        typer.Option(
+            show_default="omniquant",
+            metavar="|".join(technique.value for technique in Technique),
+            help="How to choose weights and ranges; again for one that follows. nearest is plain "
+            "rounding.",
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="TECHNIQUE.FIELD=JSON",
+            help="A setting of a technique, such as gptq.beams=4; again for more.",
+        ),
+    ] = None,
     weights: Annotated[
         Any, typer.Option(parser=width, metavar="WIDTH", help="int4 is symmetric, uint4 is not.")
     ] = "int4",
@@ -158,8 +169,11 @@ def quantize(
         ),
     ] = "uint16",
     num_iterations: Annotated[
-        int, typer.Option(min=1, help="Optimizer steps for each block.")
-    ] = 800,
+        int | None,
+        typer.Option(
+            min=1, show_default="800", help="Optimizer steps for each block, of OmniQuant alone."
+        ),
+    ] = None,
     seq_length: SeqLength = 256,
     num_batches: Annotated[int, typer.Option(min=1, help="Calibration batches.")] = 16,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows in a batch.")] = 4,
@@ -168,7 +182,7 @@ def quantize(
         bool, typer.Option("--hf-checkpoint", help="Also write a checkpoint of the rounded values.")
     ] = False,
     checkpoint_dir: Annotated[
-        Path | None, typer.Option(file_okay=False, help="Keep finished blocks here, to resume.")
+        Path | None, typer.Option(file_okay=False, help="Keep finished work here, to resume.")
     ] = None,
     cache_dir: Annotated[
         Path | None, typer.Option(file_okay=False, help="Keep cached activations on disk, here.")
@@ -176,6 +190,9 @@ def quantize(
 ) -> None:
     """Quantize a model and export it."""
     weights = on_blocks(weights, block_size, lpbq, on_indivisible)
+    techniques = chosen(
+        technique or [Technique.OMNIQUANT], settings or [], num_iterations=num_iterations, seed=seed
+    )
     with _stdout_for_results():
         from aimet_ext.cli import jobs
 
@@ -183,21 +200,19 @@ def quantize(
             model_dir,
             calibration,
             output,
-            technique=technique.value,
+            techniques=techniques,
             weights=weights,
             outer=lm_head,
             activations=None if activations == "none" else activations,
-            num_iterations=num_iterations,
             seq_length=seq_length,
             num_batches=num_batches,
             batch_size=batch_size,
-            seed=seed,
             hf_checkpoint=hf_checkpoint,
             checkpoint_dir=checkpoint_dir,
             cache_dir=cache_dir,
         )
-    if result.report is not None:
-        typer.echo(str(result.report))
+    for report in result.reports.values():
+        typer.echo(str(report))
     typer.echo(_table(result.files))
 
 

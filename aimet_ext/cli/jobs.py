@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import aimet_ext
 from aimet_ext.errors import require
-from aimet_ext.export.folders import check_output
-from aimet_ext.export.manifest import is_ours
+from aimet_ext.export.folders import check_output, replace_folder
+from aimet_ext.export.manifest import is_ours, relist_files
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from aimet_ext.algorithms.layer_report import LayerwiseReport
     from aimet_ext.algorithms.omniquant import OmniQuantReport
+    from aimet_ext.cli.techniques import Params
     from aimet_ext.config import QSpec
+
+    Report = OmniQuantReport | LayerwiseReport
 
 __all__ = ["Demo", "Quantized", "demo", "evaluate", "quantize"]
 
 PREFIX = "model"
 """Name of the exported files, before their endings."""
 
+REPORTS = "reports"
+"""Folder for the techniques' reports, in the exported one."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """What ``quantize`` made: a report, if the technique has one, and files with their sizes."""
+    """What ``quantize`` made: reports by technique, in order, and files with their sizes."""
 
-    report: OmniQuantReport | None
+    reports: dict[str, Report]
     files: list[tuple[str, str]]
 
 
@@ -52,7 +59,7 @@ def quantize(
     calibration: Path,
     output: Path,
     *,
-    technique: str,
+    techniques: Mapping[str, Params],
     weights: QSpec,
     outer: QSpec,
     activations: QSpec | None,
@@ -60,13 +67,13 @@ def quantize(
     num_batches: int,
     batch_size: int,
     hf_checkpoint: bool,
-    **training: Any,
+    **folders: Any,
 ) -> Quantized:
     """Quantize a model folder and export the result to another.
 
-    :param technique: ``"omniquant"``, or ``"nearest"`` for plain rounding.
+    :param techniques: to apply, in order, with their settings; none for plain rounding.
     :param outer: of the output head and of the token embedding.
-    :param training: ``num_iterations``, ``seed``, ``checkpoint_dir``, ``cache_dir``.
+    :param folders: ``checkpoint_dir``, ``cache_dir``.
     """
     check_output(output)
     model, tokenizer = load_model(model_dir)
@@ -74,9 +81,13 @@ def quantize(
     sim = aimet_ext.create_sim(
         model, batches[0], weights=weights, lm_head=outer, embedding=outer, activations=activations
     )
-    report = _apply(sim, batches, technique, **training)
-    aimet_ext.export(sim, output, PREFIX, batches[0][:1], hf_checkpoint=hf_checkpoint)
-    return Quantized(report, list_files(output))
+    reports = _apply(sim, batches, techniques, **folders)
+    with replace_folder(output) as folder:
+        aimet_ext.export(sim, folder, PREFIX, batches[0][:1], hf_checkpoint=hf_checkpoint)
+        for name, report in reports.items():
+            report.save(folder / REPORTS / f"{name}.json")
+        relist_files(folder)
+    return Quantized(reports, list_files(output))
 
 
 def evaluate(folder: Path, text: Path, *, seq_length: int, num_windows: int) -> dict[str, Any]:
@@ -106,10 +117,11 @@ def demo(output: Path, *, num_iterations: int, seed: int) -> Demo:
     batches = _batches(tokenizer, documents("calibration"), 256, 16, batch_size=2)
     held_out = _batches(tokenizer, documents("evaluation"), 256, 16, batch_size=8)
     perplexity = {"float": aimet_ext.evaluate_perplexity(model, held_out)}
-    for technique in ("nearest", "omniquant"):
+    omniquant = aimet_ext.OmniQuantParams(num_iterations=num_iterations, seed=seed)
+    for name, techniques in {"nearest": {}, "omniquant": {"omniquant": omniquant}}.items():
         sim = aimet_ext.create_sim(model, batches[0], activations=None)
-        _apply(sim, batches, technique, num_iterations=num_iterations, seed=seed)
-        perplexity[technique] = aimet_ext.evaluate_perplexity(sim, held_out)
+        _apply(sim, batches, techniques)
+        perplexity[name] = aimet_ext.evaluate_perplexity(sim, held_out)
     aimet_ext.export(sim, output, PREFIX, batches[0][:1])
     return Demo(perplexity, list_files(output))
 
@@ -125,14 +137,28 @@ def _batches(
 
 
 def _apply(
-    sim: Any, batches: Sequence[Tensor], technique: str, *, num_iterations: int, **options: Any
-) -> OmniQuantReport | None:
-    """Apply a technique, then compute the encodings that are still open."""
+    sim: Any,
+    batches: Sequence[Tensor],
+    techniques: Mapping[str, Params],
+    *,
+    checkpoint_dir: Path | None = None,
+    cache_dir: Path | None = None,
+) -> dict[str, Report]:
+    """Apply techniques in order, then compute the encodings that are still open.
+
+    :param checkpoint_dir: each technique has a folder of its own in it.
+    """
     import torch
 
-    report = None
-    if technique == "omniquant":
-        report = aimet_ext.apply_omniquant(sim, batches, num_iterations, **options)
+    reports: dict[str, Report] = {}
+    for name, params in techniques.items():
+        reports[name] = getattr(aimet_ext, f"apply_{name}")(
+            sim,
+            batches,
+            params=params,
+            checkpoint_dir=None if checkpoint_dir is None else checkpoint_dir / name,
+            cache_dir=cache_dir,
+        )
 
     def run(model: nn.Module) -> None:
         with torch.no_grad():
@@ -140,7 +166,7 @@ def _apply(
                 model(batch)
 
     sim.compute_encodings(run)
-    return report
+    return reports
 
 
 def load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

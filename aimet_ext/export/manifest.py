@@ -12,7 +12,15 @@ from typing import Any
 from aimet_ext import __version__
 from aimet_ext.errors import CorruptFileError
 
-__all__ = ["MANIFEST", "hash_file", "is_ours", "read_manifest", "versions", "write_manifest"]
+__all__ = [
+    "MANIFEST",
+    "hash_file",
+    "is_ours",
+    "read_manifest",
+    "relist_files",
+    "versions",
+    "write_manifest",
+]
 
 MANIFEST = "manifest.json"
 _FORMAT = "aimet_ext.manifest/1"
@@ -55,6 +63,19 @@ def write_manifest(folder: str | Path, kind: str, **fields: Any) -> dict[str, An
     text = json.dumps(content, indent=2, ensure_ascii=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
     return content
+
+
+def relist_files(folder: str | Path) -> dict[str, Any]:
+    """Write a folder's manifest again, with all files as they are now and the fields it had.
+
+    :returns: what was written.
+    :raises FileNotFoundError: there is no manifest.
+    :raises CorruptFileError: the manifest is damaged or not ours.
+    """
+    content = read_manifest(folder, verify=False)
+    for derived in ("format", "versions", "files", "sha256"):
+        del content[derived]
+    return write_manifest(folder, **content)
 
 
 def read_manifest(folder: str | Path, *, verify: bool = True) -> dict[str, Any]:

@@ -184,12 +184,12 @@ class BlockWalk:
                 device=self.device,
             )
             yield from self._outside.stages()
+        self._capture()  # which says what is wrong with a batch
         check_same_arguments(
             self.model,
             self.blocks,
             partial(call_model, self.model, self.batches[0], self.forward_fn),
         )
-        self._capture()
         for block in self.blocks:
             yield from self._block_stages(block)
         for names in after.stages:
@@ -259,8 +259,17 @@ class BlockWalk:
     def _sides(self) -> tuple[list[str], LayerOrder]:
         """Layers before the first block, and stages of layers after the last one."""
         outside = [layer for layer in self.layers if not self._in_blocks(layer)]
-        passes = [partial(call_model, self.model, b, self.forward_fn) for b in self.batches]
+        passes = [partial(self._run_whole, number) for number in range(len(self.batches))]
         return layers_around(self.model, self.blocks, outside, passes)
+
+    def _run_whole(self, number: int) -> None:
+        try:
+            call_model(self.model, self.batches[number], self.forward_fn)
+        except Exception as error:
+            who = "the model's forward pass" if self.forward_fn is None else "forward_fn"
+            raise RuntimeError(
+                f"{who} failed on batch {number} with {type(error).__name__}: {error}"
+            ) from error
 
     def _capture(self) -> None:
         """Both streams at the first block."""

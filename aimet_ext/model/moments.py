@@ -25,7 +25,7 @@ __all__ = ["Geometry", "MomentSum"]
 Storage: TypeAlias = Literal["memory", "mapped"]
 
 _CHUNK = 2**24  # elements of the rows unrolled at a time: 64 MiB of float32
-_BLOCK = 2048  # rows that are multiplied at a time
+_BLOCK = 1024  # rows that are multiplied at a time
 _STRIP = 256  # rows of H that are computed at a time
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -182,7 +182,7 @@ class MomentSum:
     how the rows were cut into batches makes no difference, bit for bit. Of ``H`` only strips that
     reach from the diagonal to the right are computed and kept, which saves almost half.
 
-    Beside the sums, memory is needed for 2048 rows, twice that with ``cross``.
+    Beside the sums, memory is needed for 1024 rows, twice that with ``cross``.
 
     :param width: elements of a row.
     :param groups: each has rows and sums of its own.

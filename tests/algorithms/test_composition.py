@@ -95,9 +95,12 @@ COMPOSITIONS = (
     Composition(("omniquant", "gptq")),
     Composition(("AIMET's SeqMSE", "gptq")),
     Composition(("AIMET's SeqMSE", "adaround")),
-    Composition(("AIMET's AdaScale", "gptq")),
     Composition(("seq_mse", "AIMET's AdaScale"), keeps=False),
 )
+
+#: One that works and does not pay: AdaScale puts its rounding into the float weights, which the
+#: rounding of GPTQ is then faithful to.
+DISCOURAGED = (Composition(("AIMET's AdaScale", "gptq")),)
 
 #: Orders that are refused, with what the error says of the reason.
 REFUSED = (
@@ -184,8 +187,8 @@ def composed(make_sim: Any, ids: Callable[..., Tensor]) -> Callable[..., Any]:
     return build
 
 
-@pytest.mark.parametrize("row", COMPOSITIONS, ids=str)
-def test_an_order_that_makes_sense(
+@pytest.mark.parametrize("row", COMPOSITIONS + DISCOURAGED, ids=str)
+def test_an_order_that_works(
     composed: Callable[..., Any], data: list[Tensor], row: Composition
 ) -> None:
     """Grids, ranges and integers stay from where they were decided, through calibration too."""

@@ -177,40 +177,6 @@ def test_arguments_are_not_changed(technique: Any, sim: Any, ids: Any) -> None:
     assert all(torch.equal(batch[name], copies[name]) for name in batch)
 
 
-def padded(ids: Tensor, fill: int, left: bool = False, pad: int = 6) -> dict[str, Tensor]:
-    extra = torch.full((len(ids), pad), fill)
-    real = torch.ones_like(ids)
-    parts = [(ids, real), (extra, torch.zeros_like(extra))]
-    ordered = parts[::-1] if left else parts
-    return {
-        "input_ids": torch.cat([tokens for tokens, _ in ordered], 1),
-        "attention_mask": torch.cat([mask for _, mask in ordered], 1),
-    }
-
-
-@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-def test_what_stands_in_padding_is_not_seen(
-    technique: Any, make_sim: Any, ids: Any, result_of: Any, left: bool
-) -> None:
-    """Contract: tokens with attention mask 0 enter nothing."""
-    one, other = make_sim(), make_sim()
-    for sim, fill in ((one, 7), (other, 101)):
-        technique.apply(sim, [padded(ids(2, 16, seed), fill, left) for seed in (1, 2)])
-    assert result_of(one) == result_of(other)
-
-
-def test_padding_weighs_nothing(technique: Any, make_sim: Any, ids: Any) -> None:
-    plain, filled = make_sim(layers=1), make_sim(layers=1)
-    units = technique.units(technique.apply(plain, [ids(2, 16, 1), ids(2, 16, 2)]))
-    again = technique.units(
-        technique.apply(filled, [padded(ids(2, 16, seed), 9) for seed in (1, 2)])
-    )
-    for (name, nearest, after), (same, nearest_too, after_too) in zip(units, again, strict=True):
-        assert name == same
-        assert nearest_too == pytest.approx(nearest, rel=1e-4)
-        assert after_too == pytest.approx(after, rel=0.1)  # random probes differ in shape
-
-
 LONG = torch.ones(1, 65, dtype=torch.long)
 BAD_DATA = {
     "empty": ([], ValueError, "at least one batch.*a generator can be walked through only once"),
@@ -244,6 +210,15 @@ def test_bad_data(refused: Any, case: str) -> None:
         return
     data, error, text = BAD_DATA[case]
     refused(error, text, data() if callable(data) else data)
+
+
+@pytest.mark.techniques(where=lambda t: t.head)
+@pytest.mark.parametrize("case", ["empty", "id too big", "elsewhere", "all masked"])
+def test_bad_data_of_a_sim_with_an_output_layer(technique: Any, make_sim: Any, case: str) -> None:
+    """The output layer is looked for in a pass through the whole model."""
+    data, error, text = BAD_DATA[case]
+    with pytest.raises(error, match=text):
+        technique.apply(make_sim(lm_head=QSpec(bitwidth=8)), data)
 
 
 @pytest.mark.techniques(where=lambda t: t.number)

@@ -1,0 +1,43 @@
+"""Tokens with attention mask 0 enter nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+
+def padded(ids: Tensor, fill: int, left: bool = False, pad: int = 6) -> dict[str, Tensor]:
+    extra = torch.full((len(ids), pad), fill)
+    real = torch.ones_like(ids)
+    parts = [(ids, real), (extra, torch.zeros_like(extra))]
+    ordered = parts[::-1] if left else parts
+    return {
+        "input_ids": torch.cat([tokens for tokens, _ in ordered], 1),
+        "attention_mask": torch.cat([mask for _, mask in ordered], 1),
+    }
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_what_stands_in_padding_is_not_seen(
+    technique: Any, make_sim: Any, ids: Any, result_of: Any, left: bool
+) -> None:
+    """Whatever it is, the result is the same to the bit."""
+    one, other = make_sim(), make_sim()
+    for sim, fill in ((one, 7), (other, 101)):
+        technique.apply(sim, [padded(ids(2, 16, seed), fill, left) for seed in (1, 2)])
+    assert result_of(one) == result_of(other)
+
+
+def test_padding_weighs_nothing(technique: Any, make_sim: Any, ids: Any) -> None:
+    plain, filled = make_sim(layers=1), make_sim(layers=1)
+    units = technique.units(technique.apply(plain, [ids(2, 16, 1), ids(2, 16, 2)]))
+    again = technique.units(
+        technique.apply(filled, [padded(ids(2, 16, seed), 9) for seed in (1, 2)])
+    )
+    for (name, nearest, after), (same, nearest_too, after_too) in zip(units, again, strict=True):
+        assert name == same
+        assert nearest_too == pytest.approx(nearest, rel=1e-4)
+        assert after_too == pytest.approx(after, rel=0.1)  # random probes differ in shape
