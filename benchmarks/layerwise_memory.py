@@ -46,7 +46,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     sim = weights_only_sim(
         random_llama(blocks=options.blocks, hidden=options.hidden, ffn=options.ffn)
     )
-    batches = random_batches(options.windows, options.length)
+    batches = random_batches(options.windows, options.length, batch_size=1)
     with torch.no_grad():
         sim.model(batches[0])
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew

@@ -288,7 +288,7 @@ def test_cache_dir_holds_the_values_and_is_left_empty(build, name, tmp_path):
 
 
 def test_cost_is_linear_in_the_blocks(build):
-    """One call of a block for each of its stages, and one to move on; two looks more, at order and arguments."""
+    """A call of a block for each of its stages and one to move on; two more to look at it."""
     calls = []
     for depth in (2, 4, 8):
         calls.clear()
