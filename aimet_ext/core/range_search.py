@@ -15,6 +15,7 @@ from aimet_ext.core.objective import row_errors
 __all__ = ["best_ranges", "compatible_ranges", "free_layout"]
 
 _FINE = 5  # steps of a fine sweep to a coarse one
+_ROWS = 256  # that are searched at a time: what a candidate needs beside them stays small
 _LEAST_GAIN = 1e-4  # relative, of a sweep, to go on
 _TOPS = torch.linspace(1.0, 0.4, 13)  # of the largest block scale, for LPBQ
 _STRETCHES = torch.linspace(0.88, 1.12, 13)  # of all scales of a row at once, for LPBQ
@@ -50,6 +51,20 @@ def best_ranges(
     :param sweeps: at most.
     :returns: ``(scale, offset)`` of the grid's shape; the scale is the raw one for LPBQ.
     """
+    if second.dim() == 2 and layout.is_row_wise(weight) and len(weight) > _ROWS:
+        parts = [
+            best_ranges(
+                weight[at : at + _ROWS],
+                replace(layout, shape=(len(weight[at : at + _ROWS]), *layout.shape[1:])),
+                second,
+                None if pull is None else pull[at : at + _ROWS],
+                num_candidates=num_candidates,
+                sweeps=sweeps,
+            )
+            for at in range(0, len(weight), _ROWS)
+        ]
+        scales, offsets = zip(*parts, strict=True)
+        return torch.cat(scales), torch.cat(offsets)
     count = torch.arange(num_candidates, 0, -1, device=weight.device, dtype=weight.dtype)
     shares = count / num_candidates
     free = None
