@@ -212,7 +212,8 @@ class LayerwiseParams:
         the quantized model's, against the float weight on the float model's, so that a layer
         makes up for errors before it.
     :param asym_strength: with ``"asym"``, how much of those errors a layer is asked to make up
-        for. 1 is AIMET's target; less is more robust, for what is made up for is in part noise.
+        for. 1 is AIMET's target, and what SeqMSE's ``"compatible"`` mode always takes; less is
+        more robust, for what is made up for is in part noise.
     :param max_bitwidth: layers of more bits are left to plain rounding.
     """
 

@@ -46,9 +46,9 @@ def accepts_aimet_arguments(order: Sequence[str]) -> Callable[[F], F]:
                         f"{function.__name__}() takes at most {len(names)} positional arguments "
                         f"in AIMET's order {', '.join(names)}, got {len(args)}"
                     )
-                for number, (name, value) in enumerate(zip(names, args, strict=False), start=1):
-                    if number > 2:
-                        _put(function, named, name, value, f"position {number}")
+                for number in range(2, len(args)):
+                    came_as = f"position {number + 1}"
+                    _put(function, named, names[number], args[number], came_as)
                 args = args[:2]
             for alias, name in ALIASES.items():
                 if alias in named and alias not in known and name in known:

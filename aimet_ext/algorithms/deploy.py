@@ -141,12 +141,13 @@ def deploy(
             given_back[:] = bool(~(found.sum() <= nearest.sum()))
     if bool(given_back.any()):
         grid, codes = _give_back(problem, quantizer, plain, grid, codes, given_back)
+        found = judge(_values(codes, grid, problem.stored.dtype))
     if decision.codes is not None:
         _write_weight(problem, quantizer, codes, grid)
     quantizer.freeze()
     return Outcome(
         nearest=float(nearest.sum(dtype=torch.float64)),
-        after=float(torch.where(given_back, nearest, found).sum(dtype=torch.float64)),
+        after=float(found.sum(dtype=torch.float64)),
         signal=problem.signal(),
         rows_nearest=int(given_back.sum()),
     )
@@ -184,8 +185,12 @@ def _read(quantizer: WeightQuantizer, weight: Tensor) -> Grid:
 
 
 def _values(codes: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
-    """Values as the simulation computes them, which is in the weight's own dtype."""
-    return dequantize(codes.to(dtype), grid).to(dtype)
+    """Values that the simulation leaves as they are, in the weight's own dtype.
+
+    Rounded to bfloat16, a value near a power of two can be nearer to the next code, and that
+    one's own value a different one, which stays.
+    """
+    return fake_quantize(dequantize(codes.to(dtype), grid).to(dtype), grid)
 
 
 def _write_weight(problem: Problem, quantizer: WeightQuantizer, codes: Tensor, grid: Grid) -> None:

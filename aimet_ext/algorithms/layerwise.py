@@ -166,9 +166,20 @@ class LayerwiseRun:
             "settings": self.solver.params.to_dict(),
             "layers": {name: q.spec().to_dict() for name, q in self.quantizers.items()},
             "weights": weights_hash(self.adaptor),
+            "ranges": self._ranges_hash(),
             "data": hash_tensors(tensors),
         }
         return Checkpoints(self.options.checkpoint_dir, fingerprint)
+
+    def _ranges_hash(self) -> str:
+        """SHA-256 of the ranges that the run takes as they are."""
+        fixed = {**self.others, **{n: q for n, q in self.quantizers.items() if q.frozen}}
+        grids = ((name, fixed[name].grid()) for name in sorted(fixed))
+        return hash_tensors(
+            (f"{name}.{field}", getattr(grid, field))
+            for name, grid in grids
+            for field in ("scale", "offset")
+        )
 
     def _stage(
         self,
@@ -262,7 +273,7 @@ class LayerwiseRun:
             raise ValueError(f"{', '.join(stage.layers)}: {error}") from error
         if total is None or moment is None:
             raise uncalled(stage.layers)
-        if moment.cross is not None and params.asym_strength != 1:
+        if moment.cross is not None and not self.solver.aimet_stream:
             moment.cross.mul_(params.asym_strength)  # ours alone
         return moment, total.storage, samples
 

@@ -22,13 +22,13 @@ def layer():
 
     from aimet_ext.sim.torch_quantizers import TorchWeightQuantizer
 
-    def make(shape=(OUT, 1), *, symmetric=True, seed=0):
+    def make(shape=(OUT, 1), *, symmetric=True, seed=0, bits=BITS, dtype=torch.float32):
         p = problem(seed, OUT, IN, dtype=torch.float32)
-        module = nn.QuantizedLinear(IN, OUT)
+        module = nn.QuantizedLinear(IN, OUT, dtype=dtype)
         module.weight.data.copy_(p.weight)
         block = (1, IN // shape[1]) if len(shape) > 1 and shape[1] > 1 else None
         module.param_quantizers["weight"] = QuantizeDequantize(
-            shape, BITS, symmetric, block_size=block
+            shape, bits, symmetric, block_size=block
         )
         module._compute_param_encodings(overwrite=True)
         quantizer = TorchWeightQuantizer("fc", module)
@@ -295,3 +295,27 @@ def test_what_is_kept_is_a_copy():
     expected = samples.inputs.clone()
     rows.zero_()
     assert torch.equal(samples.inputs, expected)
+
+
+def test_a_value_that_rounds_across_a_power_of_two(layer):
+    """1.0025 = 214 steps is 1 in bfloat16, to which 213 steps are nearer: 0.9979, another value."""
+    quantizer, current = layer((OUT, 4), symmetric=False, bits=8, dtype=torch.bfloat16)
+    seen = {}
+
+    def decide(problem):
+        scale = torch.full_like(problem.nearest_grid().scale, 0.99785 / 213)
+
+        def codes(grid):
+            wanted = torch.arange(OUT * IN).view(OUT, IN) % 256
+            raw = dequantize(wanted.float(), grid).bfloat16()
+            seen["moved"] = wanted[fake_quantize(raw, grid) != raw].unique().tolist()
+            return wanted.float()
+
+        return Decision(scale=scale, offset=torch.zeros_like(scale), codes=codes, compare=False)
+
+    problem = current()
+    outcome = deploy(problem, quantizer, decide)
+    assert seen["moved"] == [214]  # else this test says nothing
+    written = quantizer.weight.detach()
+    assert torch.equal(fake_quantize(written, quantizer.grid()), written)
+    assert outcome.after == pytest.approx(float(problem.errors(written).sum()), rel=1e-5)

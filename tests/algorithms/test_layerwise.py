@@ -276,3 +276,38 @@ def test_adaround_behind_a_relu(problems: dict[str, Any]) -> None:
             assert report.layers[0].loss_after == pytest.approx(errors[True], rel=1e-3)
         assert report.layers[0].loss_after <= report.layers[0].loss_nearest
     assert errors[True] < errors[False]
+
+
+def test_compatible_mode_asks_for_the_whole_of_aimets_target(
+    make_sim: Any, batches: list[Tensor], result_of: Any
+) -> None:
+    """Whatever ``asym_strength`` says: less would be another search than AIMET's."""
+    results = {}
+    for mode in ("compatible", "best"):
+        for strength in (0.5, 1.0):
+            sim = make_sim()
+            aimet_ext.apply_seq_mse(
+                sim,
+                batches,
+                mode=mode,
+                inp_symmetry="asym",
+                asym_strength=strength,
+                progress=False,
+            )
+            results[mode, strength] = result_of(sim)
+    assert results["compatible", 0.5] == results["compatible", 1.0]
+    assert results["best", 0.5] != results["best", 1.0]
+
+
+def test_a_checkpoint_does_not_mix_with_other_frozen_ranges(
+    make_sim: Any, batches: list[Tensor], tmp_path: Any
+) -> None:
+    for candidates in (20, 3):
+        sim = make_sim()
+        aimet_ext.apply_seq_mse(sim, batches, candidates, mode="compatible", progress=False)
+        settings = {"checkpoint_dir": tmp_path, "progress": False}
+        if candidates == 20:
+            aimet_ext.apply_gptq(sim, batches, **settings)
+            continue
+        with pytest.raises(ValueError, match="belongs to another run: ranges was"):
+            aimet_ext.apply_gptq(sim, batches, **settings)
