@@ -200,6 +200,7 @@ class Block:
         for name, parameter in self.module.named_parameters():
             if name in self.params:
                 parameter.copy_(changed.get(name, self.params[name]))
+        self.adaptor.commit(self.name)
         for layer, (scale, offset) in state.grids.items():
             quantizer = self.quantizers[layer]
             symmetric = quantizer.symmetric

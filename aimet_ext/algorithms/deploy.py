@@ -205,5 +205,4 @@ def _write_weight(problem: Problem, quantizer: WeightQuantizer, codes: Tensor, g
             f"{problem.name}: values on the grid must stay as they are when the simulation "
             f"quantizes them, but {moved} of {values.numel()} move; report this"
         )
-    parameter = quantizer.weight
-    parameter.copy_(values.view_as(parameter))
+    quantizer.set_weight(values.view(quantizer.weight.shape))

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from aimet_ext.algorithms.aliases import accepts_aimet_arguments
+from aimet_ext.algorithms.checks import merge_params
 from aimet_ext.algorithms.deploy import Decision, Problem
 from aimet_ext.algorithms.layer_report import LayerwiseReport
 from aimet_ext.algorithms.layerwise import RunOptions
-from aimet_ext.algorithms.layerwise_call import merge_params, run_layerwise
+from aimet_ext.algorithms.layerwise_call import run_layerwise
 from aimet_ext.algorithms.samples import SampleSum
 from aimet_ext.config import GPTQParams
 from aimet_ext.core.affine import Grid

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -77,7 +76,7 @@ def choose_layers(
     """
     excluded = module_names(adaptor.model, exclude)
     every = {n: q for n, q in adaptor.weight_quantizers().items() if n not in excluded}
-    shared = _shared(adaptor.model)
+    shared = adaptor.shared_weights()
     decided: dict[str, WeightQuantizer] = {}
     skipped: dict[str, str] = {}
     for name, quantizer in every.items():
@@ -122,16 +121,6 @@ def _check(decided: Mapping[str, WeightQuantizer], skipped: Mapping[str, str]) -
         [n for n, q in decided.items() if is_rounded(q)],
         "must have a float weight, but it is rounded to a grid already; load the original weights",
     )
-
-
-def _shared(model: nn.Module) -> dict[str, list[str]]:
-    """Names of all modules that hold the same weight, for each that shares one."""
-    by_weight: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        weight: Any = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter):
-            by_weight.setdefault(id(weight), []).append(name)
-    return {name: names for names in by_weight.values() if len(names) > 1 for name in names}
 
 
 def _row_wise_or_whole(quantizer: WeightQuantizer) -> bool:

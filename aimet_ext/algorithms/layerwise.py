@@ -23,9 +23,7 @@ from aimet_ext.algorithms.session import weights_hash
 from aimet_ext.config import LayerwiseParams
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.core.objective import SecondMoment
-from aimet_ext.model.batches import ForwardFn, iterate_batches, map_leaves
-from aimet_ext.model.block_walk import BlockWalk, find_stack
-from aimet_ext.model.graph import walk_graph
+from aimet_ext.model.batches import ForwardFn, map_leaves
 from aimet_ext.model.journal import Checkpoints, environment, hash_tensors
 from aimet_ext.model.layers import uncalled
 from aimet_ext.model.moments import Geometry, MomentSum
@@ -104,8 +102,7 @@ class LayerwiseRun:
 
     def all_layers(self, dataloader: Iterable[Any]) -> list[LayerReport]:
         """Decide every layer, in the order in which data flows."""
-        opaque = self.options.forward_fn is not None
-        batches = list(iterate_batches(dataloader, opaque=opaque))
+        batches = self.adaptor.batches(dataloader, opaque=self.options.forward_fn is not None)
         self.adaptor.model.eval().requires_grad_(False)
         walk = self._walk(batches)
         reports: list[LayerReport] = []
@@ -129,20 +126,17 @@ class LayerwiseRun:
         return reports
 
     def _walk(self, batches: Sequence[Any]) -> Walk:
-        """By blocks where the model repeats them, else by its graph."""
-        layers, model = list(self.quantizers), self.adaptor.model
-        options: dict[str, Any] = {
-            "streams": _STREAMS[self.solver.params.inp_symmetry],
-            "effective": _OnGrids(self.others, self.solver.aimet_stream, model),
-            "forward_fn": self.options.forward_fn,
-            "cache_dir": self.options.cache_dir,
-            "device": self.options.device,
-        }
+        effective = _OnGrids(self.others, self.solver.aimet_stream, self.adaptor.model)
         with self.adaptor.disabled_quantizers(), torch.no_grad():
-            blocks = find_stack(model, layers)
-            if blocks:
-                return BlockWalk(model, blocks, batches, layers, **options)
-            return walk_graph(model, batches, layers, **options)
+            return self.adaptor.walk(
+                batches,
+                list(self.quantizers),
+                streams=_STREAMS[self.solver.params.inp_symmetry],
+                effective=effective,
+                forward_fn=self.options.forward_fn,
+                cache_dir=self.options.cache_dir,
+                device=self.options.device,
+            )
 
     def _next(self, stages: Iterator[Stage]) -> Stage | None:
         with self.adaptor.disabled_quantizers(), torch.no_grad():

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
@@ -15,39 +14,11 @@ from aimet_ext.algorithms.layer_choice import choose_layers
 from aimet_ext.algorithms.layer_report import LayerwiseReport
 from aimet_ext.algorithms.layerwise import LayerwiseRun, RunOptions, Solver
 from aimet_ext.algorithms.session import open_ledger, undo_on_failure
-from aimet_ext.config import LayerwiseParams
 from aimet_ext.export.folders import check_output, replace_folder
 from aimet_ext.export.manifest import write_manifest
 from aimet_ext.sim.base import adapt
 
-__all__ = ["merge_params", "run_layerwise"]
-
-P = TypeVar("P", bound=LayerwiseParams)
-
-
-def merge_params(
-    kind: type[P], who: str, params: P | None, settings: Mapping[str, Any], **number: Any
-) -> P:
-    """The settings of a run, checked.
-
-    :param who: name of the function, for messages.
-    :param params: base; None for the defaults.
-    :param settings: fields that replace those of ``params``.
-    :param number: the number in third position; counts unless it is the default and ``params``
-        are given.
-    :raises TypeError: a field that does not exist, or ``params`` of another class.
-    :raises ValueError: a value that is not allowed.
-    """
-    if params is not None and type(params) is not kind:
-        raise TypeError(f"params must be {kind.__name__}, got {type(params).__name__}")
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    unknown = sorted(set(settings) - set(fields))
-    if unknown:
-        raise TypeError(f"{who}() has no setting {', '.join(unknown)}; it has {', '.join(fields)}")
-    given = {n: v for n, v in number.items() if params is None or v != fields[n].default}
-    values = {**settings, **given}
-    base = {} if params is None else {name: getattr(params, name) for name in fields}
-    return kind(**{**base, **values})
+__all__ = ["run_layerwise"]
 
 
 def run_layerwise(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from aimet_ext.algorithms.aliases import accepts_aimet_arguments
-from aimet_ext.algorithms.checks import layers_to_quantize, resolve_params
+from aimet_ext.algorithms.checks import layers_to_quantize, merge_params
 from aimet_ext.algorithms.omniquant_run import TECHNIQUE, OmniQuantRun, RunOptions
 from aimet_ext.algorithms.report import OmniQuantReport
 from aimet_ext.algorithms.session import (
@@ -29,7 +29,7 @@ from aimet_ext.export.ledger import Ledger
 from aimet_ext.export.manifest import write_manifest
 from aimet_ext.export.scales import write_scales
 from aimet_ext.model.batches import ForwardFn
-from aimet_ext.model.topology import TopologyDescription, find_blocks
+from aimet_ext.model.topology import TopologyDescription
 from aimet_ext.sim.base import SimAdaptor, adapt
 
 __all__ = ["OmniQuantReport", "apply_omniquant"]
@@ -105,7 +105,9 @@ def apply_omniquant(
     >>> sim.compute_encodings(run_calibration)
     """
     options = RunOptions(
-        params=resolve_params(params, num_iterations, settings),
+        params=merge_params(
+            OmniQuantParams, "apply_omniquant", params, settings, num_iterations=num_iterations
+        ),
         forward_fn=forward_fn,
         output_path=None if output_path is None else check_output(output_path),
         checkpoint_dir=checkpoint_dir,
@@ -115,7 +117,7 @@ def apply_omniquant(
         progress=progress,
     )
     adaptor = adapt(sim)
-    blocks = find_blocks(adaptor.model, topology)
+    blocks = adaptor.find_blocks(topology)
     quantizers = layers_to_quantize(adaptor, blocks, modules_to_exclude)
     ledger = open_ledger(adaptor, TECHNIQUE, list(quantizers))
     started = time.perf_counter()

@@ -26,9 +26,8 @@ from aimet_ext.config import OmniQuantParams
 from aimet_ext.core.equivalence import ScalePair, expand
 from aimet_ext.core.objective import sqnr_db
 from aimet_ext.errors import TransformRefused
-from aimet_ext.model.batches import ForwardFn, iterate_batches
+from aimet_ext.model.batches import ForwardFn
 from aimet_ext.model.cache import TensorCache
-from aimet_ext.model.capture import capture_block_inputs
 from aimet_ext.model.journal import Checkpoints, environment, hash_tensors
 from aimet_ext.model.probe import probe, probe_inputs
 from aimet_ext.model.proof import prove_pairs
@@ -99,11 +98,10 @@ class OmniQuantRun:
     def _streams(self, dataloader: Iterable[Any]) -> tuple[BlockStream, BlockStream]:
         """Inputs of the first block, in the float model and with quantized embeddings."""
         options, adaptor = self.options, self.adaptor
-        batches = list(iterate_batches(dataloader, opaque=options.forward_fn is not None))
+        batches = adaptor.batches(dataloader, opaque=options.forward_fn is not None)
 
         def capture() -> BlockStream:
-            return capture_block_inputs(
-                adaptor.model,
+            return adaptor.capture(
                 self.blocks[0].name,
                 batches,
                 options.forward_fn,

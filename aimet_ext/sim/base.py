@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from aimet_ext.config import Granularity, QSpec
 from aimet_ext.core.affine import Grid
+from aimet_ext.model.batches import ForwardFn
+from aimet_ext.model.stream import BlockStream
+from aimet_ext.model.topology import BlockTopology, TopologyDescription
+from aimet_ext.model.walk import Streams, Walk
 
 __all__ = ["Range", "SimAdaptor", "WeightQuantizer", "adapt", "moved_ranges"]
 
 Range: TypeAlias = tuple[float, float]
 
 # Root package of a simulation's class -> module and class of its adaptor.
-_ADAPTORS = {"aimet_torch": ("aimet_ext.sim.torch_sim", "TorchSim")}
+_ADAPTORS = {
+    "aimet_torch": ("aimet_ext.sim.torch_sim", "TorchSim"),
+    "aimet_onnx": ("aimet_ext.sim.onnx_sim", "OnnxSim"),
+}
 
 
 class WeightQuantizer(Protocol):
@@ -28,8 +37,11 @@ class WeightQuantizer(Protocol):
         """Name of the layer."""
 
     @property
-    def weight(self) -> nn.Parameter:
-        """The layer's float weight."""
+    def weight(self) -> Tensor:
+        """The layer's float weight, output channels first; to be read, see :meth:`set_weight`."""
+
+    def set_weight(self, values: Tensor) -> None:
+        """Put values of the weight's shape in its place."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -171,6 +183,48 @@ class SimAdaptor(Protocol):
     def float_state(self) -> dict[str, Tensor]:
         """Parameters and persistent buffers, tied ones under each name, without quantizers'."""
 
+    def shared_weights(self) -> dict[str, list[str]]:
+        """Names of all modules that hold the same weight, for each that shares one."""
+
+    def batches(self, dataloader: Any, *, opaque: bool = False) -> list[Any]:
+        """The batches of a dataloader, each one checked.
+
+        :param opaque: batches are of the user's own type, for the user's ``forward_fn``.
+        """
+
+    def walk(
+        self,
+        batches: Sequence[Any],
+        layers: Sequence[str],
+        *,
+        streams: Streams,
+        effective: Mapping[str, Tensor],
+        forward_fn: ForwardFn | None,
+        cache_dir: str | Path | None,
+        device: torch.device | str | None,
+    ) -> Walk:
+        """A walk to layers, with the quantizers off; see :mod:`aimet_ext.model.walk`.
+
+        :param effective: weights that the quantized stream uses from the start, by layer.
+        """
+
+    def find_blocks(self, description: TopologyDescription | None) -> list[BlockTopology]:
+        """Decoder blocks, see :func:`aimet_ext.model.topology.find_blocks`."""
+
+    def capture(
+        self,
+        first_block: str,
+        batches: Sequence[Any],
+        forward_fn: ForwardFn | None,
+        *,
+        cache_dir: str | Path | None,
+        device: torch.device | str | None,
+    ) -> BlockStream:
+        """What the first block receives, see :mod:`aimet_ext.model.capture`."""
+
+    def commit(self, module: str) -> None:
+        """Note that a module's parameters were changed in place, for all that holds copies."""
+
     def preserved_state(self) -> AbstractContextManager[None]:
         """Context that restores training flags, ``requires_grad`` and ``use_cache``."""
 
@@ -178,7 +232,7 @@ class SimAdaptor(Protocol):
 def adapt(sim: object) -> SimAdaptor:
     """The adaptor for a simulation, by its type.
 
-    :param sim: ``aimet_torch.QuantizationSimModel``.
+    :param sim: ``aimet_torch.QuantizationSimModel`` or ``aimet_onnx.QuantizationSimModel``.
     :raises TypeError: another type.
     """
     for cls in type(sim).__mro__:
@@ -186,7 +240,7 @@ def adapt(sim: object) -> SimAdaptor:
         if found is not None and cls.__name__ == "QuantizationSimModel":
             return getattr(importlib.import_module(found[0]), found[1])(sim)
     raise TypeError(
-        "sim must be an aimet_torch.QuantizationSimModel, "
+        "sim must be a QuantizationSimModel of aimet_torch or aimet_onnx, "
         f"got {type(sim).__module__}.{type(sim).__qualname__}; "
         "build one with aimet_ext.create_sim(model, sample_input_ids)"
     )

@@ -43,6 +43,11 @@ class TorchWeightQuantizer:
         """The layer's float weight."""
         return self.module.weight
 
+    @torch.no_grad()
+    def set_weight(self, values: Tensor) -> None:
+        """Put values in the weight's place; the parameter stays the same object."""
+        self.weight.copy_(values)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Cells of the grid along each dimension."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,13 @@ from aimet_torch.quantization.base import QuantizerBase
 from torch import Tensor, nn
 
 from aimet_ext.core.affine import Grid, fake_quantize, minmax_range, scale_offset
+from aimet_ext.model.batches import ForwardFn, iterate_batches
+from aimet_ext.model.block_walk import BlockWalk, find_stack
+from aimet_ext.model.capture import capture_block_inputs
+from aimet_ext.model.graph import walk_graph
+from aimet_ext.model.stream import BlockStream
+from aimet_ext.model.topology import BlockTopology, TopologyDescription, find_blocks
+from aimet_ext.model.walk import Streams, Walk
 from aimet_ext.sim.base import Range, SimAdaptor, WeightQuantizer
 from aimet_ext.sim.torch_quantizers import (
     TorchWeightQuantizer,
@@ -242,6 +250,65 @@ class TorchSim:
             for name, value in every.items()
             if isinstance(value, Tensor) and not name.startswith(inside)
         }
+
+    def shared_weights(self) -> dict[str, list[str]]:
+        """Names of all modules that hold the same weight, for each that shares one."""
+        by_weight: dict[int, list[str]] = {}
+        for name, module in self.model.named_modules(remove_duplicate=False):
+            weight: Any = getattr(module, "weight", None)
+            if isinstance(weight, nn.Parameter):
+                by_weight.setdefault(id(weight), []).append(name)
+        shared = (names for names in by_weight.values() if len(names) > 1)
+        return {name: names for names in shared for name in names}
+
+    def batches(self, dataloader: Any, *, opaque: bool = False) -> list[Any]:
+        """The batches of a dataloader, see :func:`aimet_ext.model.batches.iterate_batches`."""
+        return list(iterate_batches(dataloader, opaque=opaque))
+
+    def walk(
+        self,
+        batches: Sequence[Any],
+        layers: Sequence[str],
+        *,
+        streams: Streams,
+        effective: Mapping[str, Tensor],
+        forward_fn: ForwardFn | None,
+        cache_dir: str | Path | None,
+        device: torch.device | str | None,
+    ) -> Walk:
+        """By blocks where the model repeats them, else by its graph."""
+        settings: dict[str, Any] = {
+            "streams": streams,
+            "effective": effective,
+            "forward_fn": forward_fn,
+            "cache_dir": cache_dir,
+            "device": device,
+        }
+        blocks = find_stack(self.model, layers)
+        if blocks:
+            return BlockWalk(self.model, blocks, batches, layers, **settings)
+        return walk_graph(self.model, batches, layers, **settings)
+
+    def find_blocks(self, description: TopologyDescription | None) -> list[BlockTopology]:
+        """Decoder blocks, see :func:`aimet_ext.model.topology.find_blocks`."""
+        return find_blocks(self.model, description)
+
+    def capture(
+        self,
+        first_block: str,
+        batches: Sequence[Any],
+        forward_fn: ForwardFn | None,
+        *,
+        cache_dir: str | Path | None,
+        device: torch.device | str | None,
+    ) -> BlockStream:
+        """What the first block receives, with the quantizers that are on."""
+        return capture_block_inputs(
+            self.model, first_block, batches, forward_fn, cache_dir=cache_dir, device=device
+        )
+
+    def commit(self, module: str) -> None:
+        """Nothing to do: nobody holds copies."""
 
     @contextmanager
     def preserved_state(self) -> Iterator[None]:

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from aimet_ext.algorithms.aliases import accepts_aimet_arguments
+from aimet_ext.algorithms.checks import merge_params
 from aimet_ext.algorithms.layerwise import RunOptions
-from aimet_ext.algorithms.layerwise_call import merge_params, run_layerwise
+from aimet_ext.algorithms.layerwise_call import run_layerwise
 from aimet_ext.algorithms.seq_mse import SeqMSE
 from aimet_ext.config import OnIndivisible, QSpec, SeqMSEParams
 from aimet_ext.model.batches import ForwardFn

@@ -319,5 +319,5 @@ def test_ledger_and_settings_follow_a_deep_copy(sim):
 
 
 def test_something_else_than_a_sim_is_named():
-    with pytest.raises(TypeError, match=r"QuantizationSimModel, got torch.nn.*Linear"):
+    with pytest.raises(TypeError, match=r"QuantizationSimModel of .*, got torch.nn.*Linear"):
         adapt(nn.Linear(1, 1))

@@ -530,7 +530,7 @@ class TestWhatIsRefused:
         refused(cnn(), next(iter(bad)), **bad)
 
     def test_other_objects(self):
-        with pytest.raises(TypeError, match=r"sim must be an aimet_torch\.QuantizationSimModel"):
+        with pytest.raises(TypeError, match="sim must be a QuantizationSimModel"):
             set_lpbq(Net())
 
 
