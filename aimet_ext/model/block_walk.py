@@ -28,7 +28,7 @@ from aimet_ext.model.patches import replaced_forward, seen_input, swapped_weight
 from aimet_ext.model.rerun import RerunWalk
 from aimet_ext.model.same_arguments import check_same_arguments
 from aimet_ext.model.stream import BlockStream
-from aimet_ext.model.walk import Activation, Inputs, Stage, Streams
+from aimet_ext.model.walk import Inputs, ReadStage, Stage, Streams
 
 __all__ = ["BlockWalk", "find_stack"]
 
@@ -66,18 +66,6 @@ class _Part:
     layer: str
     wrap: Callable[[Tensor], Any]
     inputs: dict[str, TensorCache] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class _Stage:
-    """See :class:`aimet_ext.model.walk.Stage`."""
-
-    layers: tuple[str, ...]
-    activations: Mapping[str, Activation]
-    read: Callable[[], Iterator[Inputs]]
-
-    def batches(self) -> Iterator[Inputs]:
-        return self.read()
 
 
 class BlockWalk:
@@ -131,11 +119,8 @@ class BlockWalk:
     @property
     def cost(self) -> dict[str, Any]:
         """How the data was brought to the layers."""
-        cost: dict[str, Any] = {
-            "walk": "blocks",
-            "blocks": len(self.blocks),
-            "block_calls": self._forwards,
-        }
+        cost: dict[str, Any] = {"walk": "blocks", "blocks": len(self.blocks)}
+        cost["block_calls"] = self._forwards
         if self._outside is not None:
             cost["before_the_blocks"] = self._outside.cost
         return cost
@@ -191,7 +176,8 @@ class BlockWalk:
             partial(call_model, self.model, self.batches[0], self.forward_fn),
         )
         for block in self.blocks:
-            yield from self._block_stages(block)
+            more = bool(after.stages) or block != self.blocks[-1]
+            yield from self._block_stages(block, more)
         for names in after.stages:
             yield self._stage(names, after, partial(self._tail_inputs, names[0]))
 
@@ -211,9 +197,9 @@ class BlockWalk:
         found: LayerOrder,
         read: Callable[[], Iterator[Inputs]],
         prefix: str = "",
-    ) -> _Stage:
+    ) -> ReadStage:
         relus = {f"{prefix}{n}": found.activations[n] for n in names if n in found.activations}
-        return _Stage(tuple(f"{prefix}{name}" for name in names), relus, read)
+        return ReadStage(tuple(f"{prefix}{name}" for name in names), relus, read)
 
     def _block_inputs(self, block: str, relative: tuple[str, ...]) -> Iterator[Inputs]:
         """What reaches layers of the block at hand, batch by batch."""
@@ -298,13 +284,11 @@ class BlockWalk:
 
     # One block.
 
-    def _block_stages(self, block: str) -> Iterator[Stage]:
+    def _block_stages(self, block: str, more: bool) -> Iterator[Stage]:
+        """The stages of a block; the streams go on past it if more follows."""
         module = self.model.get_submodule(block)
-        inside = [
-            layer.removeprefix(f"{block}.")
-            for layer in self.layers
-            if layer.startswith(f"{block}.")
-        ]
+        prefix = f"{block}."
+        inside = [n.removeprefix(prefix) for n in self.layers if n.startswith(prefix)]
         home = module_device(module)
         self._block = block
         try:
@@ -320,7 +304,8 @@ class BlockWalk:
             for names in found.stages:
                 read = partial(self._block_inputs, block, names)
                 yield self._stage(names, found, read, f"{block}.")
-            self._advance()
+            if more:
+                self._advance()
         finally:
             self._drop_parts()
             self._params, self._block = {}, ""

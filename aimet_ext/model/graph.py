@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from aimet_ext.model.segments import (
 )
 from aimet_ext.model.trace import Group, NotTraceable, batch_tensors, trace_model
 from aimet_ext.model.values import StoredBatches, ValueCache, keep_batches
-from aimet_ext.model.walk import Activation, Inputs, Streams, Walk
+from aimet_ext.model.walk import Inputs, ReadStage, Streams, Walk
 
 __all__ = ["GraphWalk", "walk_graph"]
 
@@ -135,7 +134,7 @@ class GraphWalk:
         self._segments = 0
         self._peak = 0
 
-    def stages(self) -> Iterator[_Stage]:
+    def stages(self) -> Iterator[ReadStage]:
         """Each stage in turn, in the order of the layers' calls."""
         for group in self._trace.groups:
             assert not self._pending, f"{sorted(self._pending)} must be decided first"
@@ -149,7 +148,7 @@ class GraphWalk:
             def read(group: Group = group, geometry: Geometry = geometry) -> Iterator[Inputs]:
                 return self._read(group, geometry)
 
-            yield _Stage(group.layers, group.activations, read)
+            yield ReadStage(group.layers, group.activations, read)
         self._group = None
 
     def hold(self, layer: str) -> None:
@@ -303,15 +302,3 @@ class GraphWalk:
             cache.close()
         if not equal(values[output], expected):
             raise NotTraceable("its graph computes something else on the first batch")
-
-
-@dataclass(frozen=True, eq=False)
-class _Stage:
-    """See :class:`aimet_ext.model.walk.Stage`."""
-
-    layers: tuple[str, ...]
-    activations: Mapping[str, Activation]
-    read: Callable[[], Iterator[Inputs]]
-
-    def batches(self) -> Iterator[Inputs]:
-        return self.read()

@@ -7,11 +7,12 @@ decided it moves on, so that each later stage sees what the decided layers make 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
 from torch import Tensor
 
-__all__ = ["Activation", "Inputs", "Stage", "Streams", "Walk"]
+__all__ = ["Activation", "Inputs", "ReadStage", "Stage", "Streams", "Walk"]
 
 Streams: TypeAlias = Literal["quantized", "float", "both"]
 
@@ -34,6 +35,22 @@ class Stage(Protocol):
 
     def batches(self) -> Iterator[Inputs]:
         """The layers' input, batch by batch; computed anew at each call."""
+
+
+@dataclass(frozen=True, eq=False)
+class ReadStage:
+    """A :class:`Stage` whose inputs a function reads.
+
+    :param read: a new iterator over the layers' input at each call.
+    """
+
+    layers: tuple[str, ...]
+    activations: Mapping[str, Activation]
+    read: Callable[[], Iterator[Inputs]]
+
+    def batches(self) -> Iterator[Inputs]:
+        """The layers' input, batch by batch; computed anew at each call."""
+        return self.read()
 
 
 class Walk(Protocol):
