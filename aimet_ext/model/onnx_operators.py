@@ -1,0 +1,75 @@
+"""What all tables of translated ONNX operators share: types, and reading of operands.
+
+A translated operator is a function ``(attributes, inputs, opset) -> Tensor | tuple[Tensor, ...]``
+of torch tensors. It is differentiable in its floating-point inputs, works in their dtype, float64
+too, and never writes into an input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "DTYPES",
+    "Attributes",
+    "Inputs",
+    "Limit",
+    "Operator",
+    "Outputs",
+    "floating",
+    "ints",
+    "number",
+    "operand",
+]
+
+# By attribute name: int, float, str, list, Tensor or torch.dtype. "n_outputs" is the number of
+# outputs that the node names.
+Attributes: TypeAlias = Mapping[str, Any]
+# Tensor, or None where an optional input is left out.
+Inputs: TypeAlias = Sequence[Any]
+Outputs: TypeAlias = "Tensor | tuple[Tensor | None, ...]"
+Operator: TypeAlias = Callable[[Attributes, Inputs, int], Outputs]
+# Attributes and the given inputs (False: left out) to the reason why this is not translated.
+Limit: TypeAlias = Callable[[Attributes, Sequence[bool]], "str | None"]
+
+# onnx.TensorProto.DataType
+DTYPES: Mapping[int, torch.dtype] = {
+    1: torch.float32,
+    2: torch.uint8,
+    3: torch.int8,
+    4: torch.uint16,
+    5: torch.int16,
+    6: torch.int32,
+    7: torch.int64,
+    9: torch.bool,
+    10: torch.float16,
+    11: torch.float64,
+    12: torch.uint32,
+    13: torch.uint64,
+    16: torch.bfloat16,
+}
+
+
+def operand(inputs: Inputs, position: int) -> Any:
+    """An optional input, None where it is left out."""
+    return inputs[position] if position < len(inputs) else None
+
+
+def ints(tensor: Tensor) -> list[int]:
+    """Values of an integer tensor of any shape, on the host."""
+    return [int(value) for value in tensor.reshape(-1).tolist()]
+
+
+def number(tensor: Tensor) -> int | float:
+    """The value of a tensor with one element."""
+    return tensor.reshape(()).item()
+
+
+def floating(attributes: Attributes, tensor: Tensor) -> torch.dtype:
+    """Dtype a norm computes in: that of ``stash_type``, and never less than the tensor's own."""
+    stash = attributes.get("stash_type", torch.float32)
+    return torch.promote_types(tensor.dtype, stash)
