@@ -17,6 +17,9 @@ ALIASES: Mapping[str, str] = {
     "data_loader": "dataloader",
     "inputs": "dataloader",
     "nodes_to_exclude": "modules_to_exclude",
+    "excluded_nodes": "modules_to_exclude",
+    "op_types": "layers",
+    "nodes_to_include": "layers",
 }
 
 

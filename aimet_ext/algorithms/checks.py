@@ -54,6 +54,10 @@ def layers_to_quantize(
         one, one of too many bits; a weight is not finite or rounded already.
     """
     names = [f"{block.name}.{layer}" for block in blocks for layer in block.linears]
+    aliases = {
+        alias: f"{block.name}.{layer}" for block in blocks for layer, alias in block.aliases.items()
+    }
+    exclude = [aliases.get(name, name) for name in exclude]
     unknown = sorted(set(exclude) - set(names))
     if unknown:
         raise ValueError(
@@ -67,19 +71,20 @@ def layers_to_quantize(
     )
     quantizers = {name: quantizer for name, quantizer in found.items() if quantizer is not None}
     frozen = [name for name, quantizer in quantizers.items() if quantizer.frozen]
-    for technique in sorted({frozen_by(adaptor, name) for name in frozen}):
+    by = {name: frozen_by(adaptor, quantizers[name].name) for name in frozen}
+    for technique in sorted(set(by.values())):
         refuse(
-            [name for name in frozen if frozen_by(adaptor, name) == technique],
+            [name for name in frozen if by[name] == technique],
             f"must have a weight quantizer that may change, but {technique} froze its range, which "
             "rescaling would make wrong; start from a new sim, or list it in modules_to_exclude",
         )
-    parameters = {
-        f"{block.name}.{name}": parameter
-        for block in blocks
-        for name, parameter in adaptor.float_parameters(block.name).items()
-    }
     refuse(
-        [name for name, value in parameters.items() if not bool(torch.isfinite(value).all())],
+        [
+            f"{block.name}.{name}"
+            for block in blocks
+            for name, parameter in adaptor.float_parameters(block.name).items()
+            if not bool(torch.isfinite(parameter).all())
+        ],
         "must be finite, it holds NaN or infinity; repair the checkpoint",
     )
     refuse(

@@ -71,8 +71,9 @@ def apply_omniquant(
     the weight quantizers of the blocks are set and frozen; ``sim.compute_encodings`` fills in the
     rest. If anything fails or is interrupted, the simulation is left as it was.
 
-    :param sim: ``aimet_torch.QuantizationSimModel``, made by :func:`create_sim` or by hand.
-        Mutated. Its activations may be calibrated already; encodings that a transform made stale
+    :param sim: ``QuantizationSimModel`` of aimet_torch or aimet_onnx, made by :func:`create_sim`
+        or by hand. The blocks of an ONNX model are found by its structure and computed in PyTorch,
+        after a check against onnxruntime; scales go into its initializers. Mutated. Its activations may be calibrated already; encodings that a transform made stale
         are reset and named in the report.
     :param dataloader: batches: a tensor of ids ``[batch, seq]``, a tuple of positional arguments,
         or a mapping of keyword arguments as Hugging Face's collators give (``labels`` ignored).
@@ -85,7 +86,8 @@ def apply_omniquant(
     :param checkpoint_dir: folder for a checkpoint of each finished block. The same call goes on
         from there after a crash and ends bit-identical on the same machine and versions.
     :param cache_dir: folder for memory-mapped caches; None keeps them in RAM.
-    :param modules_to_exclude: full names of layers to leave alone.
+    :param modules_to_exclude: full names of layers to leave alone; of an ONNX model, names of
+        nodes too.
     :param topology: names of the modules in a block, for a model of an unknown family.
     :param params: settings, see :class:`OmniQuantParams`.
     :param device: where the block being worked on goes; None leaves it where it is.
@@ -97,7 +99,8 @@ def apply_omniquant(
     :raises TypeError: a wrong type of simulation, batch or argument, or one argument twice.
     :raises ValueError: unusable data, an unknown architecture, layers without or with frozen
         weight quantizers, weights that hold NaN or are rounded already, the same technique twice.
-    :raises TransformRefused: a scale pair changes the float function of this model.
+    :raises TransformRefused: a scale pair changes the float function of this model, or a block of
+        an ONNX model has operators that PyTorch cannot compute; all are named.
     :raises FileExistsError: ``output_path`` holds files that are not ours.
     :raises RuntimeError: ``forward_fn`` failed.
 
@@ -119,13 +122,14 @@ def apply_omniquant(
     adaptor = adapt(sim)
     blocks = adaptor.find_blocks(topology)
     quantizers = layers_to_quantize(adaptor, blocks, modules_to_exclude)
-    ledger = open_ledger(adaptor, TECHNIQUE, list(quantizers))
+    layers = [quantizer.name for quantizer in quantizers.values()]
+    ledger = open_ledger(adaptor, TECHNIQUE, layers)
     started = time.perf_counter()
     with undo_on_failure(adaptor, cache_dir) as keep:
         adaptor.ledger = ledger = copy.deepcopy(ledger)
         run = OmniQuantRun(adaptor, blocks, quantizers, options, keep)
         reports = run.all_blocks(dataloader)
-        ledger.log_run(TECHNIQUE, list(quantizers), settings=options.params.to_dict())
+        ledger.log_run(TECHNIQUE, layers, settings=options.params.to_dict())
         report = OmniQuantReport(
             blocks=tuple(reports),
             settings=options.params.to_dict(),

@@ -74,8 +74,9 @@ def undo_on_failure(
                 yield keep
         except BaseException:
             adaptor.ledger = ledger
-            for module in tuple(journal.keys()):
-                adaptor.restore(module, *journal.restore(module))
+            with adaptor.preserved_state():
+                for module in tuple(journal.keys()):
+                    adaptor.restore(module, *journal.restore(module))
             raise
         finally:
             journal.clear()

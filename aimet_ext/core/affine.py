@@ -51,6 +51,8 @@ class Grid:
     :param block_size: elements of a cell along each dimension where the grid is blockwise (-1:
         what the weight's shape says), None for per-tensor and per-channel grids.
     :param zero_point_shift: 0, or 0.5 where the values lie half a step off the integers.
+    :param half_up: halfway between two values the larger one is taken, in float32 and counted
+        from the smallest one: the arithmetic of aimet_onnx. Else the even integer.
     """
 
     scale: Tensor
@@ -59,6 +61,7 @@ class Grid:
     qmax: int
     block_size: tuple[int, ...] | None = None
     zero_point_shift: float = 0.0
+    half_up: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -212,7 +215,9 @@ def _needs_gradient(grid: Grid) -> bool:
 
 def _is_fused(grid: Grid) -> bool:
     """Whether AIMET hands this grid to ``torch.fake_quantize_*``."""
-    if grid.block_size is not None or grid.zero_point_shift or _needs_gradient(grid):
+    if grid.block_size is not None or grid.zero_point_shift or grid.half_up:
+        return False
+    if _needs_gradient(grid):
         return False
     if grid.scale.numel() == 1:
         return True
@@ -230,7 +235,7 @@ def _working_dtype(dtype: torch.dtype, grid: Grid) -> torch.dtype:
 
 def _cellwise(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Scale and offset as ``[g0, 1, g1, 1, …]`` in the dtype to compute in."""
-    if _is_fused(grid):
+    if _is_fused(grid) or grid.half_up:
         dtype = torch.promote_types(grid.scale.dtype, torch.float32)
     else:
         dtype = _working_dtype(weight.dtype, grid)
@@ -241,6 +246,9 @@ def _cellwise(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 def _codes(weight: Tensor, grid: Grid, scale: Tensor, offset: Tensor) -> Tensor:
     blocks = to_blocks(weight, grid.shape)
+    if grid.half_up:
+        first = offset + (grid.qmin + grid.zero_point_shift)
+        return clamp_ste(_half_up(blocks / scale - first), 0, grid.qmax - grid.qmin) + grid.qmin
     if _is_fused(grid):
         steps = blocks * scale.reciprocal()
     elif grid.zero_point_shift:
@@ -248,6 +256,13 @@ def _codes(weight: Tensor, grid: Grid, scale: Tensor, offset: Tensor) -> Tensor:
     else:
         steps = blocks.to(scale.dtype) / scale
     return clamp_ste(round_ste(steps) - offset, grid.qmin, grid.qmax)
+
+
+def _half_up(x: Tensor) -> Tensor:
+    """Round, halves up; straight-through."""
+    whole = x.detach().floor()
+    rounded = whole + (x.detach() - whole >= 0.5).to(x.dtype)
+    return x + (rounded - x).detach() if x.requires_grad else rounded
 
 
 def _values(codes: Tensor, grid: Grid, scale: Tensor, offset: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -29,11 +30,13 @@ class PreparedCausalLM(nn.Module):
     traced, and nothing is cached between calls.
 
     :param model: causal LM of transformers, attention ``"eager"`` or ``"sdpa"``.
+    :param mask_value: added to the scores of masked tokens; None is half of the dtype's lowest.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, mask_value: float | None = None) -> None:
         super().__init__()
         self.model = model
+        self.mask_value = mask_value
 
     @property
     def config(self) -> Any:
@@ -72,7 +75,7 @@ class PreparedCausalLM(nn.Module):
         for layer_type, window in _windows(self.config).items():
             inside = allowed if window is None else allowed & (distance < window)
             # Half of the lowest number: a score added to it must stay finite in float16 too.
-            lowest = torch.finfo(self.model.dtype).min / 2
+            lowest = self.mask_value or torch.finfo(self.model.dtype).min / 2
             masks[layer_type] = torch.zeros(
                 (), dtype=self.model.dtype, device=inside.device
             ).masked_fill(~inside, lowest)
@@ -101,7 +104,7 @@ class PreparedCausalLM(nn.Module):
             )
 
 
-def prepare_model(model: nn.Module) -> nn.Module:
+def prepare_model(model: nn.Module, *, mask_value: float | None = None) -> nn.Module:
     """A module that ``QuantizationSimModel`` can trace, around a causal LM of transformers.
 
     It is called as ``module(input_ids, attention_mask=None)`` and returns logits
@@ -109,14 +112,20 @@ def prepare_model(model: nn.Module) -> nn.Module:
     as it is, in its own dtype and on its own device; what is prepared already comes back as it is.
 
     :param model: causal LM of transformers.
+    :param mask_value: negative number that is added to the scores of masked tokens; None is half of
+        the dtype's lowest number. Give about -100 for an ONNX graph whose activations are to be
+        quantized to integers: their grid has to hold it, and with the lowest number it holds
+        nothing else.
     :raises TypeError: ``model`` is no causal LM of transformers.
-    :raises ValueError: an attention that cannot be traced.
+    :raises ValueError: an attention that cannot be traced, or a ``mask_value`` of 0 or more.
 
     >>> prepared = prepare_model(AutoModelForCausalLM.from_pretrained(folder))
     >>> sim = QuantizationSimModel(prepared, sample_input_ids)
     """
+    if mask_value is not None and not -math.inf < mask_value < 0:
+        raise ValueError(f"mask_value must be a negative number, such as -100, got {mask_value}")
     if isinstance(model, PreparedCausalLM):
-        return model
+        return model if mask_value is None else PreparedCausalLM(model.model, mask_value)
     if not isinstance(model, PreTrainedModel) or not _is_causal_lm(model):
         raise TypeError(
             "a causal language model of transformers is required "
@@ -130,7 +139,7 @@ def prepare_model(model: nn.Module) -> nn.Module:
             'call model.set_attn_implementation("sdpa") first'
         )
     _windows(model.config)
-    return PreparedCausalLM(model)
+    return PreparedCausalLM(model, mask_value)
 
 
 def causal_lm(module: nn.Module) -> PreTrainedModel | None:

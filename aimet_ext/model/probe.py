@@ -77,8 +77,12 @@ def probe_inputs(
     length = seq if any(_has_tensors(named[name]) for name in unknown) else min(length, seq)
 
     def cut(tensor: Tensor, axis: int = -1, kept: int | None = None) -> Tensor:
-        rows = tensor[:_MIN_BATCH] if tensor.ndim > -axis and tensor.shape[0] == batch else tensor
-        return rows if kept is None else rows.narrow(axis, 0, kept)
+        own = tensor.ndim > -axis and tensor.shape[0] == batch
+        rows = tensor[:_MIN_BATCH] if own else tensor
+        if kept is not None:
+            return rows.narrow(axis, 0, kept)
+        twice = own and batch == 1 and tensor.ndim > 1  # beside the twin of the hidden states
+        return rows.expand(_MIN_BATCH, *rows.shape[1:]) if twice else rows
 
     for name, value in named.items():
         axis = _SEQUENCE_AXES.get(name)

@@ -28,6 +28,8 @@ class BlockTopology:
     :param stages: the same, grouped: (q, k, v), (o,), (gate, up), (down,).
     :param pairs: candidate scale pairs; each is to be proved before it is used.
     :param unavailable: kinds of pairs that this block cannot have, with the reason.
+    :param aliases: full names of layers in the simulation, by name in the block, where they have
+        others there.
     """
 
     name: str
@@ -35,6 +37,7 @@ class BlockTopology:
     stages: tuple[tuple[str, ...], ...]
     pairs: tuple[ScalePair, ...]
     unavailable: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 def find_blocks(

@@ -180,7 +180,7 @@ class SimAdaptor(Protocol):
     def calibrated(self, names: Iterable[str]) -> AbstractContextManager[None]:
         """Context in which these layers' weight quantizers have a range, if only for the while."""
 
-    def float_state(self) -> dict[str, Tensor]:
+    def float_state(self) -> Mapping[str, Tensor]:
         """Parameters and persistent buffers, tied ones under each name, without quantizers'."""
 
     def shared_weights(self) -> dict[str, list[str]]:

@@ -328,7 +328,7 @@ def test_unknown_architecture(technique: Any, batches: list[Tensor]) -> None:
 
 def test_something_that_is_no_sim(technique: Any, tiny_llama: Any, batches: list[Tensor]) -> None:
     with pytest.raises(
-        TypeError, match="must be a QuantizationSimModel of aimet_torch.*create_sim"
+        TypeError, match=r"must be a QuantizationSimModel of aimet_torch.*create_sim"
     ):
         technique.apply(tiny_llama, batches)
 

@@ -192,3 +192,25 @@ def test_blocks_round_trip():
 def test_a_grid_that_does_not_divide_is_named(shape):
     with pytest.raises(ValueError, match=r"divides the tensor's shape \(4, 6\).*got"):
         to_blocks(torch.zeros(4, 6), shape)
+
+
+def test_halves_go_up_where_the_grid_says_so():
+    """aimet_onnx's arithmetic: counted from the smallest value, so below zero they go up too."""
+    weight = torch.tensor([[-1.5, -0.5, 0.5, 1.5, 2.5, 9.0, -9.0]]) / 4
+    scale = torch.full((1, 1), 0.25)
+    grid = Grid(scale, torch.zeros(1, 1), -4, 3, half_up=True)
+    assert quantize(weight, grid).tolist() == [[-1, 0, 1, 2, 3, 3, -4]]
+    even = Grid(scale, torch.zeros(1, 1), -4, 3)
+    assert quantize(weight, even).tolist() == [[-2, 0, 0, 2, 2, 3, -4]]
+    just_below = torch.nextafter(torch.tensor([[0.125]]), torch.tensor(0.0))
+    assert quantize(just_below, Grid(scale, scale * 0, 0, 7, half_up=True)).tolist() == [[0]]
+
+
+def test_gradients_pass_where_halves_go_up():
+    weight = torch.tensor([[0.3, 0.6, 5.0]], requires_grad=True)
+    scale = torch.full((1, 1), 0.25, requires_grad=True)
+    fake_quantize(weight, Grid(scale, torch.zeros(1, 1), -4, 3, half_up=True)).sum().backward()
+    assert weight.grad is not None and weight.grad.tolist() == [[1, 1, 0]]
+    # d(q s)/ds: q - w/s inside the range, q beyond it
+    expected = (1 - 0.3 / 0.25) + (2 - 0.6 / 0.25) + 3
+    assert scale.grad is not None and abs(float(scale.grad) - expected) < 1e-5

@@ -135,3 +135,19 @@ def test_names_lead_back_to_the_checkpoint(tiny_llama):
     assert checkpoint_prefix(tiny_llama) == "" == checkpoint_prefix(torch.nn.Linear(1, 1))
     assert causal_lm(by_hand) is tiny_llama and causal_lm(torch.nn.Linear(1, 1)) is None
     assert isinstance(prepared, PreparedCausalLM)
+
+
+@torch.no_grad()
+def test_a_mask_that_an_integer_grid_can_hold(family_model):
+    prepared = prepare_model(family_model)
+    finite = prepare_model(prepared, mask_value=-100.0)
+    assert finite.model is prepared.model and prepared.mask_value is None
+    close(finite(ids_of(2, 9)), prepared(ids_of(2, 9)))
+    lowest = min(float(mask.min()) for mask in finite._masks(torch.ones(1, 4)).values())
+    assert lowest == -100
+
+
+@pytest.mark.parametrize("value", [0.0, 5.0, -float("inf"), float("nan")])
+def test_a_mask_value_must_be_a_negative_number(tiny_llama, value):
+    with pytest.raises(ValueError, match=f"mask_value must be a negative number.*got {value}"):
+        prepare_model(tiny_llama, mask_value=value)

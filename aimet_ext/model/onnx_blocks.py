@@ -1,0 +1,413 @@
+"""Decoder blocks of an ONNX graph: the residual stream, and what is added to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from onnx import NodeProto
+
+from aimet_ext.model.candidates import candidate_pairs
+from aimet_ext.model.families import TopologyDescription
+from aimet_ext.model.onnx_flow import Flow, Norm
+from aimet_ext.model.onnx_graph import OnnxGraph
+from aimet_ext.model.onnx_layers import OnnxLayer
+from aimet_ext.model.onnx_nodes import reads
+from aimet_ext.model.onnx_roles import (
+    AttentionRoles,
+    Heads,
+    MismatchError,
+    MlpRoles,
+    attention_roles,
+    config_of,
+    mlp_roles,
+)
+from aimet_ext.model.topology import BlockTopology
+
+__all__ = ["SHAPE_ARITHMETIC", "BlockPlan", "find_onnx_blocks"]
+
+#: Operators that compute one shape from others.
+SHAPE_ARITHMETIC = frozenset(
+    (
+        *("Add", "Cast", "Concat", "ConstantOfShape", "Div", "Equal", "Gather", "Identity", "Max"),
+        *("Min", "Mul", "ReduceProd", "Reshape", "Size", "Slice", "Squeeze", "Sub", "Unsqueeze"),
+        "Where",
+    )
+)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class BlockPlan:
+    """A decoder block in a graph, before its parameters are read.
+
+    :param topology: the block as names; its layers are called as in a checkpoint.
+    :param start: tensor of the hidden states that go in.
+    :param end: tensor of the hidden states that come out.
+    :param nodes: indices of the nodes that depend on ``start``, in order.
+    :param constants: nodes beside them that depend on stored values alone.
+    :param arguments: other tensors that the block reads, in the order they are read.
+    :param layers: graph layer by the name that it has in the block.
+    :param norms: by the name that they have in the block.
+    :param mask: the argument that is added to the scores, or the mask ``[batch, seq]`` that is fed
+        to the graph; None if the block reads neither.
+    """
+
+    topology: BlockTopology
+    start: str
+    end: str
+    nodes: tuple[int, ...]
+    constants: tuple[int, ...]
+    arguments: tuple[str, ...]
+    layers: Mapping[str, OnnxLayer]
+    norms: Mapping[str, Norm]
+    mask: str | None = None
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """Names of all stored values that are parameters of the block."""
+        pairs = [(layer.weight, layer.bias) for layer in self.layers.values()]
+        pairs += [(norm.gain, norm.bias) for norm in self.norms.values()]
+        return tuple(dict.fromkeys(name for pair in pairs for name in pair if name is not None))
+
+
+@dataclass(frozen=True)
+class _Addition:
+    """One step of the residual stream.
+
+    :param before: tensor of the hidden states before it.
+    :param after: tensor after it.
+    :param writer: the layer whose output is added.
+    """
+
+    before: str
+    after: str
+    writer: str
+
+
+@dataclass
+class _Region:
+    """Nodes between two tensors and what they read from outside."""
+
+    nodes: list[int] = field(default_factory=list)
+    constants: list[int] = field(default_factory=list)
+    arguments: list[str] = field(default_factory=list)
+    layers: list[str] = field(default_factory=list)
+
+
+def find_onnx_blocks(
+    graph: OnnxGraph,
+    description: TopologyDescription | None = None,
+    *,
+    stack: str = "model.layers",
+) -> tuple[Flow, list[BlockPlan]]:
+    """The decoder blocks of a graph, in order, by its structure.
+
+    A block adds the output of its attention and then that of its MLP to the hidden states; each
+    half reads them through a norm with a gain. Names of nodes do not matter.
+
+    :param description: names for the roles, and ``head_dim``, in place of Llama's.
+    :param stack: what blocks are named after; checkpoints have that of the default.
+    :returns: the graph that the plans speak of, and the plans.
+    :raises ValueError: there is no such block, or blocks differ from that; all differences are
+        listed.
+    """
+    flow = Flow(graph)
+    additions = _additions(flow)
+    chain = _longest_chain(additions)
+    if len(chain) < 2:
+        raise ValueError(
+            "no decoder block found: layers whose outputs are added to the hidden states, one "
+            f"after another, are required, the graph has {len(chain)} such of its "
+            f"{len(flow.layers)} linear layers with stored weights"
+        )
+    plans: list[BlockPlan] = []
+    problems: list[str] = []
+    if len(chain) % 2:
+        problems.append(f"an even number of additions is required, found {len(chain)}")
+    known = {step.after for step in chain}
+    problems += [
+        f"{step.writer} is added to {step.before!r}, which is not the hidden states"
+        for step in additions
+        if step.after not in known
+    ]
+    inner = _reached(flow, chain[0].before)
+    for number, (first, second) in enumerate(zip(chain[::2], chain[1::2], strict=False)):
+        name = f"{stack}.{number}"
+        try:
+            plans.append(_plan(flow, name, first, second, inner, description))
+        except MismatchError as mismatch:
+            problems.append(f"{name} ({first.writer}, {second.writer}): {mismatch}")
+    problems += _differences(plans)
+    if problems:
+        raise ValueError(
+            "decoder blocks of the ONNX graph are not as required (norm, attention, addition, "
+            f"norm, MLP, addition). Differences: {'; '.join(problems)}"
+        )
+    return flow, plans
+
+
+def _additions(flow: Flow) -> list[_Addition]:
+    """All nodes that add a layer's output to something that is none."""
+    found = []
+    for node in flow.graph.nodes:
+        if node.op_type != "Add" or node.output[0] in flow.made:
+            continue
+        operands = flow.operands(node)
+        if len(operands) != 2:
+            continue
+        writers = [flow.writer(name) for name in operands]
+        for writer, other in ((writers[0], operands[1]), (writers[1], operands[0])):
+            # An activation may add to a layer's output what it makes of that.
+            if writer is not None and writer not in flow.layers_behind(other):
+                found.append(_Addition(flow.origin(other), node.output[0], writer))
+    return found
+
+
+def _longest_chain(additions: Sequence[_Addition]) -> list[_Addition]:
+    """The longest row of additions, each of which adds to what the one before gave."""
+    best: dict[str, list[_Addition]] = {}
+    for step in additions:
+        chain = [*best.get(step.before, ()), step]
+        if len(chain) > len(best.get(step.after, ())):
+            best[step.after] = chain
+    return max(best.values(), key=len, default=[])
+
+
+def _reached(flow: Flow, tensor: str) -> set[str]:
+    """All tensors that depend on a tensor, itself too."""
+    found, todo = {tensor}, [tensor]
+    while todo:
+        for index in flow.graph.consumers.get(todo.pop(), ()):
+            fresh = [name for name in flow.graph.nodes[index].output if name and name not in found]
+            found.update(fresh)
+            todo += fresh
+    return found
+
+
+def _plan(
+    flow: Flow,
+    name: str,
+    first: _Addition,
+    second: _Addition,
+    inner: set[str],
+    description: TopologyDescription | None,
+) -> BlockPlan:
+    """One block, its roles told; ``inner`` are all tensors that depend on the first block's input.
+
+    :raises MismatchError: it is not as it should be.
+    """
+    region = _region(flow, first.before, second.after)
+    foreign = sorted(set(region.arguments) & inner)
+    if foreign:
+        raise MismatchError(f"it must read the hidden states alone, it also reads {foreign}")
+    upper = _region(flow, first.before, first.after).layers
+    lower = [layer for layer in region.layers if layer not in upper]
+    attention = attention_roles(flow, first.before, first.writer, upper)
+    mlp = mlp_roles(flow, first.after, second.writer, lower)
+    repeated = [n for n in region.layers if len(flow.graph.consumers[flow.layers[n].weight]) > 1]
+    if repeated:
+        raise MismatchError(f"{', '.join(repeated)}: each weight must be used in one place")
+    table = _table(attention, mlp, description or _LLAMA)
+    named = _named(table, attention, mlp)
+    norms = {table.attention_norm: attention.norm, table.mlp_norm: mlp.norm}
+    return BlockPlan(
+        topology=_topology(flow, name, table, named, norms, attention.heads),
+        start=first.before,
+        end=second.after,
+        nodes=tuple(region.nodes),
+        constants=tuple(region.constants),
+        arguments=tuple(region.arguments),
+        layers={role: flow.layers[layer] for role, layer in named.items()},
+        norms=norms,
+        mask=_mask(flow, attention.mask, region.arguments),
+    )
+
+
+def _region(flow: Flow, start: str, end: str) -> _Region:
+    """What lies between two tensors: nodes that depend on the first, and what else they read."""
+    graph = flow.graph
+    order = sorted({graph.producer[n] for n in _behind(flow, end, start)})
+    depends: set[str] = {start}
+    constant: set[str] = set()
+    shapes: set[str] = set()  # small, and other than in the data for another batch size
+    for index in order:
+        node = graph.nodes[index]
+        inputs = list(reads(node))
+        if any(name in depends for name in inputs):
+            depends.update(node.output)
+        elif all(name in constant or flow.is_constant(name) for name in inputs):
+            constant.update(node.output)
+        elif _counts(flow, node) or (
+            node.op_type in SHAPE_ARITHMETIC
+            and all(name in shapes | constant or flow.is_constant(name) for name in inputs)
+        ):
+            shapes.update(node.output)
+    region = _Region()
+    needed: set[str] = set()
+    for index in reversed(order):
+        node = graph.nodes[index]
+        if not (depends | needed).intersection(node.output):
+            continue
+        fixed = constant.intersection(node.output)
+        (region.constants if fixed else region.nodes).append(index)
+        needed.update(name for name in reads(node) if name in constant | shapes)
+    region.nodes.reverse()
+    region.constants.reverse()
+    depends |= shapes
+    for index in region.nodes:
+        node = graph.nodes[index]
+        layer = flow.layer_of(node)
+        if layer is not None and layer not in region.layers:
+            region.layers.append(layer)
+        for name in reads(node):
+            known = name in depends or name in constant or flow.is_constant(name)
+            if not known and name not in region.arguments:
+                region.arguments.append(name)
+    return region
+
+
+def _counts(flow: Flow, node: NodeProto) -> bool:
+    """Whether a node counts tokens: by a shape, or by a sum over the mask that is fed."""
+    if node.op_type == "ReduceSum":
+        return flow.origin(node.input[0]) in flow.graph.inputs
+    return node.op_type == "Shape"
+
+
+def _behind(flow: Flow, end: str, start: str) -> set[str]:
+    """Tensors made by nodes that an end depends on, shapes included, down to a start."""
+    seen, todo = {end}, [end]
+    made = set()
+    while todo:
+        name = todo.pop()
+        node = None if name == start else flow.node(name)
+        if node is None:
+            continue
+        made.add(name)
+        fresh = [other for other in reads(node) if other not in seen]
+        seen.update(fresh)
+        todo += fresh
+    return made
+
+
+def _mask(flow: Flow, added: str | None, arguments: Sequence[str]) -> str | None:
+    """The argument that says which tokens are attended to."""
+    if added in arguments:
+        return added
+    return next((name for name in arguments if flow.origin(name) == "attention_mask"), None)
+
+
+_LLAMA = TopologyDescription(name="onnx", block_class="ONNX block")
+
+
+def _table(
+    attention: AttentionRoles, mlp: MlpRoles, names: TopologyDescription
+) -> TopologyDescription:
+    """The description of a block, its layers named as in checkpoints of its kind."""
+    fused_attention = len({attention.q, attention.k, attention.v})
+    fused_mlp = mlp.gate == mlp.up
+    if fused_attention == 2 or attention.o in (attention.q, attention.k, attention.v):
+        raise MismatchError("query, key and value must be one layer or three")
+    qkv = {"q": names.q, "k": names.k, "v": names.v}
+    if fused_attention == 1 and len(set(qkv.values())) > 1:
+        qkv = dict.fromkeys(qkv, _beside(names.q, "qkv_proj"))
+    gate, up = names.gate, names.up
+    if mlp.gate is None:
+        gate = None
+    elif fused_mlp and gate != up:
+        gate = up = _beside(names.up, "gate_up_proj")
+    elif gate is None:
+        raise MismatchError(f"{mlp.gate} and {mlp.up} are two layers, the description names one")
+    offsets = {attention.norm.gain_offset, mlp.norm.gain_offset}
+    if len(offsets) > 1:
+        raise MismatchError("both norms must add the same to their gains")
+    return TopologyDescription(
+        name=names.name,
+        block_class=names.block_class,
+        attention_norm=names.attention_norm,
+        mlp_norm=names.mlp_norm,
+        q=qkv["q"],
+        k=qkv["k"],
+        v=qkv["v"],
+        o=names.o,
+        gate=gate,
+        up=up,
+        down=names.down,
+        attention_readers=_others("self_attn.reader", attention.others),
+        mlp_readers=_others("mlp.reader", mlp.others),
+        qk_norms=("self_attn.q_norm", "self_attn.k_norm") if attention.qk_norms else (),
+        gain_offset=offsets.pop(),
+        head_dim=names.head_dim or attention.heads.dim,
+    )
+
+
+def _beside(name: str, other: str) -> str:
+    parent, dot, _ = name.rpartition(".")
+    return f"{parent}{dot}{other}"
+
+
+def _others(stem: str, layers: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"{stem}_{number}" for number, _ in enumerate(layers))
+
+
+def _named(table: TopologyDescription, attention: AttentionRoles, mlp: MlpRoles) -> dict[str, str]:
+    """From the names of a table to the layers of the graph, in dependency order."""
+    named = {table.q: attention.q, table.k: attention.k, table.v: attention.v}
+    named.update(zip(table.attention_readers, attention.others, strict=True))
+    named[table.o] = attention.o
+    if table.gate is not None and mlp.gate is not None:
+        named[table.gate] = mlp.gate
+    named[table.up] = mlp.up
+    named.update(zip(table.mlp_readers, mlp.others, strict=True))
+    named[table.down] = mlp.down
+    return named
+
+
+def _topology(
+    flow: Flow,
+    name: str,
+    table: TopologyDescription,
+    named: Mapping[str, str],
+    norms: Mapping[str, Norm],
+    heads: Heads,
+) -> BlockTopology:
+    """Stages and candidate pairs."""
+    shapes: dict[str, tuple[int, ...]] = {role: flow.shape(layer) for role, layer in named.items()}
+    width = shapes[table.q][1]
+    shapes |= {table.attention_norm: (width,), table.mlp_norm: (width,)}
+    pairs, unavailable = candidate_pairs(table, shapes, table.head_dim, config_of(heads))
+    if heads.refusal is not None:
+        unavailable.setdefault("q_k", heads.refusal)
+    vectors: dict[str, tuple[str | None, ...]] = {
+        role: (flow.layers[layer].bias,) for role, layer in named.items()
+    }
+    vectors |= {role: (norm.gain, norm.bias) for role, norm in norms.items()}
+    for pair in pairs:
+        for side in pair.sides:
+            shared = (
+                [v for v in vectors[side.module] if v and len(flow.graph.consumers[v]) > 1]
+                if side.axis == "out"
+                else []
+            )
+            if shared:
+                unavailable.setdefault(
+                    pair.kind,
+                    f"{', '.join(shared)} of {side.module} is read in other places too; give each "
+                    "its own copy before the simulation is built",
+                )
+    kept = tuple(pair for pair in pairs if pair.kind not in unavailable)
+    return BlockTopology(name, tuple(named), table.stages, kept, unavailable, dict(named))
+
+
+def _differences(plans: Sequence[BlockPlan]) -> list[str]:
+    """Blocks that are not of one kind with the first."""
+    problems = []
+    for plan in plans[1:]:
+        mine, first = plan.topology, plans[0].topology
+        if mine.linears != first.linears:
+            problems.append(f"{mine.name} has {mine.linears}, {first.name} has {first.linears}")
+        if len(plan.arguments) != len(plans[0].arguments):
+            problems.append(
+                f"{mine.name} reads {list(plan.arguments)} beside the hidden states, "
+                f"{first.name} {list(plans[0].arguments)}"
+            )
+    return problems

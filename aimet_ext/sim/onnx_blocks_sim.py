@@ -1,0 +1,198 @@
+"""Decoder blocks of an ONNX simulation as torch modules, for techniques that train through them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from aimet_ext.core.affine import fake_quantize
+from aimet_ext.model.families import TopologyDescription
+from aimet_ext.model.onnx_block import OnnxBlock, OnnxLinear, read_again, write_back
+from aimet_ext.model.onnx_blocks import BlockPlan, find_onnx_blocks
+from aimet_ext.model.onnx_capture import argument_names, capture_blocks, check_block
+from aimet_ext.model.onnx_flow import Flow
+from aimet_ext.model.onnx_shells import insert_module
+from aimet_ext.model.stream import BlockStream
+from aimet_ext.model.topology import BlockTopology
+from aimet_ext.sim.onnx_parts import OnnxPart
+
+if TYPE_CHECKING:
+    from aimet_ext.sim.onnx_sim import OnnxSim
+
+__all__ = ["add_blocks", "capture"]
+
+_STACK = "model.layers"  # as checkpoints name it, so that one scales file fits both
+_OTHER_STACK = "decoder.blocks"  # where nodes of the graph have such names
+_CHECKED_ROWS = slice(0, 2)  # sequences of the first batch that blocks are checked on
+
+
+class BlockStack(nn.Module):
+    """The blocks of a simulation under their numbers; each is translated when it is asked for.
+
+    One at a time is kept: the parameters of a block are copies of what the model stores.
+
+    :param adaptor: of the simulation.
+    :param flow: the graph that the plans speak of.
+    """
+
+    def __init__(self, adaptor: OnnxSim, flow: Flow, plans: Sequence[BlockPlan]) -> None:
+        super().__init__()
+        self.adaptor, self.flow = adaptor, flow
+        self.plans = {str(number): plan for number, plan in enumerate(plans)}
+        self.arguments = argument_names(plans)
+        self.open: tuple[str, OnnxBlock] | None = None
+        self.checked = False
+
+    def __getattr__(self, name: str) -> Any:
+        """A block by its number, or what every module has."""
+        plans = self.__dict__.get("plans", {})
+        return self.block(name) if name in plans else super().__getattr__(name)
+
+    def block(self, number: str) -> OnnxBlock:
+        """A block; the one that was asked for before is forgotten."""
+        if self.open is None or self.open[0] != number:
+            block = OnnxBlock(self.flow, self.plans[number], self.arguments)
+            for role, layer in block.plan.layers.items():
+                linear = block.get_submodule(role)
+                assert isinstance(linear, OnnxLinear)
+                linear.quantize = _Quantize(self.adaptor, layer.name, linear)
+            self.open = (number, block)
+        return self.open[1]
+
+    def commit(self, number: str) -> None:
+        """Write a block's parameters into the model."""
+        block = self.block(number)
+        write_back(self.flow, block)
+        _forget(block)
+
+    def reload(self, number: str) -> None:
+        """Read a block's parameters again, if there are copies of them."""
+        if self.open is not None and self.open[0] == number:
+            read_again(self.flow, self.open[1])
+            _forget(self.open[1])
+
+    def check(self, stream: BlockStream) -> None:
+        """Compare all blocks with onnxruntime, once.
+
+        :raises TransformRefused: a block as torch computes it is not what onnxruntime gives.
+        """
+        if self.checked:
+            return
+        device, stream.device = stream.device, torch.device("cpu")
+        try:
+            call = stream.select(0, _CHECKED_ROWS)
+            for number, plan in self.plans.items():
+                with self.adaptor.disabled_quantizers(plan.topology.name):
+                    check_block(self.flow, self.block(number), call)
+        finally:
+            stream.device = device
+        self.checked = True
+
+    def part(self, number: str) -> OnnxPart:
+        """A block as the adaptor knows it."""
+        plan = self.plans[number]
+        nodes = [self.flow.graph.nodes[index] for index in plan.nodes]
+        return OnnxPart(
+            layers=plan.layers,
+            stored=plan.stored,
+            tensors=[name for node in nodes for name in node.output if name],
+            commit=partial(self.commit, number),
+            reload=partial(self.reload, number),
+        )
+
+
+class _Quantize:
+    """From a layer's weight to what the simulation makes of it; computed once for its own.
+
+    :param name: of the layer in the graph.
+    """
+
+    def __init__(self, adaptor: OnnxSim, name: str, layer: OnnxLinear) -> None:
+        self.adaptor, self.name, self.layer = adaptor, name, layer
+        self.known: Tensor | None = None
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        found = self.adaptor.weight_quantizer(self.name)
+        if found is None or not found.initialized:
+            return weight
+        own = weight is self.layer.weight
+        if own and self.known is not None and self.known.device == weight.device:
+            return self.known
+        grid = found.grid()
+        grid = replace(
+            grid, scale=grid.scale.to(weight.device), offset=grid.offset.to(weight.device)
+        )
+        result = fake_quantize(weight, grid)
+        self.known = result.detach() if own else self.known
+        return result
+
+
+def _forget(block: OnnxBlock) -> None:
+    """Have a block's weights be quantized anew: they or their ranges were changed."""
+    for module in block.modules():
+        if isinstance(module, OnnxLinear) and isinstance(module.quantize, _Quantize):
+            module.quantize.known = None
+
+
+def add_blocks(adaptor: OnnxSim, description: TopologyDescription | None) -> list[BlockTopology]:
+    """Find the decoder blocks of a simulation's model and put them into the adaptor's.
+
+    :param description: names for the roles of layers, Llama's if None.
+    :raises ValueError: there are no blocks, or they are not as required.
+    """
+    name = _STACK if not _has(adaptor.model, _STACK) else _OTHER_STACK
+    flow, plans = find_onnx_blocks(adaptor.graph, description, stack=name)
+    stack = BlockStack(adaptor, flow, plans)
+    insert_module(adaptor.model, name, stack)
+    for number, plan in stack.plans.items():
+        adaptor.parts[plan.topology.name] = stack.part(number)
+    return [plan.topology for plan in plans]
+
+
+def _has(root: nn.Module, name: str) -> bool:
+    return any(found == name for found, _ in root.named_modules())
+
+
+def capture(
+    adaptor: OnnxSim,
+    first_block: str,
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    cache_dir: str | Path | None,
+    device: torch.device | str | None,
+) -> BlockStream:
+    """What the first block receives, with the weight quantizers that are on.
+
+    The first time, all blocks are checked on it.
+
+    :raises TransformRefused: a block as torch computes it is not what onnxruntime gives.
+    """
+    stack = adaptor.model.get_submodule(first_block.rpartition(".")[0])
+    assert isinstance(stack, BlockStack)
+
+    def quantized(layer: str) -> Tensor | None:
+        found = adaptor.weight_quantizer(layer)
+        if found is None or not found.initialized:
+            return None
+        return fake_quantize(found.weight, found.grid())
+
+    stream = capture_blocks(
+        stack.flow,
+        list(stack.plans.values()),
+        batches,
+        quantized=quantized,
+        cache_dir=cache_dir,
+        device=device,
+    )
+    try:
+        stack.check(stream)
+    except BaseException:
+        stream.close()
+        raise
+    return stream

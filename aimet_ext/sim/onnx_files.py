@@ -1,0 +1,327 @@
+"""An ONNX simulation as files that others read: float model, encodings, QDQ model.
+
+A width that ONNX has no type for travels in the next wider one: the weights lie on their own grid
+already, and the wider grid has the same points and more. 3 bits are integers -4 … 3 of an int4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aimet_ext.sim.onnx_state import enabled_quantizers
+
+__all__ = [
+    "EXTERNAL_LIMIT",
+    "constants",
+    "containers",
+    "copy_constants",
+    "float_tensors",
+    "integer_scales",
+    "is_integer",
+    "lpbq_as_blocks",
+    "missing_int32_biases",
+    "overwrite",
+    "quantize_constant",
+    "quantized_constants",
+    "same_value",
+    "save_float_model",
+    "save_model",
+    "save_qdq_model",
+    "unfit_for_qdq",
+    "write_encodings",
+]
+
+# Bytes of weights from which they are written beside the model: protobuf ends at 2 GiB.
+EXTERNAL_LIMIT = 2**31 - 2**27
+_WIDTHS = (4, 8, 16, 32)
+
+
+def constants(model: Any) -> dict[str, Any]:
+    """Initializers and values of Constant nodes of a ModelProto by name; nothing is copied."""
+    found = {proto.name: proto for proto in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            found[node.output[0]] = node.attribute[0].t
+    return found
+
+
+def float_tensors(sim: Any) -> list[str]:
+    """Tensors that the simulation casts to float16, which encodings 2.0.0 and QDQ do not say."""
+    return [
+        name
+        for name, quantizer in enabled_quantizers(sim).items()
+        if quantizer.data_type.name == "float" and quantizer.bitwidth >= 16
+    ]
+
+
+def containers(sim: Any) -> dict[str, int]:
+    """Quantized constants whose width ONNX has no type for: the width that they travel in."""
+    found = constants(sim.model.model)
+    return {
+        name: next(width for width in _WIDTHS if width >= quantizer.bitwidth)
+        for name, quantizer in enabled_quantizers(sim).items()
+        if name in found and is_integer(quantizer) and quantizer.bitwidth not in _WIDTHS
+    }
+
+
+def quantize_constant(quantizer: Any, proto: Any) -> Any:
+    """What a quantizer makes of a constant, by AIMET's own arithmetic."""
+    from aimet_onnx.common.onnx._utils import to_array
+
+    value = to_array(proto)
+    if not is_integer(quantizer) and quantizer.bitwidth == 16:
+        return value.astype(np.float16).astype(value.dtype)
+    return quantizer.quantize_dequantize(value)
+
+
+def quantized_constants(sim: Any, names: Collection[str] | None = None) -> Iterator[Any]:
+    """``(name, quantized values)`` of constants, one at a time.
+
+    :param names: only these; None: all with a quantizer in use, int32 biases left out.
+    """
+    found = constants(sim.model.model)
+    for name, quantizer in enabled_quantizers(sim).items():
+        if name in found and quantizer.bitwidth < 32 and (names is None or name in names):
+            yield name, quantize_constant(quantizer, found[name])
+
+
+def overwrite(model: Any, values: Iterable[tuple[str, Any]]) -> None:
+    """Put values in the place of a ModelProto's constants of these names."""
+    found = constants(model)
+    for name, value in values:
+        proto = found[name]
+        for field in ("float_data", "int32_data", "int64_data", "double_data", "uint64_data"):
+            proto.ClearField(field)
+        proto.raw_data = np.ascontiguousarray(value).tobytes()
+
+
+def copy_constants(model: Any, target: Any) -> None:
+    """Put a ModelProto's constants in the place of those of another one.
+
+    :raises ValueError: a name, a shape or a type differs; all such are named and nothing changes.
+    """
+    from aimet_onnx.common.onnx._utils import to_array
+
+    source, found = constants(model), constants(target)
+    faults = [f"{name} is missing" for name in found if name not in source]
+    for name, proto in source.items():
+        kind, shape = proto.data_type, tuple(proto.dims)
+        if name in found and (found[name].data_type, tuple(found[name].dims)) != (kind, shape):
+            faults.append(f"{name} has shape {tuple(found[name].dims)} instead of {shape}")
+    if faults:
+        raise ValueError(
+            f"a simulation of the model that was exported is required, but {'; '.join(faults[:5])}"
+        )
+    overwrite(target, ((name, to_array(source[name])) for name in found))
+
+
+def same_value(proto: Any, expected: Any) -> bool:
+    """Whether a constant holds the bytes of an array or of another constant."""
+    from aimet_onnx.common.onnx._utils import to_array
+
+    values = expected if isinstance(expected, np.ndarray) else to_array(expected)
+    read = to_array(proto)
+    return bool(read.shape == values.shape and read.tobytes() == values.tobytes())
+
+
+def save_float_model(
+    sim: Any, path: Path, rounded: Mapping[str, Any], *, external: bool | None
+) -> None:
+    """Write the model without its quantizers, as ``sim.export`` does.
+
+    :param rounded: values by constant that stand in the place of the float ones.
+    :param external: write weights to ``{name}.data`` beside it; None: if they are too large.
+    """
+    import onnx_ir
+    from aimet_onnx import ir_utils
+    from aimet_onnx.graph_passes.fusions import inline_all_supergroups
+
+    model = onnx_ir.from_proto(sim.model.model)
+    ir_utils.remove_aimet_quantizers(model)
+    inline_all_supergroups(model)
+    for value in [*model.graph.initializers.values(), *_constant_outputs(model)]:
+        if value.name in rounded:
+            ir_utils.set_static_tensor(value, rounded[value.name])
+    size = sum(_bytes(proto) for proto in constants(sim.model.model).values())
+    if external or (external is None and size > EXTERNAL_LIMIT):
+        onnx_ir.save(model, path, external_data=f"{path.name}.data")
+    else:
+        onnx_ir.save(model, path)
+
+
+def write_encodings(
+    sim: Any, path: Path, version: str, wider: Mapping[str, int], *, int32_biases: bool
+) -> None:
+    """Write encodings, those of ``wider`` in their containers, by AIMET's own exporter."""
+    from aimet_onnx._encoding import EncodingBase
+
+    def get_encodings(names: Collection[str], version: str) -> list[dict[str, Any]]:
+        found = []
+        for name in names:
+            encoding = EncodingBase.from_quantizer(sim.qc_quantize_op_dict[name])
+            if encoding is not None:
+                encoding = _portable(encoding, wider.get(name), version)
+                found.append((name, encoding.to_qnn_encoding_dict(version)))
+        return [{**entry, "name": name} for name, entry in found if entry]
+
+    sim._get_encodings = get_encodings
+    try:
+        sim.export(
+            str(path.parent),
+            path.name.removesuffix(".encodings"),
+            export_model=False,
+            encoding_version=version,
+            export_int32_bias=int32_biases,
+        )
+    finally:
+        del sim._get_encodings
+
+
+def lpbq_as_blocks(sim: Any, wider: Mapping[str, int]) -> list[str]:
+    """LPBQ weights that encodings 2.0.0 and QDQ hold as blocks with float scales.
+
+    They say integer scales of as many bits as the weight only. The scales' values are the same.
+    """
+    return [
+        name
+        for name, quantizer in enabled_quantizers(sim).items()
+        if quantizer._scale_quantizer is not None
+        and quantizer._scale_quantizer.scale_bits != wider.get(name, quantizer.bitwidth)
+    ]
+
+
+def integer_scales(sim: Any, wider: Mapping[str, int]) -> list[str]:
+    """LPBQ weights with integer scales in a QDQ model too.
+
+    There a block's scale is the product of float32 numbers, where AIMET has the channel's scale in
+    float64: quantized weights are the same integers, and may differ in the last bit as floats.
+    """
+    blocks = lpbq_as_blocks(sim, wider)
+    found = enabled_quantizers(sim)
+    return [n for n, q in found.items() if q._scale_quantizer is not None and n not in blocks]
+
+
+def unfit_for_qdq(sim: Any, wider: Mapping[str, int]) -> list[str]:
+    """What a QDQ model cannot hold, each tensor with the reason."""
+    found, faults = constants(sim.model.model), []
+    for name, quantizer in enabled_quantizers(sim).items():
+        if not is_integer(quantizer):
+            continue
+        if quantizer.bitwidth not in _WIDTHS and name not in wider:
+            faults.append(f"{name} ({quantizer.bitwidth} bits, and it is no constant)")
+        elif quantizer.quant_info.blockSize and any(d > 1 for d in found[name].dims[2:]):
+            faults.append(f"{name} (blocks of a {len(found[name].dims)}-D weight)")
+    half = {10: "float16", 16: "bfloat16"}  # TensorProto.FLOAT16, TensorProto.BFLOAT16
+    faults += [f"{n} ({half[p.data_type]})" for n, p in found.items() if p.data_type in half]
+    return faults
+
+
+def missing_int32_biases(sim: Any, encoded: Collection[str]) -> list[str]:
+    """Biases of layers with a quantized weight that are in none of the encodings."""
+    missing = []
+    for op in sim.connected_graph.get_all_ops().values():
+        if op.type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+            continue
+        weight, bias = sim._get_weight_and_bias(op)
+        if weight is None or bias is None or bias.name in encoded:
+            continue
+        quantizer = sim.qc_quantize_op_dict.get(weight.name)
+        if quantizer is not None and quantizer.enabled and is_integer(quantizer):
+            missing.append(bias.name)
+    return missing
+
+
+def save_qdq_model(model: Any, encodings: Mapping[str, Any], path: Path, *, external: bool) -> None:
+    """Write the QDQ model of a float model and its encodings, constants as integers.
+
+    :param model: ModelProto whose quantized constants are on their grids.
+    :param encodings: of version 2.0.0.
+    """
+    from aimet_onnx.quantsim import encodings_to_onnx_qdq
+
+    converted = encodings_to_onnx_qdq(model, dict(encodings), prequantize_constants=True)
+    name_nodes(converted)
+    save_model(converted, path, external=external)
+
+
+def name_nodes(model: Any) -> None:
+    """Give every node a name: AIMET's reader of QDQ models keeps one node of each name only.
+
+    The conversion to a newer opset, which QDQ models often need, makes nodes without one.
+    """
+    names = {node.name for node in model.graph.node}
+    for node in model.graph.node:
+        if not node.name and node.output:
+            stem = name = f"{node.op_type}_{node.output[0]}"
+            number = 0
+            while name in names:
+                number += 1
+                name = f"{stem}_{number}"
+            node.name = name
+            names.add(name)
+
+
+def save_model(model: Any, path: Path, *, external: bool) -> None:
+    """Write a ModelProto, with the weights beside it if asked for or if they are too large."""
+    import onnx
+
+    size = sum(_bytes(proto) for proto in constants(model).values())
+    if external or size > EXTERNAL_LIMIT:
+        onnx.save_model(model, str(path), save_as_external_data=True, location=f"{path.name}.data")
+    else:
+        onnx.save_model(model, str(path))
+
+
+def _portable(encoding: Any, width: int | None, version: str) -> Any:
+    """An encoding in the words of other readers; the points of its grid stay."""
+    from aimet_onnx._encoding import AffineEncoding, LPBQEncoding
+
+    if not isinstance(encoding, AffineEncoding):
+        return encoding
+    dtype, kind = encoding.dtype, encoding.dtype.rstrip("0123456789")
+    if isinstance(encoding, LPBQEncoding):
+        scale_bits = encoding.decompressed_bitwidth() - encoding.bitwidth
+        bits = width or encoding.bitwidth
+        dtype = f"{kind}{bits}"
+        if version == "1.0.0" or scale_bits == bits:
+            return LPBQEncoding(
+                encoding.per_channel_float_scale,
+                encoding.per_block_int_scale,
+                dtype,
+                encoding.channel_axis,
+                encoding.block_axis,
+                encoding.block_size,
+                f"{kind}{bits + scale_bits}",
+            )
+        scale, offset = encoding.scale, encoding.offset
+    elif width is None:
+        return encoding
+    else:
+        scale, offset, dtype = encoding.scale, encoding.offset, f"{kind}{width}"
+        if np.any(offset % 1):  # (q + 1/2) s = (2 q + 1) s / 2: odd integers of half the step
+            scale, offset = scale / 2, np.zeros_like(offset)
+    return AffineEncoding(
+        scale, offset, dtype, encoding.channel_axis, encoding.block_axis, encoding.block_size
+    )
+
+
+def _constant_outputs(model: Any) -> list[Any]:
+    return [node.outputs[0] for node in model.graph if node.op_type == "Constant"]
+
+
+def is_integer(quantizer: Any) -> bool:
+    """Whether a quantizer rounds to integers."""
+    return quantizer.data_type.name == "int"
+
+
+def _bytes(proto: Any) -> int:
+    import onnx
+
+    count = int(np.prod(proto.dims, dtype=np.int64))
+    if proto.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
+        return count // 2
+    return count * onnx.helper.tensor_dtype_to_np_dtype(proto.data_type).itemsize

@@ -1,0 +1,109 @@
+"""Simulations made of files that were written, and how they differ from the first one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aimet_ext.sim.onnx_files import constants, float_tensors, is_integer, quantize_constant
+from aimet_ext.sim.onnx_state import enabled_quantizers
+
+__all__ = ["differences", "read_encodings", "read_qdq", "run"]
+
+
+def read_encodings(sim: Any, path: Path, other: Any) -> None:
+    """Load an encodings file into another simulation of the model, by AIMET's own reader.
+
+    :param sim: the first simulation, of which the casts to float16 are taken.
+    :param other: new, of the float model that was written.
+    """
+    from aimet_onnx.quantsim import load_encodings_to_sim
+
+    # AIMET may tie quantizers anew that the first simulation has apart, and then loads two
+    # encodings into one.
+    own = {name: quantizer._copy() for name, quantizer in other.qc_quantize_op_dict.items()}
+    other.set_quantizers(own)
+    load_encodings_to_sim(other, str(path), strict=False)
+    _match_casts(sim, other)
+
+
+def read_qdq(sim: Any, other: Any) -> None:
+    """Put out of use what AIMET's reader of QDQ models leaves without a range.
+
+    :param sim: the first simulation, of which the casts to float16 are taken.
+    :param other: new, of the QDQ model that was written.
+    """
+    for quantizer in enabled_quantizers(other).values():
+        if not quantizer.is_initialized():
+            quantizer.enabled = False
+    _match_casts(sim, other)
+
+
+def _match_casts(sim: Any, other: Any) -> None:
+    casts = set(float_tensors(sim))
+    for name, quantizer in other.qc_quantize_op_dict.items():
+        if name in casts:
+            quantizer.set_precision(sim.qc_quantize_op_dict[name].precision())
+            quantizer.enabled = True
+        elif quantizer.enabled and not is_integer(quantizer) and quantizer.bitwidth >= 16:
+            quantizer.enabled = False
+
+
+def run(sim: Any, feed: Mapping[str, Any]) -> list[Any]:
+    """Outputs of a simulation as arrays."""
+    return list(sim.session.run(None, dict(feed)))
+
+
+def differences(sim: Any, other: Any, *, last_bit: Collection[str] = ()) -> list[str]:
+    """How the quantizers in use of a simulation read back differ from those of the first.
+
+    Constants are compared by what their quantizers make of them, bit by bit, other tensors by the
+    grid: width, scale as float32, and offset. AIMET's QDQ models call an integer constant's value
+    ``{name}_qdq``.
+
+    :param last_bit: constants of which one bit of float32 may differ.
+    """
+    mine, theirs = enabled_quantizers(sim), enabled_quantizers(other)
+    found = constants(sim.model.model)
+    names = {name: name if name in theirs else f"{name}_qdq" for name in found}
+    names.update({name: name for name in mine if name not in found})
+    known = {names[name] for name in mine}
+    faults = [f"{name} has no quantizer" for name in mine if names[name] not in theirs]
+    faults += [f"{name} has a quantizer" for name in theirs if name not in known]
+    common = [name for name in mine if names[name] in theirs]
+    for name in common:
+        one, two = _grid(mine[name]), _grid(theirs[names[name]])
+        if name not in found and one != two:
+            faults.append(f"{name} has the grid {_shown(two)} instead of {_shown(one)}")
+    read = constants(other.model.model)
+    for name in common:
+        if name not in found or mine[name].bitwidth >= 32:
+            continue
+        if names[name] not in read:
+            faults.append(f"{name} is no constant")
+            continue
+        wanted = quantize_constant(mine[name], found[name])
+        values = quantize_constant(theirs[names[name]], read[names[name]])
+        if wanted.shape != values.shape:
+            faults.append(f"{name} has shape {values.shape} instead of {wanted.shape}")
+        elif not np.array_equal(wanted, values) and not (
+            name in last_bit and np.allclose(values, wanted, rtol=2**-22, atol=0)
+        ):
+            faults.append(f"{name} differs by {np.abs(wanted - values).max():.3g}")
+    return sorted(faults)
+
+
+def _grid(quantizer: Any) -> tuple[Any, ...]:
+    """What two quantizers of one tensor must have in common."""
+    encodings = quantizer.get_encodings()
+    if encodings is None:
+        return (quantizer.precision(), "no range")
+    cells = tuple((float(np.float32(e.delta)), float(e.offset)) for e in encodings)
+    return (quantizer.precision(), *cells)
+
+
+def _shown(grid: tuple[Any, ...]) -> str:
+    return f"{grid[0]}, {', '.join(map(str, grid[1:3]))}"

@@ -1,0 +1,399 @@
+"""The adaptor to ``aimet_onnx.QuantizationSimModel``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from aimet_onnx import QuantizationSimModel
+from torch import Tensor, nn
+
+from aimet_ext.model.batches import ForwardFn
+from aimet_ext.model.onnx_batches import onnx_batches
+from aimet_ext.model.onnx_graph import OnnxGraph
+from aimet_ext.model.onnx_layers import FoundLayers, OnnxLayer, find_layers
+from aimet_ext.model.onnx_shells import insert_module, module_tree, shell
+from aimet_ext.model.onnx_walk import OnnxWalk
+from aimet_ext.model.stream import BlockStream
+from aimet_ext.model.topology import BlockTopology, TopologyDescription
+from aimet_ext.model.walk import Streams, Walk
+from aimet_ext.sim.base import Range, SimAdaptor, WeightQuantizer
+from aimet_ext.sim.onnx_parts import (
+    FloatState,
+    OnnxPart,
+    carried,
+    live_quantizer,
+    observed,
+    observed_ranges,
+)
+from aimet_ext.sim.onnx_quantizer_state import (
+    is_integer,
+    quantizer_state,
+    restore_quantizer,
+    uninitialize,
+)
+from aimet_ext.sim.onnx_quantizers import OnnxWeightQuantizer
+
+__all__ = ["OnnxSim"]
+
+
+class OnnxSim:
+    """See :class:`aimet_ext.sim.base.SimAdaptor`.
+
+    The graph is looked at once, when it is first needed. Its layers are named after their nodes;
+    ``model`` is a tree of modules that stand for them and hold no weights. Activation quantizers
+    are named after their tensors.
+
+    :param sim: built by ``create_sim`` or by hand.
+    """
+
+    ledger: Any = carried("aimet_ext_ledger")
+    settings: Any = carried("aimet_ext_settings")
+    _stale: Any = carried("aimet_ext_stale_session")
+
+    def __init__(self, sim: QuantizationSimModel) -> None:
+        self.sim = sim
+        self.parts: dict[str, OnnxPart] = {}
+
+    @cached_property
+    def graph(self) -> OnnxGraph:
+        """The float model; its values are those of the simulation's model."""
+        return OnnxGraph(self.sim.model.model)
+
+    @cached_property
+    def layers(self) -> FoundLayers:
+        """Layers with a weight by name, quantized or not."""
+        return find_layers(self.graph)
+
+    @cached_property
+    def shells(self) -> dict[str, nn.Module]:
+        """The module that stands for each layer."""
+        return {name: shell(self.graph, layer) for name, layer in self.layers.items()}
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """All shells under their names, and the parts that were added."""
+        return module_tree(self.shells)
+
+    def weight_quantizer(self, name: str) -> OnnxWeightQuantizer | None:
+        """Weight quantizer of a layer, None if its weight stays float.
+
+        :raises ValueError: there is no module of that name.
+        """
+        layer = self._layer(name)
+        if layer is None or layer.weight not in self.sim.param_names:
+            return None
+        quantizer = self.sim.qc_quantize_op_dict.get(layer.weight)
+        if not is_integer(quantizer) or layer.weight in self.sim._folded_param_quantizers:
+            return None
+        return OnnxWeightQuantizer(layer.name, self.graph, layer, quantizer, self.touch)
+
+    def weight_quantizers(
+        self, names: Iterable[str] | None = None
+    ) -> dict[str, OnnxWeightQuantizer]:
+        """Weight quantizers of the layers named, or of all layers that have one.
+
+        :raises ValueError: a layer named has none.
+        """
+        if names is None:
+            every = {name: self.weight_quantizer(name) for name in self.layers}
+            return {name: found for name, found in every.items() if found is not None}
+        wanted = {name: self.weight_quantizer(name) for name in names}
+        missing = [name for name, found in wanted.items() if found is None]
+        if missing:
+            raise ValueError(
+                "each of these layers needs a weight quantizer and has none: "
+                f"{', '.join(missing)}; leave them out, or enable the quantizers of their weights"
+            )
+        return {name: found for name, found in wanted.items() if found is not None}
+
+    @contextmanager
+    def disabled_quantizers(
+        self,
+        module: str = "",
+        *,
+        weights: bool = True,
+        activations: bool = True,
+        keep: Iterable[str] = (),
+    ) -> Iterator[None]:
+        """Context in which the session computes in float; restored at the end whatever happens.
+
+        :param module: name; ``""`` for the whole model. Activations are not told apart by module.
+        :param weights: quantizers of parameters, norm gains and biases among them.
+        :param activations: quantizers of all other tensors.
+        :param keep: names of layers whose weight quantizers stay on.
+        """
+        layers = (self._layer(name) for name in keep)
+        kept = {layer.weight for layer in layers if layer is not None}
+        names = self.sim.qc_quantize_op_dict if not module else self._stored_in(module)
+        off = [
+            quantizer
+            for name, quantizer in self.sim.qc_quantize_op_dict.items()
+            if quantizer.enabled
+            and name not in kept
+            and ((weights and name in names) if self._is_parameter(name) else activations)
+        ]
+        try:
+            for quantizer in off:
+                quantizer.enabled = False
+            yield
+        finally:
+            for quantizer in off:
+                quantizer.enabled = True
+
+    @contextmanager
+    def live_activations(self, module: str) -> Iterator[None]:
+        """Context in which a block's tensors are quantized on the range of the tensor at hand."""
+        found = self.activation_quantizers(module)
+        live = {name: live_quantizer(quantizer) for name, quantizer in found.items()}
+        with observed(self._module(module), lambda name, t: live[name](t) if name in live else t):
+            yield
+
+    def float_parameters(self, module: str) -> dict[str, nn.Parameter]:
+        """Parameters of a block, named within it; a layer holds none of its own."""
+        return dict(self._module(module).named_parameters())
+
+    @torch.no_grad()
+    def snapshot(
+        self, module: str, *, weights: bool = True
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Copies of a module's stored values and the whole state of its quantizers.
+
+        :param weights: false where weights are not going to change.
+        :returns: tensors, and plain JSON values beside them.
+        """
+        stored = self._stored_in(module)
+        tensors = {f"{name}/value": self.graph.tensor(name) for name in stored if weights}
+        meta: dict[str, Any] = {}
+        for name in self._quantized_in(module):
+            quantizer = self.sim.qc_quantize_op_dict.get(name)
+            if quantizer is not None:
+                state, meta[name] = quantizer_state(quantizer)
+                tensors.update({f"{name}/{key}": value for key, value in state.items()})
+        return tensors, {"quantizers": meta}
+
+    @torch.no_grad()
+    def restore(self, module: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Put back what :meth:`snapshot` returned."""
+        for name in self._stored_in(module):
+            if f"{name}/value" in tensors:
+                self.graph.set_tensor(name, tensors[f"{name}/value"])
+                self.touch()
+        for name in self._quantized_in(module):
+            if name in meta["quantizers"]:
+                prefix = f"{name}/"
+                inner = {
+                    k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)
+                }
+                state = meta["quantizers"][name]
+                restore_quantizer(self.sim.qc_quantize_op_dict[name], inner, state)
+        if module in self.parts:
+            self.parts[module].reload()
+
+    def activation_quantizers(self, module: str = "") -> dict[str, Any]:
+        """Quantizers of tensors, by the tensor's name: those in and around a module."""
+        tensors = self._tensors_of(module) if module else None
+        return {
+            name: quantizer
+            for name, quantizer in self.sim.qc_quantize_op_dict.items()
+            if is_integer(quantizer)
+            and not self._is_parameter(name)
+            and (tensors is None or name in tensors)
+        }
+
+    @torch.no_grad()
+    def tensor_ranges(self, module: str, run: Callable[[], object]) -> dict[str, Range]:
+        """Range of what each quantizer of a block quantizes while ``run`` runs it.
+
+        Layers' weights are left out: they have their own :meth:`OnnxWeightQuantizer.calibrate`.
+
+        :param module: name of the block to watch.
+        :param run: runs it, as often as there are batches.
+        :returns: ``(min, max)`` by the names of the tensors that were seen.
+        """
+        weights = {layer.weight for layer in self.layers.values()}
+        every = self.sim.qc_quantize_op_dict
+        watched = [n for n, q in every.items() if n not in weights and is_integer(q)]
+        with self.disabled_quantizers(module, activations=False):
+            return observed_ranges(self._module(module), run, watched)
+
+    def reset_encodings(self, names: Iterable[str]) -> list[str]:
+        """Drop the ranges of these quantizers, frozen or not, for ``compute_encodings`` to fill.
+
+        :param names: of tensors, as :meth:`tensor_ranges` gives them.
+        :returns: those that had a range.
+        """
+        every = self.sim.qc_quantize_op_dict
+        had = [name for name in names if every[name].is_initialized()]
+        for name in had:
+            uninitialize(every[name], parameter=self._is_parameter(name))
+        return had
+
+    @contextmanager
+    def calibrated(self, names: Iterable[str]) -> Iterator[None]:
+        """Context in which these layers' weight quantizers have a range, if only for the while."""
+        new = [w for w in self.weight_quantizers(names).values() if not w.initialized]
+        try:
+            for quantizer in new:
+                quantizer.calibrate()
+            yield
+        finally:
+            self.reset_encodings(quantizer.layer.weight for quantizer in new)
+
+    def float_state(self) -> Mapping[str, Tensor]:
+        """Float initializers by name, read when they are asked for."""
+        return FloatState(self.graph)
+
+    def shared_weights(self) -> dict[str, list[str]]:
+        """Names of all layers that have the same weight, for each that shares one."""
+        return self.layers.shared_weights()
+
+    def batches(self, dataloader: Any, *, opaque: bool = False) -> list[Any]:
+        """Inputs of the model by name, see :func:`aimet_ext.model.onnx_batches.onnx_batches`."""
+        if opaque:
+            raise _no_forward_fn()
+        return list(onnx_batches(dataloader, self.graph.inputs))
+
+    def walk(
+        self,
+        batches: Sequence[Any],
+        layers: Sequence[str],
+        *,
+        streams: Streams,
+        effective: Mapping[str, Tensor],
+        forward_fn: ForwardFn | None,
+        cache_dir: str | Path | None,
+        device: torch.device | str | None,
+    ) -> Walk:
+        """By the graph, in onnxruntime."""
+        if forward_fn is not None:
+            raise _no_forward_fn()
+        return OnnxWalk(
+            self.graph,
+            self.layers,
+            self.shells,
+            batches,
+            layers,
+            streams=streams,
+            effective=effective,
+            cache_dir=cache_dir,
+            device=device,
+        )
+
+    def find_blocks(self, description: TopologyDescription | None) -> list[BlockTopology]:
+        """Decoder blocks, see :mod:`aimet_ext.sim.onnx_blocks_sim`; they are added as parts."""
+        from aimet_ext.sim.onnx_blocks_sim import add_blocks
+
+        return add_blocks(self, description)
+
+    def capture(
+        self,
+        first_block: str,
+        batches: Sequence[Any],
+        forward_fn: ForwardFn | None,
+        *,
+        cache_dir: str | Path | None,
+        device: torch.device | str | None,
+    ) -> BlockStream:
+        """What the first block receives, with the weight quantizers that are on."""
+        from aimet_ext.sim.onnx_blocks_sim import capture
+
+        if forward_fn is not None:
+            raise _no_forward_fn()
+        return capture(self, first_block, batches, cache_dir=cache_dir, device=device)
+
+    def commit(self, module: str) -> None:
+        """Write a block's parameters, changed in place, to where the model stores them."""
+        if module in self.parts:
+            self.parts[module].commit()
+            self.touch()
+
+    def add_part(self, name: str, module: nn.Module, part: OnnxPart) -> None:
+        """Put a module with parameters of its own, copies of stored values, into the model.
+
+        :param name: its full name; its layers are called by that and their names within it.
+        """
+        insert_module(self.model, name, module)
+        self.parts[name] = part
+
+    def touch(self) -> None:
+        """Note that values of the model changed, which the session does not see by itself."""
+        self._stale = True
+
+    def refresh(self) -> None:
+        """Build the session anew if values of the model changed since it was built."""
+        if self._stale:
+            self.sim._rebuild_session()
+            self._stale = False
+
+    @contextmanager
+    def preserved_state(self) -> Iterator[None]:
+        """Context at whose end the session computes with the weights as they are then.
+
+        Not after an exception: first the weights have to be put back, in a context of their own.
+        """
+        yield
+        self.refresh()
+
+    def _layer(self, name: str) -> OnnxLayer | None:
+        """The layer of a module's name, by which a part may call it too."""
+        if name in self.layers:
+            return self.layers[name]
+        for part_name, part in self.parts.items():
+            inner = name.removeprefix(f"{part_name}.")
+            if inner != name and inner in part.layers:
+                return part.layers[inner]
+        self._module(name)
+        return None
+
+    def _module(self, name: str) -> nn.Module:
+        try:
+            return self.model.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(
+                f"a layer of the ONNX model is required, got {name!r}; "
+                "see the names of its MatMul, Gemm, Conv and Gather nodes"
+            ) from error
+
+    def _stored_in(self, module: str) -> list[str]:
+        """Stored values of a module, the biases too."""
+        if module in self.parts:
+            return list(self.parts[module].stored)
+        self._module(module)
+        prefix = f"{module}." if module else ""
+        inside = [x for name, x in self.layers.items() if f"{name}.".startswith(prefix)]
+        names = (name for layer in inside for name in (layer.weight, layer.bias))
+        return list(dict.fromkeys(name for name in names if name is not None))
+
+    def _quantized_in(self, module: str) -> list[str]:
+        """Stored values of a module, and what a block computes beside."""
+        tensors = self.parts[module].tensors if module in self.parts else ()
+        return [*self._stored_in(module), *tensors]
+
+    def _tensors_of(self, module: str) -> set[str]:
+        """Tensors that a module reads or makes."""
+        if module in self.parts:
+            return set(self.parts[module].tensors)
+        layer = self._layer(module)
+        uses = () if layer is None else layer.uses
+        return {tensor for use in uses for tensor in (use.input, use.output)}
+
+    def _is_parameter(self, name: str) -> bool:
+        return name in self.sim.param_names
+
+
+def _no_forward_fn() -> TypeError:
+    return TypeError(
+        "forward_fn must be left out for an ONNX simulation, whose model is called with its "
+        "inputs by name; got one"
+    )
+
+
+if TYPE_CHECKING:  # the protocols are met, says the type checker
+
+    def _adaptor(sim: OnnxSim, _: OnnxWeightQuantizer) -> tuple[SimAdaptor, WeightQuantizer]:
+        return sim, _
