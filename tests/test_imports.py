@@ -26,9 +26,16 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "config": (set(), {"pydantic"}),
     "core*": ({"core", "config"}, {"torch"}),
     "model.huggingface": ({"model", "core", "config"}, {"torch", "safetensors", "transformers"}),
+    "model.onnx_*": (
+        {"model", "core", "config"},
+        {"torch", "safetensors", "numpy", "onnx", "onnxruntime"},
+    ),
     "model*": ({"model", "core", "config"}, {"torch", "safetensors", "numpy"}),
     "sim.torch_*": ({"sim", "core", "model", "config"}, {"torch", "numpy", "aimet_torch"}),
-    "sim.onnx_*": ({"sim", "core", "model", "config"}, {"torch", "numpy", "aimet_onnx"}),
+    "sim.onnx_*": (
+        {"sim", "core", "model", "config"},
+        {"torch", "numpy", "aimet_onnx", "onnx", "onnx_ir", "onnxruntime"},
+    ),
     "sim*": ({"sim", "core", "model", "config"}, {"torch", "numpy"}),
     "export*": ({"export", "core", "config"}, {"torch", "safetensors"}),
     "algorithms*": (
@@ -113,6 +120,10 @@ def test_imports_follow_the_rules(module: str, path: pathlib.Path) -> None:
         ("core.affine", "from aimet_ext.model import topology"),
         ("core.affine", "from ..model.topology import find_blocks"),
         ("model.capture", "def f():\n    import transformers"),
+        ("model.capture", "import onnx"),
+        ("sim.torch_sim", "import onnxruntime"),
+        ("sim.onnx_sim", "import aimet_torch"),
+        ("model.onnx_graph", "import aimet_onnx"),
         ("sim.base", "from aimet_torch import QuantizationSimModel"),
         ("export.scales", "from aimet_ext.sim.base import adapt"),
         ("algorithms.omniquant", "from aimet_ext.sim import torch_sim"),

@@ -303,6 +303,38 @@ def demo(
     typer.echo(_table(result.files))
 
 
+@app.command(
+    name="olive-config",
+    epilog="""\b
+Examples:
+  aimet-ext olive-config
+  olive run --config workflow.json --package-config olive_package.json
+""",
+)
+def olive_config(
+    output: Annotated[
+        Path,
+        typer.Option(
+            dir_okay=False, help="File to write; one that this command wrote is replaced."
+        ),
+    ] = Path("olive_package.json"),
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            show_default="Olive's own",
+            help="A package config of yours to start from.",
+        ),
+    ] = None,
+) -> None:
+    """Write a package config with which Olive's AimetQuantization has these techniques."""
+    from aimet_ext.cli.olive import write_package_config
+
+    write_package_config(output, base)
+    typer.echo(f"{output}\nolive run --config WORKFLOW --package-config {output}")
+
+
 def main() -> None:
     """Run the command line; the entry point of ``aimet-ext``."""
     app()

@@ -72,14 +72,14 @@ def quantize(
     """Quantize a model folder and export the result to another.
 
     :param techniques: to apply, in order, with their settings; none for plain rounding.
-    :param outer: of the output head and of the token embedding.
+    :param outer: of the output head; the token embedding has as many bits.
     :param folders: ``checkpoint_dir``, ``cache_dir``.
     """
     check_output(output)
     model, tokenizer = load_model(model_dir)
     batches = _batches(tokenizer, calibration, seq_length, num_batches, batch_size)
     sim = aimet_ext.create_sim(
-        model, batches[0], weights=weights, lm_head=outer, embedding=outer, activations=activations
+        model, batches[0], weights=weights, lm_head=outer, activations=activations
     )
     reports = _apply(sim, batches, techniques, **folders)
     with replace_folder(output) as folder:

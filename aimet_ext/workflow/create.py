@@ -6,14 +6,14 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from aimet_ext.config import QSpec
+from aimet_ext.config import PerTensor, QSpec
 from aimet_ext.errors import require
 from aimet_ext.model.batches import map_tensors, module_device
-from aimet_ext.model.huggingface import PreparedCausalLM, prepare_model
+from aimet_ext.model.huggingface import PreparedCausalLM, causal_lm, prepare_model
 from aimet_ext.sim.base import adapt
 from aimet_ext.workflow.plan import pad_mlps, plan_weights
 
@@ -32,7 +32,7 @@ def create_sim(
     *,
     weights: QSpec | None = _W4,
     lm_head: QSpec | None = _W8,
-    embedding: QSpec | None = _W8,
+    embedding: QSpec | Literal["auto"] | None = "auto",
     activations: int | QSpec | None = 16,
     overrides: Mapping[str, QSpec | None] | None = None,
     config_file: str | Path | Mapping[str, Any] | None = None,
@@ -50,7 +50,9 @@ def create_sim(
     :param weights: of linear layers and convolutions inside the blocks; None leaves them float.
     :param lm_head: of the output layer.
     :param embedding: of the token embedding, one row a channel. Where it shares its weight with
-        the output layer both need the same spec, and they share the quantizer too.
+        the output layer both need the same spec, and they share the quantizer too. ``"auto"`` is
+        the spec of the output layer there, and else one scale for the tensor in as many bits: what
+        lookups of NPUs take, and ``aimet_onnx`` too, which loads no encoding by rows for one.
     :param activations: bits (asymmetric) or spec of all inputs and outputs. None leaves them and
         the gains of norms float; otherwise gains have 16 bits.
     :param overrides: specs for the layers whose name, in the checkpoint or in the model, fits a
@@ -69,6 +71,8 @@ def create_sim(
     from aimet_ext.sim.torch_setup import build_sim
 
     module = prepare_model(model) if hasattr(model, "get_output_embeddings") else model
+    if embedding == "auto":
+        embedding = _embedding(module, lm_head)
     specs = {"weights": weights, "lm_head": lm_head, "embedding": embedding}
     overrides = dict(overrides or {})
     plan = plan_weights(module, **specs, overrides=overrides)
@@ -90,6 +94,18 @@ def create_sim(
         "padded_mlp_widths": padded,
     }
     return sim
+
+
+def _embedding(module: nn.Module, lm_head: QSpec | None) -> QSpec | None:
+    """Spec of an embedding that was left to us."""
+    language_model = causal_lm(module)
+    if language_model is not None:
+        output = language_model.get_output_embeddings()
+        lookup = language_model.get_input_embeddings()
+        if output is not None and output.weight is lookup.weight:
+            return lm_head
+    bits = _W8.bitwidth if lm_head is None else lm_head.bitwidth
+    return QSpec(bitwidth=bits, granularity=PerTensor())
 
 
 def arguments_from_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

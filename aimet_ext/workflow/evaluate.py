@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from aimet_ext.model.batches import call_model, iterate_batches, token_mask
 from aimet_ext.model.text import calibration_batches
+from aimet_ext.workflow.onnx_run import SessionModel, session_of
 
 __all__ = ["calibration_batches", "evaluate_perplexity"]
 
@@ -22,18 +23,20 @@ def evaluate_perplexity(model_or_sim: Any, batches: Iterable[Any]) -> float:
     A token counts if it and the one before it are real, by the batch's attention mask.
 
     :param model_or_sim: causal LM of transformers, a module that returns logits
-        ``[batch, seq, vocab]``, or a simulation of either.
+        ``[batch, seq, vocab]``, or a simulation of either; a simulation of aimet_onnx, or a session
+        of onnxruntime, whose graph has the output ``logits``.
     :param batches: as :func:`calibration_batches` makes them; tensors of ids ``[batch, seq]``,
-        tuples that start with one, or mappings with ``input_ids``. Labels are ignored.
+        tuples that start with one, or mappings with ``input_ids``. Labels are ignored. An ONNX
+        graph's other inputs come from mappings; a mask and positions are made where none is given.
     :raises TypeError: something without a model in it.
-    :raises ValueError: no batch, or no token that counts.
+    :raises ValueError: no batch, no token that counts, or an input of an ONNX graph is missing.
     """
     model = _model_of(model_or_sim)
     training = {module: module.training for module in model.modules()}
     total, count = 0.0, 0
     try:
         model.eval()
-        for batch in iterate_batches(batches):
+        for batch in _batches(model, batches):
             batch_total, batch_count = _negative_log_likelihood(model, batch)
             total, count = total + batch_total, count + batch_count
     finally:
@@ -48,7 +51,16 @@ def evaluate_perplexity(model_or_sim: Any, batches: Iterable[Any]) -> float:
     return math.exp(mean) if mean < math.log(float("1e308")) else math.inf
 
 
+def _batches(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
+    if isinstance(model, SessionModel):
+        batches = map(model.named, batches)
+    return iterate_batches(batches)
+
+
 def _model_of(model_or_sim: Any) -> nn.Module:
+    session = session_of(model_or_sim)
+    if session is not None:
+        return SessionModel(session)
     is_module = isinstance(model_or_sim, nn.Module)
     model = model_or_sim if is_module else getattr(model_or_sim, "model", None)
     if not isinstance(model, nn.Module):

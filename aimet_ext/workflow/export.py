@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,13 @@ from aimet_ext.model.huggingface import causal_lm, original_name
 from aimet_ext.model.tensors import hash_tensors
 from aimet_ext.sim.base import SimAdaptor, adapt
 from aimet_ext.workflow.model_files import float_state, passing_buffers, rounded_state, write_model
+from aimet_ext.workflow.onnx_export import (
+    LEDGER,
+    LEDGER_SCHEMA,
+    QUANTIZERS,
+    SETTINGS,
+    export_onnx,
+)
 from aimet_ext.workflow.onnx_file import (
     Inputs,
     OnnxFile,
@@ -42,11 +49,7 @@ __all__ = [
 ]
 
 CHECKPOINT = "checkpoint"
-LEDGER = "ledger.safetensors"
-LEDGER_SCHEMA = "aimet_ext.ledger/1"
-QUANTIZERS = "quantizers.safetensors"
 QUANTIZERS_SCHEMA = "aimet_ext.quantizers/1"
-SETTINGS = "quantsim.json"
 # Largest deviation of onnxruntime from the float model, relative to its largest logit.
 _TOLERANCE = 1e-4
 
@@ -60,8 +63,11 @@ def export(
     tokenizer: Any = None,
     hf_checkpoint: bool = False,
     aimet_keys: bool = False,
-    opset_version: int = 17,
+    opset_version: int | None = None,
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
+    bias: Literal["float", "int32"] = "float",
+    qdq: bool | None = None,
+    external_data: bool | None = None,
 ) -> dict[str, Any]:
     """Write a sim to a folder: complete, read back and compared, or not at all.
 
@@ -86,22 +92,37 @@ def export(
     encodings files and compared with the sim bit by bit, and the ONNX file is run and compared
     with the float model, if onnxruntime is installed. The sim is left as it was.
 
+    Of an ``aimet_onnx`` sim the folder holds ``{prefix}.onnx`` with the float weights, the two
+    encodings files, ``{prefix}.qdq.onnx`` with weights as integers, and the files of scales,
+    ledger, quantizers and settings. Both encodings files and the QDQ model are loaded into new
+    simulations by AIMET's own readers: quantized weights must be equal bit by bit, and outputs on
+    ``dummy_input`` agree; the QDQ model is run in onnxruntime too. Weights of a width that ONNX
+    has no type for travel in the next wider one, 3 bits as the integers -4 … 3 of an int4, and lie
+    on their grid in the ONNX file; :func:`aimet_ext.load` puts the float ones back.
+
     :param sim: made by ``create_sim`` or by hand, with ranges in all its quantizers.
     :param path: folder; one of ours is replaced in one step, one with other files is refused.
     :param filename_prefix: name of the ONNX and encodings files.
     :param dummy_input: what to trace with: ids ``[batch, seq]``, a tuple of positional arguments or
-        a mapping of keyword arguments. Its shapes are those of the ONNX file.
+        a mapping of keyword arguments. Its shapes are those of the ONNX file. Of an ONNX sim, one
+        batch of its inputs, by name or in order.
     :param tokenizer: saved with the model; by default the files of the folder the model was
         loaded from are copied.
     :param hf_checkpoint: write ``checkpoint/`` as well.
     :param aimet_keys: write AIMET's file of ``.prev`` and ``.foll`` scales as well.
-    :param opset_version: of the ONNX file.
+    :param opset_version: of the ONNX file, 17 by default; of torch sims.
     :param dynamic_axes: axes that stay free, as for ``torch.onnx.export``, for example
-        ``{"input_ids": {0: "batch", 1: "length"}}``.
+        ``{"input_ids": {0: "batch", 1: "length"}}``; of torch sims.
+    :param bias: ``"int32"`` gives each bias of a quantized layer an encoding of 32 bits, with the
+        scale of the input times that of the weight, as some targets need; of ONNX sims.
+    :param qdq: write the QDQ model; of ONNX sims, and done by default.
+    :param external_data: write weights to ``{file}.data`` beside an ONNX file; None: if they are
+        larger than a file may be; of ONNX sims.
     :returns: the manifest.
     :raises FileExistsError: a file, or a folder that is not ours, is there.
     :raises PermissionError: nothing can be written there.
-    :raises ValueError: a quantizer has no range, or the prefix is no file name.
+    :raises ValueError: a quantizer has no range, the prefix is no file name, an argument is for
+        sims of the other kind, or what was asked for cannot be written, with the tensors' names.
     :raises RuntimeError: what was written differs from the sim; nothing is left behind.
 
     >>> aimet_ext.export(sim, "llama-w4", "llama", batches[0])
@@ -111,6 +132,22 @@ def export(
     if filename_prefix in ("", "..") or Path(filename_prefix).name != filename_prefix:
         raise ValueError(f"filename_prefix must be a plain file name, got {filename_prefix!r}")
     check_output(path)
+    if type(adaptor).__name__ == "OnnxSim":
+        kept = {"opset_version": opset_version, "dynamic_axes": dynamic_axes}
+        _refuse("an ONNX", {"hf_checkpoint": hf_checkpoint or None, **kept})
+        return export_onnx(
+            adaptor,
+            path,
+            filename_prefix,
+            dummy_input,
+            tokenizer=tokenizer,
+            aimet_keys=aimet_keys,
+            bias=bias,
+            qdq=qdq is not False,
+            external_data=external_data,
+        )
+    asked = {"bias": bias if bias != "float" else None, "qdq": qdq or None}
+    _refuse("a torch", {**asked, "external_data": external_data or None})
     _check_ranges(sim)
     inputs = positional_inputs(adaptor.model, dummy_input)
     ledger = adaptor.ledger or Ledger(_hash(sim))
@@ -131,7 +168,7 @@ def export(
                 folder,
                 filename_prefix,
                 inputs,
-                opset_version=opset_version,
+                opset_version=opset_version or 17,
                 dynamic_axes=dynamic_axes,
             )
             checks = _check_onnx(file, adaptor, inputs)
@@ -149,6 +186,15 @@ def export(
             seeds={"torch": torch.initial_seed()},
             checks=checks,
             onnx_names={name: place.tensor for name, place in file.names.items()},
+        )
+
+
+def _refuse(kind: str, options: Mapping[str, Any]) -> None:
+    given = [f"{name}={value!r}" for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)} cannot be used with {kind} sim; leave it out, or export a sim of "
+            "the other kind"
         )
 
 

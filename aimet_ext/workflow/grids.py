@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -11,19 +12,19 @@ from typing import Any
 
 from torch import nn
 
+from aimet_ext.algorithms.aliases import accepts_aimet_arguments
 from aimet_ext.algorithms.layer_report import LayerwiseReport
 from aimet_ext.config import LPBQ, Blockwise, OnIndivisible, QSpec
-from aimet_ext.sim.base import adapt
-from aimet_ext.sim.torch_setup import (
-    calibrated_weight_quantizer,
-    parameter_quantizers,
-    put_quantizer,
-)
-from aimet_ext.workflow.plan import WeightPlan, fit_blocks, some
+from aimet_ext.sim.base import SimAdaptor, adapt
+from aimet_ext.workflow.fitting import WeightPlan, fit_blocks, some
 from aimet_ext.workflow.selection import Layers, LayerTable, select_specs
-from aimet_ext.workflow.widening import plan_widening
 
 __all__ = ["GridReport", "lpbq_spec", "set_blockwise", "set_grids", "set_lpbq"]
+
+_TABLES = {
+    "TorchSim": ("aimet_ext.workflow.torch_grids", "TorchTable"),
+    "OnnxSim": ("aimet_ext.workflow.onnx_grids", "OnnxTable"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class GridReport:
 
     def __str__(self) -> str:
         rows = Counter(
-            (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), self._grid(name)) for name in self.specs
+            (re.sub(r"(?<=[./])\d+(?=[./])", "*", name), self._grid(name)) for name in self.specs
         )
         width = max([len("layers"), *(len(name) for name, _ in rows)]) + 2
         lines = [f"{'layers':<{width}}{'':>5}  weights"]
@@ -67,6 +68,7 @@ class GridReport:
         return text + (" instead" if name in self.per_channel_instead else "")
 
 
+@accepts_aimet_arguments(order=("sim", "block_size"))
 def set_lpbq(
     sim: Any,
     block_size: int = 64,
@@ -86,33 +88,43 @@ def set_lpbq(
     simulated and exported as AIMET does; not every runtime takes other than 1x1 ones in blocks.
     Where a weight is shared its layers share one quantizer.
 
+    Layers of an ONNX simulation have the names of their nodes, before AIMET fused them too; they go
+    without the type at their end, and with dots: ``"/layers.0/up_proj/MatMul"``,
+    ``"/layers.0/up_proj"`` and ``"layers.0.up_proj"`` are one layer.
+
     Ranges are set at once from the weights, as ``sim.compute_encodings`` does, which may be called
     later for the rest. Everything is checked before anything changes; if a change fails
     nevertheless, the simulation is put back as it was.
 
     Does what ``set_grouped_blockwise_quantization_for_weights(sim, arg, bitwidth, True,
     decompressed_bw, block_size, block_grouping=-1)`` of AIMET does, ``decompressed_bw`` being
-    ``bitwidth + scale_bits`` and ``arg`` being ``layers``, and sets the ranges. Unlike there, a
-    width that is not divided is no error if ``on_indivisible`` says so, and frozen quantizers are
-    not replaced.
+    ``bitwidth + scale_bits`` and ``arg`` being ``layers``, and sets the ranges; on ONNX what
+    ``set_lpbq_for_params`` does. Unlike there, a width that is not divided is an error unless
+    ``on_indivisible`` says otherwise, linear layers with a bias are among those of type
+    ``"MatMul"``, and frozen quantizers are not replaced.
 
-    :param sim: ``aimet_torch.QuantizationSimModel``, from ``create_sim`` or built by hand.
+    :param sim: ``aimet_torch.QuantizationSimModel``, from ``create_sim`` or built by hand, or
+        ``aimet_onnx.QuantizationSimModel``.
     :param block_size: input channels of a block.
     :param bitwidth: of a quantized weight.
     :param scale_bits: of the integer scales.
     :param layers: which layers, among those whose weight is quantized today; one of these or a
         list of them: a name or pattern (in the model or in the checkpoint it came from); a module
-        of ``sim.model``; a type of module; a function that takes a module and returns a bool. The
-        default ``"*"`` means all linear layers and 2-d convolutions. Embeddings and the output
-        layer of a language model are left out by patterns, unless these end with the layer's own
-        name, as ``"lm_head"`` does; types and functions mean all that they fit, as in AIMET.
-    :param modules_to_exclude: names, patterns or modules to leave as they are, with all in them.
+        of ``sim.model``; a type of module; a function that takes a module and returns a bool; in
+        an ONNX simulation a type of node such as ``"Gemm"`` (AIMET's name ``op_types`` is
+        understood). The default ``"*"`` means all linear layers and 2-d convolutions. Embeddings
+        and the output layer of a language model are left out by patterns, unless these end with
+        the layer's own name, as ``"lm_head"`` does; types and functions mean all that they fit, as
+        in AIMET. The output layer of an ONNX model with an embedding is what makes ``"logits"``,
+        or its first output if none is called so.
+    :param modules_to_exclude: names, patterns or modules to leave as they are, with all in them
+        (AIMET's name ``nodes_to_exclude`` is understood).
     :param overrides: other specs by pattern, for any layer with a weight, also one that ``layers``
         leaves out; None leaves the weight float. Of several that fit, the first one counts.
     :param on_indivisible: what to do with a layer whose width ``block_size`` does not divide:
         ``"error"``, ``"per_channel"``, or ``"pad"``, which widens the MLPs of all blocks, in place,
-        by zeros, so that the model computes what it did; only MLPs can be widened. Parameters of
-        padded layers are new objects: build optimizers afterwards.
+        by zeros, so that the model computes what it did; only MLPs of PyTorch models can be
+        widened. Parameters of padded layers are new objects: build optimizers afterwards.
     :returns: what was done. ``sim.aimet_ext_settings``, if there, is brought up to date.
     :raises TypeError: no simulation of AIMET, or a wrong type of argument.
     :raises ValueError: a setting out of range; a pattern, name, type or function that fits nothing;
@@ -140,6 +152,7 @@ def lpbq_spec(
     )
 
 
+@accepts_aimet_arguments(order=("sim", "block_size"))
 def set_blockwise(
     sim: Any,
     block_size: int = 64,
@@ -189,9 +202,7 @@ def set_grids(
     :param undo: gets what puts the simulation back as it was.
     """
     adaptor = adapt(sim)
-    quantizers = parameter_quantizers(sim)
-    weights = {name: found["weight"] for name, found in quantizers.items() if "weight" in found}
-    table = LayerTable(adaptor, weights)
+    table = _table(adaptor)
     specs = select_specs(
         table,
         spec,
@@ -201,11 +212,7 @@ def set_grids(
     )
     _check_free(table, specs)
     plan = fit_blocks(table.layers, specs)
-    widening = plan_widening(adaptor, plan, quantizers) if plan.pad else None
-    padded: dict[str, int] = {}
-    if widening is not None:
-        padded = widening.apply(adaptor.model, undo.callback)
-    _replace(table, plan, undo)
+    padded = table.apply(plan, undo)
     if adaptor.settings is not None:
         undo.callback(setattr, adaptor, "settings", adaptor.settings)
         adaptor.settings = _updated(table, specs, plan, padded)
@@ -217,13 +224,16 @@ def set_grids(
     )
 
 
+def _table(adaptor: SimAdaptor) -> LayerTable:
+    """The layers of a simulation of either kind."""
+    module, cls = _TABLES[type(adaptor).__name__]
+    table: LayerTable = getattr(importlib.import_module(module), cls)(adaptor)
+    return table
+
+
 def _check_free(table: LayerTable, specs: Mapping[str, QSpec | None]) -> None:
     """Refuse layers that an earlier technique decided, and weights without a range."""
-    frozen = [
-        name
-        for name in specs
-        if table.quantizers[name] is not None and not table.quantizers[name].is_overwrite_allowed()
-    ]
+    frozen = [name for name in specs if table.is_frozen(name)]
     if frozen:
         raise ValueError(
             f"{some(frozen)}: a weight quantizer that may change is required, but an earlier "
@@ -239,20 +249,6 @@ def _check_free(table: LayerTable, specs: Mapping[str, QSpec | None]) -> None:
     broken = [name for name in specs if not bool(table.layers[name].weight.isfinite().all())]
     if broken:
         raise ValueError(f"{some(broken)}: a finite weight is required, it holds NaN or infinity")
-
-
-def _replace(table: LayerTable, plan: WeightPlan, undo: ExitStack) -> None:
-    """Give each layer of a plan its quantizer, tied weights the same one."""
-    made: dict[int, nn.Module | None] = {}
-    for name, spec in plan.specs.items():
-        layer = table.layers[name]
-        key = id(layer.weight)
-        if key not in made:
-            made[key] = None if spec is None else calibrated_weight_quantizer(spec, layer)
-    for name in plan.specs:
-        layer = table.layers[name]
-        undo.callback(put_quantizer, layer, "weight", table.quantizers[name])
-        put_quantizer(layer, "weight", made[id(layer.weight)])
 
 
 def _updated(

@@ -12,6 +12,7 @@ from aimet_ext.export.manifest import read_manifest
 from aimet_ext.export.scales import SCALES_FILE, load_scales
 from aimet_ext.export.sealed import read_sealed
 from aimet_ext.workflow.export import QUANTIZERS, QUANTIZERS_SCHEMA
+from aimet_ext.workflow.onnx_export import SCHEMA as ONNX_SCHEMA
 
 __all__ = ["inspect_export"]
 
@@ -39,8 +40,10 @@ def inspect_export(path: str | Path) -> dict[str, Any]:
             "pairs": dict(Counter(pair["kind"] for pair in scales.pairs)),
         }
     if QUANTIZERS in manifest["files"]:
-        described = json.loads(read_sealed(folder / QUANTIZERS, QUANTIZERS_SCHEMA)[1]["quantizers"])
-        summary["quantizers"] = _count(described)
+        of_onnx = manifest.get("framework") == "onnx"
+        schema = ONNX_SCHEMA if of_onnx else QUANTIZERS_SCHEMA
+        described = json.loads(read_sealed(folder / QUANTIZERS, schema)[1]["quantizers"])
+        summary["quantizers"] = _count_onnx(described) if of_onnx else _count(described)
     summary["encodings"] = {
         name: _count_encodings(folder / name)
         for name in manifest["files"]
@@ -58,6 +61,25 @@ def _count(described: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "frozen": sum(not any(v["state"]["overwrite"].values()) for v in own.values()),
         "without_range": sum(not v["state"]["initialized"] for v in own.values()),
     }
+
+
+def _count_onnx(described: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    used = [v for v in described.values() if "same_as" not in v and v["state"]["enabled"]]
+    return {
+        "parameters": _by_type([v for v in used if v["param"]]),
+        "activations": _by_type([v for v in used if not v["param"]]),
+        "frozen": sum(v["state"]["frozen"] for v in used),
+        "without_range": sum(not v["state"]["initialized"] for v in used),
+    }
+
+
+def _by_type(described: list[dict[str, Any]]) -> dict[str, int]:
+    """The same as :func:`_by_width` of an ONNX sim's quantizers."""
+    types: Counter[str] = Counter()
+    for value in described:
+        kind = value["dtype"] if value["dtype"] == "float" or value["symmetric"] else "uint"
+        types[f"{kind}{value['bitwidth']}"] += 1
+    return dict(sorted(types.items()))
 
 
 def _by_width(described: dict[str, dict[str, Any]]) -> dict[str, int]:

@@ -21,6 +21,7 @@ from aimet_ext.workflow.export import (
     SETTINGS,
 )
 from aimet_ext.workflow.model_files import load_weights
+from aimet_ext.workflow.onnx_load import load_onnx
 from aimet_ext.workflow.quantizers import load_quantizers
 
 __all__ = ["load"]
@@ -29,12 +30,14 @@ __all__ = ["load"]
 def load(path: str | Path, *, sim: Any = None) -> Any:
     """Rebuild a sim from an export; its logits are those of the sim that was exported, bit by bit.
 
-    The folder alone is enough for a sim that ``create_sim`` made of a model of transformers. Only
-    JSON and safetensors are read, after every file was compared with its hash.
+    The folder alone is enough for a sim that ``create_sim`` made of a model of transformers, and
+    for an ONNX sim. Only JSON, safetensors and ONNX files are read, after every file was compared
+    with its hash.
 
     :param path: folder that :func:`aimet_ext.export` wrote.
     :param sim: a sim of the same model, into which weights and quantizers are put; needed for one
-        that was built by hand.
+        that was built by hand of a torch module. An ONNX sim that is rebuilt computes on the CPU,
+        and of its configuration only what shapes its graph and quantizers is known.
     :returns: the sim, in evaluation mode, with its ledger.
     :raises FileNotFoundError: there is no export at ``path``.
     :raises CorruptFileError: a file was changed, is absent, or is not ours.
@@ -45,6 +48,8 @@ def load(path: str | Path, *, sim: Any = None) -> Any:
     if manifest["kind"] != "export":
         raise CorruptFileError(f"{folder}: an export is required, got {manifest['kind']!r}")
     settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    if manifest.get("framework") == "onnx":
+        return load_onnx(folder, manifest["prefix"], settings["create_sim"], sim)
     if sim is None:
         sim = _rebuild(folder, settings, manifest)
 

@@ -53,8 +53,8 @@ def apply_lpbq(
     that were searched are frozen; without data they are those of plain rounding, and not frozen.
     If anything fails or is interrupted, the simulation is left as it was, old grids included.
 
-    :param sim: ``aimet_torch.QuantizationSimModel`` of any model with linear layers or
-        convolutions. Mutated.
+    :param sim: ``QuantizationSimModel`` of aimet_torch or aimet_onnx, of any model with linear
+        layers or convolutions. Mutated.
     :param dataloader: batches, as for :func:`apply_seq_mse`; None sets the grids alone.
     :param block_size: input channels of a block, 64 if not given.
     :param bitwidth: of a quantized weight.
@@ -64,7 +64,8 @@ def apply_lpbq(
     :param overrides: other specs by pattern; the first one that fits counts.
     :param on_indivisible: what to do with a layer whose width ``block_size`` does not divide:
         ``"error"``, ``"per_channel"`` or ``"pad"``, as for :func:`set_lpbq`.
-    :param forward_fn: called as ``forward_fn(model, batch)`` in place of ``model(batch)``.
+    :param forward_fn: called as ``forward_fn(model, batch)`` in place of ``model(batch)``; not for
+        an ONNX model.
     :param output_path: folder for the report of the search.
     :param checkpoint_dir: folder for a checkpoint of each finished stage of the search.
     :param cache_dir: folder for memory-mapped caches; None keeps them in RAM.

@@ -43,7 +43,7 @@ _TOKENIZER_FILES = (
 
 def float_state(sim: Any) -> dict[str, Tensor]:
     """Float parameters and persistent buffers of a sim; see :meth:`SimAdaptor.float_state`."""
-    return adapt(sim).float_state()
+    return dict(adapt(sim).float_state())
 
 
 def passing_buffers(sim: Any) -> dict[str, Tensor]:

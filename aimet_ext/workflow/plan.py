@@ -1,50 +1,29 @@
-"""Which layer gets which weight grid, and what happens where a block size does not divide."""
+"""Which layer of a PyTorch model gets which weight grid, and which MLPs are padded for it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
-from aimet_ext.config import PerChannel, QSpec
+from aimet_ext.config import QSpec
 from aimet_ext.model.huggingface import causal_lm, original_name
 from aimet_ext.model.padding import mlp_layers, pad_mlp
 from aimet_ext.model.topology import BlockTopology, find_blocks
+from aimet_ext.workflow.fitting import LAYERS, WeightPlan, fit_blocks
 
 __all__ = [
-    "LAYERS",
     "PaddingPlan",
-    "WeightPlan",
-    "fit_blocks",
     "fits",
     "pad_mlps",
     "plan_padding",
     "plan_weights",
     "record_inner_width",
-    "some",
 ]
-
-#: Layers whose weight ``[out, in, …]`` can be cut into blocks along dimension 1.
-LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-@dataclass(frozen=True)
-class WeightPlan:
-    """A grid for every layer.
-
-    :param specs: by name of module, None for a weight that stays float.
-    :param per_channel_instead: layers whose width their block size does not divide, and which are
-        quantized per channel instead.
-    :param pad: layers whose width must be padded first.
-    """
-
-    specs: dict[str, QSpec | None]
-    per_channel_instead: tuple[str, ...]
-    pad: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -154,11 +133,6 @@ def record_inner_width(model: nn.Module, widths: Mapping[str, int]) -> None:
         language_model.config.get_text_config().intermediate_size = next(iter(widths.values()))
 
 
-def some(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
 def _check_shared(layers: Mapping[str, Any], specs: Mapping[str, QSpec | None]) -> None:
     first: dict[int, str] = {}
     for name, layer in layers.items():
@@ -169,31 +143,3 @@ def _check_shared(layers: Mapping[str, Any], specs: Mapping[str, QSpec | None]) 
                 f"{specs[other]} and {specs[name]}; for a model with tied embeddings pass the "
                 "same for embedding and lm_head"
             )
-
-
-def fit_blocks(layers: Mapping[str, Any], specs: Mapping[str, QSpec | None]) -> WeightPlan:
-    """Decide what becomes of layers whose width a block size does not divide.
-
-    :param layers: by name, each with a ``weight`` ``[out, in, …]``.
-    :raises ValueError: there are such layers, and their spec says ``on_indivisible="error"``.
-    """
-    fitted, instead, pad, problems = dict(specs), [], [], []
-    for name, spec in specs.items():
-        width = layers[name].weight.shape[1]
-        if spec is None or spec.block_size is None or width % spec.block_size == 0:
-            continue
-        if spec.on_indivisible == "per_channel":
-            fitted[name] = replace(spec, granularity=PerChannel())
-            instead.append(name)
-        elif spec.on_indivisible == "pad":
-            pad.append(name)
-        else:
-            groups = getattr(layers[name], "groups", 1)
-            grouped = f" in each of {groups} groups" if groups > 1 else ""
-            problems.append(f"{name} (width {width}{grouped}, block size {spec.block_size})")
-    if problems:
-        raise ValueError(
-            f"a block size that divides the input width is required, got {', '.join(problems)}; "
-            'choose another, or on_indivisible="per_channel" or "pad"'
-        )
-    return WeightPlan(fitted, tuple(instead), tuple(pad))

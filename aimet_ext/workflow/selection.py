@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import ExitStack
 from functools import cached_property
 from typing import Any, TypeAlias
 
 from torch import nn
 
 from aimet_ext.config import QSpec
-from aimet_ext.model.huggingface import causal_lm, original_name
 from aimet_ext.sim.base import SimAdaptor
-from aimet_ext.workflow.plan import LAYERS, fits
+from aimet_ext.workflow.fitting import LAYERS, WeightPlan
 
 __all__ = ["Layers", "LayerTable", "select_specs"]
 
@@ -21,22 +21,18 @@ _Layer: TypeAlias = str | nn.Module | type[nn.Module] | Callable[[nn.Module], bo
 Layers: TypeAlias = _Layer | Iterable[_Layer]
 
 
-@dataclass(frozen=True)
-class LayerTable:
-    """The layers of a simulation.
+class LayerTable(ABC):
+    """The layers of a simulation, and how their weights get other grids.
 
     :param adaptor: the simulation.
     :param quantizers: the weight quantizer, of any type, of each layer of AIMET's that has a
         weight; None where the weight is float.
     """
 
-    adaptor: SimAdaptor
-    quantizers: Mapping[str, Any]
-
-    @cached_property
-    def model(self) -> nn.Module:
-        """The model with its quantizers."""
-        return self.adaptor.model
+    def __init__(self, adaptor: SimAdaptor, quantizers: Mapping[str, Any]) -> None:
+        self.adaptor = adaptor
+        self.model = adaptor.model
+        self.quantizers = quantizers
 
     @cached_property
     def layers(self) -> dict[str, Any]:
@@ -49,35 +45,67 @@ class LayerTable:
         """Names of the layers whose weight is quantized today."""
         return [name for name, layer in self.layers.items() if self.quantizers[name] is not None]
 
-    def matching(self, pattern: str) -> list[str]:
-        """Names of the layers that fit a pattern under any of their names."""
-        found = [self.names[id(m)] for m in self.modules(pattern)]
-        return [name for name in dict.fromkeys(found) if name in self.layers]
-
-    def modules(self, pattern: str) -> list[nn.Module]:
-        """Modules that fit a pattern under any of their names, containers among them."""
-        every = self.model.named_modules(remove_duplicate=False)
-        return [module for name, module in every if fits(name, pattern, self.model)]
-
     @cached_property
     def names(self) -> dict[int, str]:
         """The first name of each module by its identity."""
         return {id(module): name for name, module in self.model.named_modules()}
 
     @cached_property
-    def left_out(self) -> set[str]:
-        """Names of embeddings and of the output layer of a language model."""
-        language_model = causal_lm(self.model)
-        output = None if language_model is None else language_model.get_output_embeddings()
+    def sharing(self) -> dict[str, list[str]]:
+        """Layers that have the weight of a layer, itself among them, by name."""
+        shared = self.adaptor.shared_weights()
         return {
-            name
-            for name, layer in self.layers.items()
-            if layer is output or isinstance(layer, nn.Embedding)
+            name: [other for other in shared.get(name, (name,)) if other in self.layers]
+            for name in self.layers
         }
 
+    def inside(self, module: nn.Module) -> set[str]:
+        """Names of a module and of all inside it."""
+        return {self.names[id(inner)] for inner in module.modules()}
+
+    @abstractmethod
+    def matching(self, pattern: str) -> list[str]:
+        """Names of the layers that fit a pattern under any of their names."""
+
+    @abstractmethod
+    def of_type(self, word: str, excluded: Collection[str]) -> list[str] | None:
+        """Names of the quantized layers of the type that a word stands for, None if for none.
+
+        :param excluded: names of layers that are not meant anyway.
+        """
+
+    @abstractmethod
+    def excluded(self, pattern: str) -> set[str] | None:
+        """Names of what fits a pattern and of all in it, None if nothing does."""
+
+    @abstractmethod
+    def is_name(self, pattern: str, name: str) -> bool:
+        """Whether a pattern is one of the names of a layer."""
+
+    @abstractmethod
+    def ends_with_name(self, pattern: str, name: str) -> bool:
+        """Whether a pattern ends with the layer's own name, without that of what it is in."""
+
+    @abstractmethod
+    def is_frozen(self, name: str) -> bool:
+        """Whether an earlier technique froze the range of a layer's weight."""
+
+    @property
+    @abstractmethod
+    def left_out(self) -> set[str]:
+        """Names of embeddings and of the output layer of a language model."""
+
+    @abstractmethod
     def example(self) -> str:
         """What names look like."""
-        return repr(original_name(next(iter(self.layers), ""), self.model))
+
+    @abstractmethod
+    def apply(self, plan: WeightPlan, undo: ExitStack) -> dict[str, int]:
+        """Give each layer of a plan its quantizer, with a range, tied weights the same one.
+
+        :param undo: gets what puts everything back.
+        :returns: new inner width of each MLP that was padded, by name of block.
+        """
 
 
 def select_specs(
@@ -97,7 +125,7 @@ def select_specs(
         that can have no such grid, or two specs for one weight.
     """
     excluded = _excluded(table, modules_to_exclude)
-    specs: dict[str, QSpec | None] = dict.fromkeys(_selected(table, layers), spec)
+    specs: dict[str, QSpec | None] = dict.fromkeys(_selected(table, layers, excluded), spec)
     for pattern, other in reversed(list(overrides.items())):  # the first pattern counts
         if not isinstance(pattern, str) or not (other is None or isinstance(other, QSpec)):
             raise TypeError(
@@ -126,18 +154,18 @@ def _excluded(table: LayerTable, entries: Any) -> set[str]:
         entries = (entries,)
     excluded: set[str] = set()
     unknown = []
-    for entry in entries:
+    for entry in entries or ():
         if isinstance(entry, str):
-            found = table.modules(entry)
+            found = table.excluded(entry)
         elif isinstance(entry, nn.Module):
-            found = [entry] if id(entry) in table.names else []
+            found = table.inside(entry) if id(entry) in table.names else None
         else:
             raise TypeError(
                 f"modules_to_exclude must hold names or modules, got {type(entry).__name__}"
             )
-        if not found:
+        if found is None:
             unknown.append(repr(entry) if isinstance(entry, str) else f"a {type(entry).__name__}")
-        excluded.update(table.names[id(inner)] for module in found for inner in module.modules())
+        excluded.update(found or ())
     if unknown:
         raise ValueError(
             f"modules_to_exclude must name modules of sim.model, such as {table.example()}; "
@@ -146,7 +174,7 @@ def _excluded(table: LayerTable, entries: Any) -> set[str]:
     return excluded
 
 
-def _selected(table: LayerTable, layers: Any) -> list[str]:
+def _selected(table: LayerTable, layers: Any, excluded: set[str]) -> list[str]:
     if isinstance(layers, str | nn.Module | type) or callable(layers):
         layers = (layers,)
     elif not isinstance(layers, Iterable):
@@ -154,7 +182,7 @@ def _selected(table: LayerTable, layers: Any) -> list[str]:
     names: list[str] = []
     for entry in layers:
         if isinstance(entry, str):
-            names += _by_pattern(table, entry)
+            names += _by_pattern(table, entry, excluded)
         elif isinstance(entry, nn.Module):
             names.append(_by_module(table, entry))
         elif isinstance(entry, type) and issubclass(entry, nn.Module):
@@ -174,9 +202,11 @@ def _bad_entry(entry: Any) -> TypeError:
     )
 
 
-def _by_pattern(table: LayerTable, pattern: str) -> list[str]:
+def _by_pattern(table: LayerTable, pattern: str, excluded: set[str]) -> list[str]:
     fitting = table.matching(pattern)
-    if pattern in {full for name in fitting for full in (name, original_name(name, table.model))}:
+    if not fitting and (typed := table.of_type(pattern, excluded)) is not None:
+        return typed
+    if any(table.is_name(pattern, name) for name in fitting):
         if table.quantizers[fitting[0]] is None:
             raise ValueError(
                 f"{fitting[0]} is named in layers and its weight is float; to quantize it give it "
@@ -189,7 +219,7 @@ def _by_pattern(table: LayerTable, pattern: str) -> list[str]:
         for name in fitting
         if table.quantizers[name] is not None
         and isinstance(table.layers[name], kinds)
-        and (name not in table.left_out or pattern.endswith(name.rpartition(".")[2]))
+        and (name not in table.left_out or table.ends_with_name(pattern, name))
     ]
     if not found:
         raise ValueError(
@@ -245,12 +275,9 @@ def _with_tied(
     table: LayerTable, specs: Mapping[str, QSpec | None], excluded: set[str]
 ) -> dict[str, QSpec | None]:
     """Add the layers that share a weight with one selected: one weight has one quantizer."""
-    sharing: dict[int, list[str]] = {}
-    for name, layer in table.layers.items():
-        sharing.setdefault(id(layer.weight), []).append(name)
     complete: dict[str, QSpec | None] = {}
     for name, spec in specs.items():
-        for other in sharing[id(table.layers[name].weight)]:
+        for other in table.sharing[name]:
             if other in excluded:
                 raise _conflict(name, other, "modules_to_exclude names one of them")
             if specs.get(other, spec) != spec:

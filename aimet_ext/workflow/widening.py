@@ -15,7 +15,8 @@ from aimet_ext.model.padding import mlp_layers, pad_mlp, pad_rows
 from aimet_ext.model.topology import BlockTopology
 from aimet_ext.sim.base import SimAdaptor
 from aimet_ext.sim.torch_setup import calibrate_alone, put_quantizer
-from aimet_ext.workflow.plan import WeightPlan, plan_padding, record_inner_width, some
+from aimet_ext.workflow.fitting import WeightPlan, some
+from aimet_ext.workflow.plan import plan_padding, record_inner_width
 from aimet_ext.workflow.quantizers import describe_quantizer, make_quantizer
 
 __all__ = ["Widening", "plan_widening"]

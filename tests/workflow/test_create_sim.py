@@ -53,7 +53,7 @@ class TestDefaults:
         for name, quantizer in linears.items():
             assert quantizer.spec() == QSpec(bitwidth=8 if name == HEAD else 4)
             assert quantizer.initialized and not quantizer.frozen
-        assert spec_of(sim, EMBED) == QSpec(bitwidth=8)
+        assert spec_of(sim, EMBED) == QSpec(bitwidth=8, granularity=PerTensor())
         assert adapt(sim).weight_quantizer(NORM).bitwidth == 16
 
     def test_activations(self, default_sim):
@@ -146,9 +146,17 @@ class TestTiedEmbeddings:
     def test_two_specs_for_it_are_refused(self, tiny_model, ids):
         model = tiny_model("llama", tie_word_embeddings=True)
         with pytest.raises(ValueError, match="share one weight and need the same spec"):
-            create_sim(model, ids, lm_head=None)
-        sim = create_sim(model, ids, lm_head=None, embedding=None, activations=None)
-        assert spec_of(sim, HEAD) is spec_of(sim, EMBED) is None
+            create_sim(model, ids, lm_head=None, embedding=QSpec(bitwidth=8))
+        for embedding in (None, "auto"):
+            sim = create_sim(model, ids, lm_head=None, embedding=embedding, activations=None)
+            assert spec_of(sim, HEAD) is spec_of(sim, EMBED) is None
+
+    def test_alone_an_embedding_has_one_scale_and_the_heads_bits(self, tiny_model, ids):
+        wide = QSpec(bitwidth=16, symmetric=False)
+        sim = create_sim(tiny_model("llama"), ids, lm_head=wide, activations=None)
+        assert spec_of(sim, EMBED) == QSpec(bitwidth=16, granularity=PerTensor())
+        sim = create_sim(tiny_model("llama"), ids, lm_head=None, activations=None)
+        assert spec_of(sim, EMBED) == QSpec(bitwidth=8, granularity=PerTensor())
 
 
 class TestIndivisibleWidths:
@@ -235,7 +243,9 @@ class TestItStaysAimets:
         encodings = json.loads((tmp_path / "model.encodings").read_text())
         widths = [e["bw"] for e in encodings["param_encodings"] if "proj.weight" in e["name"]]
         assert widths == [4] * 14
-        assert bool(encodings["activation_encodings"]) == (activations is not None)
+        names = {entry["name"] for entry in encodings["activation_encodings"]}
+        rows = {name for name in names if name.endswith("embed_tokens/Gather_output_0")}
+        assert bool(names - rows) == (activations is not None)  # rows of weights are on their grid
 
 
 def test_nothing_warns_and_a_bad_sample_is_named(tiny_model, ids):

@@ -99,8 +99,8 @@ def test_both_encodings_list_the_same_tensors(folder: pathlib.Path) -> None:
     kinds = [e["enc_type"] for e in older["param_encodings"]]
     assert {kind: kinds.count(kind) for kind in kinds} == {
         "LPBQ": 14,
-        "PER_CHANNEL": 2,
-        "PER_TENSOR": 5,
+        "PER_CHANNEL": 1,
+        "PER_TENSOR": 6,
     }
 
 
@@ -173,14 +173,13 @@ def test_the_sim_stays_as_it_was(tmp_path: pathlib.Path, tiny_model: Callable[..
 def test_aimet_onnx_loads_both_encodings(
     tmp_path: pathlib.Path, tiny_model: Callable[..., Any], granularity: Any
 ) -> None:
-    """Square weights, where a wrong order of the blocks would still fit."""
+    """Embedding and output layer as by default; square weights, where a wrong order would fit."""
     aimet_onnx = pytest.importorskip("aimet_onnx")
     from aimet_onnx.quantsim import load_encodings_to_sim
 
     model = tiny_model("llama", num_hidden_layers=1, num_key_value_heads=4)
     weights = QSpec(granularity=granularity)
-    # aimet_onnx has no rows of its own for embeddings: it refuses to load per-channel ones.
-    sim = calibrated(model, activations=None, weights=weights, embedding=None)
+    sim = calibrated(model, activations=None, weights=weights)
     aimet_ext.export(sim, tmp_path / "out", "m", IDS)
     quantizers = adapt(sim).weight_quantizers()
     names = read_manifest(tmp_path / "out")["onnx_names"]
@@ -194,6 +193,23 @@ def test_aimet_onnx_loads_both_encodings(
             read = other.qc_quantize_op_dict[names[f"{layer}.weight"]].get_encodings()
             expected = quantizer.grid().scale.T.flatten()  # [blocks * out]
             assert torch.equal(torch.tensor([e.delta for e in read]).float(), expected), layer
+        (output,) = other.session.run(None, {"input_ids": IDS.numpy()})
+        torch.testing.assert_close(torch.from_numpy(output), logits(sim), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_aimet_onnx_loads_no_rows_of_an_embedding(
+    tmp_path: pathlib.Path, tiny_model: Callable[..., Any]
+) -> None:
+    """Why the default has one scale for an embedding: if this fails, rows may be the default."""
+    aimet_onnx = pytest.importorskip("aimet_onnx")
+    from aimet_onnx.quantsim import load_encodings_to_sim
+
+    sim = calibrated(tiny_model("llama", num_hidden_layers=1), embedding=QSpec(bitwidth=8))
+    aimet_ext.export(sim, tmp_path / "out", "m", IDS)
+    other = aimet_onnx.QuantizationSimModel(onnx.load(tmp_path / "out" / "m.onnx"))
+    with pytest.raises(RuntimeError, match="cannot set channel/block quantization"):
+        load_encodings_to_sim(other, str(tmp_path / "out" / "m.encodings"), strict=False)
 
 
 def test_masks_and_free_axes(tmp_path: pathlib.Path, sim: Any) -> None:

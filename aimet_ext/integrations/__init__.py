@@ -1,0 +1,1 @@
+"""Where the package meets other tools; each module is imported on use and needs its own extra."""

@@ -1,0 +1,369 @@
+"""Olive's ``AimetQuantization`` pass with the techniques of this package.
+
+Importing this module puts :class:`AimetQuantization` in the place of the pass that Olive ships, for
+the workflows of this process. ``olive run --package-config`` does so with the file that
+``aimet-ext olive-config`` writes, and so does a data config's ``user_script`` that imports it. A
+workflow is written as for Olive's own pass; see :mod:`aimet_ext.integrations.olive_techniques`.
+
+Olive goes on after most failures of a pass, and then ends well without a model. Here each of them
+is an error, and mistakes in a workflow are found before any pass runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from aimet_ext.errors import require
+
+for _module in ("olive", "aimet_onnx"):
+    require(_module, "olive")
+
+import aimet_onnx  # noqa: E402
+import numpy as np  # noqa: E402
+import onnx  # noqa: E402
+import onnxruntime  # noqa: E402
+from olive.common.config_utils import validate_config  # noqa: E402
+from olive.common.onnx_io import get_kv_info  # noqa: E402
+from olive.common.utils import StrEnumBase  # noqa: E402
+from olive.data.config import DataConfig  # noqa: E402
+from olive.hardware.accelerator import Device  # noqa: E402
+from olive.hardware.constants import ExecutionProvider  # noqa: E402
+from olive.model import ONNXModelHandler  # noqa: E402
+from olive.model.utils import resolve_onnx_path  # noqa: E402
+from olive.package_config import OlivePackageConfig  # noqa: E402
+from olive.passes.onnx import aimet_quantization as shipped  # noqa: E402
+from olive.passes.onnx.common import (  # noqa: E402
+    model_has_adapters,
+    model_proto_to_olive_model,
+)
+from olive.passes.pass_config import PassConfigParam  # noqa: E402
+from pydantic import field_validator  # noqa: E402
+
+import aimet_ext  # noqa: E402
+from aimet_ext.integrations.olive_config import PASS  # noqa: E402
+from aimet_ext.integrations.olive_techniques import check_techniques, reports_of, with_defaults  # noqa: E402
+
+__all__ = ["FOLDER", "REPORT", "AimetQuantization", "Bias", "PassFailed"]
+
+#: What lies beside the QDQ model: the folder that :func:`aimet_ext.export` writes, and the reports.
+FOLDER, REPORT = "aimet_ext", "aimet_ext_report.json"
+
+# Deviation of outputs relative to their norm: absolute, and the fraction of the sim's own one.
+_TOLERANCE, _FRACTION = 1e-4, 0.5
+# What Olive's engine raises again; it swallows all others.
+_RAISED = (AssertionError, AttributeError, ImportError, TypeError, ValueError)
+
+
+class PassFailed(ValueError):
+    """The pass failed; a ``ValueError`` because Olive does not swallow these."""
+
+
+class Bias(StrEnumBase):
+    """How the QDQ model holds biases."""
+
+    AUTO = "auto"
+    FLOAT = "float"
+    INT32 = "int32"
+
+
+class AimetQuantization(shipped.AimetQuantization):
+    """Quantize an ONNX model in AIMET's simulation, by techniques of this package.
+
+    Takes the configuration of Olive's own pass, and
+
+    :param bias: ``"int32"``, ``"float"``, or ``"auto"``: int32 where the target is Qualcomm's
+        runtime, which computes wrong with float biases of quantized layers.
+    :param save_encodings: write the float model, its encodings in AIMET's formats, learnt scales
+        and reports to a folder ``aimet_ext`` beside the QDQ model; :func:`aimet_ext.load` makes the
+        simulation of it again.
+    """
+
+    @classmethod
+    def _default_config(cls, accelerator_spec: Any) -> dict[str, PassConfigParam]:
+        return {
+            **super()._default_config(accelerator_spec),
+            "bias": PassConfigParam(
+                type_=Bias,
+                default_value=Bias.AUTO,
+                description="How the QDQ model holds biases: auto, float or int32.",
+            ),
+            "save_encodings": PassConfigParam(
+                type_=bool,
+                default_value=True,
+                description="Save encodings, scales and reports beside the QDQ model.",
+            ),
+            # Part of the key under which Olive caches models: not the one of its own pass.
+            "made_by": PassConfigParam(
+                type_=str,
+                default_value=f"aimet_ext {aimet_ext.__version__}",
+                description="The package whose techniques are applied. Leave it as it is.",
+            ),
+        }
+
+    @classmethod
+    def get_config_params(
+        cls, accelerator_spec: Any, config: Any = None, disable_search: bool | None = False
+    ) -> Any:
+        """Make Olive's configuration of the pass from a workflow's.
+
+        :raises ValueError: an unknown parameter, which Olive ignores, or a wrong technique.
+        """
+        known = cls.default_config(accelerator_spec)
+        unknown = sorted(set(config or ()) - set(known))
+        if unknown:
+            raise ValueError(
+                f"{PASS} has no parameter {', '.join(map(repr, unknown))}; it has "
+                f"{', '.join(known)}"
+            )
+        return super().get_config_params(accelerator_spec, config, disable_search)
+
+    @classmethod
+    def _validators(cls) -> dict[str, Any]:
+        def check(value: Any) -> Any:
+            if isinstance(value, list):
+                check_techniques(value)
+            return value
+
+        # Olive builds the configs of all passes before it runs the first one.
+        return {
+            **super()._validators(),
+            "check_techniques": field_validator("techniques", mode="after")(check),
+        }
+
+    @classmethod
+    def validate_config(cls, config: Any, accelerator_spec: Any) -> bool:
+        """Check a configuration.
+
+        :raises ValueError: it is wrong. Olive would prune the model and end without one.
+        """
+        check_techniques(config.techniques or ())
+        if not super().validate_config(config, accelerator_spec):
+            raise ValueError(
+                f"{PASS} needs precision int4, int8 or int16, activation_type uint8, uint16 or "
+                f"fp16 and quant_scheme min_max or tf_enhanced, got precision={config.precision}, "
+                f"activation_type={config.activation_type}, quant_scheme={config.quant_scheme}, "
+                f"tensor_precision_overrides={config.tensor_precision_overrides}"
+            )
+        return True
+
+    def _run_for_config(self, model: Any, config: Any, output_model_path: str) -> ONNXModelHandler:
+        with _failing_loudly():
+            return self._quantize(model, config, output_model_path)
+
+    def _quantize(self, model: Any, config: Any, output_model_path: str) -> ONNXModelHandler:
+        settings = config.model_dump()
+        path = resolve_onnx_path(output_model_path, Path(model.model_path).name)
+        with tempfile.TemporaryDirectory(prefix="olive_tmp") as folder:
+            calibration = _Batches(config.data_config, model)
+            sim = _simulation(model, settings, folder, next(iter(calibration)))
+            for technique in with_defaults(settings["techniques"] or ()):
+                sim = _apply(sim, technique, calibration, model)
+            sim.compute_encodings(iter(calibration))
+            _check_calibrated(sim)
+            biases = self._int32_biases(settings["bias"])
+            qdq = sim.to_onnx_qdq(prequantize_constants=True, export_int32_bias=biases)
+            if biases:
+                _check_biases(sim, qdq)
+            handler = model_proto_to_olive_model(
+                qdq, path, config, force_model_dir=settings["save_encodings"]
+            )
+            del qdq
+            batch = next(iter(calibration))
+            _check_outputs(sim, model.model_path, handler.model_path, batch)
+            if settings["save_encodings"]:
+                bias: Literal["float", "int32"] = "int32" if biases else "float"
+                aimet_ext.export(
+                    sim, Path(path).parent / FOLDER, Path(path).stem, batch, bias=bias, qdq=False
+                )
+                _add_files(Path(path).parent, sim, handler, model)
+        return handler
+
+    def _int32_biases(self, bias: Any) -> bool:
+        """Whether biases are to be int32."""
+        if bias == Bias.AUTO:
+            target = self.accelerator_spec
+            return (
+                target.execution_provider == ExecutionProvider.QNNExecutionProvider
+                or target.accelerator_type == Device.NPU
+            )
+        return bool(bias == Bias.INT32)
+
+
+class _Batches:
+    """What a data config gives, anew each time it is iterated over."""
+
+    def __init__(self, data_config: Any, model: Any) -> None:
+        self.data_config = validate_config(data_config, DataConfig)
+        self.model_path, self.io_config = model.model_path, model.io_config
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        container = self.data_config.to_data_container()
+        batches = iter(
+            container.create_calibration_dataloader(
+                model_path=self.model_path, io_config=self.io_config
+            )
+        )
+        first = next(batches, None)
+        if first is None:
+            raise ValueError(
+                f"data config {self.data_config.name!r} must give at least one batch, it gives none"
+            )
+        yield first
+        yield from batches
+
+
+def _simulation(model: Any, settings: dict[str, Any], folder: str, batch: dict[str, Any]) -> Any:
+    """The simulation that Olive's own pass builds.
+
+    :param batch: run where the types of tensors cannot be inferred, behind onnxruntime's operators.
+    """
+    if model_has_adapters(model.model_path):
+        raise PassFailed(
+            f"{model.model_path} holds LoRA adapters, which this pass does not quantize, and with "
+            "them Olive's own returns the model as it is; extract the adapters first "
+            "with Olive's ExtractAdapters, or merge them with MergeAdapterWeights"
+        )
+    proto = onnx.load(model.model_path)
+    if any(node.op_type == "DynamicQuantizeLinear" for node in proto.graph.node):
+        raise PassFailed(f"{model.model_path}: a float model is required, it quantizes at run time")
+    build = aimet_onnx.QuantizationSimModel
+    if any(node.op_type == "DequantizeLinear" for node in proto.graph.node):
+        build = aimet_onnx.QuantizationSimModel._from_onnx_qdq
+    sim = build(
+        proto,
+        param_type=shipped.precision_to_qtype(settings["precision"]),
+        activation_type=shipped.precision_to_qtype(settings["activation_type"]),
+        config_file=settings["config_file"],
+        quant_scheme=str(settings["quant_scheme"]),
+        providers=settings["calibration_providers"],
+        dummy_input=batch,
+        path=folder,
+    )
+    for weight in proto.graph.initializer:  # which AIMET leaves out where it ran the batch
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(weight.data_type)
+        sim.activation_dtypes.setdefault(weight.name, dtype)
+    shipped._apply_precision_overrides(sim, settings["tensor_precision_overrides"] or {})
+    if settings["op_types_to_exclude"]:
+        shipped._exclude_op_types(sim, settings["op_types_to_exclude"])
+    cache = get_kv_info(model.io_config)
+    if settings["tie_kv_cache_io"] and cache and cache["present_to_past"]:
+        shipped._tie_quantizers(sim, cache["present_to_past"])
+    return sim
+
+
+def _apply(sim: Any, technique: dict[str, Any], calibration: _Batches, model: Any) -> Any:
+    """Apply one technique, with its own data if it names some."""
+    arguments = {key: value for key, value in technique.items() if key != "name"}
+    chosen = shipped.SUPPORTED_TECHNIQUES[technique["name"].lower()]
+    if chosen._requires_data():
+        own = arguments.get("data_config")
+        arguments["data_config"] = calibration if own is None else _Batches(own, model)
+    return chosen.apply(sim, **arguments)
+
+
+def _check_calibrated(sim: Any) -> None:
+    """Refuse quantizers that would silently be missing in the QDQ model.
+
+    :raises PassFailed: one has no range.
+    """
+    empty = [
+        name
+        for name, quantizer in sim.qc_quantize_op_dict.items()
+        if quantizer.enabled and not quantizer.is_initialized()
+    ]
+    if empty:
+        raise PassFailed(
+            f"every quantizer needs a range after calibration, but {', '.join(empty[:3])} of "
+            f"{len(empty)} such tensors has none; its node was never run by the calibration data"
+        )
+
+
+def _check_biases(sim: Any, qdq: onnx.ModelProto) -> None:
+    """Compare int32 biases with what was asked.
+
+    :raises PassFailed: a bias of a quantized layer stays float.
+    """
+    left = []
+    held = {i.name: i for i in qdq.graph.initializer}
+    for op in sim.connected_graph.get_all_ops().values():
+        if op.type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+            continue
+        weight, bias = sim._get_weight_and_bias(op)
+        quantizer = None if weight is None else sim.qc_quantize_op_dict.get(weight.name)
+        if bias is None or quantizer is None or not quantizer.enabled:
+            continue
+        stored = held.get(bias.name)
+        if stored is not None and stored.data_type != onnx.TensorProto.INT32:
+            left.append(bias.name)
+    if left:
+        raise PassFailed(
+            f"int32 biases were asked for, but {', '.join(left[:3])} of {len(left)} stay float: "
+            "their layers' inputs are not quantized to integers; quantize activations, or set "
+            '"bias": "float"'
+        )
+
+
+def _check_outputs(sim: Any, source: str, written: str, batch: dict[str, Any]) -> None:
+    """Compare the QDQ model with the simulation on one batch.
+
+    :raises PassFailed: they differ by more than values that are rounded the other way explain.
+    """
+    expected = sim.session.run(None, batch)
+    error = _deviation(_run(source, batch), expected)
+    deviation = _deviation(_run(written, batch), expected)
+    if not deviation <= max(_TOLERANCE, _FRACTION * error):
+        raise PassFailed(
+            f"the QDQ model must compute what the simulation does, which deviates from the float "
+            f"model by {error:.3g} of its outputs' norm, but deviates from it by {deviation:.3g}"
+        )
+
+
+def _run(path: str, batch: dict[str, Any]) -> list[np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    # Its optimizer would round float weights behind quantized activations, and their biases.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return [np.asarray(output) for output in session.run(None, batch)]
+
+
+def _deviation(outputs: list[np.ndarray], expected: list[np.ndarray]) -> float:
+    """Norm of the difference of all outputs, relative to the norm of what is expected."""
+    pairs = [
+        (one.astype(np.float64), two.astype(np.float64))
+        for one, two in zip(outputs, expected, strict=True)
+    ]
+    difference = sum(float(np.square(one - two).sum()) for one, two in pairs)
+    norm = sum(float(np.square(two).sum()) for _, two in pairs)
+    return (difference / norm) ** 0.5 if difference else 0.0
+
+
+def _add_files(folder: Path, sim: Any, handler: ONNXModelHandler, source: Any) -> None:
+    """Write the reports, and tell Olive which files belong to the model."""
+    report = folder / REPORT
+    report.write_text(json.dumps(reports_of(sim), indent=2) + "\n", encoding="utf-8")
+    attributes = dict(source.model_attributes or {})
+    others = attributes.get("additional_files") or []
+    attributes["additional_files"] = sorted({*others, str(folder / FOLDER), str(report)})
+    handler.model_attributes = attributes
+
+
+@contextlib.contextmanager
+def _failing_loudly() -> Iterator[None]:
+    """Turn errors that Olive would swallow into one that it raises."""
+    try:
+        yield
+    except _RAISED:
+        raise
+    except Exception as error:
+        raise PassFailed(f"{PASS} failed: {type(error).__name__}: {error}") from error
+
+
+# The pass of this process from now on, also where Olive's own was imported before.
+OlivePackageConfig._pass_modules[PASS.lower()] = AimetQuantization
+_default = OlivePackageConfig.load_default_config().get_pass_module_config(PASS)
+_default.set_class_variables(AimetQuantization)

@@ -1,0 +1,63 @@
+"""Olive's package configuration with the pass of this package in the place of Olive's own."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from aimet_ext.errors import MissingExtraError
+
+__all__ = ["PASS", "package_config"]
+
+#: Name of the pass, in a workflow and in a package configuration, where its case does not count.
+PASS = "AimetQuantization"
+_MODULE_PATH = f"aimet_ext.integrations.olive.{PASS}"
+
+
+def package_config(base: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Olive's package configuration with this package's pass in the place of its own.
+
+    Olive reads such a file instead of its own one, and so it holds all passes.
+
+    :param base: another package configuration to start from; None for the installed Olive's.
+    :returns: what ``olive run --package-config`` and ``olive.workflows.run`` take.
+    :raises ValueError: ``base`` is no package configuration.
+    :raises MissingExtraError: Olive is not installed.
+
+    >>> olive.workflows.run("workflow.json", package_config=package_config())
+    """
+    merged = _of_olive() if base is None else copy.deepcopy(base)
+    passes = merged.get("passes") if isinstance(merged, dict) else None
+    if not isinstance(passes, dict):
+        raise ValueError(  # noqa: TRY004 - what is wrong is a file
+            'a package configuration must be an object with the passes under "passes", '
+            f"got {', '.join(merged) or 'nothing' if isinstance(merged, dict) else merged!r}"
+        )
+    name = next((key for key in passes if key.lower() == PASS.lower()), None)
+    if name is None:
+        raise ValueError(
+            f"a package configuration that has {PASS} is required, since Olive says in it what the "
+            f"pass runs on; got the passes {', '.join(sorted(passes)) or '(none)'}"
+        )
+    entry = passes[name]
+    entry["module_path"] = _MODULE_PATH
+    # OmniQuant is none of the names that Olive allows here.
+    entry["supported_algorithms"] = list(
+        dict.fromkeys([*entry.get("supported_algorithms", []), "gptq"])
+    )
+    return merged
+
+
+def _of_olive() -> dict[str, Any]:
+    """Olive's own configuration, without importing Olive, which takes its time."""
+    found = importlib.util.find_spec("olive")
+    if found is None or found.origin is None:
+        raise MissingExtraError(
+            "olive is needed here and is not installed. "
+            'Install it with: pip install "aimet-ext[olive]"'
+        )
+    text = (Path(found.origin).parent / "olive_config.json").read_text("utf-8")
+    return json.loads(text)

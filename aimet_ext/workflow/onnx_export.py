@@ -1,0 +1,277 @@
+"""An ONNX sim as a folder: float model, encodings, QDQ model, each read back and compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from aimet_ext.errors import require
+from aimet_ext.export.encodings import entries, load_encodings
+from aimet_ext.export.folders import replace_folder
+from aimet_ext.export.ledger import Ledger
+from aimet_ext.export.manifest import write_manifest
+from aimet_ext.export.scales import write_scales
+from aimet_ext.export.sealed import write_sealed
+from aimet_ext.model.tensors import hash_tensors
+from aimet_ext.sim.base import SimAdaptor
+
+__all__ = ["LEDGER", "LEDGER_SCHEMA", "QUANTIZERS", "SCHEMA", "SETTINGS", "export_onnx"]
+
+LEDGER = "ledger.safetensors"
+LEDGER_SCHEMA = "aimet_ext.ledger/1"
+QUANTIZERS = "quantizers.safetensors"
+SCHEMA = "aimet_ext.onnx_quantizers/1"
+SETTINGS = "quantsim.json"
+# Deviation of outputs relative to their norm: of weights alone, and where activations are rounded,
+# of which another order of sums moves some by a step. In any case less than the sim's own
+# deviation from the float model.
+_TOLERANCE, _ROUNDED = 1e-4, 1e-3
+
+Arrays = dict[str, Any]
+
+
+def export_onnx(
+    adaptor: SimAdaptor,
+    path: str | Path,
+    prefix: str,
+    dummy_input: Any,
+    *,
+    tokenizer: Any,
+    aimet_keys: bool,
+    bias: Literal["float", "int32"],
+    qdq: bool,
+    external_data: bool | None,
+) -> dict[str, Any]:
+    """Write an ONNX sim to a folder, see :func:`aimet_ext.export`."""
+    require("aimet_onnx", "onnx")
+    from aimet_ext.sim import onnx_files as files
+
+    sim = adaptor.sim
+    sample = _sample(adaptor, dummy_input)
+    _check_ranges(sim)
+    wider = files.containers(sim)
+    unfit = files.unfit_for_qdq(sim, wider) if qdq else []
+    if unfit:
+        raise ValueError(
+            f"a QDQ model cannot hold {_some(unfit)}; give these tensors a width of 4, 8 or 16 "
+            "bits in float32, or leave the QDQ model out with qdq=False"
+        )
+    ledger = adaptor.ledger or Ledger(_hash(adaptor))
+    with adaptor.preserved_state(), replace_folder(path) as folder:
+        writer = _Writer(adaptor, folder, prefix, sample, wider)
+        writer.write_float(external_data)
+        writer.write_encodings(bias == "int32")
+        if qdq:
+            writer.write_qdq(bool(external_data))
+        write_scales(folder, ledger, aimet_keys=aimet_keys)
+        writer.write_state(ledger)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        return write_manifest(
+            folder,
+            "export",
+            framework="onnx",
+            prefix=prefix,
+            model={"loads_in_transformers": False, "tied": {}, "tokenizer": tokenizer is not None},
+            settings=adaptor.settings,
+            techniques=[{**vars(run), "modules": list(run.modules)} for run in ledger.runs],
+            origin=ledger.origin,
+            seeds={"torch": torch.initial_seed()},
+            bias=bias,
+            containers={n: [sim.qc_quantize_op_dict[n].bitwidth, b] for n, b in wider.items()},
+            checks=writer.checks,
+        )
+
+
+class _Writer:
+    """Writes the files of one export, each compared with the sim before the next one."""
+
+    def __init__(
+        self,
+        adaptor: SimAdaptor,
+        folder: Path,
+        prefix: str,
+        sample: Arrays,
+        wider: Mapping[str, int],
+    ) -> None:
+        from aimet_ext.sim import onnx_files, onnx_readback, onnx_state
+
+        self.onnx = require("onnx", "onnx")
+        self.files, self.back, self.state = onnx_files, onnx_readback, onnx_state
+        self.adaptor, self.sim = adaptor, adaptor.sim
+        self.folder, self.prefix, self.sample, self.wider = folder, prefix, sample, wider
+        self.model_path = folder / f"{prefix}.onnx"
+        self.newer = folder / f"{prefix}.2.0.0.encodings"
+        self.described = onnx_state.describe_sim(self.sim)
+        self.rounded = dict(onnx_files.quantized_constants(self.sim, wider)) if wider else {}
+        self.sim._rebuild_session()  # a technique, or the user, may have written to the weights
+        self.outputs = onnx_readback.run(self.sim, sample)
+        with onnx_state.disabled_quantizers(self.sim):
+            error = _deviation(self.outputs, onnx_readback.run(self.sim, sample))
+        used, constants = onnx_state.enabled_quantizers(self.sim), self._mine()
+        alone = all(name in constants for name in used)
+        self.limit = max(_TOLERANCE if alone else _ROUNDED, error)
+        self.checks: dict[str, Any] = {
+            "quantization_error": error,
+            "float16_casts_only_in_1.0.0": onnx_files.float_tensors(self.sim),
+            "lpbq_as_blocks_in_2.0.0": onnx_files.lpbq_as_blocks(self.sim, wider),
+        }
+
+    def write_float(self, external: bool | None) -> None:
+        """The float model; weights of a width that ONNX lacks lie on their grid."""
+        self.files.save_float_model(self.sim, self.model_path, self.rounded, external=external)
+        mine, written = self._mine(), self._constants()
+        expected = {**mine, **self.rounded}
+        faults = [
+            name
+            for name in mine
+            if name not in written or not self.files.same_value(written[name], expected[name])
+        ]
+        if faults:
+            raise RuntimeError(
+                f"{self.model_path.name} must hold the sim's weights, but these differ: "
+                f"{_some(faults)}"
+            )
+        self.checks["constants_equal"] = len(mine)
+
+    def write_encodings(self, int32_biases: bool) -> None:
+        """Encodings of both versions, loaded into a new sim of the float model each."""
+        for version, name in (("1.0.0", ""), ("2.0.0", ".2.0.0")):
+            path = self.folder / f"{self.prefix}{name}.encodings"
+            self.files.write_encodings(
+                self.sim, path, version, self.wider, int32_biases=int32_biases
+            )
+            encoded = entries(load_encodings(path))
+            if int32_biases and (missing := self.files.missing_int32_biases(self.sim, encoded)):
+                raise ValueError(
+                    'bias="int32" needs a layer\'s input quantized to integers, as the scale of a '
+                    "bias is that of the input times that of the weight; it cannot be had for "
+                    f'{_some(missing)}: quantize the inputs, or take bias="float"'
+                )
+            other = self.state.build_sim(
+                self.onnx.load(str(self.model_path)), self.described, sample=self.sample
+            )
+            self.back.read_encodings(self.sim, path, other)
+            self._compare(path.name, other)
+            self.checks[f"encodings_{version}"] = len(encoded)
+
+    def write_qdq(self, external: bool) -> None:
+        """The QDQ model, loaded into a new sim, and run by onnxruntime as it is."""
+        path = self.folder / f"{self.prefix}.qdq.onnx"
+        model = self.onnx.load(str(self.model_path))
+        self.files.overwrite(model, self.files.quantized_constants(self.sim))
+        self.files.save_qdq_model(model, load_encodings(self.newer), path, external=external)
+        del model
+        other = self.state.build_sim(
+            self.onnx.load(str(path)), self.described, sample=self.sample, qdq=True
+        )
+        self.back.read_qdq(self.sim, other)
+        self._compare(path.name, other, self.files.integer_scales(self.sim, self.wider))
+        del other
+        deviation = self._check_deviation(f"{path.name} in onnxruntime", _run(path, self.sample))
+        self.checks["onnxruntime"] = metadata.version("onnxruntime")
+        self.checks["onnxruntime_relative_deviation"] = deviation
+
+    def write_state(self, ledger: Ledger) -> None:
+        """What only this package reads: quantizers, float weights, sample, ledger, settings."""
+        from aimet_ext.model.onnx_types import to_torch
+
+        ranges, described = self.state.quantizers_to_tensors(self.sim)
+        tensors = {f"range.{name}": tensor for name, tensor in ranges.items()}
+        tensors.update({f"sample.{n}": torch.from_numpy(a) for n, a in self.sample.items()})
+        mine = self._mine()
+        for name, values in self.rounded.items():
+            value = self.onnx.numpy_helper.to_array(mine[name])
+            if not np.array_equal(value, values):
+                tensors[f"float.{name}"] = to_torch(value)
+        fields = {"quantizers": described, "sim": self.described}
+        write_sealed(self.folder / QUANTIZERS, SCHEMA, tensors, fields)
+        tensors, fields = ledger.to_tensors()
+        write_sealed(self.folder / LEDGER, LEDGER_SCHEMA, tensors, {"ledger": fields})
+        text = json.dumps({"create_sim": self.adaptor.settings}, indent=2)
+        (self.folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
+
+    def _mine(self) -> dict[str, Any]:
+        return self.files.constants(self.sim.model.model)
+
+    def _constants(self) -> dict[str, Any]:
+        return self.files.constants(self.onnx.load(str(self.model_path)))
+
+    def _compare(self, name: str, other: Any, last_bit: Collection[str] = ()) -> None:
+        faults = self.back.differences(self.sim, other, last_bit=last_bit)
+        if faults:
+            raise RuntimeError(
+                f"{name}, read back by AIMET, must quantize as the sim does, but {_some(faults)}"
+            )
+        deviation = self._check_deviation(
+            f"{name}, read back by AIMET,", self.back.run(other, self.sample)
+        )
+        self.checks[f"{name}_relative_deviation"] = deviation
+
+    def _check_deviation(self, name: str, outputs: list[Any]) -> float:
+        deviation = _deviation(outputs, self.outputs)
+        if not deviation <= self.limit:
+            raise RuntimeError(
+                f"{name} must compute what the sim does to {self.limit:.3g} of its outputs' norm, "
+                f"but deviates by {deviation:.3g}"
+            )
+        return deviation
+
+
+def _sample(adaptor: SimAdaptor, dummy_input: Any) -> Arrays:
+    """A batch as arrays by input name."""
+    if dummy_input is None:
+        raise TypeError("dummy_input must be a batch of the model's inputs by name, got None")
+    (batch,) = adaptor.batches([dummy_input])
+    return {name: np.ascontiguousarray(tensor.cpu().numpy()) for name, tensor in batch.items()}
+
+
+def _check_ranges(sim: Any) -> None:
+    empty = [
+        name
+        for name, quantizer in sim.qc_quantize_op_dict.items()
+        if quantizer.enabled and not quantizer.is_initialized()
+    ]
+    if empty:
+        raise ValueError(
+            f"every quantizer needs a range before export, but {_some(empty)} "
+            f"{'have' if len(empty) > 1 else 'has'} none; run sim.compute_encodings first"
+        )
+
+
+def _run(path: Path, sample: Arrays) -> list[Any]:
+    """Outputs of an ONNX file in onnxruntime on the CPU, its nodes as they are."""
+    runtime = require("onnxruntime", "onnx")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return list(session.run(None, sample))
+
+
+def _deviation(outputs: list[Any], expected: list[Any]) -> float:
+    """Norm of the difference of all float outputs relative to the norm of what is expected."""
+    difference = norm = 0.0
+    for one, two in zip(outputs, expected, strict=True):
+        if np.issubdtype(two.dtype, np.floating):
+            wide = two.astype(np.float64)
+            difference += float(np.square(one.astype(np.float64) - wide).sum())
+            norm += float(np.square(wide).sum())
+    return (difference / norm) ** 0.5 if difference else 0.0
+
+
+def _hash(adaptor: SimAdaptor) -> str:
+    """Hash of the weights of a sim that no technique of ours has touched."""
+    state = adaptor.float_state()
+    return hash_tensors((name, state[name]) for name in sorted(state))
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

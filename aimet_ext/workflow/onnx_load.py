@@ -1,0 +1,47 @@
+"""An ONNX sim rebuilt from the folder that ``export`` wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from aimet_ext.errors import require
+from aimet_ext.export.ledger import Ledger
+from aimet_ext.export.sealed import read_sealed
+from aimet_ext.sim.base import adapt
+from aimet_ext.workflow.onnx_export import LEDGER, LEDGER_SCHEMA, QUANTIZERS, SCHEMA
+
+__all__ = ["load_onnx"]
+
+
+def load_onnx(folder: Path, prefix: str, settings: dict[str, Any] | None, sim: Any = None) -> Any:
+    """Rebuild an ONNX sim, see :func:`aimet_ext.load`.
+
+    :param settings: what the sim carries as its settings.
+    :param sim: of the same model, to be made what was exported.
+    :raises ValueError: the sim that was given is one of another model.
+    """
+    require("aimet_onnx", "onnx")
+    onnx = require("onnx", "onnx")
+    from aimet_ext.model.onnx_types import torch_array
+    from aimet_ext.sim import onnx_files, onnx_state
+
+    tensors, fields = read_sealed(folder / QUANTIZERS, SCHEMA)
+    kinds: dict[str, dict[str, Any]] = {"range": {}, "sample": {}, "float": {}}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition(".")
+        kinds[kind][name] = tensor
+    model = onnx.load(str(folder / f"{prefix}.onnx"))
+    onnx_files.overwrite(model, ((n, torch_array(t)) for n, t in kinds["float"].items()))
+    if sim is None:
+        sample = {name: tensor.numpy() for name, tensor in kinds["sample"].items()}
+        sim = onnx_state.build_sim(model, json.loads(fields["sim"]), sample=sample)
+    else:
+        onnx_files.copy_constants(model, sim.model.model)
+    onnx_state.load_quantizers(sim, kinds["range"], json.loads(fields["quantizers"]))
+    tensors, fields = read_sealed(folder / LEDGER, LEDGER_SCHEMA)
+    adaptor = adapt(sim)
+    adaptor.ledger = Ledger.from_tensors(tensors, json.loads(fields["ledger"]))
+    adaptor.settings = settings
+    return sim
