@@ -31,16 +31,19 @@ class LayerChoice:
     skipped: dict[str, str]
 
 
-def module_names(model: nn.Module, modules: Iterable[str | nn.Module]) -> set[str]:
+def module_names(adaptor: SimAdaptor, modules: Iterable[str | nn.Module]) -> set[str]:
     """Names of modules that were given by name or as objects, AIMET's way.
 
     :raises ValueError: one is not in the model.
     """
-    names = dict(model.named_modules())
+    names = dict(adaptor.model.named_modules())
     by_identity = {id(module): name for name, module in names.items()}
     found, unknown = set(), []
     for module in modules:
-        name = module if isinstance(module, str) else by_identity.get(id(module), "")
+        if isinstance(module, str):
+            name = module if module in names else adaptor.full_name(module)
+        else:
+            name = by_identity.get(id(module), "")
         if name and name in names:
             found.add(name)
         else:
@@ -74,11 +77,11 @@ def choose_layers(
     :raises ValueError: an excluded module does not exist; nothing remains; the technique was
         applied before; a weight is not finite, is rounded already, or is shared by two layers.
     """
-    excluded = module_names(adaptor.model, exclude)
+    excluded = module_names(adaptor, exclude)
     every = {n: q for n, q in adaptor.weight_quantizers().items() if n not in excluded}
     shared = adaptor.shared_weights()
     decided: dict[str, WeightQuantizer] = {}
-    skipped: dict[str, str] = {}
+    skipped = dict(adaptor.unsupported_layers())
     for name, quantizer in every.items():
         module = adaptor.model.get_submodule(name)
         if not isinstance(module, _LAYERS) or (only is not None and name not in only):

@@ -321,7 +321,7 @@ class _OnGrids(Mapping[str, Tensor]):
     ) -> None:
         self.layers = {
             name: (
-                quantizer.weight.detach(),
+                quantizer,
                 quantizer.free_grid() if aimet_stream else quantizer.grid(),
             )
             for name, quantizer in quantizers.items()
@@ -329,7 +329,8 @@ class _OnGrids(Mapping[str, Tensor]):
         }
 
     def __getitem__(self, name: str) -> Tensor:
-        return fake_quantize(*self.layers[name])
+        quantizer, grid = self.layers[name]
+        return fake_quantize(quantizer.weight.detach(), grid)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layers)

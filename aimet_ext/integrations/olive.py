@@ -47,6 +47,7 @@ from pydantic import field_validator  # noqa: E402
 import aimet_ext  # noqa: E402
 from aimet_ext.integrations.olive_config import PASS  # noqa: E402
 from aimet_ext.integrations.olive_techniques import check_techniques, reports_of, with_defaults  # noqa: E402
+from aimet_ext.sim.onnx_files import name_nodes  # noqa: E402
 
 __all__ = ["FOLDER", "REPORT", "AimetQuantization", "Bias", "PassFailed"]
 
@@ -167,6 +168,7 @@ class AimetQuantization(shipped.AimetQuantization):
             _check_calibrated(sim)
             biases = self._int32_biases(settings["bias"])
             qdq = sim.to_onnx_qdq(prequantize_constants=True, export_int32_bias=biases)
+            name_nodes(qdq)  # AIMET reads back one node a name
             if biases:
                 _check_biases(sim, qdq)
             handler = model_proto_to_olive_model(

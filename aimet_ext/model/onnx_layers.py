@@ -182,7 +182,9 @@ def _matmul(graph: OnnxGraph, index: int, node: NodeProto) -> OnnxLayer | str | 
         return f"a weight of 2 dimensions is required, got {list(graph.shape(weight))}"
     out = graph.shape(weight)[0 if flipped else 1]
     add = _bias_add(graph, node.output[0], out)
-    bias = None if add is None else next(n for n in graph.nodes[add].input if n != node.output[0])
+    bias = None
+    if add is not None:
+        bias = _same(graph, next(n for n in graph.nodes[add].input if n != node.output[0]))
     return OnnxLayer(
         name=_name(node, weight),
         kind="linear",
@@ -203,7 +205,7 @@ def _gemm(graph: OnnxGraph, index: int, node: NodeProto) -> OnnxLayer | str | No
             return f"Gemm with {key}={required:g} is required, got {value:g}"
     weight, flipped = found
     transposed = bool(attribute(node, "transB", 0)) == flipped
-    bias = node.input[2] if len(node.input) > 2 and node.input[2] else None
+    bias = _bias_input(graph, node)
     out = graph.shape(weight)[1 if transposed else 0]
     if bias is not None and not _is_vector(graph, bias, out):
         return f"Gemm with a stored bias [{out}] is required, {bias!r} is not one"
@@ -225,7 +227,7 @@ def _conv(graph: OnnxGraph, index: int, node: NodeProto) -> OnnxLayer | str | No
     shape = graph.shape(weight)
     if flipped or not 3 <= len(shape) <= 5:
         return f"a stored weight of 1 to 3 spatial dimensions is required, got {list(shape)}"
-    bias = node.input[2] if len(node.input) > 2 and node.input[2] else None
+    bias = _bias_input(graph, node)
     if bias is not None and not _is_vector(graph, bias, shape[0]):
         return f"a stored bias [{shape[0]}] is required, {bias!r} is not one"
     ones = (1,) * (len(shape) - 2)
@@ -320,7 +322,21 @@ def _bias_add(graph: OnnxGraph, output: str, width: int) -> int | None:
     if node.op_type != "Add" or len(set(node.input)) != 2:
         return None
     other = next(name for name in node.input if name != output)
-    return readers[0] if _is_vector(graph, other, width) else None
+    return readers[0] if _is_vector(graph, _same(graph, other), width) else None
+
+
+def _bias_input(graph: OnnxGraph, node: NodeProto) -> str | None:
+    """The tensor that a Gemm or Conv adds, None if there is none."""
+    return _same(graph, node.input[2]) if len(node.input) > 2 and node.input[2] else None
+
+
+def _same(graph: OnnxGraph, name: str) -> str:
+    """The tensor behind Identity nodes, by which exporters share equal biases."""
+    while (index := graph.producer.get(name)) is not None:
+        if graph.nodes[index].op_type != "Identity":
+            break
+        name = graph.nodes[index].input[0]
+    return name
 
 
 def _is_vector(graph: OnnxGraph, name: str, width: int) -> bool:

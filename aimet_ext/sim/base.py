@@ -183,6 +183,12 @@ class SimAdaptor(Protocol):
     def float_state(self) -> Mapping[str, Tensor]:
         """Parameters and persistent buffers, tied ones under each name, without quantizers'."""
 
+    def full_name(self, name: str) -> str:
+        """The name in ``model`` of a layer that goes by several names, else the name itself."""
+
+    def unsupported_layers(self) -> Mapping[str, str]:
+        """What has a weight and is none of the layers, by name, and why."""
+
     def shared_weights(self) -> dict[str, list[str]]:
         """Names of all modules that hold the same weight, for each that shares one."""
 

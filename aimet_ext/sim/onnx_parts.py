@@ -14,7 +14,16 @@ from aimet_ext.model.onnx_graph import OnnxGraph
 from aimet_ext.model.onnx_layers import OnnxLayer
 from aimet_ext.sim.base import Range
 
-__all__ = ["FloatState", "OnnxPart", "carried", "live_quantizer", "observed", "observed_ranges"]
+__all__ = [
+    "FloatState",
+    "OnnxPart",
+    "carried",
+    "live_quantizer",
+    "no_forward_fn",
+    "observed",
+    "observed_ranges",
+    "switched_off",
+]
 
 _FLOATS = frozenset((1, 10, 11, 16))  # float32, float16, float64, bfloat16
 
@@ -45,6 +54,26 @@ def carried(name: str) -> Any:
     return property(
         lambda adaptor: getattr(adaptor.sim, name, None),
         lambda adaptor, value: setattr(adaptor.sim, name, value),
+    )
+
+
+@contextmanager
+def switched_off(quantizers: Collection[Any]) -> Iterator[None]:
+    """Context in which these quantizers, which are on, do nothing."""
+    try:
+        for quantizer in quantizers:
+            quantizer.enabled = False
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.enabled = True
+
+
+def no_forward_fn() -> TypeError:
+    """The error for a ``forward_fn``, which has no model to call."""
+    return TypeError(
+        "forward_fn must be left out for an ONNX simulation, whose model is called with its "
+        "inputs by name; got one"
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from aimet_ext.model.batches import ForwardFn
 from aimet_ext.model.onnx_batches import onnx_batches
 from aimet_ext.model.onnx_graph import OnnxGraph
-from aimet_ext.model.onnx_layers import FoundLayers, OnnxLayer, find_layers
+from aimet_ext.model.onnx_layers import FoundLayers, OnnxLayer, find_layers, node_names
 from aimet_ext.model.onnx_shells import insert_module, module_tree, shell
 from aimet_ext.model.onnx_walk import OnnxWalk
 from aimet_ext.model.stream import BlockStream
@@ -27,8 +27,10 @@ from aimet_ext.sim.onnx_parts import (
     OnnxPart,
     carried,
     live_quantizer,
+    no_forward_fn,
     observed,
     observed_ranges,
+    switched_off,
 )
 from aimet_ext.sim.onnx_quantizer_state import (
     is_integer,
@@ -129,21 +131,17 @@ class OnnxSim:
         """
         layers = (self._layer(name) for name in keep)
         kept = {layer.weight for layer in layers if layer is not None}
-        names = self.sim.qc_quantize_op_dict if not module else self._stored_in(module)
+        every = self.sim.qc_quantize_op_dict
+        names = every if not module else self._stored_in(module)
         off = [
             quantizer
-            for name, quantizer in self.sim.qc_quantize_op_dict.items()
+            for name, quantizer in every.items()
             if quantizer.enabled
             and name not in kept
             and ((weights and name in names) if self._is_parameter(name) else activations)
         ]
-        try:
-            for quantizer in off:
-                quantizer.enabled = False
+        with switched_off(off):
             yield
-        finally:
-            for quantizer in off:
-                quantizer.enabled = True
 
     @contextmanager
     def live_activations(self, module: str) -> Iterator[None]:
@@ -248,6 +246,14 @@ class OnnxSim:
         """Float initializers by name, read when they are asked for."""
         return FloatState(self.graph)
 
+    def full_name(self, name: str) -> str:
+        """The layer of a node's name, one that AIMET or the addition of a bias gave it too."""
+        return node_names(self.graph, self.layers).get(name, name)
+
+    def unsupported_layers(self) -> dict[str, str]:
+        """Nodes with a weight that are no layer, and why."""
+        return self.layers.skipped
+
     def shared_weights(self) -> dict[str, list[str]]:
         """Names of all layers that have the same weight, for each that shares one."""
         return self.layers.shared_weights()
@@ -255,7 +261,7 @@ class OnnxSim:
     def batches(self, dataloader: Any, *, opaque: bool = False) -> list[Any]:
         """Inputs of the model by name, see :func:`aimet_ext.model.onnx_batches.onnx_batches`."""
         if opaque:
-            raise _no_forward_fn()
+            raise no_forward_fn()
         return list(onnx_batches(dataloader, self.graph.inputs))
 
     def walk(
@@ -271,7 +277,7 @@ class OnnxSim:
     ) -> Walk:
         """By the graph, in onnxruntime."""
         if forward_fn is not None:
-            raise _no_forward_fn()
+            raise no_forward_fn()
         return OnnxWalk(
             self.graph,
             self.layers,
@@ -303,7 +309,7 @@ class OnnxSim:
         from aimet_ext.sim.onnx_blocks_sim import capture
 
         if forward_fn is not None:
-            raise _no_forward_fn()
+            raise no_forward_fn()
         return capture(self, first_block, batches, cache_dir=cache_dir, device=device)
 
     def commit(self, module: str) -> None:
@@ -384,13 +390,6 @@ class OnnxSim:
 
     def _is_parameter(self, name: str) -> bool:
         return name in self.sim.param_names
-
-
-def _no_forward_fn() -> TypeError:
-    return TypeError(
-        "forward_fn must be left out for an ONNX simulation, whose model is called with its "
-        "inputs by name; got one"
-    )
 
 
 if TYPE_CHECKING:  # the protocols are met, says the type checker

@@ -13,7 +13,6 @@ from aimet_torch.nn import BaseQuantizationMixin
 from aimet_torch.quantization.base import QuantizerBase
 from torch import Tensor, nn
 
-from aimet_ext.core.affine import Grid, fake_quantize, minmax_range, scale_offset
 from aimet_ext.model.batches import ForwardFn, iterate_batches
 from aimet_ext.model.block_walk import BlockWalk, find_stack
 from aimet_ext.model.capture import capture_block_inputs
@@ -28,6 +27,7 @@ from aimet_ext.sim.torch_quantizers import (
     restore_quantizer,
     uninitialize,
 )
+from aimet_ext.sim.torch_watch import forwards, live, observer, widen
 
 __all__ = ["TorchSim"]
 
@@ -138,7 +138,7 @@ class TorchSim:
         Gradients pass straight through the rounding; the range counts as a constant.
         """
         quantizers = self.activation_quantizers(module).values()
-        with _forwards({quantizer: _live(quantizer) for quantizer in quantizers}):
+        with forwards({quantizer: live(quantizer) for quantizer in quantizers}):
             yield
 
     def float_parameters(self, module: str) -> dict[str, nn.Parameter]:
@@ -206,9 +206,9 @@ class TorchSim:
         watched = self.activation_quantizers(module)
         for name in self._quantizers(module):
             if name not in watched and not self._is_layer_weight(name):
-                _widen(ranges, name, self._parameter_of(name))
-        observers = {quantizer: _observer(ranges, name) for name, quantizer in watched.items()}
-        with _forwards(observers), self.disabled_quantizers(module, activations=False):
+                widen(ranges, name, self._parameter_of(name))
+        observers = {quantizer: observer(ranges, name) for name, quantizer in watched.items()}
+        with forwards(observers), self.disabled_quantizers(module, activations=False):
             run()
         return ranges
 
@@ -250,6 +250,14 @@ class TorchSim:
             for name, value in every.items()
             if isinstance(value, Tensor) and not name.startswith(inside)
         }
+
+    def full_name(self, name: str) -> str:
+        """The name itself: modules have one."""
+        return name
+
+    def unsupported_layers(self) -> dict[str, str]:
+        """None: what is no layer here is known by its type."""
+        return {}
 
     def shared_weights(self) -> dict[str, list[str]]:
         """Names of all modules that hold the same weight, for each that shares one."""
@@ -377,44 +385,6 @@ def _named_quantizers(root: nn.Module) -> Iterator[tuple[str, QuantizerBase]]:
 
 def _is_activation(quantizer: str) -> bool:
     return ".param_quantizers." not in f".{quantizer}"
-
-
-@contextmanager
-def _forwards(replacements: Mapping[Any, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Context in which quantizers compute something else."""
-    try:
-        for quantizer, forward in replacements.items():
-            quantizer.forward = forward
-        yield
-    finally:
-        for quantizer in replacements:
-            vars(quantizer).pop("forward", None)
-
-
-def _live(quantizer: Any) -> Callable[[Tensor], Tensor]:
-    def quantize(tensor: Tensor) -> Tensor:
-        if not tensor.numel():
-            return tensor
-        integers = (quantizer.qmin, quantizer.qmax, quantizer.symmetric)
-        low, high = minmax_range(tensor.detach(), tuple(quantizer.shape), *integers)
-        scale, offset = scale_offset(low.float(), high.float(), *integers)
-        return fake_quantize(tensor, Grid(scale, offset, *integers[:2], quantizer.block_size))
-
-    return quantize
-
-
-def _observer(ranges: dict[str, Range], name: str) -> Callable[[Tensor], Tensor]:
-    def observe(tensor: Tensor) -> Tensor:
-        _widen(ranges, name, tensor)
-        return tensor
-
-    return observe
-
-
-def _widen(ranges: dict[str, Range], name: str, tensor: Tensor) -> None:
-    if tensor.numel():
-        low, high = ranges.get(name, (float("inf"), -float("inf")))
-        ranges[name] = (min(low, float(tensor.min())), max(high, float(tensor.max())))
 
 
 if TYPE_CHECKING:  # the protocols are met, says the type checker

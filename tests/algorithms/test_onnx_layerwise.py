@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from aimet_ext.core.affine import fake_quantize
 from aimet_ext.sim.base import adapt
 
 aimet_onnx = pytest.importorskip("aimet_onnx")
+onnx = pytest.importorskip("onnx")
 onnx_models = pytest.importorskip("onnx_models")
 onnx_pairs = pytest.importorskip("onnx_pairs")
 
@@ -247,3 +249,23 @@ def test_per_channel_is_what_aimet_has_by_default(mlp: Any) -> None:
     assert {q.spec().granularity for q in adaptor.weight_quantizers().values()} == {PerChannel()}
     sim.compute_encodings(data)
     assert all(torch.isfinite(y).all() for y in outputs(sim, mlp.batches))
+
+
+def test_layers_go_by_the_names_of_aimets_fusions() -> None:
+    """AIMET fuses a MatMul and the Add of its bias into a node of another name."""
+    sim = aimet_onnx.QuantizationSimModel(onnx_models.mlp_model(bias="add"), param_type="int4")
+    data = [{"x": np.float32(np.random.default_rng(0).standard_normal((64, 8)))}]
+    fused = [name for name in adapt(sim).graph.fused if "fc1" in name or "1" in name]
+    report = aimet_ext.apply_gptq(sim, data, nodes_to_exclude=fused[:1], progress=False)
+    assert [layer.name for layer in report.layers] == ["fc0", "fc2"]
+
+
+def test_what_cannot_be_worked_on_is_in_the_report() -> None:
+    model = onnx_models.mlp_model(bias="gemm")
+    alpha = next(node for node in model.graph.node if node.name == "fc1")
+    alpha.attribute.append(onnx.helper.make_attribute("alpha", 2.0))
+    sim = aimet_onnx.QuantizationSimModel(model, param_type="int4")
+    data = [{"x": np.float32(np.random.default_rng(0).standard_normal((64, 8)))}]
+    report = aimet_ext.apply_gptq(sim, data, progress=False)
+    assert report.skipped == {"fc1": "Gemm with alpha=1 is required, got 2"}
+    assert "fc1" in str(report)

@@ -218,3 +218,20 @@ def test_layers_are_found_by_the_names_of_all_their_nodes() -> None:
     assert names["/part0/MatMul"] == names["/part0/Add"] == "/part0/MatMul"
     assert names["/part0"] == "/part0/MatMul"  # as AIMET calls what it fuses
     assert "/part0/Relu" not in names
+
+
+def test_equal_biases_that_an_exporter_merged_are_biases() -> None:
+    """By an Identity of one stored bias, as torch's exporter writes them."""
+    nodes = [
+        helper.make_node("Identity", ["b"], ["b2"], "copy"),
+        helper.make_node("Gemm", ["x", "w1", "b"], ["h"], "first"),
+        helper.make_node("Gemm", ["h", "w2", "b2"], ["i"], "second"),
+        helper.make_node("MatMul", ["i", "w3"], ["j"], "third"),
+        helper.make_node("Add", ["j", "b2"], ["y"], "add"),
+    ]
+    weights = {name: np.eye(4) * i for i, name in enumerate(("w1", "w2", "w3"), 1)}
+    layers = find_layers(OnnxGraph(layer_model(nodes, {**weights, "b": np.ones(4)})))
+    assert {name: layer.bias for name, layer in layers.items()} == dict.fromkeys(
+        ("first", "second", "third"), "b"
+    )
+    assert not layers.skipped

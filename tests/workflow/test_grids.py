@@ -247,7 +247,8 @@ class TestWhichLayers:
         report = set_lpbq(sim, 16)
         assert len(report.specs) == 14 and set(report.specs.values()) == {LPBQ16}
         assert set(report.untouched) == {EMBED, HEAD}
-        assert spec_of(sim, HEAD) == spec_of(sim, EMBED) == QSpec(bitwidth=8)
+        assert spec_of(sim, HEAD) == QSpec(bitwidth=8)
+        assert spec_of(sim, EMBED) == QSpec(bitwidth=8, granularity=PerTensor())
         assert len(set_blockwise(sim, 16, layers="model.*").specs) == 14
 
     def test_named_they_are_meant(self, llm):
