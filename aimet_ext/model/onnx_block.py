@@ -132,7 +132,7 @@ class OnnxBlock(TranslatedGraph):
     def _last_reads(self, attention: FusedAttention) -> list[list[str]]:
         """Tensors that nothing reads after each step, once attention is computed as one."""
         reads = {i: list(step.read()) for i, step in enumerate(self._steps)}
-        reads |= dict.fromkeys(attention.skipped, [])
+        reads |= {i: [] for i in attention.skipped}
         reads[attention.last] = attention.inputs
         last = {name: i for i, names in reads.items() for name in names}
         return [

@@ -20,6 +20,9 @@ from aimet_ext.model.stream import BlockCall, BlockStream
 
 __all__ = ["argument_names", "capture_blocks", "check_block"]
 
+# Allowed deviation of a translated block, relative to the largest value: at least this, and so many
+# units in the last place.
+_TOLERANCE, _TOLERANCE_UNITS = 1e-4, 16
 _MASK = "attention_mask"
 _TAKEN = (_MASK, "hidden_states")  # parameters of a block
 
@@ -95,7 +98,8 @@ def check_block(flow: Flow, block: OnnxBlock, call: BlockCall) -> float:
         for name, value in zip(block.inputs, tensors, strict=True)
     }
     try:
-        return check_translation(flow.graph, block, [feed])
+        units = torch.finfo(call.hidden.dtype).eps * _TOLERANCE_UNITS
+        return check_translation(flow.graph, block, [feed], max(_TOLERANCE, units))
     except TransformRefused as refused:
         raise TransformRefused(f"{block.plan.topology.name}: {refused}") from refused
 

@@ -199,15 +199,15 @@ class OnnxGraph:
 
     def _stored(self, name: str) -> TensorProto:
         """The stored value in the model as it is now: AIMET may have put copies in its place."""
-        for tensor in self.proto.graph.initializer:
+        stored: Iterable[TensorProto] = self.proto.graph.initializer
+        for tensor in stored:
             if tensor.name == name:
                 return tensor
         for node in self.proto.graph.node:
             if node.op_type == "Constant" and name in node.output:
                 value = attribute(node, "value", None)
                 if isinstance(value, TensorProto):
-                    stored: TensorProto = value
-                    return stored
+                    return value
         found = self.constant(name)  # inside of what AIMET fused
         if found is None:
             raise ValueError(

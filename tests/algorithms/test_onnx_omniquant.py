@@ -484,3 +484,26 @@ def test_simulation_of_plain_aimet(case: Callable[..., Case], config: str | None
     assert np.isfinite(sim.session.run(None, found.batches[0])[0]).all()
     quantized = sim.to_onnx_qdq()
     assert any(node.op_type == "DequantizeLinear" for node in quantized.graph.node)
+
+
+def test_half_precision(ids: Callable[..., Tensor]) -> None:
+    """Stored types stay, and the float function up to the last places."""
+    module = aimet_ext.prepare_model(onnx_models.tiny_causal_lm("llama").half())
+    drawn = ids(2, 16, 1)
+    names = ["input_ids", "attention_mask"]
+    axes = {name: {0: "batch", 1: "seq"} for name in names}
+    model = onnx_models.exported_module(
+        module, (drawn, torch.ones_like(drawn)), names, ["logits"], axes
+    )
+    batch = {"input_ids": drawn.numpy(), "attention_mask": np.ones_like(drawn.numpy())}
+    found = Case("half", model, module, [batch])
+    sim = found.sim()
+    report = aimet_ext.apply_omniquant(sim, found.batches, **QUICK)
+    assert all(block.loss_after < block.loss_nearest for block in report.blocks)
+    graph = adapt(sim).graph
+    for tensor in model.graph.initializer:
+        assert graph.initializers[tensor.name].data_type == tensor.data_type
+    unit = float(np.finfo(np.float16).eps)
+    before = logits(model, found.batches)[0].astype(np.float32)
+    after = logits(float_model(sim), found.batches)[0].astype(np.float32)
+    assert np.abs(after - before).max() <= 16 * unit * np.abs(before).max()

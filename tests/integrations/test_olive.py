@@ -225,7 +225,13 @@ def test_the_examples_are_those_of_the_page(assets: pathlib.Path) -> None:
     assert found == list(EXAMPLES.values())
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name == "adaround" else name
+        for name in EXAMPLES
+    ],
+)
 def test_an_example_deviates_no_more_than_with_olives_own_technique(
     name: str, workflow: Workflow
 ) -> None:

@@ -237,8 +237,8 @@ def test_deviation_names_the_first_node(monkeypatch: pytest.MonkeyPatch) -> None
     model = make("llama")
     flow, plans, stream = captured(model, feeds(model, 2, 12))
     block = OnnxBlock(flow, plans[1], argument_names(plans))
-    monkeypatch.setitem(onnx_ops.OPERATORS, ("", "Softmax"), lambda a, x, opset: x[0].sigmoid())
-    with pytest.raises(TransformRefused, match=r"model\.layers\.1: .*Softmax"):
+    monkeypatch.setitem(onnx_ops.OPERATORS, ("", "Sigmoid"), lambda a, x, opset: x[0].tanh())
+    with pytest.raises(TransformRefused, match=r"model\.layers\.1: .*act_fn/Sigmoid"):
         check_block(flow, block, stream.select(0))
 
 
@@ -274,6 +274,24 @@ def test_exporter_that_names_nodes_by_number(dynamo_model: Any, request: Any) ->
         part = stream.call(block, 0, [0])
         torch.testing.assert_close(part, stream.call(block, 0)[:1], rtol=1e-4, atol=1e-5)
         stream.advance(block)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_attention_is_one_function(name: str) -> None:
+    """What the graph spells out, against PyTorch's function, in values and gradients."""
+    model = make(name)
+    flow, plans, stream = captured(model, feeds(model, 2, 12))
+    block = OnnxBlock(flow, plans[0], argument_names(plans))
+    assert block._attention is not None
+    weight = block.get_parameter("self_attn.q_proj.weight").requires_grad_()
+    results = []
+    for observer in (None, lambda name, value: value):
+        block.observer = observer
+        output = stream.call(block, 0)
+        output[stream.mask(0)].square().sum().backward()
+        results.append((output.detach(), weight.grad))
+        weight.grad = None
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
 
 
 def test_observer_sees_and_replaces(request: Any) -> None:
