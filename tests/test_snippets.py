@@ -36,7 +36,7 @@ def execute(script: pathlib.Path, folder: pathlib.Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("script", SNIPPETS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", SNIPPETS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_markers_pair_up(script: pathlib.Path) -> None:
     marks = [(bool(end), name) for end, name in MARKER.findall(script.read_text("utf-8"))]
     names = [name for end, name in marks if not end]
@@ -44,7 +44,7 @@ def test_markers_pair_up(script: pathlib.Path) -> None:
     assert marks == [(end, name) for name in names for end in (False, True)]
 
 
-@pytest.mark.parametrize("script", SNIPPETS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", SNIPPETS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_snippet_runs(script: pathlib.Path, tmp_path: pathlib.Path) -> None:
     printed = execute(script, tmp_path)
     figures = dict(re.findall(r"^(float|quantized)\s+([\d.]+)$", printed, re.MULTILINE))

@@ -263,7 +263,7 @@ class TestWhichLayers:
             (lambda module: getattr(module, "kernel_size", 0) == (3, 3), {"conv"}),
             ("/shared/MatMul_1", {"shared"}),
         ],
-        ids=str,
+        ids=range(13),
     )
     def test_forms(self, layers, expected):
         sim = cnn()
