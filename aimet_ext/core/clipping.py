@@ -19,7 +19,7 @@ from aimet_ext.core.affine import (
     symmetric_offset,
 )
 from aimet_ext.core.lpbq import channel_scale, integer_scale, lpbq_scale
-from aimet_ext.core.objective import moment_product
+from aimet_ext.core.objective import moment_product, row_errors
 
 __all__ = ["GridLayout", "LearnableClipping", "default_shares", "search_ranges"]
 
@@ -217,8 +217,7 @@ def _best_candidate(
     for new_scale, new_offset in candidates:
         new_error = cell.quantized_error(new_scale, new_offset, layout)
         step = new_error - cell.error
-        change = moment_product(step, cell.second) + 2 * cell.gradient
-        cost = (change * step).sum(1)  # [out]
+        cost = row_errors(step, cell.second, -cell.gradient)  # [out]
         if rows is not None:  # all rows share the cell
             cost = (cost if rows[0] is None else cost * rows[0]).sum().expand_as(cost)
         better = cost < lowest

@@ -10,7 +10,7 @@ from torch import Tensor
 from aimet_ext.core.affine import fake_quantize, minmax_range
 from aimet_ext.core.clipping import GridLayout, search_ranges
 from aimet_ext.core.lpbq import channel_scale
-from aimet_ext.core.objective import row_errors
+from aimet_ext.core.objective import quadratic, row_errors
 
 __all__ = ["best_ranges", "compatible_ranges", "free_layout"]
 
@@ -134,8 +134,9 @@ def compatible_ranges(
         ranges.append(_candidate(free, low, high, number, num_candidates))
         error = fake_quantize(weight, free.with_scale(*free.raw(*ranges[-1]))) - weight
         part = parts(error)  # [groups, cells, out / groups, columns]
-        gradient = part @ own if pull is None else part @ own - 2 * pull
-        cost = (gradient * part).sum(-1)
+        cost = quadratic(part, own)
+        if pull is not None:
+            cost = cost - 2 * (pull * part).sum(-1)
         costs.append(cost.transpose(1, 2).flatten(0, 1))  # [out, cells]
     cost = torch.stack(costs)
     winner = cost.min(0).indices  # [out, cells]

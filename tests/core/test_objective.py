@@ -8,7 +8,13 @@ import pytest
 import torch
 from search_reference import objective_by_loop
 
-from aimet_ext.core.objective import SecondMoment, row_errors, sqnr_db, squared_error
+from aimet_ext.core.objective import (
+    SecondMoment,
+    quadratic,
+    row_errors,
+    sqnr_db,
+    squared_error,
+)
 
 OUT, IN, TOKENS = 3, 5, 50
 
@@ -76,6 +82,20 @@ def test_row_errors_are_the_loop(data):
         part = slice(row, row + 1)
         expected = objective_by_loop(error[part], moment.second, pull[part], None)
         assert float(rows[row]) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("width", [1, 127, 128, 129, 300])
+def test_quadratic_forms_tile_by_tile(width):
+    """Half the products, the same numbers; groups have a moment each."""
+    generator = torch.Generator().manual_seed(width)
+    rows = torch.randn(2, 3, width, generator=generator, dtype=torch.float64)
+    seen = torch.randn(2, 40, width, generator=generator, dtype=torch.float64)
+    moment = seen.mT @ seen
+    expected = (seen @ rows.mT).square().sum(-2)
+    torch.testing.assert_close(quadratic(rows, moment), expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        row_errors(rows.flatten(0, 1), moment, None), expected.flatten(), rtol=1e-10, atol=0
+    )
 
 
 def test_sqnr():
