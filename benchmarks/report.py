@@ -53,12 +53,15 @@ def bar(text: str, reached: bool) -> dict[str, Any]:
     return {"bar": text, "reached": bool(reached)}
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured with."""
-    packages = ("torch", "aimet-torch", "transformers")
+def machine(*packages: str) -> dict[str, Any]:
+    """What the figures were measured with.
+
+    :param packages: to name besides the usual ones.
+    """
+    named_ones = ("torch", "aimet-torch", "transformers", *packages)
     return {
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in packages},
+        **{name: metadata.version(name) for name in named_ones},
         "aimet_ext": aimet_ext.__version__,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
