@@ -57,7 +57,8 @@ def _mod(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
 
 def _pow(a: Tensor, b: Tensor) -> Tensor:
     """Power in the base's dtype, whatever that of the exponent."""
-    power = b.item() if b.numel() == 1 and b.dim() <= a.dim() and not b.requires_grad else b
+    scalar = b.numel() == 1 and b.dim() <= a.dim() and not b.requires_grad
+    power = b.item() if scalar and b.device.type == "cpu" else b  # no waiting for a device
     return torch.pow(a, power).to(a.dtype)
 
 
