@@ -237,9 +237,11 @@ class LayerwiseRun:
         params = self.solver.params
         layer: Any = self.adaptor.model.get_submodule(stage.layers[0])
         geometry = Geometry.of(layer)
-        width = layer.weight[0].numel()
+        weight = layer.weight
+        width = weight[0].numel()
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        del weight  # a copy, if the model is one of ONNX
         both = params.inp_symmetry == "asym"
-        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
         samples = {
             name: kept
             for name, activation in stage.activations.items()

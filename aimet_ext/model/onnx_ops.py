@@ -30,6 +30,7 @@ __all__ = [
     "attributes_of",
     "evaluate",
     "key_of",
+    "outputs_by_name",
     "unsupported",
     "widened",
 ]
@@ -158,8 +159,10 @@ def evaluate(
     outputs = apply_operator(
         key_of(node), widened(attributes) if wide else attributes, inputs, opset
     )
-    return {
-        name: value
-        for name, value in zip(node.output, outputs, strict=False)
-        if name and value is not None
-    }
+    return outputs_by_name(node.output, outputs)
+
+
+def outputs_by_name(names: Iterable[str], outputs: Iterable[Tensor | None]) -> dict[str, Tensor]:
+    """What an operator gave, under the names that the node asked for; either may have more."""
+    pairs = zip(names, outputs, strict=False)
+    return {name: value for name, value in pairs if name and value is not None}

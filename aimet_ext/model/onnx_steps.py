@@ -13,7 +13,13 @@ from torch import Tensor
 from aimet_ext.model.onnx_graph import OnnxGraph
 from aimet_ext.model.onnx_layers import OnnxLayer
 from aimet_ext.model.onnx_operators import Attributes
-from aimet_ext.model.onnx_ops import apply_operator, attributes_of, key_of, widened
+from aimet_ext.model.onnx_ops import (
+    apply_operator,
+    attributes_of,
+    key_of,
+    outputs_by_name,
+    widened,
+)
 
 __all__ = ["Step", "compute", "find_steps", "needed_steps"]
 
@@ -61,8 +67,7 @@ def compute(
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         shapes = [None if x is None else (*x.shape,) for x in inputs]
         raise ValueError(f"{step.label} on inputs of shapes {shapes}: {error}") from error
-    pairs = zip(step.outputs, outputs, strict=False)
-    return {name: value for name, value in pairs if name and value is not None}
+    return outputs_by_name(step.outputs, outputs)
 
 
 def find_steps(
