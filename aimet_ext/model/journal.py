@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shutil
 import warnings
 from collections.abc import Mapping
 from importlib import metadata
@@ -192,9 +193,9 @@ class Checkpoints:
 
 
 def _remove_leftovers(directory: Path, pattern: str) -> None:
-    """Remove temporary files that a killed run left behind, see :func:`atomic_path`."""
-    for path in directory.glob(f".{pattern}.tmp"):
-        path.unlink(missing_ok=True)
+    """Remove what a killed run left behind, see :func:`atomic_path`."""
+    for folder in directory.glob(f".{pattern}.tmp"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,18 +79,19 @@ def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
     :param durable: wait until the bytes are on the disk, so that this holds for a power cut too.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A folder, because safetensors writes beside its target too: what a kill leaves lies in it.
+    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder.mkdir(exist_ok=True)
     try:
+        temporary = folder / path.name
         yield temporary
         if durable:
             _sync(temporary)
         temporary.replace(path)
         if durable:
             _sync(path.parent)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
