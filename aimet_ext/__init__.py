@@ -12,7 +12,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aimet_ext import examples
+    from aimet_ext import examples, lora
     from aimet_ext.algorithms.adaround import apply_adaround
     from aimet_ext.algorithms.gptq import apply_gptq
     from aimet_ext.algorithms.layer_report import LayerReport, LayerwiseReport
@@ -35,12 +35,17 @@ if TYPE_CHECKING:
     from aimet_ext.model.huggingface import prepare_model
     from aimet_ext.model.text import calibration_batches
     from aimet_ext.model.topology import TopologyDescription
+    from aimet_ext.workflow.cache_export import export_with_cache
     from aimet_ext.workflow.create import create_sim
     from aimet_ext.workflow.evaluate import evaluate_perplexity
     from aimet_ext.workflow.export import export
+    from aimet_ext.workflow.findings import Finding
     from aimet_ext.workflow.grids import GridReport, set_blockwise, set_lpbq
+    from aimet_ext.workflow.lint import lint
     from aimet_ext.workflow.load import load
     from aimet_ext.workflow.lpbq import apply_lpbq
+    from aimet_ext.workflow.verify import verify
+    from aimet_ext.workflow.verify_report import Thresholds, VerifyReport
 
 __version__ = "0.1.0"
 
@@ -49,6 +54,7 @@ _HOMES = {
     "AdaRoundParams": "aimet_ext.config",
     "Blockwise": "aimet_ext.config",
     "CorruptFileError": "aimet_ext.errors",
+    "Finding": "aimet_ext.workflow.findings",
     "GPTQParams": "aimet_ext.config",
     "GridReport": "aimet_ext.workflow.grids",
     "LPBQ": "aimet_ext.config",
@@ -62,7 +68,9 @@ _HOMES = {
     "PerTensor": "aimet_ext.config",
     "QSpec": "aimet_ext.config",
     "SeqMSEParams": "aimet_ext.config",
+    "Thresholds": "aimet_ext.workflow.verify_report",
     "TopologyDescription": "aimet_ext.model.topology",
+    "VerifyReport": "aimet_ext.workflow.verify_report",
     "TransformRefused": "aimet_ext.errors",
     "apply_adaround": "aimet_ext.algorithms.adaround",
     "apply_gptq": "aimet_ext.algorithms.gptq",
@@ -74,20 +82,31 @@ _HOMES = {
     "evaluate_perplexity": "aimet_ext.workflow.evaluate",
     "examples": "aimet_ext",
     "export": "aimet_ext.workflow.export",
+    "export_with_cache": "aimet_ext.workflow.cache_export",
+    "lint": "aimet_ext.workflow.lint",
     "load": "aimet_ext.workflow.load",
     "load_scales": "aimet_ext.export.scales",
+    "lora": "aimet_ext",
     "prepare_model": "aimet_ext.model.huggingface",
     "set_blockwise": "aimet_ext.workflow.grids",
     "set_lpbq": "aimet_ext.workflow.grids",
+    "verify": "aimet_ext.workflow.verify",
 }
 
 # Which extra installs an optional package.
-_EXTRAS = {"aimet_torch": "torch", "transformers": "torch", "onnx": "onnx", "aimet_onnx": "onnx"}
+_EXTRAS = {
+    "aimet_onnx": "onnx",
+    "aimet_torch": "torch",
+    "onnx": "onnx",
+    "peft": "lora",
+    "transformers": "torch",
+}
 
 __all__ = [
     "AdaRoundParams",
     "Blockwise",
     "CorruptFileError",
+    "Finding",
     "GPTQParams",
     "GridReport",
     "LPBQ",
@@ -101,8 +120,10 @@ __all__ = [
     "PerTensor",
     "QSpec",
     "SeqMSEParams",
+    "Thresholds",
     "TopologyDescription",
     "TransformRefused",
+    "VerifyReport",
     "__version__",
     "apply_adaround",
     "apply_gptq",
@@ -114,11 +135,15 @@ __all__ = [
     "evaluate_perplexity",
     "examples",
     "export",
+    "export_with_cache",
+    "lint",
     "load",
     "load_scales",
+    "lora",
     "prepare_model",
     "set_blockwise",
     "set_lpbq",
+    "verify",
 ]
 
 

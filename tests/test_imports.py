@@ -43,6 +43,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "tqdm"},
     ),
     "examples*": ({"examples"}, {"torch", "transformers", "tokenizers", "tqdm"}),
+    "lora*": ({"*"}, {"torch", "safetensors"}),
     "workflow*": ({"*"}, {"*"}),
     "integrations*": ({"*"}, {"*"}),
     "cli*": ({"*"}, {"typer", "torch", "transformers"}),
@@ -200,7 +201,7 @@ def test_every_public_name_is_there_and_stays_what_it_is() -> None:
     for name in aimet_ext.__all__:
         value = getattr(aimet_ext, name)
         assert name in dir(aimet_ext)
-        assert isinstance(value, types.ModuleType) == (name == "examples"), name
+        assert isinstance(value, types.ModuleType) == (name in ("examples", "lora")), name
 
 
 def test_the_lazy_names_are_the_ones_type_checkers_see() -> None:

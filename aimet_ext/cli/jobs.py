@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Report = OmniQuantReport | LayerwiseReport
 
-__all__ = ["Demo", "Quantized", "demo", "evaluate", "quantize"]
+__all__ = ["Demo", "Quantized", "cut_batches", "demo", "evaluate", "quantize"]
 
 PREFIX = "model"
 """Name of the exported files, before their endings."""
@@ -77,7 +77,7 @@ def quantize(
     """
     check_output(output)
     model, tokenizer = load_model(model_dir)
-    batches = _batches(tokenizer, calibration, seq_length, num_batches, batch_size)
+    batches = cut_batches(tokenizer, calibration, seq_length, num_batches, batch_size)
     sim = aimet_ext.create_sim(
         model, batches[0], weights=weights, lm_head=outer, activations=activations
     )
@@ -97,7 +97,7 @@ def evaluate(folder: Path, text: Path, *, seq_length: int, num_windows: int) -> 
         tokenizer = load_tokenizer(folder)
     else:
         model, tokenizer = load_model(folder)
-    batches = _batches(tokenizer, text, seq_length, None, batch_size=1)[:num_windows]
+    batches = cut_batches(tokenizer, text, seq_length, None, batch_size=1)[:num_windows]
     return {
         "perplexity": aimet_ext.evaluate_perplexity(model, batches),
         "windows": sum(len(batch) for batch in batches),
@@ -114,8 +114,8 @@ def demo(output: Path, *, num_iterations: int, seed: int) -> Demo:
     check_output(output)
     model, tokenizer = load_model(aimet_ext.examples.model_dir())
     documents = aimet_ext.examples.documents
-    batches = _batches(tokenizer, documents("calibration"), 256, 16, batch_size=2)
-    held_out = _batches(tokenizer, documents("evaluation"), 256, 16, batch_size=8)
+    batches = cut_batches(tokenizer, documents("calibration"), 256, 16, batch_size=2)
+    held_out = cut_batches(tokenizer, documents("evaluation"), 256, 16, batch_size=8)
     perplexity = {"float": aimet_ext.evaluate_perplexity(model, held_out)}
     omniquant = aimet_ext.OmniQuantParams(num_iterations=num_iterations, seed=seed)
     for name, techniques in {"nearest": {}, "omniquant": {"omniquant": omniquant}}.items():
@@ -126,7 +126,7 @@ def demo(output: Path, *, num_iterations: int, seed: int) -> Demo:
     return Demo(perplexity, list_files(output))
 
 
-def _batches(
+def cut_batches(
     tokenizer: PreTrainedTokenizerBase, text: Any, length: int, number: int | None, batch_size: int
 ) -> list[Tensor]:
     """Cut text into batches; a tokenizer without BOS, as Qwen's, starts documents with its EOS."""

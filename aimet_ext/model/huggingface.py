@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 __all__ = [
     "PreparedCausalLM",
+    "attention_windows",
     "causal_lm",
     "checkpoint_prefix",
     "context_length",
@@ -72,7 +73,7 @@ class PreparedCausalLM(nn.Module):
         distance = order[:, None] - order[None, :]  # [query, key]
         allowed = (distance >= 0) & attention_mask.bool()[:, None, None, :]
         masks = {}
-        for layer_type, window in _windows(self.config).items():
+        for layer_type, window in attention_windows(self.config).items():
             inside = allowed if window is None else allowed & (distance < window)
             # Half of the lowest number: a score added to it must stay finite in float16 too.
             lowest = self.mask_value or torch.finfo(self.model.dtype).min / 2
@@ -138,7 +139,7 @@ def prepare_model(model: nn.Module, *, mask_value: float | None = None) -> nn.Mo
             f"attn_implementation must be one of {_ATTENTION} to be traced, got {kind!r}; "
             'call model.set_attn_implementation("sdpa") first'
         )
-    _windows(model.config)
+    attention_windows(model.config)
     return PreparedCausalLM(model, mask_value)
 
 
@@ -189,7 +190,7 @@ def _text_config(config: Any) -> Any:
     return config.get_text_config()
 
 
-def _windows(config: Any) -> dict[str, int | None]:
+def attention_windows(config: Any) -> dict[str, int | None]:
     """Tokens that a query looks back upon, itself included, for each type of layer; None: all.
 
     One entry where all layers are alike, which is handed to the model as one mask.

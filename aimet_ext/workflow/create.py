@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["arguments_from_settings", "create_sim"]
 
 _CONFIG = "htp_v79"
+# What masks hold where activations are integers: e^-100 is nothing, and 16 bits reach that far.
+_MASK = -100.0
 _W4, _W8 = QSpec(bitwidth=4), QSpec(bitwidth=8)
 
 
@@ -44,7 +46,8 @@ def create_sim(
     after the techniques of this package.
 
     :param model: causal LM of transformers, what :func:`prepare_model` made of one, or a module of
-        your own that returns logits and can be traced.
+        your own that returns logits and can be traced. The first is prepared here; where
+        activations are quantized, with a ``mask_value`` of -100, which their grids can hold.
     :param sample_input_ids: ids ``[batch, seq]`` to trace with; also a mapping with ``input_ids``,
         or a tuple of the arguments that a module of your own takes.
     :param weights: of linear layers and convolutions inside the blocks; None leaves them float.
@@ -70,7 +73,9 @@ def create_sim(
     require("aimet_torch", "torch")
     from aimet_ext.sim.torch_setup import build_sim
 
-    module = prepare_model(model) if hasattr(model, "get_output_embeddings") else model
+    module = model
+    if hasattr(model, "get_output_embeddings"):
+        module = prepare_model(model, mask_value=None if activations is None else _MASK)
     if embedding == "auto":
         embedding = _embedding(module, lm_head)
     specs = {"weights": weights, "lm_head": lm_head, "embedding": embedding}
@@ -92,6 +97,7 @@ def create_sim(
         "config_file": config,
         "per_channel_instead": list(plan.per_channel_instead),
         "padded_mlp_widths": padded,
+        "mask_value": module.mask_value if isinstance(module, PreparedCausalLM) else None,
     }
     return sim
 

@@ -20,6 +20,7 @@ from aimet_ext.export.sealed import write_sealed
 from aimet_ext.model.huggingface import causal_lm, original_name
 from aimet_ext.model.tensors import hash_tensors
 from aimet_ext.sim.base import SimAdaptor, adapt
+from aimet_ext.workflow.fingerprints import write_fingerprints
 from aimet_ext.workflow.model_files import float_state, passing_buffers, rounded_state, write_model
 from aimet_ext.workflow.onnx_export import (
     LEDGER,
@@ -85,6 +86,7 @@ def export(
     ``ledger.safetensors``                     the same, technique by technique
     ``checkpoint/``                            if ``hf_checkpoint``: weights that *are* their
                                                quantized values, for transformers
+    ``fingerprints.json``                      a hash of each tensor, encoding, quantizer and node
     ``manifest.json``                          hashes, versions, settings, results of the checks
     =========================================  =====================================================
 
@@ -175,6 +177,7 @@ def export(
             if hf_checkpoint:
                 state = rounded_state(sim)
                 write_model(folder / CHECKPOINT, adaptor.model, state, tokenizer)
+        names = {name: place.tensor for name, place in file.names.items()}
         return write_manifest(
             folder,
             "export",
@@ -185,7 +188,8 @@ def export(
             origin=ledger.origin,
             seeds={"torch": torch.initial_seed()},
             checks=checks,
-            onnx_names={name: place.tensor for name, place in file.names.items()},
+            onnx_names=names,
+            **write_fingerprints(folder, filename_prefix, names),
         )
 
 

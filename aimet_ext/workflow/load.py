@@ -12,6 +12,7 @@ from aimet_ext.errors import CorruptFileError, require
 from aimet_ext.export.ledger import Ledger
 from aimet_ext.export.manifest import read_manifest
 from aimet_ext.export.sealed import read_sealed
+from aimet_ext.model.huggingface import prepare_model
 from aimet_ext.sim.base import adapt
 from aimet_ext.workflow.export import (
     LEDGER,
@@ -80,7 +81,8 @@ def _rebuild(folder: Path, settings: dict[str, Any], manifest: dict[str, Any]) -
     loadable = manifest["model"]["loads_in_transformers"]
     model = _model(folder, settings["dtype"], settings["attention"], loadable)
     sample = torch.arange(8)[None] % model.config.get_text_config().vocab_size  # [1, 8]
-    sim = create_sim(model, sample, **arguments_from_settings(settings["create_sim"]))
+    module = prepare_model(model, mask_value=settings["create_sim"].get("mask_value"))
+    sim = create_sim(module, sample, **arguments_from_settings(settings["create_sim"]))
     adapt(sim).settings = settings["create_sim"]
     return sim
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from aimet_ext.model.huggingface import causal_lm, original_name
 from aimet_ext.sim.base import adapt
+from aimet_ext.workflow.file_names import WEIGHTS
 from aimet_ext.workflow.quantizers import named_quantizers
 
 __all__ = [
@@ -26,7 +27,6 @@ __all__ = [
     "write_model",
 ]
 
-WEIGHTS = "model.safetensors"
 _TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",

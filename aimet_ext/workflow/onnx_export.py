@@ -20,14 +20,13 @@ from aimet_ext.export.scales import write_scales
 from aimet_ext.export.sealed import write_sealed
 from aimet_ext.model.tensors import hash_tensors
 from aimet_ext.sim.base import SimAdaptor
+from aimet_ext.workflow.file_names import LEDGER, QUANTIZERS, SETTINGS
+from aimet_ext.workflow.fingerprints import write_fingerprints
 
 __all__ = ["LEDGER", "LEDGER_SCHEMA", "QUANTIZERS", "SCHEMA", "SETTINGS", "export_onnx"]
 
-LEDGER = "ledger.safetensors"
 LEDGER_SCHEMA = "aimet_ext.ledger/1"
-QUANTIZERS = "quantizers.safetensors"
 SCHEMA = "aimet_ext.onnx_quantizers/1"
-SETTINGS = "quantsim.json"
 # Deviation of outputs relative to their norm: of weights alone, and where activations are rounded,
 # of which another order of sums moves some by a step. In any case less than the sim's own
 # deviation from the float model.
@@ -86,6 +85,7 @@ def export_onnx(
             bias=bias,
             containers={n: [sim.qc_quantize_op_dict[n].bitwidth, b] for n, b in wider.items()},
             checks=writer.checks,
+            **write_fingerprints(folder, prefix, {}),
         )
 
 

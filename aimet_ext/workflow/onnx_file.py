@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,7 @@ def write_onnx(
     *,
     opset_version: int,
     dynamic_axes: Mapping[str, Mapping[int, str]] | None,
+    output_names: Sequence[str] = ("logits",),
 ) -> OnnxFile:
     """Write ``{prefix}.onnx`` and the encodings, both versions, and compare them with the sim.
 
@@ -124,7 +125,7 @@ def write_onnx(
                 encoding_version="2.0.0",
                 export_int32_bias=False,
                 input_names=list(inputs.names),
-                output_names=["logits"],
+                output_names=list(output_names),
                 dynamic_axes=dict(dynamic_axes) if dynamic_axes else None,
                 opset_version=opset_version,
                 dynamo=False,

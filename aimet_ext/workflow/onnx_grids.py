@@ -190,6 +190,8 @@ class OnnxTable(LayerTable):
         bias = None if layer.bias is None else quantizers.get(layer.bias)
         if bias is None or spec is None or isinstance(spec.granularity, PerTensor):
             return
+        if bias.tensor_quantizer_params is None:  # of a lone Add, which has one scale
+            return
         if not is_per_channel(bias) and not bias.is_encoding_frozen():
             yield layer.bias or "", (bias, bias_state(bias, self.graph.array(layer.bias or "")))
 

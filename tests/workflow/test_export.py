@@ -61,6 +61,7 @@ def test_what_a_folder_holds(folder: pathlib.Path) -> None:
         "checkpoint/config.json",
         "checkpoint/model.safetensors",
         "config.json",
+        "fingerprints.json",
         "ledger.safetensors",
         "model.safetensors",
         "quantizers.safetensors",

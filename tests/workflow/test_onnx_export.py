@@ -119,6 +119,7 @@ def test_what_a_folder_holds(folder: pathlib.Path) -> None:
     manifest = read_manifest(folder)
     assert sorted(manifest["files"]) == [
         "aimet_omniquant_metadata.safetensor",
+        "fingerprints.json",
         "ledger.safetensors",
         "net-1.5.2.0.0.encodings",
         "net-1.5.encodings",

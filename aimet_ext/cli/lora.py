@@ -1,0 +1,187 @@
+"""``aimet-ext lora``: adapters for a model that was transformed and quantized."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from aimet_ext.cli.specs import width_or_none
+
+if TYPE_CHECKING:
+    from aimet_ext.lora import Adapter
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="lora",
+    help="Fit LoRA adapters to a quantized model, and quantize them.",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+)
+
+
+def _width_or_word(text: str) -> Any:
+    """Read a width, or one of the words ``none`` and ``auto``."""
+    return text if text == "auto" else width_or_none(text)
+
+
+AdapterDir = Annotated[
+    Path,
+    typer.Argument(
+        exists=True,
+        file_okay=False,
+        metavar="ADAPTER",
+        help="Folder that PEFT wrote, with one adapter or several.",
+    ),
+]
+Name = Annotated[str | None, typer.Option(help="Only this one of several adapters.")]
+Output = Annotated[
+    Path,
+    typer.Option(
+        help="Folder to write. One that this program wrote is replaced, any other must be empty."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  aimet-ext lora fold ./poems --scales ./llama-w4 --output ./poems-w4
+\b
+  With a file of scales alone, and the original model to check that it is the adapter's:
+    aimet-ext lora fold ./poems --scales scales.safetensors --base ./llama --output ./poems-w4
+"""
+)
+def fold(
+    adapter: AdapterDir,
+    scales: Annotated[
+        Path,
+        typer.Option(
+            exists=True,
+            metavar="FILE",
+            help="scales.safetensors, or the folder of the export that holds it (better: it says "
+            "what was padded).",
+        ),
+    ],
+    output: Output,
+    name: Name = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            show_default="what the adapter names, if it is there",
+            help="The original model; DoRA needs it.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make an adapter of the original model fit the transformed one."""
+    with contextlib.redirect_stdout(sys.stderr):
+        from aimet_ext.lora import fold_adapter, fold_adapters
+
+        if name is None:
+            folded = fold_adapters(adapter, scales, output, base=base)
+        else:
+            folded = {name: fold_adapter(adapter, scales, output, name=name, base=base)}
+        summary = {name: _summary(one) for name, one in folded.items()}
+    typer.echo(json.dumps(summary, indent=2) if as_json else _table(summary))
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  aimet-ext lora quantize ./poems ./llama-w4 --calibration poems.txt --output ./llama-w4-lora
+\b
+  Adapters in 8 bits whose activations stay float:
+    aimet-ext lora quantize ./poems ./llama-w4 --calibration poems.txt --activations none \\
+        --output ./llama-w4-lora
+"""
+)
+def quantize(
+    adapter: AdapterDir,
+    export_dir: Annotated[
+        Path,
+        typer.Argument(
+            exists=True,
+            file_okay=False,
+            metavar="EXPORT",
+            help="The quantized base: what aimet-ext quantize wrote.",
+        ),
+    ],
+    calibration: Annotated[
+        Path,
+        typer.Option(exists=True, dir_okay=False, help="Text to calibrate on: .txt, or .jsonl."),
+    ],
+    output: Output,
+    name: Name = None,
+    weights: Annotated[
+        Any,
+        typer.Option(parser=width_or_none, metavar="WIDTH", help="Adapter weights; none: float."),
+    ] = "int8",
+    activations: Annotated[
+        Any,
+        typer.Option(
+            parser=_width_or_word,
+            metavar="WIDTH",
+            help="Activations of adapters; auto: as the base has; none: float.",
+        ),
+    ] = "auto",
+    seq_length: Annotated[int, typer.Option(min=2, help="Tokens in a window of text.")] = 256,
+    num_batches: Annotated[int, typer.Option(min=1, help="Calibration batches.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows in a batch.")] = 4,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize adapters on a quantized base, which stays as it is, and export both."""
+    with contextlib.redirect_stdout(sys.stderr):
+        from aimet_ext import lora
+        from aimet_ext.cli import jobs
+        from aimet_ext.export.folders import check_output
+
+        check_output(output)
+        source = adapter if name is None else lora.read_adapter(adapter, name)
+        batches = jobs.cut_batches(
+            jobs.load_tokenizer(export_dir), calibration, seq_length, num_batches, batch_size
+        )
+        sim = lora.create_sim(source, export_dir)
+        report = lora.quantize(
+            sim,
+            None,
+            batches,
+            weights=None if weights == "none" else weights,
+            activations=None if activations == "none" else activations,
+        )
+        lora.export(sim, output, jobs.PREFIX, batches[0][:1])
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2))
+        return
+    typer.echo(str(report))
+    for file, size in jobs.list_files(output):
+        typer.echo(f"{file:<44}  {size}")
+
+
+def _summary(adapter: Adapter) -> dict[str, Any]:
+    assert adapter.folded is not None
+    return {
+        "modules": len(adapter.modules),
+        "scaled": len(adapter.folded["modules"]),
+        "ranks": sorted({layer.rank for layer in adapter.layers.values()}),
+        "techniques": adapter.folded["techniques"],
+        "origin": adapter.folded["origin"],
+    }
+
+
+def _table(summary: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = ["adapter                 modules  scaled  ranks     techniques"]
+    for name, one in summary.items():
+        ranks = ",".join(map(str, one["ranks"]))
+        techniques = ", ".join(one["techniques"]) or "none"
+        rows.append(f"{name:<24}{one['modules']:>7}{one['scaled']:>8}  {ranks:<10}{techniques}")
+    return "\n".join(rows)

@@ -1,0 +1,99 @@
+"""``aimet-ext verify``: whether an export computes on the target what it does in the simulation."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["EPILOG", "FAILED", "verify"]
+
+FAILED = 1
+"""Exit code of a verification that found faults."""
+
+EPILOG = """\b
+Examples:
+  aimet-ext verify ./llama-w4 --target htp_v79 --text held_out.txt
+\b
+  Keep the QDQ model, the context binary and the report:
+    aimet-ext verify ./llama-w4 --target sm8650 --text held_out.txt --output ./llama-sm8650
+\b
+  Against the model as it was before any technique, for other programs:
+    aimet-ext verify ./llama-w4 --text held_out.txt --reference ./llama --json | jq .passed
+"""
+
+
+def verify(
+    folder: Annotated[
+        Path,
+        typer.Argument(exists=True, file_okay=False, metavar="FOLDER", help="What quantize wrote."),
+    ],
+    target: Annotated[
+        str, typer.Option(help="An architecture, htp_v68 to htp_v81, or a chip such as sm8650.")
+    ] = "htp_v75",
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            show_default="made-up tokens",
+            help="Text to run on, of which the target's own ranges come too: .txt, or .jsonl.",
+        ),
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of text to compare on.")] = 4,
+    calibration_windows: Annotated[
+        int, typer.Option(min=1, help="Windows of text to calibrate on, those included.")
+    ] = 16,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            show_default="the export with its quantizers off",
+            help="The float model, as it was before any technique.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for what was built. One that this program wrote is replaced, any other "
+            "must be empty."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")] = False,
+) -> None:
+    """Check an export down to the numbers that a Snapdragon's HTP computes."""
+    with contextlib.redirect_stdout(sys.stderr):
+        from aimet_ext.cli import jobs
+        from aimet_ext.workflow.verify import verify as run
+
+        report = run(
+            folder,
+            None if text is None else _batches(folder, text, max(windows, calibration_windows)),
+            target=target,
+            output=output,
+            reference=None if reference is None else jobs.load_model(reference)[0],
+            windows=windows,
+        )
+    typer.echo(json.dumps(report.to_json(), indent=2) if as_json else str(report))
+    if not report.passed:
+        raise typer.Exit(FAILED)
+
+
+def _batches(folder: Path, text: Path, count: int) -> list[Any]:
+    """Windows of the length that a folder's model was exported with, at most ``count``."""
+    import aimet_ext
+    from aimet_ext.cli import jobs
+    from aimet_ext.export.manifest import read_manifest
+    from aimet_ext.workflow.verify_data import exported_length
+
+    prefix = read_manifest(folder, verify=False)["prefix"]
+    tokenizer = jobs.load_tokenizer(folder)
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else None
+    length = exported_length(folder / f"{prefix}.onnx")
+    batches = aimet_ext.calibration_batches(tokenizer, text, length, None, bos_token_id=start)
+    return batches[:count]

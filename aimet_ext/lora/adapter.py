@@ -1,0 +1,357 @@
+"""LoRA adapters as PEFT stores them: read, taken apart by module, and written again."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from aimet_ext.errors import CorruptFileError, require
+from aimet_ext.model.huggingface import checkpoint_prefix
+
+__all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
+    "Adapter",
+    "LoraLayer",
+    "Part",
+    "attach_adapter",
+    "read_adapter",
+    "read_adapters",
+]
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_PICKLE = "adapter_model.bin"
+_PREFIX = "base_model.model."
+_FOLDED = "aimet_ext.folded"
+
+Kind = Literal[
+    "A", "B", "B_bias", "embedding_A", "embedding_B", "magnitude", "tokens", "weight", "bias"
+]
+
+# What a tensor is, by the end of its name; the first one that fits counts.
+_ENDINGS: tuple[tuple[str, Kind], ...] = (
+    (".lora_A.weight", "A"),
+    (".lora_B.weight", "B"),
+    (".lora_B.bias", "B_bias"),
+    (".lora_embedding_A", "embedding_A"),
+    (".lora_embedding_B", "embedding_B"),
+    (".lora_magnitude_vector.weight", "magnitude"),
+    (".lora_magnitude_vector", "magnitude"),
+    (".token_adapter.trainable_tokens_delta", "tokens"),
+    (".base_layer.weight", "weight"),
+    (".base_layer.bias", "bias"),
+    (".weight", "weight"),
+    (".bias", "bias"),
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one tensor of an adapter is.
+
+    :param key: its name in the adapter's file.
+    :param module: the module it belongs to, as the original checkpoint names it.
+    :param kind: ``"A"`` ``[rank, in]``, ``"B"`` ``[out, rank]`` and ``"B_bias"`` ``[out]`` of a
+        linear layer or convolution; ``"embedding_A"`` ``[rank, rows]`` and ``"embedding_B"``
+        ``[width, rank]`` of a table; ``"magnitude"`` ``[out]`` of DoRA; ``"tokens"``, rows of a
+        table that replace its own; ``"weight"`` and ``"bias"``, which replace the module's own.
+    """
+
+    key: str
+    module: str
+    kind: Kind
+
+
+@dataclass(frozen=True, eq=False)
+class LoraLayer:
+    """The low-rank change of one module: ``ΔW = scaling · B A``.
+
+    :param a: ``[rank, in]``, of a convolution ``[rank, in, …]``.
+    :param b: ``[out, rank]``, of a convolution ``[out, rank, 1, …]``.
+    :param bias: ``[out]``, added with ``scaling`` as well, or None.
+    :param magnitude: of DoRA, one for each output channel, or None.
+    :param embedding: the module is a table ``[rows, width]`` and its change ``scaling · (B A)ᵀ``.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    bias: Tensor | None = None
+    magnitude: Tensor | None = None
+    embedding: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Number of rows of ``A``."""
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """An adapter: the content of a folder that PEFT reads.
+
+    :param name: under which a model of several adapters knows it.
+    :param config: content of ``adapter_config.json``.
+    :param tensors: by the names that PEFT writes.
+    :param folded: what the adapter was folded with (see :func:`fold_adapter`); None for one that
+        fits the original checkpoint.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    folded: Mapping[str, Any] | None = None
+    parts: tuple[Part, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        _check_type(self.name, self.config)
+        unknown = [key for key in self.tensors if _part(key) is None]
+        if unknown:
+            raise ValueError(
+                f"adapter {self.name!r}: tensors of a LoRA adapter of PEFT are required, but "
+                f"{_some(unknown)} is unknown; save the adapter again with a recent peft"
+            )
+        parts = tuple(part for part in map(_part, self.tensors) if part is not None)
+        object.__setattr__(self, "parts", parts)
+
+    @property
+    def modules(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors by module and kind."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for part in self.parts:
+            found.setdefault(part.module, {})[part.kind] = self.tensors[part.key]
+        return found
+
+    @property
+    def layers(self) -> dict[str, LoraLayer]:
+        """The low-rank changes, by module.
+
+        :raises ValueError: a module has one of ``A`` and ``B`` only.
+        """
+        found = {}
+        for module, kinds in self.modules.items():
+            embedding = "embedding_A" in kinds or "embedding_B" in kinds
+            prefix = "embedding_" if embedding else ""
+            a, b = kinds.get(f"{prefix}A"), kinds.get(f"{prefix}B")
+            if a is None and b is None:
+                continue
+            if a is None or b is None or b.shape[1] != a.shape[0]:
+                shapes = [None if t is None else tuple(t.shape) for t in (a, b)]
+                raise ValueError(
+                    f"adapter {self.name!r}, {module}: A [rank, in] and B [out, rank] of one rank "
+                    f"are required, got {shapes[0]} and {shapes[1]}; save the adapter again"
+                )
+            found[module] = LoraLayer(
+                a,
+                b,
+                self.scaling(module, a.shape[0]),
+                kinds.get("B_bias"),
+                kinds.get("magnitude"),
+                embedding,
+            )
+        return found
+
+    def scaling(self, module: str, rank: int) -> float:
+        """What ``B A`` is multiplied by: alpha over the rank, or over its root (rsLoRA)."""
+        alpha = float(self.config.get("lora_alpha", 8))
+        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                alpha = float(value)
+                break
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into a folder.
+
+        The folder is the caller's: it is made if it is absent, and files of these names are
+        replaced. :func:`read_adapter` and ``PeftModel.from_pretrained`` read it.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dict(self.config), indent=2, sort_keys=True, ensure_ascii=False)
+        (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
+        metadata = {"format": "pt"}
+        if self.folded is not None:
+            metadata[_FOLDED] = json.dumps(dict(self.folded))
+        copies = {key: t.detach().to("cpu", copy=True) for key, t in self.tensors.items()}
+        contiguous = {key: tensor.contiguous() for key, tensor in copies.items()}
+        save_file(contiguous, folder / ADAPTER_WEIGHTS, metadata=metadata)
+
+
+def read_adapters(source: Any) -> dict[str, Adapter]:
+    """All adapters of a folder or a model, by name.
+
+    :param source: a folder as ``PeftModel.save_pretrained`` writes it, with an adapter, or a folder
+        for each of several; a ``PeftModel``; or an :class:`Adapter`.
+    :raises FileNotFoundError: there is no adapter in the folder.
+    :raises CorruptFileError: a file is damaged.
+    :raises TypeError: ``source`` is something else.
+    :raises ValueError: no LoRA adapter, a pickle, or adapters that are merged into the model.
+    """
+    if isinstance(source, Adapter):
+        return {source.name: source}
+    if isinstance(source, str | Path):
+        return _from_folder(Path(source))
+    if hasattr(source, "peft_config") and hasattr(source, "get_base_model"):
+        return _from_model(source)
+    raise TypeError(
+        "an adapter must be a folder written by PEFT, a PeftModel or an Adapter, got "
+        f"{type(source).__name__}"
+    )
+
+
+def read_adapter(source: Any, name: str | None = None) -> Adapter:
+    """One adapter of a folder or a model; see :func:`read_adapters`.
+
+    :param name: which one; may be left out where there is one.
+    :raises ValueError: there are several and no name was given, or there is none of this name.
+    """
+    found = read_adapters(source)
+    if name is None and len(found) == 1:
+        return next(iter(found.values()))
+    if name is None or name not in found:
+        asked = "a name is required, as there are several" if name is None else f"got {name!r}"
+        raise ValueError(f"the name of an adapter must be one of {sorted(found)}; {asked}")
+    return found[name]
+
+
+def attach_adapter(model: Any, adapter: Adapter, name: str | None = None) -> Any:
+    """A ``PeftModel`` of a model with an adapter on it.
+
+    :param model: causal LM of transformers, whose layers PEFT wraps in place, or a ``PeftModel``,
+        which gets one adapter more.
+    :param name: of the adapter in the model; its own by default.
+    :returns: the ``PeftModel``, in evaluation mode, with this adapter active.
+    :raises ValueError: a tensor of the adapter found no place in the model.
+    :raises MissingExtraError: peft is not installed.
+    """
+    peft = require("peft", "lora")
+    name = name or adapter.name
+    settings = {key: value for key, value in adapter.config.items() if value is not None}
+    config = peft.LoraConfig.from_peft_type(**{**settings, "inference_mode": True})
+    if isinstance(model, peft.PeftModel):
+        model.add_adapter(name, config)
+    else:
+        model = peft.PeftModel(model, config, adapter_name=name)
+    tensors = dict(adapter.tensors)
+    left = peft.set_peft_model_state_dict(model, tensors, adapter_name=name)
+    own = re.compile(rf"\.(lora_\w+|modules_to_save|token_adapter\.\w+)\.{re.escape(name)}(\.|$)")
+    lost = [*left.unexpected_keys, *filter(own.search, left.missing_keys)]
+    if lost:
+        raise ValueError(
+            f"adapter {name!r}: every tensor must have its place in the model, but {_some(lost)} "
+            "has none; give the model that the adapter was made for"
+        )
+    model.set_adapter(name)
+    return model.eval()
+
+
+def _from_folder(folder: Path) -> dict[str, Adapter]:
+    candidates = [folder, *sorted(path for path in folder.glob("*") if path.is_dir())]
+    found = {}
+    for path in candidates:
+        if (path / ADAPTER_CONFIG).is_file():
+            name = "default" if path == folder else path.name
+            found[name] = _read(path, name)
+    if not found:
+        raise FileNotFoundError(
+            f"{folder}: a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}, as "
+            "PeftModel.save_pretrained writes it, is required"
+        )
+    return found
+
+
+def _read(folder: Path, name: str) -> Adapter:
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptFileError(f"{folder / ADAPTER_CONFIG} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CorruptFileError(f"{folder / ADAPTER_CONFIG} must hold a JSON object")
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file() and (folder / _PICKLE).is_file():
+        raise ValueError(
+            f"{folder / _PICKLE} is a pickle, which can run code when it is read, and is refused; "
+            f"load the adapter with peft and save it as {ADAPTER_WEIGHTS} with "
+            "save_pretrained(folder, safe_serialization=True)"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is required beside {ADAPTER_CONFIG} and is absent")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CorruptFileError(f"{path} is no sound safetensors file: {error}") from error
+    folded = json.loads(metadata[_FOLDED]) if _FOLDED in metadata else None
+    return Adapter(name, config, tensors, folded)
+
+
+def _from_model(model: Any) -> dict[str, Adapter]:
+    peft = require("peft", "lora")
+    merged = [name for name, module in model.named_modules() if getattr(module, "merged", False)]
+    if merged:
+        raise ValueError(
+            f"adapters beside the base's weights are required, but those of {_some(merged)} are "
+            "merged into them; call unmerge_adapter() first"
+        )
+    prefix = checkpoint_prefix(model.get_base_model())
+    found = {}
+    for name, config in model.peft_config.items():
+        saved = {**config.to_dict(), "inference_mode": True}  # as peft writes it
+        plain = json.loads(json.dumps(saved, default=_to_json))
+        _check_type(name, plain)
+        # Its own state dict is given, as peft warns of biases in B where it takes it by itself.
+        state = peft.get_peft_model_state_dict(
+            model, model.state_dict(), adapter_name=name, save_embedding_layers=False
+        )
+        named = {_original(key, prefix): value.detach() for key, value in state.items()}
+        found[name] = Adapter(name, plain, named)
+    return found
+
+
+def _original(key: str, prefix: str) -> str:
+    """Name of a tensor without what a wrapper of the model put before the checkpoint's names."""
+    return _PREFIX + key.removeprefix(_PREFIX).removeprefix(prefix)
+
+
+def _part(key: str) -> Part | None:
+    if not key.startswith(_PREFIX):
+        return None
+    for ending, kind in _ENDINGS:
+        if key.endswith(ending):
+            return Part(key, key.removeprefix(_PREFIX).removesuffix(ending), kind)
+    return None
+
+
+def _check_type(name: str, config: Mapping[str, Any]) -> None:
+    kind = str(config.get("peft_type"))
+    if kind != "LORA":
+        raise ValueError(
+            f"adapter {name!r}: a LoRA adapter (peft_type LORA) is required, got {kind}; adapters "
+            "of other kinds can be merged into the model before it is quantized"
+        )
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, set | frozenset | tuple):
+        return sorted(value)
+    return value.value if isinstance(value, Enum) else str(value)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+assert {kind for _, kind in _ENDINGS} == set(get_args(Kind))

@@ -1,0 +1,232 @@
+"""Quantization of the adapters in a simulation; the base stays as it is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from aimet_ext.config import QSpec
+from aimet_ext.core.objective import sqnr_db
+from aimet_ext.lora.sim import add_adapters, fit_adapters, lora_state, switch
+from aimet_ext.model.batches import call_model, iterate_batches
+
+__all__ = ["AdapterReport", "LoraReport", "quantize"]
+
+_W8 = QSpec(bitwidth=8)
+_SCORED = 4  # batches whose logits are compared
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """How far a quantized adapter is from its float self, on the quantized base.
+
+    :param name: of the adapter.
+    :param ranks: rank by module, as the original checkpoint names it.
+    :param change_sqnr_db: signal to noise of the change ``B A`` of each module's weight.
+    :param logits_sqnr_db: signal to noise of the logits on the first calibration batches.
+    :param seconds: wall-clock time.
+    """
+
+    name: str
+    ranks: Mapping[str, int]
+    change_sqnr_db: Mapping[str, float]
+    logits_sqnr_db: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """What :func:`quantize` did.
+
+    :param adapters: one entry for each adapter.
+    :param weights: spec of the weights ``A`` and ``B``, None for float.
+    :param activations: spec of the outputs of ``A`` and ``B``, None for float.
+    """
+
+    adapters: tuple[AdapterReport, ...]
+    weights: QSpec | None
+    activations: QSpec | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return {
+            "adapters": [asdict(adapter) for adapter in self.adapters],
+            "weights": None if self.weights is None else self.weights.to_dict(),
+            "activations": None if self.activations is None else self.activations.to_dict(),
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{'adapter':<24}{'layers':>7}{'weakest change':>28}{'logits':>10}{'s':>8}"]
+        for adapter in self.adapters:
+            weakest = min(adapter.change_sqnr_db.values(), default=float("inf"))
+            lines.append(
+                f"{adapter.name:<24}{len(adapter.ranks):>7}{weakest:>25.1f} dB"
+                f"{adapter.logits_sqnr_db:>7.1f} dB{adapter.seconds:>8.1f}"
+            )
+        return "\n".join(lines)
+
+
+def quantize(
+    sim: Any,
+    adapters: Iterable[str] | Mapping[str, Any] | str | None,
+    dataloader: Iterable[Any],
+    *,
+    weights: QSpec | None = _W8,
+    activations: int | QSpec | Literal["auto"] | None = "auto",
+    sums: Literal["adapter", "base"] = "adapter",
+) -> LoraReport:
+    """Give adapters weight and activation encodings of their own; the base's stay as they are.
+
+    For each adapter: ``A`` and ``B`` (with the adapter's scaling in it) get the ranges of plain
+    rounding, and the tensors between are calibrated on the batches, with the base quantized. All
+    ranges of the adapter are frozen afterwards. The adapter that was active is active again.
+
+    :param sim: made by :func:`create_sim` or :func:`load`.
+    :param adapters: names of adapters in the simulation, None for all of them; or a mapping of
+        names to further adapters, in any form that :func:`create_sim` takes, for layers that have
+        a slot.
+    :param dataloader: batches as :func:`aimet_ext.calibration_batches` makes them.
+    :param weights: per tensor or per channel; None leaves the weights float.
+    :param activations: bits (asymmetric) or spec of the outputs of ``A`` and ``B``. ``"auto"``: as
+        the base's activations are; None leaves them float.
+    :param sums: range of ``base + change``: ``"adapter"`` calibrates it for each adapter;
+        ``"base"`` keeps that of the base's layer, for runtimes that exchange the encodings of an
+        adapter's own branch alone. What the adapter adds beyond it is then cut off.
+    :returns: how much was lost, by adapter and layer.
+    :raises ValueError: an adapter is unknown or does not fit; or weights in blocks are asked for.
+    """
+    state = lora_state(sim)
+    if weights is not None and weights.block_size is not None:
+        raise ValueError(_NO_BLOCKS.format(type(weights.granularity).__name__))
+    if isinstance(adapters, Mapping):
+        add_adapters(sim, fit_adapters(adapters, state.base))
+    names = _names(adapters, state.adapters)
+    spec = _activations(sim, activations)
+    batches = list(iterate_batches(dataloader))
+    active = state.active
+    try:
+        done = tuple(_quantize(sim, name, batches, weights, spec, sums) for name in names)
+    finally:
+        switch(sim, active)
+    return LoraReport(done, weights, spec)
+
+
+_NO_BLOCKS = (
+    "weights of adapters take PerTensor or PerChannel, got {}: their inner width is the rank, "
+    "which is different for each adapter"
+)
+
+
+def _names(adapters: Iterable[str] | str | None, known: Mapping[str, Any]) -> list[str]:
+    if adapters is None:
+        return list(known)
+    names = [adapters] if isinstance(adapters, str) else list(adapters)
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise ValueError(
+            f"names of adapters in the simulation are required, of {sorted(known)}, got "
+            f"{unknown or names}; give a mapping of names to adapters to add some"
+        )
+    return names
+
+
+def _activations(sim: Any, asked: int | QSpec | str | None) -> QSpec | None:
+    if isinstance(asked, int):
+        return QSpec(bitwidth=asked, symmetric=False)
+    if asked is None or isinstance(asked, QSpec):
+        return asked
+    state = lora_state(sim)
+    for slot in state.slots:
+        output = sim.model.get_submodule(slot).base_layer.output_quantizers[0]
+        if output is not None:
+            return QSpec(bitwidth=output.bitwidth, symmetric=output.symmetric)
+    return None
+
+
+@torch.no_grad()
+def _quantize(
+    sim: Any,
+    name: str,
+    batches: list[Any],
+    weights: QSpec | None,
+    activations: QSpec | None,
+    sums: Literal["adapter", "base"],
+) -> AdapterReport:
+    from aimet_ext.sim.torch_lora import calibrating, freeze, quantized_content, slots
+
+    started = time.perf_counter()
+    state = lora_state(sim)
+    before = state.adapters[name]
+    floats = {slot: content.without_quantizers() for slot, content in before.items()}
+    try:
+        state.adapters[name] = floats
+        switch(sim, name)
+        expected = _logits(sim, batches[:_SCORED])
+        state.adapters[name] = {
+            slot: quantized_content(
+                sim.model.get_submodule(slot),
+                content,
+                weights,
+                activations,
+                new_sum=sums == "adapter" and content.a is not state.empty[slot].a,
+            )
+            for slot, content in floats.items()
+        }
+        switch(sim, name)
+        with calibrating(slots(sim).values()):
+            for batch in batches:
+                call_model(sim.model, batch)
+        freeze(q for c in state.adapters[name].values() for q in c.quantizers.values() if q)
+    except BaseException:
+        state.adapters[name] = before
+        raise
+    outputs = _logits(sim, batches[:_SCORED])
+    return AdapterReport(
+        name=name,
+        ranks={
+            state.slots[slot]: content.b.shape[1]
+            for slot, content in floats.items()
+            if content.a is not state.empty[slot].a
+        },
+        change_sqnr_db=_changes(sim, name),
+        logits_sqnr_db=_sqnr(expected, outputs),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _changes(sim: Any, name: str) -> dict[str, float]:
+    """Signal to noise of ``B A`` by original name of module, for the adapter in the slots."""
+    state = lora_state(sim)
+    found = {}
+    for slot, content in state.adapters[name].items():
+        pairs = []
+        for key, weight in (("A", content.a), ("B", content.b)):
+            quantizer = content.quantizers[key]
+            rounded = weight if quantizer is None else quantizer(weight).as_subclass(Tensor)
+            pairs.append((weight.double(), rounded.double()))
+        table = isinstance(sim.model.get_submodule(slot).base_layer, nn.Embedding)
+        (a, a_rounded), (b, b_rounded) = pairs
+        if table:
+            a, a_rounded = a.T, a_rounded.T
+        change = b @ a  # [out, in]
+        noise = (b_rounded @ a_rounded - change).square().sum()
+        if change.any():
+            found[state.slots[slot]] = sqnr_db(float(change.square().sum()), float(noise))
+    return found
+
+
+def _logits(sim: Any, batches: list[Any]) -> list[Tensor]:
+    return [call_model(sim.model, batch).as_subclass(Tensor).cpu() for batch in batches]
+
+
+def _sqnr(expected: Iterable[Tensor], outputs: Iterable[Tensor]) -> float:
+    signal = noise = 0.0
+    for target, output in zip(expected, outputs, strict=True):
+        signal += float(target.double().square().sum())
+        noise += float((output.double() - target.double()).square().sum())
+    return sqnr_db(signal, noise)

@@ -1,0 +1,243 @@
+"""Weights that an adapter belongs to, by their original names, read one by one."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from aimet_ext.errors import CorruptFileError
+from aimet_ext.export.manifest import is_ours, read_manifest
+from aimet_ext.model.families import FAMILIES
+from aimet_ext.model.huggingface import causal_lm, checkpoint_prefix
+from aimet_ext.model.padding import pad_rows
+from aimet_ext.model.tensors import hash_tensors
+
+__all__ = ["Checkpoint", "Padding", "Target", "open_checkpoint", "open_target"]
+
+_FILE, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+# What peft puts into the names of a model's own parameters, and names of parameters of its own.
+_AROUND = re.compile(r"\.(token_adapter\.)?(base_layer|original_module)\.")
+_OF_PEFT = (".lora_", ".token_adapter.", ".modules_to_save.")
+_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """Weights of a model under their original names.
+
+    :param shapes: by name of parameter; tied ones under each of their names.
+    :param read: a parameter by name, in the dtype it is stored in.
+    :param gain_offset: 1.0 where norms multiply by ``1 + weight``; None if the family is unknown.
+    :param source: for messages.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+    gain_offset: float | None
+    source: str
+
+    def modules(self) -> set[str]:
+        """Names of all modules that hold a parameter."""
+        return {name.rpartition(".")[0] for name in self.shapes}
+
+    def has_hash(self, origin: str, padding: Padding) -> bool:
+        """Whether this is the model that scales were made for, in whatever dtype it was then.
+
+        :param origin: hash of that model's weights.
+        :param padding: done to its MLPs before they were hashed.
+        """
+        return any(hash_tensors(self._padded(padding, dtype)) == origin for dtype in _DTYPES)
+
+    def _padded(self, padding: Padding, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+        for name in sorted(self.shapes):
+            value = padding.parameter(name, self.read(name))
+            yield (
+                name,
+                value.to(dtype) if dtype is not None and value.is_floating_point() else value,
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Padding:
+    """Zero-padding of inner widths of MLPs, that ``on_indivisible="pad"`` did.
+
+    :param widths: new inner width by original name of block.
+    :param shapes: of the padded model's parameters, by original name.
+    """
+
+    widths: Mapping[str, int]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def parameter(self, name: str, value: Tensor) -> Tensor:
+        """A parameter of the model with the shape it has after padding."""
+        module = name.rpartition(".")[0]
+        value = self.rows(module, value)
+        return self.columns(module, value) if value.dim() > 1 else value
+
+    def rows(self, module: str, value: Tensor) -> Tensor:
+        """``value`` ``[out, …]`` of a module, with zero rows where its weight has new ones.
+
+        A fused projection has them at the end of each of its slices.
+        """
+        width, full = self._sizes(module, 0)
+        if width is None or value.shape[0] >= full or full % width:
+            return value
+        fused = full // width
+        if value.shape[0] % fused:
+            return value
+        return pad_rows(value, fused, width - value.shape[0] // fused)
+
+    def columns(self, module: str, value: Tensor) -> Tensor:
+        """``value`` ``[…, in]`` of a module, with zero columns where its weight has new ones."""
+        width, full = self._sizes(module, 1)
+        if width is None or value.shape[1] >= full or full != width:
+            return value
+        return nn.functional.pad(value, (0, full - value.shape[1]))
+
+    def _sizes(self, module: str, dim: int) -> tuple[int | None, int]:
+        """Inner width of the MLP that a module is in, None outside; and size of its weight."""
+        width = next((w for name, w in self.widths.items() if module.startswith(f"{name}.")), None)
+        shape = self.shapes.get(f"{module}.weight", ())
+        return (width, shape[dim]) if len(shape) > dim else (None, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """What is known of the transformed model that an adapter is to fit.
+
+    :param checkpoint: its weights; None where there is a file of scales alone.
+    """
+
+    checkpoint: Checkpoint | None
+    padding: Padding
+
+
+def open_target(path: Path | None) -> Target:
+    """What an export says of its model; nothing where scales lie alone.
+
+    :param path: file of scales or folder that holds it, None for scales in memory.
+    :raises CorruptFileError: the export's manifest is damaged.
+    """
+    nothing = Target(None, Padding({}, {}))
+    if path is None:
+        return nothing
+    folder = path if path.is_dir() else path.parent
+    if not is_ours(folder):
+        return nothing
+    manifest = read_manifest(folder, verify=False)
+    if manifest.get("kind") != "export" or not (folder / _FILE).is_file():
+        return nothing
+    tied = (manifest.get("model") or {}).get("tied") or {}
+    checkpoint = _from_folder(folder, tied)
+    widths = (manifest.get("settings") or {}).get("padded_mlp_widths") or {}
+    named = {_known(name, checkpoint): width for name, width in widths.items()}
+    return Target(checkpoint, Padding(named, checkpoint.shapes))
+
+
+def open_checkpoint(base: Any) -> Checkpoint:
+    """Weights of the original model.
+
+    :param base: a module (prepared, wrapped by PEFT, or bare) or a folder that transformers reads.
+    :raises FileNotFoundError: no weights in the folder.
+    :raises TypeError: ``base`` is something else.
+    """
+    if isinstance(base, str | Path):
+        return _from_folder(Path(base))
+    if isinstance(base, nn.Module):
+        return _from_module(base)
+    raise TypeError(f"base must be the original model or its folder, got {type(base).__name__}")
+
+
+def _from_folder(folder: Path, tied: Mapping[str, str] | None = None) -> Checkpoint:
+    files = _files(folder)
+    opened = {path: _open(path) for path in files}
+    place = {name: path for path in files for name in opened[path].keys()}  # noqa: SIM118
+    config = _config(folder)
+    if tied is None:
+        tied = _tied(place, config)
+    place = {**place, **{name: place[other] for name, other in tied.items()}}
+
+    def read(name: str) -> Tensor:
+        value: Tensor = opened[place[name]].get_tensor(tied.get(name, name))
+        return value
+
+    shapes = {
+        name: tuple(opened[path].get_slice(tied.get(name, name)).get_shape())
+        for name, path in place.items()
+    }
+    classes = config.get("architectures") or ()
+    return Checkpoint(shapes, read, _gain_offset(classes, config.get("model_type")), str(folder))
+
+
+def _files(folder: Path) -> list[Path]:
+    if (folder / _FILE).is_file():
+        return [folder / _FILE]
+    if (folder / _INDEX).is_file():
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        return [folder / name for name in sorted(set(index["weight_map"].values()))]
+    raise FileNotFoundError(
+        f"{folder}: the original model, a folder with {_FILE} or {_INDEX}, is required"
+    )
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise CorruptFileError(f"{path} is no sound safetensors file: {error}") from error
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / _CONFIG
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content if isinstance(content, dict) else {}
+
+
+def _tied(place: Mapping[str, Path], config: Mapping[str, Any]) -> dict[str, str]:
+    """A head that shares the embedding's weight is not in the files."""
+    head, table = "lm_head.weight", "model.embed_tokens.weight"
+    shared = head not in place and table in place and config.get("tie_word_embeddings", True)
+    return {head: table} if shared else {}
+
+
+def _from_module(module: nn.Module) -> Checkpoint:
+    inner: Any = getattr(module, "get_base_model", lambda: module)()
+    prefix = checkpoint_prefix(inner)
+    state = {}
+    for key, value in inner.state_dict(keep_vars=True).items():
+        name = _AROUND.sub(".", key)
+        if isinstance(value, Tensor) and not any(part in f".{name}" for part in _OF_PEFT):
+            state[name.removeprefix(prefix)] = value.detach()
+    language_model = causal_lm(inner)
+    names = [] if language_model is None else [type(language_model).__name__]
+    kind = getattr(getattr(language_model, "config", None), "model_type", None)
+    return Checkpoint(
+        {name: tuple(value.shape) for name, value in state.items()},
+        state.__getitem__,
+        _gain_offset(names, kind),
+        f"the given {type(inner).__name__}",
+    )
+
+
+def _gain_offset(classes: Sequence[str], model_type: str | None) -> float | None:
+    blocks = {name.removesuffix("ForCausalLM") + "DecoderLayer" for name in classes}
+    for family in FAMILIES:
+        if family.block_class in blocks or family.name == model_type:
+            return family.gain_offset
+    return None
+
+
+def _known(name: str, checkpoint: Checkpoint) -> str:
+    """A module's original name; the simulation's has what its wrapper put before it."""
+    names = checkpoint.shapes
+    while name and not any(key.startswith(f"{name}.") for key in names):
+        _, _, name = name.partition(".")
+    return name

@@ -1,0 +1,270 @@
+"""A simulation with adapters as a folder, and the way back."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from aimet_ext.errors import CorruptFileError, require
+from aimet_ext.export.folders import check_output, replace_folder
+from aimet_ext.export.manifest import MANIFEST, hash_file, read_manifest, write_manifest
+from aimet_ext.export.sealed import read_sealed, write_sealed
+from aimet_ext.lora.adapter import read_adapter
+from aimet_ext.lora.onnx_inputs import write_adapter_graph
+from aimet_ext.lora.sim import LoraState, lora_state, sim_with_slots, switch
+from aimet_ext.model.huggingface import original_name
+from aimet_ext.sim.base import adapt
+from aimet_ext.workflow.export import QUANTIZERS, QUANTIZERS_SCHEMA
+from aimet_ext.workflow.load import load as load_base
+from aimet_ext.workflow.model_files import WEIGHTS
+from aimet_ext.workflow.onnx_file import positional_inputs
+from aimet_ext.workflow.quantizers import (
+    describe_quantizer,
+    make_quantizer,
+    quantizers_to_tensors,
+)
+
+if TYPE_CHECKING:
+    from aimet_torch import QuantizationSimModel
+
+    from aimet_ext.sim.torch_lora import Content
+
+__all__ = ["export", "load"]
+
+BASE, ADAPTERS, STATE = "base", "adapters", "lora.safetensors"
+_SCHEMA = "aimet_ext.lora/1"
+_NAME = re.compile(r"[\w][\w.\- ]*")
+
+
+def export(
+    sim: Any,
+    path: str | Path,
+    filename_prefix: str,
+    dummy_input: Any,
+    *,
+    opset_version: int = 17,
+) -> dict[str, Any]:
+    """Write a simulation with its adapters to a folder: complete and checked, or not at all.
+
+    =========================================  =====================================================
+    ``base/``                                  the base's export, as it is
+    ``adapters/{name}/``                       each adapter, folded, as PEFT reads it
+    ``{prefix}.onnx``                          the base's float graph with room for one adapter,
+                                               whose weights are inputs; left out, they are zeros
+                                               and the graph computes what the base does
+    ``{prefix}.encodings``, ``….2.0.0.…``      encodings of the base's tensors
+    ``{name}.safetensors``                     an adapter as the graph's inputs take it
+    ``{prefix}_{name}.encodings``              encodings 1.0.0 of the adapter's weights, of the
+                                               tensors between them and of the sums
+    ``lora_names.json``                        names of all these tensors, for the functions of
+                                               ``aimet_onnx.experimental.lora``
+    ``lora_weight_list.txt``,                  the same for Qualcomm's converter and importer
+    ``lora_config.yaml``,
+    ``lora_adaptor_list.yaml``
+    ``lora.safetensors``                       weights and quantizers of all adapters, exactly
+    ``manifest.json``                          hashes, versions, results of the checks
+    =========================================  =====================================================
+
+    One graph serves adapters of several ranks: the inputs have the largest one, and the files hold
+    zeros beyond an adapter's own. The scaling ``alpha / rank`` is part of ``B``.
+
+    :param sim: made by :func:`create_sim` or :func:`load`.
+    :param path: folder; one of ours is replaced in one step, one with other files is refused.
+    :param filename_prefix: name of the ONNX and encodings files.
+    :param dummy_input: what to trace with, see :func:`aimet_ext.export`.
+    :param opset_version: of the ONNX file.
+    :returns: the manifest.
+    :raises ValueError: an adapter has no file name for a name, or a quantizer no range; or the
+        base is no longer that of its export.
+    :raises CorruptFileError: the base's export was changed since the simulation was made.
+    :raises FileExistsError: a file, or a folder that is not ours, is there.
+    :raises RuntimeError: what was written differs from the simulation; nothing is left behind.
+    """
+    state = lora_state(sim)
+    require("onnx", "onnx")
+    target = check_output(path)
+    _check_names(state, filename_prefix)
+    _check_ranges(state)
+    if target == state.base.resolve():
+        raise ValueError(f"{target} is the base's own export; choose another folder")
+    _check_base(sim, state)
+    inputs = positional_inputs(sim.model, dummy_input)
+    with replace_folder(path) as folder:
+        shutil.copytree(state.base, folder / BASE)
+        for name, adapter in state.sources.items():
+            adapter.save(folder / ADAPTERS / name)
+        _write_state(folder, sim, state)
+        checks = write_adapter_graph(
+            sim, folder, filename_prefix, inputs, opset_version=opset_version
+        )
+        return write_manifest(
+            folder,
+            "lora",
+            prefix=filename_prefix,
+            adapters=list(state.adapters),
+            active=state.active,
+            checks=checks,
+        )
+
+
+def load(path: str | Path, *, base_sim: Any = None) -> QuantizationSimModel:
+    """Rebuild a simulation with adapters from its folder; all logits are the same, bit by bit.
+
+    :param path: folder that :func:`export` wrote.
+    :param base_sim: for a base that was built by hand: see :func:`aimet_ext.load`.
+    :returns: the simulation in evaluation mode, with the adapter that was active in its layers.
+    :raises FileNotFoundError: there is no such folder.
+    :raises CorruptFileError: a file was changed, is absent, or is not ours.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    if manifest["kind"] != "lora":
+        raise CorruptFileError(
+            f"{folder}: a folder of aimet_ext.lora.export is required, got {manifest['kind']!r}"
+        )
+    tensors, fields = read_sealed(folder / STATE, _SCHEMA)
+    places: dict[str, bool] = json.loads(fields["places"])
+    sim = sim_with_slots(load_base(folder / BASE, sim=base_sim), folder / BASE, places)
+    state = lora_state(sim)
+    for name, contents in json.loads(fields["adapters"]).items():
+        state.adapters[name] = {
+            slot: _content(state, slot, f"{name}/{slot}", described, tensors)
+            for slot, described in contents.items()
+        }
+        state.sources[name] = read_adapter(folder / ADAPTERS / name)
+    switch(sim, manifest["active"])
+    return sim
+
+
+def _check_names(state: LoraState, prefix: str) -> None:
+    taken = {prefix, BASE, ADAPTERS, STATE.partition(".")[0]}
+    names = [*state.adapters, prefix]
+    wrong = [n for n in names if not _NAME.fullmatch(n)] + sorted(taken & set(state.adapters))
+    if wrong or not state.adapters:
+        raise ValueError(
+            "adapters whose names can name files (letters, digits, '_', '-', '.'), none of them "
+            f"{sorted(taken)}, are required, got {wrong or 'no adapter'}"
+        )
+
+
+def _check_ranges(state: LoraState) -> None:
+    empty = [
+        f"{name}: {state.slots[slot]} ({key})"
+        for name, contents in state.adapters.items()
+        for slot, content in contents.items()
+        for key, quantizer in content.quantizers.items()
+        if quantizer is not None and not quantizer.is_initialized()
+    ]
+    if empty:
+        raise ValueError(
+            f"every quantizer needs a range before export, but {len(empty)} have none, the first "
+            f"is {empty[0]}; run aimet_ext.lora.quantize first"
+        )
+
+
+def _check_base(sim: Any, state: LoraState) -> None:
+    """Compare the base in the simulation with its export.
+
+    :raises CorruptFileError: the export was changed.
+    :raises ValueError: the simulation's base was changed.
+    """
+    manifest = read_manifest(state.base)
+    if hash_file(state.base / MANIFEST) != state.base_manifest:
+        raise CorruptFileError(
+            f"{state.base} was written again since this simulation was made from it; make it again"
+        )
+    weights, (ranges, _) = (
+        load_file(state.base / WEIGHTS),
+        read_sealed(state.base / QUANTIZERS, QUANTIZERS_SCHEMA),
+    )
+    tied = manifest["model"]["tied"]
+    own = tuple(f"{slot}.{part}." for slot in state.slots for part in ("lora_A", "lora_B", "add"))
+    present = {
+        original_name(name.replace(".base_layer.", "."), sim.model): value
+        for name, value in adapt(sim).float_state().items()
+        if not name.startswith(own)
+    }
+    changed = [
+        name
+        for name, value in present.items()
+        if not torch.equal(
+            value.cpu().to(weights[tied.get(name, name)].dtype), weights[tied.get(name, name)]
+        )
+    ]
+    tensors, _ = quantizers_to_tensors(sim)
+    for name, tensor in tensors.items():
+        known = ranges.get(name.replace(".base_layer.", "."))
+        if not name.startswith(own) and (known is None or not torch.equal(known, tensor.cpu())):
+            changed.append(name)
+    if changed:
+        raise ValueError(
+            f"the base must be as {state.base} holds it, but {len(changed)} of its tensors were "
+            f"changed, the first is {changed[0]}; make the simulation again"
+        )
+
+
+def _write_state(folder: Path, sim: Any, state: LoraState) -> None:
+    from aimet_ext.sim.torch_quantizers import quantizer_state
+
+    tensors: dict[str, Tensor] = {}
+    adapters: dict[str, dict[str, Any]] = {}
+    for name, contents in state.adapters.items():
+        adapters[name] = {}
+        for slot, content in contents.items():
+            place = f"{name}/{slot}"
+            empty = content.a is state.empty[slot].a
+            described: dict[str, Any] = {"empty": empty, "quantizers": {}}
+            for key in ("a", "b", "bias"):
+                value = getattr(content, key)
+                if value is not None and not empty:
+                    tensors[f"{place}/{key}"] = value
+            for key, quantizer in content.quantizers.items():
+                if quantizer is None:
+                    continue
+                values, meta = quantizer_state(quantizer)
+                described["quantizers"][key] = {**describe_quantizer(quantizer), "state": meta}
+                for part, value in values.items():
+                    tensors[f"{place}/{key}/{part}"] = value
+            adapters[name][slot] = described
+    places = {
+        module: sim.model.get_submodule(slot).lora_B.bias is not None
+        for slot, module in state.slots.items()
+    }
+    write_sealed(folder / STATE, _SCHEMA, tensors, {"places": places, "adapters": adapters})
+
+
+def _content(
+    state: LoraState,
+    slot: str,
+    place: str,
+    described: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> Content:
+    """What :func:`_write_state` wrote of one adapter in one slot."""
+    from aimet_ext.sim.torch_lora import QUANTIZERS as KEYS
+    from aimet_ext.sim.torch_lora import Content, freeze
+    from aimet_ext.sim.torch_quantizers import restore_quantizer
+
+    quantizers: dict[str, Any] = dict.fromkeys(KEYS)
+    for key, description in described["quantizers"].items():
+        quantizer = make_quantizer(description)
+        names = [name for name, _ in quantizer.named_parameters(recurse=False)]
+        values = {name: tensors[f"{place}/{key}/{name}"] for name in names}
+        restore_quantizer(quantizer, values, dict(description["state"]))
+        if quantizer.is_initialized():
+            freeze([quantizer])
+        quantizers[key] = quantizer
+    if described["empty"]:
+        empty = state.empty[slot]
+        return Content(empty.a, empty.b, empty.bias, quantizers)
+    a, b = (nn.Parameter(tensors[f"{place}/{key}"]) for key in ("a", "b"))
+    stored = tensors.get(f"{place}/bias")
+    return Content(a, b, None if stored is None else nn.Parameter(stored), quantizers)

@@ -1,0 +1,281 @@
+"""Adapters of the original model, made to fit the model that scales were folded into."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from aimet_ext.export.folders import check_output, replace_folder
+from aimet_ext.export.manifest import versions, write_manifest
+from aimet_ext.export.scales import SCALES_FILE, ModuleScales, Scales, load_scales
+from aimet_ext.lora.adapter import Adapter, Part, read_adapter, read_adapters
+from aimet_ext.lora.checkpoint import Checkpoint, Target, open_checkpoint, open_target
+from aimet_ext.lora.fold_rules import columns, dora_magnitude, rows
+from aimet_ext.lora.unfit import check_fit, check_variant, named_like, refuse
+from aimet_ext.model.tensors import hash_tensors
+
+__all__ = ["fold_adapter", "fold_adapters", "scales_digest"]
+
+_NONE = ModuleScales()
+
+
+def fold_adapter(
+    adapter: Any,
+    scales: Scales | str | Path,
+    output: str | Path | None = None,
+    *,
+    name: str | None = None,
+    base: Any = None,
+) -> Adapter:
+    r"""The adapter that does to the transformed model what it did to the original one.
+
+    With ``W' = diag(output) W diag(input)``, a module's change ``ΔW = s B A`` becomes
+
+    .. math::
+        A' = A \, \mathrm{diag}(input), \qquad B' = \mathrm{diag}(output) \, B
+
+    so that ``W' + ΔW' = diag(output) (W + ΔW) diag(input)``: base and adapter together are
+    transformed as the base alone was, and compute the same function. Ranks, alphas and everything
+    else in the adapter's config stay as they are. Biases, and copies of whole modules
+    (``modules_to_save``), are transformed as the base's own. DoRA's magnitudes follow the norms of
+    the rows, for which the original weights are needed (``base``). Where MLPs of the base were
+    padded, so is the adapter.
+
+    The adapter may have been trained on the original model before or after the transform was
+    chosen; it is folded after training.
+
+    :param adapter: folder that PEFT wrote, ``PeftModel`` or :class:`Adapter`. Not changed.
+    :param scales: what :func:`aimet_ext.load_scales` returns, or the file or folder itself. Best is
+        the folder of an export: it says what modules there are, and which were padded.
+    :param output: folder for the adapter, for PEFT to read; one of ours is replaced.
+    :param name: of the adapter, where there are several.
+    :param base: the original model or its folder; by default what the ``PeftModel`` is around, or
+        the folder that the adapter's config names, if it is there. Its hash must be the one in the
+        scales.
+    :returns: the adapter, with ``folded`` set.
+    :raises FileNotFoundError: no adapter, or no scales.
+    :raises CorruptFileError: a file is damaged.
+    :raises ValueError: the adapter or ``base`` belongs to another model, the adapter was folded
+        before, or modules cannot be folded; all of these are named, with the reason.
+    :raises FileExistsError: ``output`` holds files that are not ours.
+
+    >>> folded = fold_adapter("adapter", "llama-w4", "adapter-w4")
+    """
+    chosen = read_adapter(adapter, name)
+    return _fold(adapter, {chosen.name: chosen}, scales, output, base)[chosen.name]
+
+
+def fold_adapters(
+    adapter: Any,
+    scales: Scales | str | Path,
+    output: str | Path | None = None,
+    *,
+    base: Any = None,
+) -> dict[str, Adapter]:
+    """:func:`fold_adapter` of all adapters of a folder or a model, by name.
+
+    In ``output``, the adapter ``"default"`` lies at the top and others in folders of their names,
+    as PEFT writes them.
+    """
+    return _fold(adapter, read_adapters(adapter), scales, output, base)
+
+
+def scales_digest(scales: Scales) -> str:
+    """SHA-256 of scales: names, widths and values."""
+    named = {
+        f"{module}.{axis}": vector
+        for module, of_module in scales.items()
+        for axis, vector in (("input", of_module.input), ("output", of_module.output))
+        if vector is not None
+    }
+    return hash_tensors(sorted(named.items(), key=lambda item: item[0]))
+
+
+def _fold(
+    source: Any,
+    adapters: Mapping[str, Adapter],
+    scales: Scales | str | Path,
+    output: str | Path | None,
+    base: Any,
+) -> dict[str, Adapter]:
+    if output is not None:
+        check_output(output)
+    target = open_target(None if isinstance(scales, Scales) else Path(scales))
+    table = scales if isinstance(scales, Scales) else _load(Path(scales))
+    digest = scales_digest(table)
+    folded = {}
+    for name, adapter in adapters.items():
+        check_variant(adapter)
+        original = _original(source, adapter, base)
+        if original is not None and table.origin is not None:
+            _check_origin(original, table.origin, target)
+        folded[name] = _Folding(adapter, table, target, original).run(digest)
+    if output is not None:
+        _write(Path(output), folded, table)
+    return folded
+
+
+def _load(path: Path) -> Scales:
+    try:
+        return load_scales(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path}: a file of scales, or the folder of an export or a technique with a "
+            f"{SCALES_FILE}, is required"
+        ) from error
+
+
+def _original(source: Any, adapter: Adapter, base: Any) -> Checkpoint | None:
+    """Weights of the original model, if there is a way to know them."""
+    if base is not None:
+        return open_checkpoint(base)
+    if hasattr(source, "get_base_model"):
+        # Biases that were trained are the base's own until the adapter is saved.
+        trained = any(part.kind == "bias" for part in adapter.parts)
+        return None if trained else open_checkpoint(source)
+    named = adapter.config.get("base_model_name_or_path")
+    if named and (Path(named) / "config.json").is_file():
+        return open_checkpoint(named)
+    return None
+
+
+def _check_origin(original: Checkpoint, origin: str, target: Target) -> None:
+    if not original.has_hash(origin, target.padding):
+        raise ValueError(
+            f"base: the model that the scales were made for (hash {origin[:12]}…) is required, but "
+            f"the weights of {original.source} are others; fold with scales of that model, or "
+            "pass base= the checkpoint that the simulation was made from"
+        )
+
+
+class _Folding:
+    """One adapter on its way through the scales."""
+
+    def __init__(
+        self, adapter: Adapter, scales: Scales, target: Target, original: Checkpoint | None
+    ) -> None:
+        known = target.checkpoint or original
+        self.adapter = adapter
+        self.scales = named_like(scales, adapter.modules if known is None else known.modules())
+        self.target = target
+        self.original = original
+        self.problems: dict[str, str] = {}
+
+    def run(self, digest: str) -> Adapter:
+        """The folded adapter.
+
+        :raises ValueError: modules do not fit; all are named.
+        """
+        padded = self._padded()
+        self.problems.update(check_fit(padded, self.scales, self.target, self.original))
+        changed: dict[str, Tensor] = {}
+        for part in padded.parts:
+            value = padded.tensors[part.key]
+            if part.module not in self.problems:
+                try:
+                    changed[part.key] = self._part(padded, part, value)
+                except ValueError as error:
+                    self.problems[part.module] = str(error)
+        if self.problems:
+            refuse(self.adapter, self.problems)
+        touched = sorted({part.module for part in padded.parts if part.module in self.scales})
+        record = {
+            "origin": self.scales.origin,
+            "techniques": list(self.scales.techniques),
+            "scales": digest,
+            "modules": touched,
+            "version": versions()["aimet-ext"],
+        }
+        return replace(padded, tensors=changed, folded=record)
+
+    def _padded(self) -> Adapter:
+        """The adapter with zeros where MLPs of the base were padded."""
+        padding = self.target.padding
+        if not padding.widths:
+            return self.adapter
+        tensors = dict(self.adapter.tensors)
+        for part in self.adapter.parts:
+            value = tensors[part.key]
+            if part.kind in ("A", "weight") and value.dim() > 1:
+                value = padding.columns(part.module, value)
+            if part.kind in ("B", "B_bias", "bias", "weight", "magnitude"):
+                value = padding.rows(part.module, value)
+            if part.kind == "magnitude" and value.shape != tensors[part.key].shape:
+                self.problems[part.module] = (
+                    "DoRA cannot be folded where rows of the base were padded, as they are zero "
+                    'and have no norm; use on_indivisible="per_channel" for the base'
+                )
+            tensors[part.key] = value
+        return replace(self.adapter, tensors=tensors)
+
+    def _part(self, adapter: Adapter, part: Part, value: Tensor) -> Tensor:
+        """One tensor after the transform."""
+        scales = self.scales.get(part.module, _NONE)
+        if scales.input is None and scales.output is None:
+            return value
+        match part.kind:
+            case "A":
+                return columns(value, scales.input)
+            case "B" | "B_bias" | "bias":
+                return rows(value, scales.output)
+            case "embedding_A":
+                return columns(value, scales.output)
+            case "embedding_B":
+                return rows(value, scales.input)
+            case "tokens":
+                return columns(value, scales.input)
+            case "magnitude":
+                return self._magnitude(adapter, part.module, value, scales)
+        if value.dim() == 1:
+            return self._gain(value, scales)
+        return columns(rows(value, scales.output), scales.input)
+
+    def _gain(self, value: Tensor, scales: ModuleScales) -> Tensor:
+        """A norm's weight; some norms multiply by ``1 + weight``."""
+        known = self.target.checkpoint or self.original
+        offset = None if known is None else known.gain_offset
+        if offset is None:
+            raise ValueError(
+                "whether this norm multiplies by its weight or by 1 + weight is not known; pass "
+                "base= the original model, of a known family"
+            )
+        return rows(value + offset, scales.output) - offset
+
+    def _magnitude(
+        self, adapter: Adapter, module: str, value: Tensor, scales: ModuleScales
+    ) -> Tensor:
+        layer = adapter.layers[module]
+        if layer.embedding:  # its norms are those of the columns
+            scales = ModuleScales(input=scales.output, output=scales.input)
+        if scales.input is None:
+            return dora_magnitude(value, scales)
+        if self.original is None:
+            raise ValueError(
+                "DoRA divides by norms of the original weights, which are not known; pass base= "
+                "the original model or its folder"
+            )
+        weight = self.original.read(f"{module}.weight")
+        if layer.embedding or adapter.config.get("fan_in_fan_out"):
+            weight = weight.T  # [out, in]
+        weight = self.target.padding.columns(module, weight)
+        a, b = layer.a.double(), layer.b.double()
+        change = layer.scaling * (b.flatten(1) @ a.flatten(1))
+        return dora_magnitude(value, scales, weight, change.view(weight.shape).to(weight.device))
+
+
+def _write(output: Path, adapters: Mapping[str, Adapter], scales: Scales) -> None:
+    with replace_folder(output) as folder:
+        for name, adapter in adapters.items():
+            alone = len(adapters) == 1 or name == "default"
+            adapter.save(folder if alone else folder / name)
+        write_manifest(
+            folder,
+            "adapter",
+            adapters=sorted(adapters),
+            techniques=list(scales.techniques),
+            origin=scales.origin,
+        )

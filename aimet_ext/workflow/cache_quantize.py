@@ -1,0 +1,196 @@
+"""Graphs with a cache as an NPU computes them, with the ranges of the graph without one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from aimet_ext.errors import require
+from aimet_ext.export.encodings import entries, load_encodings
+from aimet_ext.model.kv_cache import CacheShape
+from aimet_ext.model.onnx_same_tensors import moved_from, same_tensors
+from aimet_ext.workflow.cache_run import CacheFiles
+from aimet_ext.workflow.hand_off import HandOff
+
+__all__ = ["Reference", "quantized_graph"]
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """A simulation without a cache, as an NPU computes it.
+
+    :param hand_off: with all ranges.
+    :param graph: its float model, what hangs on constants alone folded.
+    """
+
+    hand_off: HandOff
+    graph: Any
+
+    @classmethod
+    def of(cls, found: HandOff) -> Reference:
+        """The reference of a hand-off whose folder is still there."""
+        from aimet_ext.model.onnx_fold import fold_constants
+
+        encoded = entries(load_encodings(found.folder / f"{found.prefix}.encodings"))
+        model = require("onnx", "onnx").load(str(found.folder / f"{found.prefix}.onnx"))
+        return cls(found, fold_constants(model, keep=encoded))
+
+
+def quantized_graph(
+    files: CacheFiles,
+    name: str,
+    reference: Reference,
+    *,
+    config_file: str | Mapping[str, Any],
+    kv_bitwidth: int | None = None,
+) -> Any:
+    """An ``aimet_onnx`` simulation of a graph with a cache.
+
+    What its encodings file says is taken from there. All other ranges are those of the same tensors
+    of ``reference``; caches have the range of the keys and values that are put into them, the mask
+    and the tables of positions the range of what they hold. Nothing is calibrated.
+
+    :param name: of the graph, its encodings beside it.
+    :param reference: the same simulation without a cache.
+    :param config_file: AIMET's configuration, that of ``reference``.
+    :param kv_bitwidth: bits of the cache; None: those of the keys and values.
+    :raises ValueError: a tensor is quantized that the reference does not have.
+    """
+    onnx = require("onnx", "onnx")
+    from aimet_ext.model.onnx_fold import fold_constants
+    from aimet_ext.sim import onnx_cache, onnx_hand_off
+
+    path = files.path(name)
+    encoded = entries(load_encodings(path.with_suffix(".encodings")))
+    model = fold_constants(onnx.load(str(path)), keep=encoded)
+    if kv_bitwidth is not None:
+        _separate_present(model, files.shape)
+    sources = _Sources(model, reference.graph, files.shape)
+    ranges = reference.hand_off.sim.qc_quantize_op_dict
+    widths = Counter(ranges[name].bitwidth for name in reference.hand_off.added)
+    sim = onnx_hand_off.build_target_sim(
+        model,
+        config_file,
+        activation_bits=max(widths, key=widths.__getitem__, default=16),
+        sample={name: value.numpy() for name, value in files.feed(files.lengths[name]).items()},
+    )
+    loaded = onnx_hand_off.put_encodings(sim, encoded)
+    narrow = {} if kv_bitwidth is None else dict.fromkeys(sources.cache_names(), kv_bitwidth)
+    onnx_cache.insert_quantizers(sim, narrow)
+    given = {*loaded.quantizers, *loaded.tables}
+    added = [n for n, q in sim.qc_quantize_op_dict.items() if q.enabled and n not in given]
+    known = {n for n, q in ranges.items() if q.enabled}
+    same, fixed = sources.ranges(added, known, files.mask_value)
+    onnx_cache.take_ranges(sim, reference.hand_off.sim, same, fixed, bitwidths=narrow)
+    return sim
+
+
+class _Sources:
+    """Tensors of a graph with a cache in the graph without one.
+
+    :param model: graph with a cache, its constants folded.
+    :param plain: graph without one, its constants folded.
+    """
+
+    def __init__(self, model: Any, plain: Any, shape: CacheShape) -> None:
+        from aimet_ext.sim import onnx_files
+
+        self._moved, self._plain_moved = moved_from(model), moved_from(plain)
+        past, self._present = _cache_names(shape)
+        inputs = {value.name for value in model.graph.input}
+        pairs = zip(past, self._present, strict=True)
+        self._past = {name: new for name, new in pairs if name in inputs}
+        self._joined = {
+            node.output[0]: next(name for name in node.input if name in self._past)
+            for node in model.graph.node
+            if node.op_type == "Concat" and any(name in self._past for name in node.input)
+        }
+        self._tables = {
+            node.output[0]: node.input[0]
+            for node in model.graph.node
+            if node.op_type == "Gather" and node.input[1] == "position_ids"
+        }
+        self._constants = onnx_files.constants(model)
+        self._same = same_tensors(plain, model, frozenset({*self._joined, *self._tables}))
+
+    def ranges(
+        self, names: list[str], known: set[str], mask_value: float
+    ) -> tuple[dict[str, str], dict[str, tuple[float, float]]]:
+        """Tensor of the reference for each name, and ``(min, max)`` for what is known by itself.
+
+        :param known: tensors of the reference with a quantizer in use.
+        :raises ValueError: neither is there for a name; all such are named.
+        """
+        from onnx.numpy_helper import to_array
+
+        same: dict[str, str] = {}
+        fixed: dict[str, tuple[float, float]] = {}
+        missing = []
+        for name in names:
+            origin = self._origin(name)
+            source = self._reference(origin, known)
+            if origin == "attention_mask":
+                fixed[name] = (mask_value, 0.0)
+            elif origin in self._constants:
+                values: np.ndarray[Any, Any] = to_array(self._constants[origin])
+                fixed[name] = (float(values.min()), float(values.max()))
+            elif source is not None:
+                same[name] = source
+            else:
+                missing.append(name)
+        if missing:
+            raise ValueError(
+                "the simulation without a cache must have a range for every tensor that the one "
+                f"with a cache quantizes, but has none for {', '.join(missing[:5])}"
+            )
+        return same, fixed
+
+    def cache_names(self) -> tuple[str, ...]:
+        """What comes in, what is added to it, and both joined."""
+        return (*self._past, *self._present, *self._joined)
+
+    def _origin(self, name: str) -> str:
+        """The tensor whose values these are, or which they are joined with."""
+        while True:
+            if name in self._moved:
+                name = self._moved[name]
+            elif name in self._joined:
+                name = self._joined[name]
+            elif name in self._tables:
+                name = self._tables[name]
+            elif name in self._past:
+                name = self._past[name]
+            else:
+                return name
+
+    def _reference(self, origin: str, known: set[str]) -> str | None:
+        found = self._same.get(origin)
+        while found is not None and found not in known:
+            found = self._plain_moved.get(found)
+        return found
+
+
+def _separate_present(model: Any, shape: CacheShape) -> None:
+    """Have the new keys and values be tensors of their own, which may have a width of their own."""
+    from onnx.helper import make_node
+
+    present = set(_cache_names(shape)[1])
+    nodes = []
+    for node in model.graph.node:
+        nodes.append(node)
+        for index, name in enumerate(node.output):
+            if name in present:
+                node.output[index] = f"{name}_wide"
+                label = f"{node.name}/narrow"
+                nodes.append(make_node("Identity", [f"{name}_wide"], [name], name=label))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def _cache_names(shape: CacheShape) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Caches that come in, and what is added to each of them."""
+    return shape.past_names(1), shape.output_names()[1:]

@@ -1,0 +1,122 @@
+"""Prefill and decode graphs as functions of a cache, in onnxruntime on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aimet_ext.errors import CorruptFileError, require
+from aimet_ext.export.manifest import read_manifest
+from aimet_ext.model.kv_cache import CacheShape, Run, TokenCache, run_with_cache
+
+__all__ = ["FLOAT", "KIND", "QDQ", "CacheFiles", "CacheGraphs", "load_cache_graphs"]
+
+KIND = "cache"
+FLOAT, QDQ = ".onnx", ".qdq.onnx"
+
+
+@dataclass(frozen=True)
+class CacheGraphs:
+    """Graphs of one model that share a cache.
+
+    :param shape: of the cache.
+    :param mask_value: what their masks hold for tokens that are not seen.
+    :param calls: what runs a call, by the number of its tokens.
+    """
+
+    shape: CacheShape
+    mask_value: float
+    calls: Mapping[int, Run]
+
+    def cache(self) -> TokenCache:
+        """An empty cache for these graphs."""
+        return TokenCache(self.shape, mask_value=self.mask_value)
+
+    def logits(self, ids: Tensor, prompt: int | None = None) -> Tensor:
+        """Logits ``[1, seq, vocab]`` of ids ``[1, seq]``, on an empty cache.
+
+        :param prompt: how many of the ids are taken by the longer graph; None: all.
+        """
+        return run_with_cache(self.calls, self.cache(), ids, prompt)
+
+
+@dataclass(frozen=True)
+class CacheFiles:
+    """Where the graphs are, and what they take.
+
+    :param folder: theirs.
+    :param lengths: tokens of a call by the graph's name.
+    :param shape: of the cache.
+    :param mask_value: what their masks hold for tokens that are not seen.
+    """
+
+    folder: Path
+    lengths: Mapping[str, int]
+    shape: CacheShape
+    mask_value: float
+
+    def path(self, name: str, ending: str = FLOAT) -> Path:
+        """File of a graph."""
+        return self.folder / f"{name}{ending}"
+
+    def feed(self, length: int) -> dict[str, Tensor]:
+        """Inputs of a call of ``length`` tokens, all of them 0, on an empty cache."""
+        ids = torch.zeros(1, length, dtype=torch.long)
+        return TokenCache(self.shape, mask_value=self.mask_value).feed(ids, length)
+
+    def in_onnxruntime(self, ending: str = FLOAT) -> CacheGraphs:
+        """The graphs, ready to run in onnxruntime on the CPU."""
+        calls = {
+            length: _onnx_call(self.path(name, ending), self.shape)
+            for name, length in self.lengths.items()
+        }
+        return CacheGraphs(self.shape, self.mask_value, calls)
+
+
+def load_cache_graphs(path: str | Path, *, qdq: bool = False) -> CacheGraphs:
+    """The graphs that :func:`aimet_ext.export_with_cache` wrote, ready to run.
+
+    :param path: the folder, every file of which is compared with its hash.
+    :param qdq: the quantized graphs instead of the float ones.
+    :raises CorruptFileError: a file was changed, is absent, or the folder holds something else.
+    :raises ValueError: there are no quantized graphs.
+
+    >>> graphs = load_cache_graphs("out", qdq=True)
+    >>> logits = graphs.logits(ids, prompt=48)
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    if manifest["kind"] != KIND:
+        raise CorruptFileError(
+            f"{folder}: graphs with a cache are required, got {manifest['kind']!r}"
+        )
+    if qdq and not manifest["qdq"]:
+        raise ValueError(
+            f"{folder} holds no quantized graphs; export with a dataloader, which calibrates the "
+            "tensors that only an NPU quantizes"
+        )
+    shape = CacheShape.from_dict(manifest["cache"])
+    files = CacheFiles(folder, manifest["graphs"], shape, manifest["mask_value"])
+    return files.in_onnxruntime(QDQ if qdq else FLOAT)
+
+
+def _onnx_call(path: Path, shape: CacheShape) -> Run:
+    """What runs a graph in onnxruntime on the CPU, its threads those of torch."""
+    runtime = require("onnxruntime", "onnx")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # The integers of 4-bit weights are multiplied by float32 activations, as in a simulation.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = shape.output_names()
+
+    def call(feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found: list[Any] = session.run(names, {name: t.numpy() for name, t in feed.items()})
+        return {name: torch.from_numpy(x) for name, x in zip(names, found, strict=True)}
+
+    return call

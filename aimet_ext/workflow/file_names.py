@@ -1,0 +1,11 @@
+"""Names of the files of an export that go by one name whatever its prefix."""
+
+from __future__ import annotations
+
+__all__ = ["FINGERPRINTS", "LEDGER", "QUANTIZERS", "SETTINGS", "WEIGHTS"]
+
+FINGERPRINTS = "fingerprints.json"
+LEDGER = "ledger.safetensors"
+QUANTIZERS = "quantizers.safetensors"
+SETTINGS = "quantsim.json"
+WEIGHTS = "model.safetensors"

@@ -1,0 +1,263 @@
+"""From a simulation's export to the model that an NPU's compiler takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aimet_ext.core.objective import sqnr_db
+from aimet_ext.errors import CorruptFileError, require
+from aimet_ext.export.encodings import entries, load_encodings
+from aimet_ext.export.manifest import read_manifest
+from aimet_ext.workflow.load import load
+from aimet_ext.workflow.onnx_export import SETTINGS
+
+__all__ = ["HandOff", "feeds", "hand_off", "write_qdq"]
+
+_CONFIG = "htp_v79"
+# AIMET's names of architectures without MatMuls of 16 by 16 bits.
+_EARLY = ("V66", "V68", "V69")
+_FILL = ("attention_mask", "position_ids")
+
+
+@dataclass(frozen=True, eq=False)
+class HandOff:
+    """An export as a simulation of what an NPU computes.
+
+    :param sim: ``aimet_onnx.QuantizationSimModel``; every quantizer has a range.
+    :param folder: the export.
+    :param prefix: name of its ONNX and encodings files.
+    :param loaded: tensors whose range is that of the export.
+    :param moved: encoded tensors that hold the values of one of those, moved.
+    :param added: tensors that the export leaves float and the NPU does not; calibrated.
+    :param tables: lookup tables with a scale for each row, on their grid, at 16 bits.
+    :param kept: keys and values that have a width of their own.
+    :param same_numbers: dB, outputs of the simulation with the exported ranges alone against the
+        outputs of the simulation that was exported.
+    :param sample: one batch, inputs by name.
+    """
+
+    sim: Any
+    folder: Path
+    prefix: str
+    loaded: tuple[str, ...]
+    moved: tuple[str, ...]
+    added: tuple[str, ...]
+    tables: tuple[str, ...]
+    kept: tuple[str, ...]
+    same_numbers: float
+    sample: Mapping[str, np.ndarray[Any, Any]]
+
+
+def hand_off(
+    path: str | Path,
+    dataloader: Any,
+    *,
+    sim: Any = None,
+    config_file: str | Mapping[str, Any] | None = None,
+    kv_bitwidth: int | None = None,
+) -> HandOff:
+    """Rebuild an export as an ``aimet_onnx`` simulation with all quantizers that an NPU needs.
+
+    A torch simulation quantizes what modules take and return. An NPU computes nothing in float: it
+    needs ranges of scores, rotary embeddings and residual sums too. Those are calibrated here, on
+    top of the exported ranges, which stay as they are.
+
+    :param path: folder that :func:`aimet_ext.export` wrote, of a torch or an ONNX simulation.
+    :param dataloader: batches of ids ``[batch, seq]`` or of inputs by name, of the shape that the
+        ONNX file was exported with; the first one is the sample.
+    :param sim: the simulation that was exported, if at hand; else it is loaded from the folder.
+    :param config_file: AIMET's alias or content of the configuration that says which tensors are
+        quantized; None: the one of the exported simulation.
+    :param kv_bitwidth: bits of keys and values that are kept between calls; None: as the others.
+    :raises ValueError: an encoding's tensor is not in the model, or batches do not fit it.
+    :raises CorruptFileError: ``path`` is no export, or a file was changed.
+    """
+    require("aimet_onnx", "onnx")
+    from aimet_ext.sim import onnx_hand_off as target
+
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    if manifest["kind"] != "export":
+        raise CorruptFileError(f"{folder}: an export is required, got {manifest['kind']!r}")
+    prefix = manifest["prefix"]
+    encoded = entries(load_encodings(folder / f"{prefix}.encodings"))
+    model = require("onnx", "onnx").load(str(folder / f"{prefix}.onnx"))
+    batches = feeds(_inputs(model), dataloader)
+    reference = _outputs(sim if sim is not None else load(folder), batches[0])
+    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["create_sim"] or {}
+    model, kept = _prepared(model, encoded, kv_bitwidth is not None)
+    built = target.build_target_sim(
+        model,
+        config_file or settings.get("config_file") or _CONFIG,
+        activation_bits=_activation_bits(encoded),
+        sample=batches[0],
+    )
+    loaded = target.put_encodings(built, encoded)
+    with target.only_these(built, loaded.quantizers):
+        output = built.session.run(None, batches[0])[0]
+    if kv_bitwidth is not None:
+        target.insert_quantizers(built, dict.fromkeys(kept, kv_bitwidth))
+    given = {*loaded.quantizers, *loaded.tables}
+    added = [
+        name
+        for name, quantizer in built.qc_quantize_op_dict.items()
+        if quantizer.enabled and name not in given
+    ]
+    target.calibrate_added(built, added, batches)
+    return HandOff(
+        sim=built,
+        folder=folder,
+        prefix=prefix,
+        loaded=loaded.quantizers,
+        moved=loaded.moved,
+        added=tuple(added),
+        tables=loaded.tables,
+        kept=tuple(kept),
+        same_numbers=_sqnr(output, reference),
+        sample=batches[0],
+    )
+
+
+def write_qdq(source: Any, path: str | Path) -> Path:
+    """Write the QDQ model that a compiler takes: what HTP computes as the simulation does.
+
+    Weights are integers, norms one operator each, second operands of MatMuls between activations
+    signed; nodes have names of their own.
+
+    :param source: a :class:`HandOff`, or an ``aimet_onnx`` simulation with all ranges.
+    :param path: of the ONNX file; weights of more than 2 GiB go to ``{name}.data`` beside it.
+    :returns: the path.
+    :raises RuntimeError: a weight with a quantizer is still float.
+    """
+    require("aimet_onnx", "onnx")
+    from aimet_ext.model.onnx_norms import fuse_rms_norms
+    from aimet_ext.model.onnx_operands import sign_second_operands
+    from aimet_ext.model.onnx_qdq import drop_casts, float_weights
+    from aimet_ext.sim import onnx_files
+
+    path = Path(path)
+    sim = source.sim if isinstance(source, HandOff) else source
+    model = sim.to_onnx_qdq(prequantize_constants=True)
+    drop_casts(model)
+    fuse_rms_norms(model)
+    if sim._hw_version not in _EARLY:
+        sign_second_operands(model)
+    onnx_files.name_nodes(model)
+    quantizers = sim.qc_quantize_op_dict
+    left = [
+        name
+        for name in float_weights(model)
+        if (stem := name.removesuffix("_qdq")) in quantizers and quantizers[stem].enabled
+    ]
+    if left:
+        raise RuntimeError(
+            f"{path.name}: weights with a quantizer must be integers, but these are float: "
+            f"{', '.join(left[:5])}"
+        )
+    onnx_files.save_model(model, path, external=False)
+    return path
+
+
+def feeds(inputs: Iterable[Any], dataloader: Any) -> list[dict[str, np.ndarray[Any, Any]]]:
+    """Batches as arrays by input, each of the batch size that the graph has.
+
+    :param inputs: ``ValueInfoProto`` of the graph's inputs.
+    :param dataloader: batches of ids, tuples in the order of the inputs, or mappings. A mask of
+        ones and positions from 0 are filled in where the graph takes them.
+    :raises ValueError: there is no batch, one lacks an input, or has another shape.
+    """
+    from aimet_ext.model.onnx_batches import check_inputs
+
+    named = {value.name: value for value in inputs}
+    found: list[dict[str, np.ndarray[Any, Any]]] = []
+    for number, batch in enumerate(dataloader):
+        tensors = _named(batch, list(named))
+        for part in _rows(tensors, named):
+            check_inputs(part, named, number)
+            found.append({name: part[name].contiguous().numpy() for name in named})
+    if not found:
+        raise ValueError("dataloader must yield at least one batch, it yielded none")
+    return found
+
+
+def _inputs(model: Any) -> list[Any]:
+    """Inputs of a model that are no stored values."""
+    stored = {proto.name for proto in model.graph.initializer}
+    return [value for value in model.graph.input if value.name not in stored]
+
+
+def _prepared(
+    model: Any, encoded: Mapping[str, Mapping[str, Any]], keep: bool
+) -> tuple[Any, list[str]]:
+    """The float model in the forms that an NPU computes right, and its keys and values."""
+    from aimet_ext.model.onnx_apart import set_apart
+    from aimet_ext.model.onnx_fold import bound_masks, fold_constants
+    from aimet_ext.model.onnx_kept import keep_keys_and_values
+
+    model = fold_constants(model, keep=encoded)
+    bound_masks(model)
+    set_apart(model, {name: entry["enc_type"] for name, entry in encoded.items()})
+    return model, keep_keys_and_values(model) if keep else []
+
+
+def _named(batch: Any, names: list[str]) -> dict[str, Tensor]:
+    if isinstance(batch, Mapping):
+        given = dict(batch)
+    elif isinstance(batch, tuple | list):
+        given = dict(zip(names, batch, strict=False))
+    else:
+        given = {names[0]: batch}
+    tensors = {name: torch.as_tensor(value).detach().cpu() for name, value in given.items()}
+    ids = tensors.get(names[0])
+    if ids is not None and any(name in names and name not in tensors for name in _FILL):
+        mask = tensors.setdefault("attention_mask", torch.ones_like(ids))
+        tensors.setdefault("position_ids", (mask.cumsum(-1) - 1).clamp(min=0))
+    return {name: tensors[name] for name in names if name in tensors}
+
+
+def _rows(tensors: dict[str, Tensor], inputs: Mapping[str, Any]) -> Iterable[dict[str, Tensor]]:
+    """A batch cut into ones of the graph's size, where that divides it."""
+    sizes = {
+        value.type.tensor_type.shape.dim[0].dim_value if value.type.tensor_type.shape.dim else 0
+        for value in inputs.values()
+    }
+    counts = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors.values()}
+    size, count = next(iter(sizes), 0), next(iter(counts), 0)
+    if len(sizes) > 1 or len(counts) > 1 or size < 1 or count <= size or count % size:
+        return [tensors]
+    return (
+        {name: tensor[start : start + size] for name, tensor in tensors.items()}
+        for start in range(0, count, size)
+    )
+
+
+@torch.no_grad()
+def _outputs(sim: Any, batch: Mapping[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    """First output of a simulation of either kind."""
+    if hasattr(sim, "session"):
+        first: np.ndarray[Any, Any] = sim.session.run(None, dict(batch))[0]
+        return first
+    device = next((p.device for p in sim.model.parameters()), None)
+    found = sim.model(**{name: torch.from_numpy(a).to(device) for name, a in batch.items()})
+    logits = found if isinstance(found, Tensor) else found[0]
+    values: np.ndarray[Any, Any] = logits.float().cpu().numpy()
+    return values
+
+
+def _activation_bits(encoded: Mapping[str, Mapping[str, Any]]) -> int:
+    """The most frequent width of the tensors that have one range."""
+    bits = [entry["bw"] for entry in encoded.values() if entry["enc_type"] == "PER_TENSOR"]
+    return max(set(bits), key=bits.count) if bits else 16
+
+
+def _sqnr(output: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
+    wide = expected.astype(np.float64)
+    return sqnr_db(float(np.square(wide).sum()), float(np.square(output - wide).sum()))

@@ -1,0 +1,197 @@
+"""Grids of one tensor from several files, in one form, and what is wrong where two differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aimet_ext.core.affine import Grid, scale_offset, to_blocks
+from aimet_ext.core.lpbq import lpbq_scale
+from aimet_ext.export.encodings import Layout, to_grid
+
+__all__ = ["Cells", "encoded_cells", "misfit", "onnx_cells", "torch_cells"]
+
+_RELATIVE = 1e-6
+# A grid that leaves more than this part of the values of most cells outside, or of whose range the
+# values of most cells use less than this, was made for another tensor.
+_OUTSIDE, _USED = 0.4, 1 / 8
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """A grid of ``steps + 1`` values a cell, the smallest ``first · scale``.
+
+    :param scale: step of every cell, as the tensor lies.
+    :param first: smallest value of every cell in steps.
+    """
+
+    scale: Tensor
+    first: Tensor
+    steps: int
+
+    @classmethod
+    def of(cls, grid: Grid) -> Cells:
+        """The same grid."""
+        first = grid.offset.double() + grid.qmin + grid.zero_point_shift
+        scale = grid.scale.double()
+        return cls(scale, first.expand_as(scale), grid.qmax - grid.qmin)
+
+    def same(self, other: Cells) -> bool:
+        """Whether two grids have the same values; a weight may lie the other way round."""
+        return self.steps == other.steps and any(
+            _close(mine, theirs)
+            for mine, theirs in zip(_pairs(self), _pairs(other, turn=True), strict=True)
+        )
+
+    def mirrored(self, other: Cells) -> bool:
+        """Whether the other one is this with a sign of its offsets changed, in any convention.
+
+        Offsets are counted from the integer 0, from the middle, or range from -max to -min.
+        """
+        half = (self.steps + 1) // 2
+        signs = (-self.first, -self.first - self.steps, -(self.first + half) - half)
+        return not self.same(other) and any(replace(self, first=s).same(other) for s in signs)
+
+    def __str__(self) -> str:
+        bits = (self.steps + 1).bit_length() - 1
+        number = self.scale.numel()
+        text = f"{bits} bits, scale {_shown(self.scale)}, first value {_shown(self.first)} steps"
+        return text if number == 1 else f"{text}, {number} cells"
+
+
+def torch_cells(tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> dict[str, Cells]:
+    """Grids of a PyTorch sim's integer quantizers with a range, by the quantizers' names."""
+    found: dict[str, Cells] = {}
+    for name, static in described.items():
+        if "qmin" not in static or not static["state"]["initialized"]:
+            continue
+        qmin, qmax, symmetric = static["qmin"], static["qmax"], static["symmetric"]
+        if "scale" in static["parameters"]:
+            scale, offset = tensors[f"{name}.scale"], tensors[f"{name}.offset"]
+        else:
+            low, high = tensors[f"{name}.min"].float(), tensors[f"{name}.max"].float()
+            scale, offset = scale_offset(low, high, qmin, qmax, symmetric)
+        bits = (qmax - qmin).bit_length()
+        grouping = static.get("block_grouping")
+        if grouping is not None:
+            scale = lpbq_scale(scale, grouping, static["decompressed_bw"] - bits)
+        shift = static.get("zero_point_shift") or 0.0
+        block = None if static["block_size"] is None else tuple(static["block_size"])
+        found[name] = Cells.of(Grid(scale, offset.round(), qmin, qmax, block, shift))
+    for name, static in described.items():
+        if static.get("same_as") in found:
+            found[name] = found[static["same_as"]]
+    return found
+
+
+def onnx_cells(
+    tensors: Mapping[str, Tensor],
+    described: Mapping[str, Any],
+    containers: Mapping[str, list[int]],
+) -> dict[str, Cells]:
+    """Grids of an ONNX sim's integer quantizers in use, by tensor, in the widths they travel in.
+
+    :param tensors: of ``quantizers.safetensors``.
+    :param containers: width of its own and width of travel by tensor.
+    """
+    found: dict[str, Cells] = {}
+    for name, entry in described.items():
+        static = described[entry["same_as"]] if "same_as" in entry else entry
+        rows = tensors.get(f"range.{entry.get('same_as', name)}")
+        if rows is None or static["dtype"] != "int" or not static["state"]["enabled"]:
+            continue
+        scale, first = rows[:, 0].float().double(), rows[:, 1]
+        bits = int(static["bitwidth"])
+        if name in containers:
+            _, width = containers[name]
+            if bool((first % 1 != 0).any()):  # half a step off the integers: odd ones of half steps
+                scale, first = scale / 2, torch.full_like(first, -(1 << width - 1))
+            elif static["symmetric"] and not static["unsigned_symmetric"]:
+                first = first + (1 << bits - 1) - (1 << width - 1)
+            bits = width
+        found[name] = Cells(scale, first, (1 << bits) - 1)
+    return found
+
+
+def encoded_cells(
+    entry: Mapping[str, Any], newer: Mapping[str, Any] | None, shape: tuple[int, ...] | None
+) -> Cells | None:
+    """Grid of one entry of an encodings file, None if it is no integer grid.
+
+    :param newer: the entry 2.0.0 of the same tensor, which alone names axes.
+    :param shape: of a constant.
+    :raises ValueError: the entry is damaged, or does not fit the tensor.
+    """
+    if entry.get("dtype") == "FLOAT" or "float" in str(entry.get("output_dtype", "")):
+        return None
+    axes = newer or {}
+    axis = int(axes.get("axis", 0))
+    if "block_size" in axes:
+        axis = 1 - axis
+    sizes = shape if shape is not None else ()
+    try:
+        cells = Cells.of(to_grid(entry, Layout(sizes, axis)))
+    except (TypeError, IndexError, ZeroDivisionError) as error:
+        raise ValueError(f"is damaged ({error})") from error
+    if entry.get("enc_type") == "LPBQ":
+        half = -(1 << entry["bw"] - 1)
+        if any(offset != half for offset in entry["offset"]):  # which to_grid does not need
+            return Cells(cells.scale, -cells.first, cells.steps)
+    return cells
+
+
+def misfit(values: Tensor, cells: Cells) -> str | None:
+    """What shows that a grid was made for other values, None if nothing does.
+
+    Methods clip, and some leave part of a range unused, but neither as much as is asked for here.
+
+    :param values: the tensor, as the cells lie.
+    """
+    shape = (1,) * (values.dim() - cells.scale.dim()) + tuple(cells.scale.shape)
+    if cells.scale.dim() == 1 and values.dim() > 1 and cells.scale.numel() > 1:
+        return None
+    blocks = to_blocks(values.double(), shape)  # [g0, b0, g1, b1, …]
+    inside = tuple(range(1, blocks.dim(), 2))
+    if not inside:
+        return None
+    spread = tuple(n for size in shape for n in (size, 1))
+    low = (cells.first * cells.scale).reshape(spread)
+    step = cells.scale.reshape(spread)
+    high = low + cells.steps * step
+    outside = ((blocks < low - step) | (blocks > high + step)).double().mean(inside)
+    reach = torch.maximum(-low, high)
+    used = (blocks.abs() / reach).amax(inside)
+    part, full = float(outside.median()), float(used.median())
+    if part > _OUTSIDE:
+        return f"{part:.0%} of the values lie outside its range"
+    if full < _USED and bool((blocks != 0).any()):
+        return f"the values use {full:.1%} of its range"
+    return None
+
+
+def _close(mine: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> bool:
+    if mine[0].numel() != theirs[0].numel():
+        return False
+    (scale, first), (other, other_first) = mine, theirs
+    equal = torch.isclose(scale, other, rtol=_RELATIVE, atol=0)
+    return bool(equal.all()) and bool(((first - other_first).abs() < 0.25).all())
+
+
+def _pairs(cells: Cells, *, turn: bool = False) -> list[tuple[Tensor, Tensor]]:
+    """Scale and first value, flat, twice: as they lie, and if asked for, turned."""
+    plain = (cells.scale.flatten(), cells.first.flatten())
+    if turn and cells.scale.dim() == 2:
+        return [plain, (cells.scale.mT.flatten(), cells.first.mT.flatten())]
+    return [plain, plain]
+
+
+def _shown(values: Tensor) -> str:
+    low, high = float(values.min()), float(values.max())
+    if math.isclose(low, high, rel_tol=1e-6):
+        return f"{low:.6g}"
+    return f"{low:.6g} … {high:.6g}"

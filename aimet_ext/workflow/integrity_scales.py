@@ -1,0 +1,140 @@
+"""The scales file of an export against the ledger, of which it is the product."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from aimet_ext.export.ledger import Ledger
+from aimet_ext.export.scales import AIMET_FILE, SCALES_FILE
+from aimet_ext.workflow.file_names import LEDGER
+from aimet_ext.workflow.integrity_files import AGAIN, Stored
+from aimet_ext.workflow.integrity_state import ExportState
+
+__all__ = ["check_scales"]
+
+_FIELDS = ("techniques", "pairs", "origin", "version", "schema")
+
+
+def check_scales(state: ExportState) -> None:
+    """Every vector must be the product of the ledger's multipliers for its module and axis."""
+    ledger = _ledger(state)
+    mine = state.files.scales.tensors
+    if ledger is None:
+        return
+    _check_multipliers(state, ledger)
+    try:
+        products = ledger.cumulative(lambda name: _original(name, mine))
+    except (ValueError, RuntimeError) as error:
+        state.add("scales", LEDGER, f"its multipliers do not go together: {error}")
+        return
+    expected = {
+        f"{module}.{axis}": vector
+        for module, axes in products.items()
+        for axis, vector in axes.items()
+    }
+    _compare(state, SCALES_FILE, mine, expected)
+    _check_fields(state, ledger)
+    if state.files.aimet_scales is not None:
+        theirs = {
+            f"{name.rpartition('.')[0]}.prev" if name.endswith(".output") else _foll(name): (
+                vector.reciprocal() if name.endswith(".output") else vector
+            )
+            for name, vector in expected.items()
+        }
+        _compare(state, AIMET_FILE, state.files.aimet_scales.tensors, theirs)
+
+
+def _foll(name: str) -> str:
+    return f"{name.rpartition('.')[0]}.foll"
+
+
+def _ledger(state: ExportState) -> Ledger | None:
+    stored: Stored = state.files.ledger
+    if not stored.fields:
+        return None  # the file could not be read, which was said
+    try:
+        return Ledger.from_tensors(stored.tensors, stored.json("ledger"))
+    except (KeyError, TypeError, ValueError) as error:
+        state.add("ledger", LEDGER, f"is damaged: {type(error).__name__} {error}")
+        return None
+
+
+def _original(name: str, known: Mapping[str, Tensor]) -> str:
+    """A module's name in the checkpoint: that in the sim, without the wrapper's prefix."""
+    for start in range(name.count(".") + 1):
+        short = name.split(".", start)[-1]
+        if f"{short}.input" in known or f"{short}.output" in known:
+            return short
+    return name
+
+
+def _check_multipliers(state: ExportState, ledger: Ledger) -> None:
+    """Multipliers that are not what was recorded, by the module that they were folded into."""
+    for number, entry in enumerate(ledger.entries):
+        for place, side in enumerate(entry.sides):
+            item = (LEDGER, f"{number}.{place}")
+            if state.unchanged(*item) is False:
+                message = f"its multiplier ({side.axis}) by {entry.technique} was changed"
+                state.add("ledger", side.module, f"{message} in {LEDGER}", AGAIN, item)
+    if state.unchanged(LEDGER, "field ledger") is False:
+        message = "its list of what was done to the sim was changed"
+        state.add("ledger", LEDGER, message, AGAIN, (LEDGER, "field ledger"))
+
+
+def _compare(
+    state: ExportState, file: str, mine: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> None:
+    for name in dict.fromkeys([*expected, *mine]):
+        item = (file, name)
+        if name not in mine:
+            state.add("scales", name, f"is gone from {file}", AGAIN, item)
+        elif name not in expected:
+            state.add("scales", name, f"{file} has it, and {LEDGER} does not", AGAIN, item)
+        elif not torch.equal(mine[name], expected[name]):
+            twin = next(
+                (n for n, v in expected.items() if n != name and torch.equal(v, mine[name])), None
+            )
+            if twin is not None:
+                message = f"in {file} is that of {twin}"
+                state.add("swapped", name, message, AGAIN, item)
+            else:
+                message = f"in {file} is not what {LEDGER} comes to: {_how(mine, expected, name)}"
+                state.add("scales", name, message, AGAIN, item)
+
+
+def _how(mine: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> str:
+    one, two = mine[name], expected[name]
+    if one.shape != two.shape:
+        return f"{tuple(one.shape)} values, {tuple(two.shape)} are required"
+    wrong = (one != two).nonzero().flatten()
+    first = int(wrong[0])
+    return (
+        f"{len(wrong)} of {len(one)} values differ, value {first} is {float(one[first]):.6g}, "
+        f"{float(two[first]):.6g} is required"
+    )
+
+
+def _check_fields(state: ExportState, ledger: Ledger) -> None:
+    fields = state.files.scales.fields
+    if not fields:
+        return
+    required = {"techniques": list(ledger.techniques), "origin": ledger.origin or ""}
+    for name, value in required.items():
+        text = fields.get(name)
+        found = text if name == "origin" else json.loads(text or "null")
+        if found != value:
+            message = f"says {name} {found!r}, and {LEDGER} {value!r}"
+            state.add("scales", SCALES_FILE, message, AGAIN, (SCALES_FILE, f"field {name}"))
+    pairs = json.loads(fields.get("pairs", "[]"))
+    kinds = [(pair["technique"], pair["pair"], pair["size"]) for pair in pairs]
+    if kinds != [(entry.technique, entry.pair, entry.size) for entry in ledger.entries]:
+        message = f"lists other scale pairs than {LEDGER}"
+        state.add("scales", SCALES_FILE, message, AGAIN, (SCALES_FILE, "field pairs"))
+    for name in _FIELDS:
+        item = (SCALES_FILE, f"field {name}")
+        if state.unchanged(*item) is False:
+            state.add("scales", SCALES_FILE, f"its field {name!r} was changed", AGAIN, item)

@@ -1,0 +1,194 @@
+"""What a lint looks at, read from an ONNX simulation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from aimet_ext.model.onnx_layers import OnnxLayer
+from aimet_ext.model.onnx_same_tensors import MOVES
+from aimet_ext.sim.base import WeightQuantizer
+from aimet_ext.sim.onnx_quantizer_state import is_integer
+from aimet_ext.sim.onnx_quantizers import OnnxWeightQuantizer
+from aimet_ext.workflow.lint_facts import Activation, LintLayer, SimFacts
+from aimet_ext.workflow.lint_limits import FIXED_RANGES
+
+__all__ = ["onnx_facts"]
+
+# Operators whose output holds values of their first input, so that its quantizer counts.
+_MOVES = MOVES | {"DepthToSpace", "Gather", "MaxPool", "SpaceToDepth"}
+# Operators that AIMET takes together with the layer before them, which then has no quantizer.
+_FUSED = {"BatchNormalization", "Clip", "HardSwish", "LeakyRelu", "PRelu", "Relu"}
+_ADDING = {"Add", "Max", "Min", "Sub", "Where"}
+# How the output for the next call is named after the input.
+_CACHES = (("past_key_values", "present"), ("past", "present"), ("past", "new"))
+
+
+def onnx_facts(adaptor: Any) -> SimFacts:
+    """See :class:`SimFacts`.
+
+    :param adaptor: of ``aimet_onnx.QuantizationSimModel``.
+    """
+    return _Reader(adaptor).facts()
+
+
+class _Reader:
+    def __init__(self, adaptor: Any) -> None:
+        self.adaptor, self.graph = adaptor, adaptor.graph
+        self.fused = {node for nodes in self.graph.fused.values() for node in nodes}
+        self.activations: dict[str, Activation] = {
+            name: _activation(name, quantizer)
+            for name, quantizer in adaptor.activation_quantizers().items()
+        }
+
+    def facts(self) -> SimFacts:
+        """Everything, the graph gone over once for each part."""
+        shared = self.adaptor.layers.shared_weights()
+        return SimFacts(
+            layers=tuple(
+                self._layer(name, layer, name in shared)
+                for name, layer in self.adaptor.layers.items()
+            ),
+            activations=tuple(self.activations.values()),
+            unset=tuple(
+                name for name in self.adaptor.sim.param_names if self._is_unset_parameter(name)
+            ),
+            fixed=tuple(self._fixed()),
+            masked=tuple(self._masked().values()),
+            operands=tuple(self._operands().values()),
+            tied=tuple(self._tied()),
+        )
+
+    def source(self, tensor: str) -> Activation | None:
+        """Quantizer that the values of a tensor went through last, None if they are float."""
+        while tensor not in self.activations:
+            index = self.graph.producer.get(tensor)
+            if index is None or self.graph.nodes[index].op_type not in _MOVES:
+                return None
+            tensor = self.graph.nodes[index].input[0]
+        return self.activations[tensor]
+
+    def target(self, tensor: str) -> Activation | None:
+        """Quantizer that the values of a tensor go through next, what AIMET fuses passed over."""
+        while tensor not in self.activations:
+            readers = self.graph.consumers.get(tensor, ())
+            if len(readers) != 1 or self.graph.nodes[readers[0]].op_type not in _FUSED | _MOVES:
+                return None
+            tensor = self.graph.nodes[readers[0]].output[0]
+        return self.activations[tensor]
+
+    def _layer(self, name: str, layer: OnnxLayer, shared: bool) -> LintLayer:
+        shape = self.graph.shape(layer.weight)
+        use = layer.uses[0]
+        common: dict[str, Any] = {
+            "name": name,
+            "kind": layer.kind,
+            "width": shape[0] if layer.transposed else shape[1],
+            "tied": shared,
+        }
+        if layer.kind == "embedding":
+            return LintLayer(**common, weight=self._table(name, layer))
+        sides = {"input": self.source(use.input), "output": self._made(layer)}
+        return LintLayer(
+            **common,
+            kernel=layer.kernel,
+            weight=self.adaptor.weight_quantizer(name),
+            fused=self._fused(layer),
+            reads=sides["input"],
+            makes=sides["output"],
+            floats=tuple(side for side, found in sides.items() if found is None),
+        )
+
+    def _table(self, name: str, layer: OnnxLayer) -> WeightQuantizer | None:
+        """Quantizer of a lookup table, which AIMET counts among the activations."""
+        quantizer = self.adaptor.sim.qc_quantize_op_dict.get(layer.weight)
+        if not is_integer(quantizer):
+            return None
+        return OnnxWeightQuantizer(name, self.graph, layer, quantizer, self.adaptor.touch)
+
+    def _made(self, layer: OnnxLayer) -> Activation | None:
+        """Quantizer of a layer's result, before the Add of its bias where that is one too."""
+        use = layer.uses[0]
+        own = self.graph.nodes[use.node].output[0]
+        return self.activations.get(own) or self.target(use.output)
+
+    def _fused(self, layer: OnnxLayer) -> str | None:
+        """The operator in which the graph adds a float bias; also a Gemm without one."""
+        if layer.kind == "conv":
+            return "Conv" if layer.bias is not None and not self._is_int32(layer.bias) else None
+        for use in layer.uses:
+            node = self.graph.nodes[use.node]
+            if node.op_type == "Gemm":
+                return "Gemm"
+            if use.add is not None and {node.name, self.graph.nodes[use.add].name} <= self.fused:
+                return "MatMul+Add"
+        return None
+
+    def _is_int32(self, bias: str) -> bool:
+        quantizer = self.adaptor.sim.qc_quantize_op_dict.get(bias)
+        return is_integer(quantizer) and int(quantizer.bitwidth) == 32
+
+    def _operands(self) -> dict[str, Activation]:
+        """Quantizers of the second factors of products of two activations."""
+        found = {}
+        weights = {use.node for layer in self.adaptor.layers.values() for use in layer.uses}
+        for index, node in enumerate(self.graph.nodes):
+            if node.op_type == "MatMul" and index not in weights:
+                second = self.source(node.input[1])
+                if second is not None:
+                    found[second.name] = second
+        return found
+
+    def _is_unset_parameter(self, name: str) -> bool:
+        quantizer = self.adaptor.sim.qc_quantize_op_dict.get(name)
+        return bool(
+            quantizer is not None
+            and quantizer.enabled
+            and quantizer.quant_info.isIntDataType
+            and not quantizer.is_initialized()
+        )
+
+    def _fixed(self) -> Iterator[tuple[str, Activation]]:
+        for node in self.graph.nodes:
+            if node.op_type in FIXED_RANGES and node.output[0] in self.activations:
+                yield node.op_type, self.activations[node.output[0]]
+
+    def _masked(self) -> dict[str, Activation]:
+        """Quantizers of what goes into each Softmax, and of what was added to it."""
+        found = {}
+        for node in self.graph.nodes:
+            if node.op_type != "Softmax":
+                continue
+            tensor = self._origin(node.input[0])
+            index = self.graph.producer.get(tensor)
+            tensors = [node.input[0]]
+            if index is not None and self.graph.nodes[index].op_type in _ADDING:
+                tensors += [tensor, *self.graph.nodes[index].input]
+            for name in tensors:
+                activation = self.source(name) if name else None
+                if activation is not None:
+                    found[activation.name] = activation
+        return found
+
+    def _origin(self, tensor: str) -> str:
+        """The tensor of which another one holds the values, moved."""
+        while (index := self.graph.producer.get(tensor)) is not None:
+            if self.graph.nodes[index].op_type not in _MOVES:
+                break
+            tensor = self.graph.nodes[index].input[0]
+        return tensor
+
+    def _tied(self) -> Iterator[tuple[Activation | None, Activation | None, str, str]]:
+        """A cache's quantizers and the names of its two tensors, as input and as output."""
+        for name in self.graph.inputs:
+            for old, new in _CACHES:
+                output = name.replace(old, new, 1)
+                if old in name and output in self.graph.outputs:
+                    yield self.source(name), self.source(output), name, output
+                    break
+
+
+def _activation(name: str, quantizer: Any) -> Activation:
+    encodings = quantizer.get_encodings() if quantizer.is_initialized() else None
+    low, high = (None, None) if not encodings else (encodings[0].min, encodings[0].max)
+    return Activation(name=name, bitwidth=int(quantizer.bitwidth), low=low, high=high)

@@ -1,0 +1,236 @@
+"""Whether an export computes on the target's processor what it does in the simulation."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from aimet_ext.errors import CorruptFileError
+from aimet_ext.export.folders import check_output, replace_folder
+from aimet_ext.export.manifest import read_manifest, versions, write_manifest
+from aimet_ext.integrations.qnn_targets import HtpTarget, find_target
+from aimet_ext.workflow.findings import Finding
+from aimet_ext.workflow.integrity import check_integrity
+from aimet_ext.workflow.verify_data import Feed, graph_inputs, random_feeds, window_feeds
+from aimet_ext.workflow.verify_report import Status, Step, Thresholds, VerifyReport
+from aimet_ext.workflow.verify_steps import Verification
+
+__all__ = ["REPORT", "verify"]
+
+REPORT = "verify.json"
+
+_STEPS: tuple[tuple[str, Callable[[Verification], str]], ...] = (
+    ("sim rebuilt", Verification.rebuild),
+    ("same numbers in ONNX", Verification.same_numbers),
+    ("lint", Verification.lint),
+    ("QDQ model", Verification.write),
+    ("compiled", Verification.compile),
+    ("outputs", Verification.outputs),
+    ("layer by layer", Verification.compare_layers),
+)
+# After these the next ones have nothing to work with.
+_NEEDED = ("files", "sim rebuilt", "same numbers in ONNX", "QDQ model")
+
+
+def verify(
+    path: str | Path,
+    dataloader: Any = None,
+    *,
+    target: str | HtpTarget = "htp_v75",
+    output: str | Path | None = None,
+    reference: Any = None,
+    windows: int = 4,
+    thresholds: Thresholds | None = None,
+    kv_bitwidth: int | None = None,
+) -> VerifyReport:
+    """Check an export down to the numbers that the target's processor computes.
+
+    The files are compared with each other; the sim is rebuilt from them and turned into an ONNX
+    sim, which must compute the same; that is written as a QDQ model, compiled for the target,
+    which must take every node, and run in simulation of the processor. Its outputs must be nearer
+    to the sim's than those are to the float model's, and every operator is compared with the
+    ONNX sim's, to name the first one that diverges and, where it is known, the cause.
+
+    Where onnxruntime-qnn is not installed, the QDQ model runs in onnxruntime on the CPU, and
+    the report's ``backend`` says so.
+
+    :param path: folder that :func:`aimet_ext.export` wrote.
+    :param dataloader: batches of token ids as :func:`aimet_ext.calibration_batches` makes them, or
+        of the model's inputs; cut to the length that the model was exported with. All of them
+        calibrate what only the target quantizes. None: made-up inputs, which say nothing about
+        perplexity.
+    :param target: an architecture (``"htp_v75"``) or a chip (``"sm8650"``).
+    :param output: folder for the QDQ model, the encodings of all its quantizers, the context
+        binary and the report (``verify.json``); None: nothing is kept.
+    :param reference: the float model as it was before any technique, a module that takes the same
+        inputs; None: the sim with its quantizers off.
+    :param windows: batches of the exported shape to compare on.
+    :param thresholds: what is asked for, :class:`Thresholds` as they are if None.
+    :param kv_bitwidth: bits of keys and values that are kept between calls; None: as the others.
+    :returns: the report; ``report.passed`` is the verdict.
+    :raises FileNotFoundError: there is no export at ``path``.
+    :raises CorruptFileError: the folder holds something else than an export.
+    :raises FileExistsError: ``output`` is a folder that is not ours.
+    :raises ValueError: unknown target, or batches that do not fit.
+
+    >>> report = aimet_ext.verify("llama-w4", batches, target="htp_v79", output="llama-htp")
+    >>> assert report.passed, report
+    """
+    if type(windows) is not int or windows < 1:
+        raise ValueError(f"windows must be an integer of at least 1, got {windows!r}")
+    folder, chip = Path(path), find_target(target)
+    if output is not None:
+        check_output(output)
+    asked = thresholds or Thresholds()
+    blank = VerifyReport(
+        folder=str(folder), target=chip.name, thresholds=asked, versions=_versions()
+    )
+    first, findings = _files(folder)
+    if findings:
+        steps = (first, *_not_run(_STEPS))
+        report = replace(blank, steps=steps, findings=tuple(findings))
+        if output is not None:
+            with replace_folder(output) as work:
+                _finish(work, report)
+        return report
+    feeds, data = _feeds(folder, dataloader, windows)
+    with _work_folder(output) as work:
+        run = Verification(
+            folder,
+            work,
+            chip,
+            feeds,
+            count=windows,
+            real=dataloader is not None,
+            reference=reference,
+            thresholds=asked,
+            kv_bitwidth=kv_bitwidth,
+        )
+        steps = (first, *_run_all(run))
+        report = replace(
+            blank,
+            backend=run.backend,
+            data=data,
+            steps=steps,
+            findings=tuple(run.findings),
+            hints=tuple(run.hints),
+            measures=run.measures,
+            layers=tuple(run.layers),
+            first_divergence=run.first_divergence,
+            cause=run.cause,
+            fallbacks=run.fallbacks,
+            added=run.hand.added if run.hand is not None else (),
+        )
+        return _finish(work, report) if output is not None else report
+
+
+def _files(folder: Path) -> tuple[Step, list[Finding]]:
+    """The step that compares the files with each other."""
+    start = time.perf_counter()
+    kind = _kind(folder)
+    if kind not in (None, "export"):
+        raise CorruptFileError(f"{folder}: an export is required, got {kind!r}")
+    try:
+        findings = list(check_integrity(folder))
+    except CorruptFileError as error:
+        findings = [Finding("files", folder.name, str(error), "export the model again")]
+    detail = f"{len(findings)} faults" if findings else "weights, encodings and scales agree"
+    return _step("files", start, bool(findings), detail), findings
+
+
+def _kind(folder: Path) -> str | None:
+    """What a folder says that it holds; None where its manifest is damaged."""
+    try:
+        return str(read_manifest(folder, verify=False)["kind"])
+    except CorruptFileError:
+        return None
+
+
+def _run_all(run: Verification) -> Iterator[Step]:
+    for number, (name, action) in enumerate(_STEPS):
+        start, before = time.perf_counter(), len(run.findings)
+        try:
+            detail = action(run)
+        except (ValueError, RuntimeError) as error:
+            detail = "stopped by an error"
+            remedy = "export the model again with what the message asks for"
+            run.findings.append(Finding(name, run.folder.name, str(error), remedy))
+            stop = True
+        else:
+            stop = name in _NEEDED
+        failed = len(run.findings) > before
+        yield _step(name, start, failed, detail)
+        if failed and stop:
+            yield from _not_run(_STEPS[number + 1 :])
+            return
+
+
+def _step(name: str, start: float, failed: bool, detail: str) -> Step:
+    status: Status = "failed" if failed else "passed"
+    return Step(name=name, status=status, detail=detail, seconds=time.perf_counter() - start)
+
+
+def _not_run(steps: Any) -> list[Step]:
+    return [Step(name=name, status="not run") for name, _ in steps]
+
+
+def _feeds(folder: Path, dataloader: Any, windows: int) -> tuple[list[Feed], str]:
+    """Inputs of the exported graph, and what they are."""
+    manifest = read_manifest(folder, verify=False)
+    inputs = graph_inputs(folder / f"{manifest['prefix']}.onnx")
+    if dataloader is not None:
+        feeds = window_feeds(dataloader, inputs)
+        compared = min(windows, len(feeds))
+        return feeds, f"{len(feeds)} batches to calibrate with, {compared} to compare on"
+    feeds = random_feeds(inputs, windows, _vocabulary(folder))
+    return feeds, f"{windows} batches of made-up inputs; pass data for figures that mean something"
+
+
+def _vocabulary(folder: Path) -> int:
+    """How many tokens the model knows, two where nothing says so."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return 2
+    config = json.loads(path.read_text(encoding="utf-8"))
+    text = config.get("text_config") or config
+    return int(text.get("vocab_size", 2))
+
+
+@contextmanager
+def _work_folder(output: str | Path | None) -> Iterator[Path]:
+    if output is None:
+        with tempfile.TemporaryDirectory(prefix="aimet_ext.") as folder:
+            yield Path(folder)
+    else:
+        with replace_folder(output) as folder_path:
+            yield folder_path
+
+
+def _finish(work: Path, report: VerifyReport) -> VerifyReport:
+    """Write report and manifest beside the other files."""
+    names = sorted(file.relative_to(work).as_posix() for file in work.rglob("*") if file.is_file())
+    report = replace(report, files=(*names, REPORT))
+    report.save(work / REPORT)
+    write_manifest(
+        work,
+        "verified",
+        target=report.target,
+        backend=report.backend,
+        passed=report.passed,
+        export=Path(report.folder).name,
+    )
+    return report
+
+
+def _versions() -> dict[str, str]:
+    found = versions()
+    with suppress(metadata.PackageNotFoundError):
+        found["onnxruntime-qnn"] = metadata.version("onnxruntime-qnn")
+    return found

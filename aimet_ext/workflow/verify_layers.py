@@ -1,0 +1,228 @@
+"""The operators of a QDQ model that are compared one by one, and how their weights are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from aimet_ext.errors import require
+
+__all__ = ["LayerFacts", "find_layers"]
+
+_WITH_WEIGHT = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_OTHERS = ("Add", "LayerNormalization", "Mul", "RMSNormalization", "Softmax")
+_MOVING = ("QuantizeLinear", "Reshape", "Transpose")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LayerFacts:
+    """One operator of a QDQ model, with what decides whether a target gets it right.
+
+    :param name: of the module that the weight belongs to, or else of the operator.
+    :param nodes: names of the operators: a ``MatMul`` and the ``Add`` of its bias are one layer.
+    :param op_type: ``"MatMul"``, ``"MatMul+Add"``, ``"Gemm"``, ``"Conv"``, … .
+    :param tensor: output of the last operator, before its quantizer.
+    :param parents: the nearest such tensors upstream.
+    :param step: of the grid of that output, None if it is not at hand.
+    :param bits: of a stored weight, None without one.
+    :param block_size: of a weight, None unless blockwise.
+    :param lpbq: whether the blocks' scales are integers.
+    :param kernel: spatial sizes of a convolution's weight.
+    :param factor_type: of the second input's integers, of a product of two activations.
+    :param bias: its values, None without one.
+    :param fused: whether nothing is quantized between a MatMul and the Add of its bias.
+    :param bias_type: ``"float32"``, ``"int32"``, … , None without a bias.
+    """
+
+    name: str
+    nodes: tuple[str, ...]
+    op_type: str
+    tensor: str
+    parents: tuple[str, ...] = ()
+    step: float | None = None
+    bits: int | None = None
+    block_size: int | None = None
+    lpbq: bool = False
+    kernel: tuple[int, ...] = ()
+    factor_type: str | None = None
+    bias: np.ndarray[Any, Any] | None = None
+    bias_type: str | None = None
+    fused: bool = False
+
+
+def find_layers(model: Any, names: Mapping[str, str] | None = None) -> list[LayerFacts]:
+    """Operators whose output is quantized, in the order of computation.
+
+    Those with a stored weight or two quantized factors, sums, products, norms and softmax; what
+    moves data alone is left out.
+
+    :param model: ModelProto with quantize and dequantize nodes, constants as integers.
+    :param names: names of modules by the names of their weights in the ONNX file.
+    """
+    return _Reader(model, names or {}).layers()
+
+
+class _Reader:
+    """A QDQ graph with its nodes by what they read and write."""
+
+    def __init__(self, model: Any, names: Mapping[str, str]) -> None:
+        self.onnx = require("onnx", "onnx")
+        self.graph = model.graph
+        self.names = names
+        self.stored = {tensor.name: tensor for tensor in self.graph.initializer}
+        self.producers = {name: node for node in self.graph.node for name in node.output}
+        for node in self.graph.node:
+            if node.op_type == "Constant" and node.attribute[0].name == "value":
+                self.stored[node.output[0]] = node.attribute[0].t
+        self.readers: dict[str, list[Any]] = {}
+        for node in self.graph.node:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
+
+    def layers(self) -> list[LayerFacts]:
+        found, biases = [], set()
+        for node in self.graph.node:
+            if node.op_type in _WITH_WEIGHT:
+                layer, add = self._layer(node)
+                biases.add(add)
+            elif node.op_type in _OTHERS and node.name not in biases:
+                layer = LayerFacts(
+                    name=node.name,
+                    nodes=(node.name,),
+                    op_type=node.op_type,
+                    tensor=node.output[0],
+                )
+            else:
+                continue
+            if self._quantizer(layer.tensor) is not None:
+                found.append(replace(layer, step=self._step(layer.tensor)))
+        return self._with_parents(found)
+
+    def _with_parents(self, layers: list[LayerFacts]) -> list[LayerFacts]:
+        """The same, each with the nearest ones upstream."""
+        compared = {layer.tensor for layer in layers}
+        above: dict[str, set[str]] = {}  # all that is read for a compared tensor
+        nearest: dict[str, set[str]] = {}
+        for node in self.graph.node:
+            found: set[str] = set().union(*(nearest.get(name, ()) for name in node.input))
+            for name in node.output:
+                above[name] = found
+                nearest[name] = {name} if name in compared else found
+        return [replace(each, parents=tuple(sorted(above[each.tensor]))) for each in layers]
+
+    def _layer(self, node: Any) -> tuple[LayerFacts, str | None]:
+        """A layer, and the name of the Add that is its bias."""
+        stored = self._stored(node.input[1])
+        output, add, bias = node.output[0], None, None
+        if len(node.input) > 2 and node.input[2]:
+            bias = self._stored(node.input[2])
+        elif node.op_type == "MatMul" and stored is not None:
+            add, bias = self._added(output)
+        if add is not None:
+            output = add.output[0]
+        facts: dict[str, Any] = {"name": node.name}
+        if stored is not None:
+            weight, scales = stored
+            facts = self._weight(node, weight, scales)
+        elif node.op_type == "MatMul":
+            facts["factor_type"] = self._factor_type(node.input[1])
+        if bias is not None:
+            facts["bias"], facts["bias_type"] = self._values(*bias), self._type(bias[0])
+        layer = LayerFacts(
+            nodes=(node.name,) if add is None else (node.name, add.name),
+            op_type=node.op_type if add is None else f"{node.op_type}+Add",
+            tensor=output,
+            fused=add is not None and self._quantizer(node.output[0]) is None,
+            **facts,
+        )
+        return layer, None if add is None else add.name
+
+    def _weight(self, node: Any, weight: Any, dequantize: Any) -> dict[str, Any]:
+        block = self._attribute(dequantize, "block_size")
+        integers = block is not None and dequantize.input[1] not in self.stored
+        kind = self._type(weight)
+        base = weight.name.removesuffix("_q").removesuffix("_qdq")
+        return {
+            "name": self.names.get(base, node.name),
+            "bits": int("".join(filter(str.isdigit, kind))),
+            "block_size": block,
+            "lpbq": integers,
+            "kernel": tuple(weight.dims[2:]),
+        }
+
+    def _factor_type(self, name: str) -> str | None:
+        """Type of the integers that a dequantized tensor is made of, by its zero point."""
+        node = self.producers.get(name)
+        if node is None or node.op_type != "DequantizeLinear" or len(node.input) < 3:
+            return None
+        zero = self.stored.get(node.input[2])
+        return None if zero is None else self._type(zero)
+
+    def _added(self, output: str) -> tuple[Any, Any]:
+        """The Add that alone reads a MatMul's output, and the stored vector that it adds."""
+        quantizer = self._quantizer(output)
+        seen = output if quantizer is None else quantizer
+        readers = self.readers.get(seen, [])
+        if len(readers) != 1 or readers[0].op_type != "Add":
+            return None, None
+        other = [name for name in readers[0].input if name != seen]
+        stored = self._stored(other[0]) if len(other) == 1 else None
+        if stored is None or len([d for d in stored[0].dims if d != 1]) != 1:
+            return None, None
+        return readers[0], stored
+
+    def _stored(self, name: str) -> tuple[Any, Any] | None:
+        """A stored tensor behind an input, and the node that dequantizes it, None for a float."""
+        dequantize = None
+        while name not in self.stored:
+            node = self.producers.get(name)
+            if node is None or node.op_type not in (*_MOVING, "DequantizeLinear"):
+                return None
+            if node.op_type == "DequantizeLinear" and dequantize is None:
+                dequantize = node
+            name = node.input[0]
+        return self.stored[name], dequantize
+
+    def _quantizer(self, tensor: str) -> str | None:
+        """What readers of a quantized tensor read, None if it is not quantized."""
+        for node in self.readers.get(tensor, []):
+            if node.op_type == "QuantizeLinear":
+                for reader in self.readers.get(node.output[0], []):
+                    if reader.op_type == "DequantizeLinear":
+                        return str(reader.output[0])
+        return None
+
+    def _step(self, tensor: str) -> float | None:
+        """The step of a quantized tensor's grid, None unless it is one stored number."""
+        for node in self.readers.get(tensor, []):
+            scale = self.stored.get(node.input[1]) if node.op_type == "QuantizeLinear" else None
+            if scale is not None and not any(size > 1 for size in scale.dims):
+                return float(self.onnx.numpy_helper.to_array(scale).reshape(-1)[0])
+        return None
+
+    def _values(self, tensor: Any, dequantize: Any) -> np.ndarray[Any, Any] | None:
+        """A stored vector in float64, None where its values or scale are not at hand."""
+        array = self.onnx.numpy_helper.to_array
+        if tensor.data_location == self.onnx.TensorProto.EXTERNAL:
+            return None
+        value = array(tensor).astype(np.float64)
+        if dequantize is None:
+            return value.reshape(-1)
+        scale = self.stored.get(dequantize.input[1])
+        if scale is None:
+            return None
+        zero = self.stored.get(dequantize.input[2]) if len(dequantize.input) > 2 else None
+        offset = 0.0 if zero is None else array(zero).astype(np.float64)
+        return ((value - offset) * array(scale).astype(np.float64)).reshape(-1)
+
+    def _type(self, tensor: Any) -> str:
+        name = self.onnx.TensorProto.DataType.Name(tensor.data_type).lower()
+        return "float32" if name == "float" else name
+
+    def _attribute(self, node: Any, name: str) -> int | None:
+        if node is None:
+            return None
+        return next((int(a.i) for a in node.attribute if a.name == name and a.i > 0), None)

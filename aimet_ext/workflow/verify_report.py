@@ -1,0 +1,242 @@
+"""What a verification found, for people and for files."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from aimet_ext.export.folders import replace_file
+from aimet_ext.workflow.findings import Finding
+
+__all__ = ["LayerCheck", "Measures", "Status", "Step", "Thresholds", "VerifyReport"]
+
+Status: TypeAlias = Literal["passed", "failed", "not run"]
+
+_LAYERS_SHOWN = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thresholds:
+    """What a verification asks for; ratios in dB are of signal to noise, of sums of squares.
+
+    :param margin_db: the device must be nearer to the sim, by this, than the sim is to float …
+    :param enough_db: … or as near as this, whatever the sim loses.
+    :param same_db: the ONNX sim with the quantizers of the exported sim, against that sim; 30 dB
+        above sim against float is enough too.
+    :param layer_db: every layer on the device against the same layer of the ONNX sim; a layer that
+        is off by less than a step of its output's grid is near enough in any case.
+    :param top1: share of tokens whose largest logit is the sim's.
+    :param perplexity: largest relative difference from the sim's.
+    """
+
+    margin_db: float = 15.0
+    enough_db: float = 40.0
+    same_db: float = 60.0
+    layer_db: float = 25.0
+    top1: float = 0.99
+    perplexity: float = 0.005
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if math.isnan(value):
+                raise ValueError(f"{name} must be a number, got {value!r}")
+        if not 0 <= self.top1 <= 1:
+            raise ValueError(f"top1 must be a share from 0 to 1, got {self.top1!r}")
+
+    def near_enough(self, sqnr_db: float, error_steps: float | None) -> bool:
+        """Whether a layer on the device is the sim's."""
+        return sqnr_db >= self.layer_db or (error_steps is not None and error_steps < 1)
+
+    def output_db(self, sim_float_db: float) -> float:
+        """What the device's outputs must reach against the sim's."""
+        return min(self.enough_db, sim_float_db + self.margin_db)
+
+    def hand_off_db(self, sim_float_db: float) -> float:
+        """What the ONNX sim's outputs must reach against those of the sim that was exported."""
+        return min(self.same_db, sim_float_db + 30.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step of a verification.
+
+    :param name: of the step.
+    :param status: whether it passed; ``"not run"`` where an earlier one made it pointless.
+    :param detail: what was found, or why it was not run.
+    :param seconds: that it took.
+    """
+
+    name: str
+    status: Status
+    detail: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCheck:
+    """One layer on the device against the same one of the ONNX sim, on the first window.
+
+    :param name: of the module, or else of the operator.
+    :param node: name of the operator in the QDQ model.
+    :param op_type: of the operator.
+    :param sqnr_db: of its quantized output.
+    :param error_steps: root of the mean squared difference, in steps of that output's grid.
+    """
+
+    name: str
+    node: str
+    op_type: str
+    sqnr_db: float
+    error_steps: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """Numbers over all windows; None where there is nothing to measure.
+
+    :param device_sim_db: the device's outputs against those of the sim that was exported.
+    :param device_onnx_db: the same against the ONNX sim, which has the device's quantizers too.
+    :param sim_float_db: the sim against the float model.
+    :param same_numbers_db: the ONNX sim with exactly the sim's quantizers against the sim.
+    :param top1: share of tokens whose largest logit on the device is the sim's.
+    :param perplexity_device: on the windows, on the device.
+    :param perplexity_sim: the same of the sim.
+    :param perplexity_float: the same of the float model.
+    """
+
+    device_sim_db: float | None = None
+    device_onnx_db: float | None = None
+    sim_float_db: float | None = None
+    same_numbers_db: float | None = None
+    top1: float | None = None
+    perplexity_device: float | None = None
+    perplexity_sim: float | None = None
+    perplexity_float: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport:
+    """What :func:`aimet_ext.verify` found; ``print`` shows a table.
+
+    :param folder: the export.
+    :param target: that was asked for, for example ``"htp_v75"``.
+    :param backend: what computed: ``"HTP simulation"`` or ``"onnxruntime CPU"``, and there nothing
+        is known about the target.
+    :param data: what it computed on.
+    :param steps: in order.
+    :param findings: all that is wrong, each with its remedy.
+    :param hints: what is worth a look and does not count.
+    :param measures: at the output.
+    :param layers: in the order of computation.
+    :param first_divergence: first layer below the threshold, None if there is none.
+    :param cause: why it diverges, None if that is not known.
+    :param fallbacks: operators that the target did not take.
+    :param added: quantizers that only the device needs, calibrated on the data.
+    :param files: what was written to the output folder.
+    :param thresholds: that were asked for.
+    :param versions: of the packages that computed.
+    """
+
+    folder: str
+    target: str
+    backend: str = "none"
+    data: str = ""
+    steps: tuple[Step, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    hints: tuple[Finding, ...] = ()
+    measures: Measures = field(default_factory=Measures)
+    layers: tuple[LayerCheck, ...] = ()
+    first_divergence: str | None = None
+    cause: str | None = None
+    fallbacks: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every step was taken and nothing was found."""
+        return not self.findings and all(step.status == "passed" for step in self.steps)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain JSON values, with ``passed``; infinite ratios are ``"inf"``."""
+        found: dict[str, Any] = _plain({"passed": self.passed, **asdict(self)})
+        return found
+
+    def save(self, path: str | Path) -> None:
+        """Write it to a JSON file, atomically."""
+        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False)
+        replace_file(path, (text + "\n").encode())
+
+    def __str__(self) -> str:
+        lines = [f"{self.folder} for {self.target}, on {self.backend}"]
+        if self.data:
+            lines.append(self.data)
+        width = max((len(step.name) for step in self.steps), default=0)
+        lines += [
+            f"  {s.name:<{width}}  {s.status:<7} {s.seconds:7.1f} s  {s.detail}".rstrip()
+            for s in self.steps
+        ]
+        lines += self._numbers()
+        lines += self._weakest()
+        if self.first_divergence is not None:
+            why = self.cause or "no known cause"
+            lines.append(f"first layer that diverges: {self.first_divergence}: {why}")
+        lines += [f"hint: {finding}" for finding in self.hints]
+        lines += [f"FAULT {finding}" for finding in self.findings]
+        lines.append(self.verdict)
+        return "\n".join(lines)
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        if not self.passed:
+            count = len(self.findings)
+            return f"FAILED: {count} {'fault' if count == 1 else 'faults'}"
+        if self.backend.startswith("onnxruntime CPU"):
+            return f"passed on the CPU; nothing was run for {self.target}"
+        return f"passed for {self.target}"
+
+    def _numbers(self) -> list[str]:
+        found = self.measures
+        rows = {
+            "device against sim": _decibel(found.device_sim_db),
+            "device against ONNX sim": _decibel(found.device_onnx_db),
+            "sim against float": _decibel(found.sim_float_db),
+            "ONNX sim against sim": _decibel(found.same_numbers_db),
+            "top-1 agreement": None if found.top1 is None else f"{found.top1:.2%}",
+            "perplexity on the device": _number(found.perplexity_device),
+            "perplexity of the sim": _number(found.perplexity_sim),
+            "perplexity of the float model": _number(found.perplexity_float),
+        }
+        return [f"  {name:<30}{value:>12}" for name, value in rows.items() if value is not None]
+
+    def _weakest(self) -> list[str]:
+        if not self.layers:
+            return []
+        weakest = sorted(self.layers, key=lambda layer: layer.sqnr_db)[:_LAYERS_SHOWN]
+        shown = [layer for layer in self.layers if layer in weakest]
+        head = f"weakest {len(shown)} of {len(self.layers)} operators, in order:"
+        return [head, *(f"  {layer.sqnr_db:7.1f} dB  {layer.name}" for layer in shown)]
+
+
+def _decibel(value: float | None) -> str | None:
+    return None if value is None else f"{value:.1f} dB"
+
+
+def _number(value: float | None) -> str | None:
+    return None if value is None else f"{value:.4f}"
+
+
+def _plain(value: Any) -> Any:
+    """JSON values only: tuples as lists, and numbers that JSON lacks as text."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

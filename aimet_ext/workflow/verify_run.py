@@ -1,0 +1,148 @@
+"""What computes in a verification, the sim, the float model and the device, and their numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from aimet_ext.errors import require
+from aimet_ext.sim.base import adapt
+from aimet_ext.workflow.verify_data import Feed, token_ids, token_weights
+
+__all__ = ["CpuSession", "Session", "float_outputs", "perplexity", "sim_outputs", "top1_agreement"]
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+
+class Session(Protocol):
+    """A compiled model, on the device or on the CPU."""
+
+    outputs: tuple[str, ...]
+    """Names of what :meth:`run` returns."""
+
+    def run(self, feed: Mapping[str, Array]) -> list[Array]:
+        """Outputs of one call."""
+
+    def close(self) -> None:
+        """Release it."""
+
+
+class CpuSession:
+    """A QDQ model in onnxruntime on the CPU, its operators as they are.
+
+    :param model: ONNX file.
+    :param extra_outputs: tensors that come out too, after the graph's own outputs.
+    """
+
+    def __init__(self, model: Path, extra_outputs: Sequence[str] = ()) -> None:
+        from aimet_ext.integrations.qnn_outputs import with_outputs
+
+        runtime = require("onnxruntime", "onnx")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        source: str | bytes = str(model)
+        if extra_outputs:
+            source = with_outputs(model, extra_outputs).SerializeToString()
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(model.resolve().parent)
+            )
+        self._session = runtime.InferenceSession(
+            source, options, providers=["CPUExecutionProvider"]
+        )
+        self.outputs = tuple(value.name for value in self._session.get_outputs())
+
+    def run(self, feed: Mapping[str, Array]) -> list[Array]:
+        """Outputs of one call."""
+        return list(self._session.run(None, dict(feed)))
+
+    def close(self) -> None:
+        """Release the session."""
+        self._session = None
+
+
+def sim_outputs(sim: Any, feeds: Sequence[Feed]) -> list[Array]:
+    """First output of a simulation of either kind, for each feed."""
+    if hasattr(sim, "session"):
+        return [sim.session.run(None, dict(feed))[0] for feed in feeds]
+    return _module_outputs(sim.model, feeds)
+
+
+def float_outputs(sim: Any, reference: Any, feeds: Sequence[Feed]) -> list[Array]:
+    """First output of the float model.
+
+    :param reference: a module that takes the same inputs; None: the sim with its quantizers off.
+    """
+    if reference is None:
+        with adapt(sim).disabled_quantizers():
+            return sim_outputs(sim, feeds)
+    model = reference
+    if hasattr(reference, "get_output_embeddings"):  # transformers' own
+        from aimet_ext.model.huggingface import prepare_model
+
+        model = prepare_model(reference)
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            "reference must be a torch module that takes the inputs of the exported model, got "
+            f"{type(reference).__name__}"
+        )
+    return _module_outputs(model, feeds)
+
+
+@torch.no_grad()
+def _module_outputs(model: nn.Module, feeds: Sequence[Feed]) -> list[Array]:
+    parameter = next(model.parameters(), None)
+    device = None if parameter is None else parameter.device
+    found = []
+    for feed in feeds:
+        output = model(**{name: torch.from_numpy(array).to(device) for name, array in feed.items()})
+        logits = getattr(output, "logits", output)
+        logits = logits if isinstance(logits, Tensor) else logits[0]
+        found.append(logits.as_subclass(Tensor).float().cpu().numpy())
+    return found
+
+
+def top1_agreement(
+    outputs: Sequence[Array], targets: Sequence[Array], feeds: Sequence[Feed]
+) -> float | None:
+    """Share of tokens whose largest logit is at the same place; those that a mask hides left out.
+
+    None where the outputs are no logits ``[batch, seq, vocab]`` or ``[batch, classes]``.
+    """
+    same = count = 0
+    for output, target, feed in zip(outputs, targets, feeds, strict=True):
+        if output.ndim not in (2, 3):
+            return None
+        equal = torch.from_numpy(output.argmax(-1) == target.argmax(-1))
+        if output.ndim == 3:
+            equal = equal[token_weights(feed, output.shape)]
+        same, count = same + int(equal.sum()), count + equal.numel()
+    return same / count if count else None
+
+
+def perplexity(outputs: Sequence[Array], feeds: Sequence[Feed]) -> float | None:
+    """``exp`` of the mean negative log-likelihood of all tokens but the first of each window.
+
+    None where the inputs are no token ids or the outputs no logits ``[batch, seq, vocab]``.
+    """
+    total, count = 0.0, 0
+    for output, feed in zip(outputs, feeds, strict=True):
+        ids = token_ids(feed)
+        if ids is None or output.ndim != 3 or ids.shape != output.shape[:2]:
+            return None
+        real = token_weights(feed, output.shape)
+        counts = real[:, 1:] & real[:, :-1]  # [batch, seq - 1]
+        logits = torch.from_numpy(output[:, :-1])[counts].double()  # [tokens, vocab]
+        losses = nn.functional.cross_entropy(logits, ids[:, 1:][counts], reduction="sum")
+        total, count = total + losses.item(), count + int(counts.sum())
+    if not count:
+        return None
+    mean = total / count
+    return math.exp(mean) if mean < math.log(float("1e308")) else math.inf

@@ -1,0 +1,373 @@
+"""The steps of a verification, each of which finds faults or leaves something for the next one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aimet_ext.errors import CorruptFileError, require
+from aimet_ext.export.manifest import read_manifest
+from aimet_ext.integrations.qnn import HtpRejected
+from aimet_ext.integrations.qnn_process import HtpCrashed, HtpProcess
+from aimet_ext.integrations.qnn_runtime import is_available
+from aimet_ext.integrations.qnn_targets import HtpTarget
+from aimet_ext.workflow import verify_run as runs
+from aimet_ext.workflow.findings import Finding
+from aimet_ext.workflow.hand_off import HandOff, hand_off, write_qdq
+from aimet_ext.workflow.load import load
+from aimet_ext.workflow.verify_causes import (
+    Cause,
+    array_sqnr,
+    culprit,
+    known_cause,
+    pattern_cause,
+)
+from aimet_ext.workflow.verify_data import Feed
+from aimet_ext.workflow.verify_layers import LayerFacts, find_layers
+from aimet_ext.workflow.verify_report import LayerCheck, Measures, Thresholds
+
+__all__ = ["CPU", "HTP", "MIXED", "Verification"]
+
+HTP, MIXED, CPU = "HTP simulation", "HTP simulation and the CPU", "onnxruntime CPU"
+
+_ASK_AGAIN = "look at the layers below, and export again once they are mended"
+_NODES_NAMED = 12
+_WIDE_PRODUCTS = 73
+
+
+class Verification:
+    """What is known so far of an export, and the steps that find out more.
+
+    :param folder: the export.
+    :param work: where files are written to.
+    :param target: chip to compile for.
+    :param feeds: inputs of the exported graph, to calibrate with.
+    :param count: of these, how many to compare on.
+    :param real: whether they are data and not made up.
+    :param reference: float module, or None.
+    :param thresholds: what is asked for.
+    :param kv_bitwidth: see :func:`aimet_ext.workflow.hand_off.hand_off`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        work: Path,
+        target: HtpTarget,
+        feeds: Sequence[Feed],
+        *,
+        count: int,
+        real: bool,
+        reference: Any,
+        thresholds: Thresholds,
+        kv_bitwidth: int | None,
+    ) -> None:
+        self.folder, self.work, self.target = folder, work, target
+        self.manifest = read_manifest(folder)
+        self.prefix = str(self.manifest["prefix"])
+        self.feeds, self.windows = list(feeds), list(feeds[:count])
+        self.real, self.reference = real, reference
+        self.thresholds, self.kv_bitwidth = thresholds, kv_bitwidth
+        self.findings: list[Finding] = []
+        self.hints: list[Finding] = []
+        self.measures = Measures()
+        self.layers: list[LayerCheck] = []
+        self.first_divergence: str | None = None
+        self.cause: str | None = None
+        self.fallbacks: tuple[str, ...] = ()
+        self.backend = "none"
+        self.sim: Any = None
+        self.hand: HandOff | None = None
+        self.session: runs.Session | None = None
+        self.qdq = work / f"{self.prefix}.qdq.onnx"
+        self.context = work / f"{self.prefix}.{target.name}.onnx"
+        self.facts: list[LayerFacts] = []
+        self.expected: list[np.ndarray[Any, Any]] = []
+
+    def rebuild(self) -> str:
+        """The sim, from its files alone, and what it and the float model compute."""
+        self.sim = load(self.folder)
+        self.expected = runs.sim_outputs(self.sim, self.windows)
+        floats = runs.float_outputs(self.sim, self.reference, self.windows)
+        ratio = array_sqnr(self.expected, floats)
+        self._measure(sim_float_db=ratio)
+        if self.real:
+            self._measure(
+                perplexity_sim=runs.perplexity(self.expected, self.windows),
+                perplexity_float=runs.perplexity(floats, self.windows),
+            )
+        rounded = self.reference is None and bool(self.manifest.get("techniques"))
+        note = "; its float weights are those that the techniques left" if rounded else ""
+        return f"{ratio:.1f} dB against float{note}"
+
+    def same_numbers(self) -> str:
+        """The ONNX sim, which must compute what the sim does before more is quantized."""
+        # Older chips have products of activations with 8 bits on one side, and so other quantizers.
+        config = self.target.config if self.target.arch < _WIDE_PRODUCTS else None
+        self.hand = hand_off(
+            self.folder,
+            self.feeds,
+            sim=self.sim,
+            config_file=config,
+            kv_bitwidth=self.kv_bitwidth,
+        )
+        ratio, required = self.hand.same_numbers, self._ask("hand_off_db")
+        self._measure(same_numbers_db=ratio)
+        if not ratio >= required:
+            self._fault(
+                "same numbers",
+                f"{self.prefix}.onnx",
+                f"an ONNX sim with the exported encodings must be {required:.1f} dB or more from "
+                f"the exported sim, but is {ratio:.1f} dB",
+                "export the model again; encodings and weights may be of two different sims",
+            )
+        return f"{ratio:.1f} dB; {len(self.hand.added)} more quantizers for the target"
+
+    def lint(self) -> str:
+        """What is known to go wrong, by the looks of the quantizers."""
+        from aimet_ext.workflow.lint import lint
+
+        found = lint(self._hand().sim, target=self.target.config)
+        (self.hints if is_available() else self.findings).extend(found)
+        return f"{len(found)} to look at" if found else "nothing known to go wrong"
+
+    def write(self) -> str:
+        """The QDQ model and encodings of all its quantizers."""
+        onnx = require("onnx", "onnx")
+        from aimet_ext.sim import onnx_files
+
+        sim = self._hand().sim
+        write_qdq(self.hand, self.qdq)
+        wider = onnx_files.containers(sim)
+        for version, name in (("1.0.0", ""), ("2.0.0", ".2.0.0")):
+            path = self.work / f"{self.prefix}{name}.encodings"
+            onnx_files.write_encodings(sim, path, version, wider, int32_biases=False)
+        model = onnx.load(str(self.qdq), load_external_data=False)
+        names = self.manifest.get("onnx_names", {})
+        self.facts = find_layers(model, {t: n.removesuffix(".weight") for n, t in names.items()})
+        return f"{len(model.graph.node)} nodes, {len(self.facts)} operators to compare"
+
+    def compile(self) -> str:
+        """The target's own model, with a proof that all of it runs there."""
+        if not is_available():
+            self.backend, self.session = CPU, runs.CpuSession(self.qdq)
+            return f"onnxruntime-qnn is not there: nothing is known about {self.target.name}"
+        try:
+            session = HtpProcess(self.qdq, self.target, context=self.context)
+        except HtpRejected as error:
+            self._rejected(error)
+            return f"rejected; compared on {self.backend}"
+        except HtpCrashed as error:
+            self._crashed(error)
+            return f"crashed; compared on {self.backend}"
+        self.backend, self.session = HTP, session
+        try:
+            first = session.run(self.windows[0])
+        except HtpCrashed as error:
+            self._crashed(error)
+            return f"compiled, and crashed when run; compared on {self.backend}"
+        self._check_context(first)
+        size = self.context.with_name(f"{self.context.stem}_qnn.bin").stat().st_size
+        return f"all {session.nodes} nodes in {session.seconds:.1f} s, {size / 1e6:.1f} MB"
+
+    def _check_context(self, expected: list[np.ndarray[Any, Any]]) -> None:
+        """The compiled model as a device would open it, against the one at hand."""
+        try:
+            with HtpProcess(self.context, self.target, load=True) as opened:
+                found = opened.run(self.windows[0])
+        except HtpCrashed as error:
+            # A defect of the simulation: what it computes before it writes the file is right.
+            message = f"it was written, but could not be run here: {error}"
+            remedy = "run it on the device before you rely on it"
+            self.hints.append(Finding("context binary", self.context.name, message, remedy))
+            return
+        if not all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True)):
+            self._fault(
+                "context binary",
+                self.context.name,
+                f"it must compute what was compiled, but is {array_sqnr(found, expected):.1f} dB",
+                "compile it again, with another version of onnxruntime-qnn if that does not help",
+            )
+
+    def outputs(self) -> str:
+        """The device's outputs against those of the sim, of the ONNX sim and of the float model."""
+        assert self.session is not None
+        found = [self.session.run(feed)[0] for feed in self.windows]
+        onnx_sim = runs.sim_outputs(self._hand().sim, self.windows)
+        ratio = array_sqnr(found, self.expected)
+        self._measure(
+            device_sim_db=ratio,
+            device_onnx_db=array_sqnr(found, onnx_sim),
+            top1=runs.top1_agreement(found, self.expected, self.windows),
+        )
+        if self.real:
+            self._measure(perplexity_device=runs.perplexity(found, self.windows))
+        required, name = self._ask("output_db"), self.session.outputs[0]
+        if not ratio >= required:
+            message = (
+                f"{required:.1f} dB or more against the sim is required on the device, "
+                f"and it is {ratio:.1f} dB"
+            )
+            self._fault("output", name, message, _ASK_AGAIN)
+        top1, limit = self.measures.top1, self.thresholds.top1
+        if top1 is not None and not top1 >= limit:
+            message = (
+                f"the largest logit must be the sim's for {limit:.2%} of the tokens or more, "
+                f"and it is for {top1:.2%}"
+            )
+            self._fault("top-1", name, message, _ASK_AGAIN)
+        self._check_perplexity(name)
+        return f"{ratio:.1f} dB against the sim, {required:.1f} required"
+
+    def compare_layers(self) -> str:
+        """Each operator on the device against the ONNX sim, on the first window."""
+        if self.session is not None:
+            self.session.close()
+        if not self.facts:
+            return "no operator has a quantized output"
+        from aimet_ext.sim.onnx_tensors import tensor_values
+
+        tensors = [layer.tensor for layer in self.facts]
+        targets = tensor_values(self._hand().sim, self.windows[0], tensors)
+        session = self._showing([name for name in tensors if name in targets])
+        if session is None:
+            return "the target does not take the model with these outputs; not compared"
+        values = session.run(self.windows[0])
+        session.close()
+        shown = [layer for layer in self.facts if layer.tensor in targets]
+        found = dict(zip([each.tensor for each in shown], values[-len(shown) :], strict=True))
+        self.layers = [_check(each, found[each.tensor], targets[each.tensor]) for each in shown]
+        wrong = [
+            index
+            for index, check in enumerate(self.layers)
+            if not self.thresholds.near_enough(check.sqnr_db, check.error_steps)
+        ]
+        lowest = min(self.layers, key=lambda check: check.sqnr_db)
+        if wrong:
+            place = culprit(shown, [check.sqnr_db for check in self.layers], wrong[0])
+            layer = shown[place]
+            cause = known_cause(layer, found[layer.tensor], targets[layer.tensor], self.fallbacks)
+            self._diverges(place, wrong, cause)
+        return f"{len(self.layers)} operators, the lowest {lowest.sqnr_db:.1f} dB ({lowest.name})"
+
+    def _showing(self, tensors: list[str]) -> runs.Session | None:
+        if self.backend == CPU:
+            return runs.CpuSession(self.qdq, tensors)
+        try:
+            return HtpProcess(
+                self.qdq, self.target, extra_outputs=tensors, allow_fallback=self.backend == MIXED
+            )
+        except (HtpCrashed, HtpRejected) as error:
+            message = f"HTP takes the model, but not with its inner tensors as outputs: {error}"
+            remedy = "compare fewer operators with aimet_ext.integrations.qnn.compile_htp"
+            self.hints.append(Finding("layers", self.qdq.name, message, remedy))
+            return None
+
+    def _diverges(self, place: int, wrong: list[int], cause: Cause | None) -> None:
+        """Note which layer is to blame for the first one that is too far from the sim."""
+        check, first = self.layers[place], self.layers[wrong[0]]
+        self.first_divergence = check.name
+        self.cause = None if cause is None else cause.message
+        message = (
+            f"{self.thresholds.layer_db:.1f} dB of the ONNX sim or more is required, and "
+            f"{check.name} is at {check.sqnr_db:.1f} dB"
+        )
+        if first is not check:
+            message += f", by which {first.name} falls to {first.sqnr_db:.1f} dB"
+        message += f" ({len(wrong)} of {len(self.layers)} operators are below)"
+        message += f": {self.cause or 'the cause is not known'}"
+        remedy = "compare the layer's inputs and weights" if cause is None else cause.remedy
+        self._fault("layer", check.name, message, remedy)
+
+    def _crashed(self, error: HtpCrashed) -> None:
+        """Name what may have ended QNN, and run the model on the CPU."""
+        causes = ((layer, pattern_cause(layer)) for layer in self.facts)
+        suspects = [(layer, cause) for layer, cause in causes if cause is not None]
+        name, message = self.qdq.name, str(error)
+        remedy = "try another version of onnxruntime-qnn"
+        if suspects:
+            layer, cause = suspects[0]
+            name, remedy = layer.name, cause.remedy
+            message = (
+                f"{message}; the first operator that HTP is known not to take: {cause.message}"
+            )
+        self._fault("crash", name, message, remedy)
+        self.backend, self.session = CPU, runs.CpuSession(self.qdq)
+
+    def _rejected(self, error: HtpRejected) -> None:
+        """Name what HTP refuses, and find something else to run the model on."""
+        by_node = {node: layer for layer in self.facts for node in layer.nodes}
+        for node, op_type in error.nodes[:_NODES_NAMED]:
+            layer = by_node.get(node)
+            cause = None if layer is None else pattern_cause(layer)
+            self._fault(
+                "assignment",
+                node if layer is None else layer.name,
+                f"HTP {self.target.name} does not take this {op_type}"
+                + (f": {cause.message}" if cause else ""),
+                cause.remedy if cause else "quantize its inputs and output, or replace it",
+            )
+        if not error.nodes or len(error.nodes) > _NODES_NAMED:
+            more = f"{len(error.nodes)} nodes in all: " if error.nodes else ""
+            self._fault("assignment", self.qdq.name, f"{more}{error.reason}", "see aimet_ext.lint")
+        self.backend, self.session = CPU, None
+        if error.nodes:
+            try:
+                session = HtpProcess(self.qdq, self.target, allow_fallback=True)
+            except (HtpCrashed, HtpRejected) as second:
+                self.hints.append(
+                    Finding("assignment", self.qdq.name, str(second), "the CPU alone was used")
+                )
+            else:
+                self.backend, self.session, self.fallbacks = MIXED, session, session.fallbacks
+        if self.session is None:
+            self.session = runs.CpuSession(self.qdq)
+
+    def _check_perplexity(self, name: str) -> None:
+        device, sim = self.measures.perplexity_device, self.measures.perplexity_sim
+        limit = self.thresholds.perplexity
+        if device is None or sim is None or abs(device / sim - 1) <= limit:
+            return
+        message = (
+            f"perplexity on the device must be within {limit:.2%} of the sim's {sim:.4f}, "
+            f"and it is {device:.4f}"
+        )
+        self._fault("perplexity", name, message, _ASK_AGAIN)
+
+    def _ask(self, rule: str) -> float:
+        """What a rule of the thresholds asks for, given how near the sim is to float."""
+        ratio = self.measures.sim_float_db
+        assert ratio is not None
+        return float(getattr(self.thresholds, rule)(ratio))
+
+    def _hand(self) -> HandOff:
+        if self.hand is None:
+            raise CorruptFileError(f"{self.folder} was not handed off")
+        return self.hand
+
+    def _measure(self, **values: float | None) -> None:
+        self.measures = replace(self.measures, **values)
+
+    def _fault(self, check: str, name: str, message: str, remedy: str) -> None:
+        self.findings.append(Finding(check, name, message, remedy))
+
+
+def _check(
+    layer: LayerFacts, device: np.ndarray[Any, Any], sim: np.ndarray[Any, Any]
+) -> LayerCheck:
+    difference = device.astype(np.float64) - sim
+    steps = None
+    if layer.step:
+        steps = math.sqrt(float(np.square(difference).mean())) / layer.step
+    return LayerCheck(
+        name=layer.name,
+        node=layer.nodes[-1],
+        op_type=layer.op_type,
+        sqnr_db=array_sqnr(device, sim),
+        error_steps=steps,
+    )
