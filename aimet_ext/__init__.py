@@ -33,9 +33,11 @@ if TYPE_CHECKING:
     from aimet_ext.export.ledger import Ledger
     from aimet_ext.export.scales import load_scales
     from aimet_ext.model.huggingface import prepare_model
+    from aimet_ext.model.kv_cache import TokenCache
     from aimet_ext.model.text import calibration_batches
     from aimet_ext.model.topology import TopologyDescription
     from aimet_ext.workflow.cache_export import export_with_cache
+    from aimet_ext.workflow.cache_run import CacheGraphs, load_cache_graphs
     from aimet_ext.workflow.create import create_sim
     from aimet_ext.workflow.evaluate import evaluate_perplexity
     from aimet_ext.workflow.export import export
@@ -53,6 +55,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AdaRoundParams": "aimet_ext.config",
     "Blockwise": "aimet_ext.config",
+    "CacheGraphs": "aimet_ext.workflow.cache_run",
     "CorruptFileError": "aimet_ext.errors",
     "Finding": "aimet_ext.workflow.findings",
     "GPTQParams": "aimet_ext.config",
@@ -69,9 +72,10 @@ _HOMES = {
     "QSpec": "aimet_ext.config",
     "SeqMSEParams": "aimet_ext.config",
     "Thresholds": "aimet_ext.workflow.verify_report",
+    "TokenCache": "aimet_ext.model.kv_cache",
     "TopologyDescription": "aimet_ext.model.topology",
-    "VerifyReport": "aimet_ext.workflow.verify_report",
     "TransformRefused": "aimet_ext.errors",
+    "VerifyReport": "aimet_ext.workflow.verify_report",
     "apply_adaround": "aimet_ext.algorithms.adaround",
     "apply_gptq": "aimet_ext.algorithms.gptq",
     "apply_lpbq": "aimet_ext.workflow.lpbq",
@@ -85,6 +89,7 @@ _HOMES = {
     "export_with_cache": "aimet_ext.workflow.cache_export",
     "lint": "aimet_ext.workflow.lint",
     "load": "aimet_ext.workflow.load",
+    "load_cache_graphs": "aimet_ext.workflow.cache_run",
     "load_scales": "aimet_ext.export.scales",
     "lora": "aimet_ext",
     "prepare_model": "aimet_ext.model.huggingface",
@@ -105,6 +110,7 @@ _EXTRAS = {
 __all__ = [
     "AdaRoundParams",
     "Blockwise",
+    "CacheGraphs",
     "CorruptFileError",
     "Finding",
     "GPTQParams",
@@ -121,6 +127,7 @@ __all__ = [
     "QSpec",
     "SeqMSEParams",
     "Thresholds",
+    "TokenCache",
     "TopologyDescription",
     "TransformRefused",
     "VerifyReport",
@@ -138,6 +145,7 @@ __all__ = [
     "export_with_cache",
     "lint",
     "load",
+    "load_cache_graphs",
     "load_scales",
     "lora",
     "prepare_model",

@@ -19,6 +19,8 @@ are added to the output file section by section.
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -113,8 +115,21 @@ def _verify(arguments: argparse.Namespace, name: str, windows: int) -> tuple[Any
     return report, time.perf_counter() - started
 
 
-def _script(name: str, *options: str) -> dict[str, Any]:
-    """The bars and rows of a script of this folder that measures by itself."""
+def _script(name: str, key: str, *options: str) -> dict[str, Any]:
+    """What a script of this folder measures, as it wrote it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch) / "results.json"
+        command = [sys.executable, str(HERE / name), *options]
+        if "--quick" not in options:
+            command += ["--output", str(output)]
+        done = subprocess.run(command, check=False)
+        if not output.exists():
+            return {"bars": [bar(f"{name} ran: {done.returncode}", done.returncode == 0)]}
+        return json.loads(output.read_text(encoding="utf-8"))[key]
+
+
+def _process(name: str, *options: str) -> dict[str, Any]:
+    """What a script of this folder prints as its last line."""
     result = in_own_process(name, *options)
     for each in result["bars"]:
         bar(each["bar"], each["reached"])
@@ -127,9 +142,9 @@ def _sections(arguments: argparse.Namespace) -> dict[str, Section]:
     return {
         "htp": lambda: on_htp(arguments),
         "perplexity": lambda: perplexity(arguments),
-        "faults": lambda: _script("planted_faults.py", *quick),
-        "adapters": lambda: _script("lora_equivalence.py", *quick),
-        "lora": lambda: _script("lora_quality.py", *assets, *quick),
+        "faults": lambda: _script("planted_faults.py", "planted_faults", *quick),
+        "adapters": lambda: _process("lora_equivalence.py", *quick),
+        "lora": lambda: _script("lora_quality.py", "lora_quality", *assets, *quick),
     }
 
 

@@ -257,7 +257,9 @@ def main() -> None:
     parser.add_argument("--places", type=int, default=20)
     parser.add_argument("--kinds", nargs="+", default=list(faults.FAULTS), choices=faults.FAULTS)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--output", type=pathlib.Path, default=HERE / "results" / "edge.json")
+    parser.add_argument(
+        "--output", type=pathlib.Path, default=HERE / "results" / "planted_faults.json"
+    )
     options = parser.parse_args()
     if options.quick:
         options.places = min(options.places, 4)

@@ -85,6 +85,13 @@ def two_layers(seed: int = 0) -> onnx.ModelProto:
     return graph.model(y=graph.quantized(output, 120.0))
 
 
+def product(dtype: Any = np.uint16) -> onnx.ModelProto:
+    """``y = a b`` of two activations, each of them of this type; ``a [1, 8, 32]``."""
+    graph = QdqGraph(a=(1, 8, 32), b=(1, 32, 16))
+    operands = [graph.quantized(name, 4.0, dtype) for name in "ab"]
+    return graph.model(y=graph.quantized(graph.op("MatMul", *operands, name="mul"), 32.0, dtype))
+
+
 def with_unsupported(kind: str = "Shrink") -> onnx.ModelProto:
     """A graph with an operator in its middle that HTP does not have."""
     graph = QdqGraph(x=(1, 8))

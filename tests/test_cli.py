@@ -17,7 +17,7 @@ import aimet_ext
 from aimet_ext import cli, examples
 from aimet_ext.errors import CorruptFileError, MissingExtraError, TransformRefused
 
-COMMANDS = ("quantize", "evaluate", "inspect", "demo", "olive-config")
+COMMANDS = ("quantize", "evaluate", "inspect", "demo", "olive-config", "verify")
 
 
 def run(*arguments: str | pathlib.Path) -> Result:

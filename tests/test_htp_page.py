@@ -34,12 +34,14 @@ def test_every_pattern_has_its_results(script: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("values", "word"),
     [
-        ([80.0, 51.0], "right"),
-        ([80.0, 49.0], "coarse"),
-        ([80.0, 3.0], "wrong"),
-        (["refused", 80.0], "right, not v73"),
-        (["refused", "refused"], "refused"),
+        ([80.0, 80.0, 51.0], "right"),
+        ([80.0, 80.0, 49.0], "right; coarse on v79"),
+        ([3.0, 49.0, 80.0], "right; coarse on v75; wrong on v73"),
+        (["refused", 80.0, 80.0], "right; refused on v73"),
+        (["refused", "refused", 2.0], "refused; wrong on v79"),
+        (["refused"] * 3, "refused"),
     ],
 )
 def test_words(script: ModuleType, values: list[float | str], word: str) -> None:
-    assert script.verdict(dict(zip(("htp_v73", "htp_v75"), values, strict=True)), 16) == word
+    targets = ("htp_v73", "htp_v75", "htp_v79")
+    assert script.verdict(dict(zip(targets, values, strict=True)), 16) == word

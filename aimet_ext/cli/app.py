@@ -16,8 +16,11 @@ import typer
 
 import aimet_ext
 from aimet_ext.cli.errors import EXIT_CODES_HELP, ErrorsAsCodes
+from aimet_ext.cli.lora import app as lora_app
 from aimet_ext.cli.specs import OnIndivisible, on_blocks, width, width_or_none
 from aimet_ext.cli.techniques import Technique, chosen
+from aimet_ext.cli.verify import EPILOG as VERIFY_EPILOG
+from aimet_ext.cli.verify import verify
 
 # Left out of what `inspect` prints for people.
 _TOO_LONG = frozenset({"onnx_names", "seeds", "settings", "techniques"})
@@ -32,6 +35,7 @@ Your own model, a folder that transformers can read:
   aimet-ext quantize ./llama --weights int4 --calibration text.txt --output ./llama-w4
   aimet-ext evaluate ./llama-w4 --text held_out.txt
   aimet-ext inspect ./llama-w4
+  aimet-ext verify ./llama-w4 --target htp_v79 --text held_out.txt
 """
 
 app = typer.Typer(
@@ -333,6 +337,10 @@ def olive_config(
 
     write_package_config(output, base)
     typer.echo(f"{output}\nolive run --config WORKFLOW --package-config {output}")
+
+
+app.command(epilog=VERIFY_EPILOG)(verify)
+app.add_typer(lora_app)
 
 
 def main() -> None:

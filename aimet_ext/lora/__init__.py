@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aimet_ext.lora.adapter import Adapter, attach_adapter, read_adapter, read_adapters
+    from aimet_ext.lora.baked import bake_adapter, shared_graph
     from aimet_ext.lora.calibrate import LoraReport, quantize
     from aimet_ext.lora.files import export, load
     from aimet_ext.lora.fold import fold_adapter, fold_adapters
@@ -16,6 +17,7 @@ _HOMES = {
     "Adapter": "aimet_ext.lora.adapter",
     "LoraReport": "aimet_ext.lora.calibrate",
     "attach_adapter": "aimet_ext.lora.adapter",
+    "bake_adapter": "aimet_ext.lora.baked",
     "base_hash": "aimet_ext.lora.sim",
     "create_sim": "aimet_ext.lora.sim",
     "export": "aimet_ext.lora.files",
@@ -25,6 +27,7 @@ _HOMES = {
     "quantize": "aimet_ext.lora.calibrate",
     "read_adapter": "aimet_ext.lora.adapter",
     "read_adapters": "aimet_ext.lora.adapter",
+    "shared_graph": "aimet_ext.lora.baked",
     "switch": "aimet_ext.lora.sim",
 }
 
@@ -32,6 +35,7 @@ __all__ = [
     "Adapter",
     "LoraReport",
     "attach_adapter",
+    "bake_adapter",
     "base_hash",
     "create_sim",
     "export",
@@ -41,6 +45,7 @@ __all__ = [
     "quantize",
     "read_adapter",
     "read_adapters",
+    "shared_graph",
     "switch",
 ]
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from aimet_ext.config import QSpec
+from aimet_ext.config import PerTensor, QSpec
 from aimet_ext.core.objective import sqnr_db
 from aimet_ext.lora.sim import add_adapters, fit_adapters, lora_state, switch
 from aimet_ext.model.batches import call_model, iterate_batches
@@ -79,6 +79,7 @@ def quantize(
     weights: QSpec | None = _W8,
     activations: int | QSpec | Literal["auto"] | None = "auto",
     sums: Literal["adapter", "base"] = "adapter",
+    shared: bool = False,
 ) -> LoraReport:
     """Give adapters weight and activation encodings of their own; the base's stay as they are.
 
@@ -91,35 +92,58 @@ def quantize(
         names to further adapters, in any form that :func:`create_sim` takes, for layers that have
         a slot.
     :param dataloader: batches as :func:`aimet_ext.calibration_batches` makes them.
-    :param weights: per tensor or per channel; None leaves the weights float.
+    :param weights: per tensor or per channel; None leaves the weights float. HTP takes weights that
+        are inputs of a graph per tensor only, and constants per channel too.
     :param activations: bits (asymmetric) or spec of the outputs of ``A`` and ``B``. ``"auto"``: as
         the base's activations are; None leaves them float.
     :param sums: range of ``base + change``: ``"adapter"`` calibrates it for each adapter;
         ``"base"`` keeps that of the base's layer, for runtimes that exchange the encodings of an
         adapter's own branch alone. What the adapter adds beyond it is then cut off.
+    :param shared: give all these adapters the same encodings, each range as wide as the widest
+        needs, so that one quantized graph serves them all with their weights as inputs: see
+        :func:`shared_graph`.
     :returns: how much was lost, by adapter and layer.
-    :raises ValueError: an adapter is unknown or does not fit; or weights in blocks are asked for.
+    :raises ValueError: an adapter is unknown or does not fit; or weights in blocks are asked for,
+        or shared ones by channel.
     """
     state = lora_state(sim)
-    if weights is not None and weights.block_size is not None:
-        raise ValueError(_NO_BLOCKS.format(type(weights.granularity).__name__))
-    if isinstance(adapters, Mapping):
-        add_adapters(sim, fit_adapters(adapters, state.base))
-    names = _names(adapters, state.adapters)
-    spec = _activations(sim, activations)
-    batches = list(iterate_batches(dataloader))
-    active = state.active
+    _check_weights(weights, shared)
+    active, before, sources = state.active, dict(state.adapters), dict(state.sources)
     try:
-        done = tuple(_quantize(sim, name, batches, weights, spec, sums) for name in names)
+        if isinstance(adapters, Mapping):
+            add_adapters(sim, fit_adapters(adapters, state.base))
+        names = _names(adapters, state.adapters)
+        spec = _activations(sim, activations)
+        batches = list(iterate_batches(dataloader))
+        done = [_calibrate(sim, name, batches, weights, spec, sums) for name in names]
+        if shared:
+            _share([state.adapters[name] for name in names])
+        reports = tuple(_measure(sim, batches, one) for one in done)
+    except BaseException:
+        state.adapters, state.sources = before, sources
+        raise
     finally:
         switch(sim, active)
-    return LoraReport(done, weights, spec)
+    return LoraReport(reports, weights, spec)
 
 
 _NO_BLOCKS = (
     "weights of adapters take PerTensor or PerChannel, got {}: their inner width is the rank, "
     "which is different for each adapter"
 )
+
+
+def _check_weights(weights: QSpec | None, shared: bool) -> None:
+    if weights is None:
+        return
+    if weights.block_size is not None:
+        raise ValueError(_NO_BLOCKS.format(type(weights.granularity).__name__))
+    if shared and not isinstance(weights.granularity, PerTensor):
+        raise ValueError(
+            "weights=QSpec(granularity=PerTensor()) is required with shared=True, got "
+            f"{type(weights.granularity).__name__}: channels of one adapter are not those of "
+            "another"
+        )
 
 
 def _names(adapters: Iterable[str] | str | None, known: Mapping[str, Any]) -> list[str]:
@@ -148,54 +172,78 @@ def _activations(sim: Any, asked: int | QSpec | str | None) -> QSpec | None:
     return None
 
 
+@dataclass(frozen=True)
+class _Calibrated:
+    """One adapter with ranges, and its logits while it was float."""
+
+    name: str
+    expected: list[Tensor]
+    seconds: float
+
+
 @torch.no_grad()
-def _quantize(
+def _calibrate(
     sim: Any,
     name: str,
     batches: list[Any],
     weights: QSpec | None,
     activations: QSpec | None,
     sums: Literal["adapter", "base"],
-) -> AdapterReport:
+) -> _Calibrated:
     from aimet_ext.sim.torch_lora import calibrating, freeze, quantized_content, slots
 
     started = time.perf_counter()
     state = lora_state(sim)
-    before = state.adapters[name]
-    floats = {slot: content.without_quantizers() for slot, content in before.items()}
-    try:
-        state.adapters[name] = floats
-        switch(sim, name)
-        expected = _logits(sim, batches[:_SCORED])
-        state.adapters[name] = {
-            slot: quantized_content(
-                sim.model.get_submodule(slot),
-                content,
-                weights,
-                activations,
-                new_sum=sums == "adapter" and content.a is not state.empty[slot].a,
-            )
-            for slot, content in floats.items()
-        }
-        switch(sim, name)
-        with calibrating(slots(sim).values()):
-            for batch in batches:
-                call_model(sim.model, batch)
-        freeze(q for c in state.adapters[name].values() for q in c.quantizers.values() if q)
-    except BaseException:
-        state.adapters[name] = before
-        raise
-    outputs = _logits(sim, batches[:_SCORED])
+    floats = {slot: content.without_quantizers() for slot, content in state.adapters[name].items()}
+    state.adapters[name] = floats
+    switch(sim, name)
+    expected = _logits(sim, batches[:_SCORED])
+    state.adapters[name] = {
+        slot: quantized_content(
+            sim.model.get_submodule(slot),
+            content,
+            weights,
+            activations,
+            new_sum=sums == "adapter" and content.a is not state.empty[slot].a,
+        )
+        for slot, content in floats.items()
+    }
+    switch(sim, name)
+    with calibrating(slots(sim).values()):
+        for batch in batches:
+            call_model(sim.model, batch)
+    freeze(q for c in state.adapters[name].values() for q in c.quantizers.values() if q)
+    return _Calibrated(name, expected, time.perf_counter() - started)
+
+
+@torch.no_grad()
+def _share(adapters: list[dict[str, Any]]) -> None:
+    """Give every quantizer of these adapters the range that holds those of all of them."""
+    for slot in adapters[0]:
+        for key, first in adapters[0][slot].quantizers.items():
+            if first is None:
+                continue
+            quantizers = [contents[slot].quantizers[key] for contents in adapters]
+            low = torch.stack([quantizer.get_min() for quantizer in quantizers]).amin(0)
+            high = torch.stack([quantizer.get_max() for quantizer in quantizers]).amax(0)
+            for quantizer in quantizers:
+                quantizer.set_range(low, high)
+
+
+@torch.no_grad()
+def _measure(sim: Any, batches: list[Any], one: _Calibrated) -> AdapterReport:
+    state = lora_state(sim)
+    switch(sim, one.name)
     return AdapterReport(
-        name=name,
+        name=one.name,
         ranks={
             state.slots[slot]: content.b.shape[1]
-            for slot, content in floats.items()
+            for slot, content in state.adapters[one.name].items()
             if content.a is not state.empty[slot].a
         },
-        change_sqnr_db=_changes(sim, name),
-        logits_sqnr_db=_sqnr(expected, outputs),
-        seconds=time.perf_counter() - started,
+        change_sqnr_db=_changes(sim, one.name),
+        logits_sqnr_db=_sqnr(one.expected, _logits(sim, batches[:_SCORED])),
+        seconds=one.seconds,
     )
 
 

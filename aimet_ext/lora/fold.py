@@ -135,7 +135,7 @@ def _original(source: Any, adapter: Adapter, base: Any) -> Checkpoint | None:
         return open_checkpoint(base)
     if hasattr(source, "get_base_model"):
         # Biases that were trained are the base's own until the adapter is saved.
-        trained = any(part.kind == "bias" for part in adapter.parts)
+        trained = adapter.config.get("bias", "none") != "none"
         return None if trained else open_checkpoint(source)
     named = adapter.config.get("base_model_name_or_path")
     if named and (Path(named) / "config.json").is_file():

@@ -10,6 +10,7 @@ from aimet_ext.model.onnx_same_tensors import MOVES
 
 __all__ = ["keep_keys_and_values"]
 
+
 def keep_keys_and_values(model: onnx.ModelProto) -> list[str]:
     """Put an Identity behind the keys and values of each attention, in place.
 

@@ -23,7 +23,8 @@ def sign_second_operands(model: onnx.ModelProto) -> list[str]:
     """Have MatMuls between activations read signed, symmetric 16-bit integers, in place.
 
     A tensor that lies on another grid is put on such a one just before. That changes no value where
-    its own grid is symmetric or has 8 bits, and else adds a rounding to 16 bits.
+    its own grid is symmetric or has 8 bits, and else adds a rounding to 16 bits. Where the first
+    operand has 8 bits the second one stays as it is: HTP takes 8 by 8 bits, and not 8 by 16.
 
     :param model: QDQ graph.
     :returns: the tensors that get a second grid.
@@ -39,6 +40,9 @@ def sign_second_operands(model: onnx.ModelProto) -> list[str]:
     for node in graph.node:
         source = producer.get(node.input[1]) if node.op_type == "MatMul" else None
         grid = None if source is None else _grid(source, stored)
+        first = producer.get(node.input[0]) if grid else None
+        if first is not None and (_grid(first, stored) or (0.0, 0, 16))[2] == 8:
+            grid = None
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
         if source is not None and grid is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +16,9 @@ import onnx
 import torch
 from aimet_onnx.common.quantsim_config.quantsim_config import _get_config_file
 from aimet_onnx.qc_quantize_op import QcQuantizeOp
-from torch import Tensor
 
 from aimet_ext.config import LPBQ, Blockwise, Granularity, PerChannel, PerTensor, QSpec
 from aimet_ext.core.affine import Grid, fake_quantize
-from aimet_ext.export.encodings import Layout, to_grid
 from aimet_ext.model.onnx_layers import OnnxLayer
 from aimet_ext.model.onnx_same_tensors import MOVES
 from aimet_ext.sim.base import adapt
@@ -39,6 +37,8 @@ __all__ = [
 ]
 
 Entry = Mapping[str, Any]
+# Of an entry, its tensor's shape (none for a single range) and the axis of its channels.
+GridOf = Callable[[Entry, tuple[int, ...], int], Grid]
 
 # Widths that a QDQ model has types for.
 _WIDTHS = (4, 8, 16)
@@ -99,16 +99,17 @@ def _content(config: str | Mapping[str, Any]) -> dict[str, Any]:
     return content
 
 
-def put_encodings(sim: Any, encoded: Mapping[str, Entry]) -> Loaded:
+def put_encodings(sim: Any, encoded: Mapping[str, Entry], grid_of: GridOf) -> Loaded:
     """Give a simulation's quantizers the ranges of a file, and its weights their quantized values.
 
     Quantizers of other tensors are left as they are. A range that is shared by what the file knows
     and what it does not is no longer shared.
 
     :param encoded: entries of encodings 1.0.0 by tensor.
+    :param grid_of: the grid of an entry, of the tensor's shape and the axis of its channels.
     :raises ValueError: the model lacks a tensor; all such are named and nothing changes.
     """
-    return _Loader(sim, encoded).load()
+    return _Loader(sim, encoded, grid_of).load()
 
 
 def calibrate_added(
@@ -151,8 +152,8 @@ def only_these(sim: Any, names: Collection[str]) -> Iterator[None]:
 class _Loader:
     """Puts the entries of one file into one simulation."""
 
-    def __init__(self, sim: Any, encoded: Mapping[str, Entry]) -> None:
-        self.sim, self.encoded = sim, encoded
+    def __init__(self, sim: Any, encoded: Mapping[str, Entry], grid_of: GridOf) -> None:
+        self.sim, self.encoded, self.grid_of = sim, encoded, grid_of
         adaptor: Any = adapt(sim)
         self.adaptor, self.graph = adaptor, adaptor.graph
         self.layers = {layer.weight: layer for layer in adaptor.layers.values()}
@@ -181,7 +182,7 @@ class _Loader:
             if self.graph.constant(place) is not None:
                 self._put_constant(place, self.encoded[name])
             else:
-                _put_tensor(self.sim.qc_quantize_op_dict[place], self.encoded[name])
+                self._put_tensor(place, self.encoded[name])
                 self.quantizers.append(place)
         self.adaptor.touch()
         self.adaptor.refresh()
@@ -229,11 +230,13 @@ class _Loader:
         """Put a stored value on its grid, and set its quantizer."""
         value = self.graph.tensor(name)
         layer = self.layers.get(name)
-        grid = to_grid(entry, _layout(value, layer, entry))
+        single = entry["enc_type"] == "PER_TENSOR"
+        axis = int(layer is not None and layer.transposed)
+        grid = self.grid_of(entry, () if single else tuple(value.shape), axis)
         self.graph.set_tensor(name, fake_quantize(value, grid))
         quantizer = self.sim.qc_quantize_op_dict[name]
         if grid.scale.numel() == 1:
-            _put_tensor(quantizer, entry)
+            self._put_tensor(name, entry)
             self.quantizers.append(name)
         elif layer is None or name not in self.sim.param_names:
             _put_table(quantizer, self.graph.array(name))
@@ -241,6 +244,21 @@ class _Loader:
         else:
             self._put_weight(layer, quantizer, entry, grid)
             self.quantizers.append(name)
+
+    def _put_tensor(self, name: str, entry: Entry) -> None:
+        """One range for a whole tensor."""
+        quantizer = self.sim.qc_quantize_op_dict[name]
+        grid = _contained(self.grid_of(entry, (), 0))
+        uninitialize(quantizer, parameter=False)
+        quantizer.quant_info.usePerChannelMode = False
+        quantizer._scale_quantizer = None
+        quantizer._encoding_min_max_fixed_vals = None
+        quantizer.set_precision(aimet_onnx.qtype.int(_bits(grid)))
+        quantizer.use_symmetric_encodings = bool(entry["is_sym"])
+        quantizer.enabled = True
+        first = float(grid.offset) + grid.qmin
+        load_scale(quantizer, [float(grid.scale)], [first], grid.qmax - grid.qmin)
+        quantizer.freeze_encodings()
 
     def _put_weight(
         self, layer: OnnxLayer, quantizer: QcQuantizeOp, entry: Entry, grid: Grid
@@ -261,21 +279,6 @@ class _Loader:
         weight.freeze()
 
 
-def _put_tensor(quantizer: QcQuantizeOp, entry: Entry) -> None:
-    """One range for a whole tensor."""
-    grid = _contained(to_grid(entry, Layout((), 0)))
-    uninitialize(quantizer, parameter=False)
-    quantizer.quant_info.usePerChannelMode = False
-    quantizer._scale_quantizer = None
-    quantizer._encoding_min_max_fixed_vals = None
-    quantizer.set_precision(aimet_onnx.qtype.int(_bits(grid)))
-    quantizer.use_symmetric_encodings = bool(entry["is_sym"])
-    quantizer.enabled = True
-    first = grid.offset + grid.qmin
-    load_scale(quantizer, [float(grid.scale)], [float(first)], grid.qmax - grid.qmin)
-    quantizer.freeze_encodings()
-
-
 def _put_table(quantizer: QcQuantizeOp, values: np.ndarray[Any, Any]) -> None:
     """One scale of 16 bits for a table that lies on a grid of its own, row by row."""
     uninitialize(quantizer, parameter=False)
@@ -284,14 +287,6 @@ def _put_table(quantizer: QcQuantizeOp, values: np.ndarray[Any, Any]) -> None:
     quantizer.enabled = True
     calibrate_on(quantizer, values)
     quantizer.freeze_encodings()
-
-
-def _layout(value: Tensor, layer: OnnxLayer | None, entry: Entry) -> Layout:
-    if entry["enc_type"] == "PER_TENSOR":
-        return Layout((), 0)
-    axis = int(layer is not None and layer.transposed)
-    scale_bits = entry["bw"] - entry["compressed_bw"] if "compressed_bw" in entry else None
-    return Layout(tuple(value.shape), axis, scale_bits)
 
 
 def _granularity(entry: Entry) -> Granularity:

@@ -14,7 +14,7 @@ from aimet_ext.export.encodings import entries, load_encodings
 from aimet_ext.model.kv_cache import CacheShape
 from aimet_ext.model.onnx_same_tensors import moved_from, same_tensors
 from aimet_ext.workflow.cache_run import CacheFiles
-from aimet_ext.workflow.hand_off import HandOff
+from aimet_ext.workflow.hand_off import HandOff, put_encodings
 
 __all__ = ["Reference", "quantized_graph"]
 
@@ -78,7 +78,7 @@ def quantized_graph(
         activation_bits=max(widths, key=widths.__getitem__, default=16),
         sample={name: value.numpy() for name, value in files.feed(files.lengths[name]).items()},
     )
-    loaded = onnx_hand_off.put_encodings(sim, encoded)
+    loaded = put_encodings(sim, encoded)
     narrow = {} if kv_bitwidth is None else dict.fromkeys(sources.cache_names(), kv_bitwidth)
     onnx_cache.insert_quantizers(sim, narrow)
     given = {*loaded.quantizers, *loaded.tables}

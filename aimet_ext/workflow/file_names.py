@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["FINGERPRINTS", "LEDGER", "QUANTIZERS", "SETTINGS", "WEIGHTS"]
+__all__ = ["CONFIG", "FINGERPRINTS", "LEDGER", "QUANTIZERS", "SETTINGS", "WEIGHTS"]
 
+CONFIG = "config.json"
 FINGERPRINTS = "fingerprints.json"
 LEDGER = "ledger.safetensors"
 QUANTIZERS = "quantizers.safetensors"

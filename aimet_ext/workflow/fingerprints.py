@@ -17,7 +17,14 @@ from aimet_ext.errors import CorruptFileError
 from aimet_ext.export.folders import replace_file
 from aimet_ext.export.manifest import hash_file
 from aimet_ext.export.scales import AIMET_FILE, SCALES_FILE
-from aimet_ext.workflow.file_names import FINGERPRINTS, LEDGER, QUANTIZERS, WEIGHTS
+from aimet_ext.workflow.file_names import (
+    CONFIG,
+    FINGERPRINTS,
+    LEDGER,
+    QUANTIZERS,
+    SETTINGS,
+    WEIGHTS,
+)
 from aimet_ext.workflow.integrity_files import ExportFiles, Stored
 from aimet_ext.workflow.integrity_grids import Cells, encoded_cells, torch_cells
 from aimet_ext.workflow.integrity_onnx import OnnxGraph
@@ -92,6 +99,9 @@ def fingerprints_of(files: ExportFiles) -> Iterator[tuple[str, dict[str, str]]]:
     yield LEDGER, {**_of_tensors(files.ledger), **_of_fields(files.ledger)}
     if files.aimet_scales is not None:
         yield AIMET_FILE, _of_tensors(files.aimet_scales)
+    for name in (CONFIG, SETTINGS):
+        if files.has(name):
+            yield name, {key: _json(value) for key, value in files.values(name).items()}
     checkpoint = f"checkpoint/{WEIGHTS}"
     if files.has(checkpoint):
         yield checkpoint, _of_tensors(files.safetensors(checkpoint))

@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aimet_ext.core.affine import Grid
 from aimet_ext.core.objective import sqnr_db
 from aimet_ext.errors import CorruptFileError, require
-from aimet_ext.export.encodings import entries, load_encodings
+from aimet_ext.export.encodings import Layout, entries, load_encodings, to_grid
 from aimet_ext.export.manifest import read_manifest
 from aimet_ext.workflow.load import load
 from aimet_ext.workflow.onnx_export import SETTINGS
 
-__all__ = ["HandOff", "feeds", "hand_off", "write_qdq"]
+__all__ = ["HandOff", "feeds", "hand_off", "put_encodings", "write_qdq"]
 
 _CONFIG = "htp_v79"
 # AIMET's names of architectures without MatMuls of 16 by 16 bits.
@@ -93,14 +94,14 @@ def hand_off(
     batches = feeds(_inputs(model), dataloader)
     reference = _outputs(sim if sim is not None else load(folder), batches[0])
     settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["create_sim"] or {}
-    model, kept = _prepared(model, encoded, kv_bitwidth is not None)
+    model, kept = _prepared(model, encoded, batches[0], kv_bitwidth is not None)
     built = target.build_target_sim(
         model,
         config_file or settings.get("config_file") or _CONFIG,
         activation_bits=_activation_bits(encoded),
         sample=batches[0],
     )
-    loaded = target.put_encodings(built, encoded)
+    loaded = put_encodings(built, encoded)
     with target.only_these(built, loaded.quantizers):
         output = built.session.run(None, batches[0])[0]
     if kv_bitwidth is not None:
@@ -124,6 +125,21 @@ def hand_off(
         same_numbers=_sqnr(output, reference),
         sample=batches[0],
     )
+
+
+def put_encodings(sim: Any, encoded: Mapping[str, Mapping[str, Any]]) -> Any:
+    """Give a simulation's quantizers the ranges of a file's entries.
+
+    See :func:`aimet_ext.sim.onnx_hand_off.put_encodings`.
+    """
+    from aimet_ext.sim import onnx_hand_off
+
+    return onnx_hand_off.put_encodings(sim, encoded, _grid)
+
+
+def _grid(entry: Mapping[str, Any], shape: tuple[int, ...], axis: int) -> Grid:
+    scale_bits = entry["bw"] - entry["compressed_bw"] if "compressed_bw" in entry else None
+    return to_grid(entry, Layout(shape, axis, scale_bits))
 
 
 def write_qdq(source: Any, path: str | Path) -> Path:
@@ -167,7 +183,7 @@ def write_qdq(source: Any, path: str | Path) -> Path:
 
 
 def feeds(inputs: Iterable[Any], dataloader: Any) -> list[dict[str, np.ndarray[Any, Any]]]:
-    """Batches as arrays by input, each of the batch size that the graph has.
+    """Batches as arrays by input, each of the batch size that the graph has, or of 1 if it is free.
 
     :param inputs: ``ValueInfoProto`` of the graph's inputs.
     :param dataloader: batches of ids, tuples in the order of the inputs, or mappings. A mask of
@@ -183,6 +199,12 @@ def feeds(inputs: Iterable[Any], dataloader: Any) -> list[dict[str, np.ndarray[A
         for part in _rows(tensors, named):
             check_inputs(part, named, number)
             found.append({name: part[name].contiguous().numpy() for name in named})
+    shapes = {tuple(array.shape for array in batch.values()) for batch in found}
+    if len(shapes) > 1:
+        raise ValueError(
+            "batches of one shape are required, as an NPU's graph has one, got "
+            f"{', '.join(map(str, sorted(shapes)[:3]))}; cut the text into windows of one length"
+        )
     if not found:
         raise ValueError("dataloader must yield at least one batch, it yielded none")
     return found
@@ -195,14 +217,18 @@ def _inputs(model: Any) -> list[Any]:
 
 
 def _prepared(
-    model: Any, encoded: Mapping[str, Mapping[str, Any]], keep: bool
+    model: Any,
+    encoded: Mapping[str, Mapping[str, Any]],
+    sample: Mapping[str, np.ndarray[Any, Any]],
+    keep: bool,
 ) -> tuple[Any, list[str]]:
     """The float model in the forms that an NPU computes right, and its keys and values."""
     from aimet_ext.model.onnx_apart import set_apart
-    from aimet_ext.model.onnx_fold import bound_masks, fold_constants
+    from aimet_ext.model.onnx_fold import bound_masks
     from aimet_ext.model.onnx_kept import keep_keys_and_values
+    from aimet_ext.model.onnx_static import make_static
 
-    model = fold_constants(model, keep=encoded)
+    model = make_static(model, {name: array.shape for name, array in sample.items()}, encoded)
     bound_masks(model)
     set_apart(model, {name: entry["enc_type"] for name, entry in encoded.items()})
     return model, keep_keys_and_values(model) if keep else []
@@ -231,7 +257,8 @@ def _rows(tensors: dict[str, Tensor], inputs: Mapping[str, Any]) -> Iterable[dic
     }
     counts = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors.values()}
     size, count = next(iter(sizes), 0), next(iter(counts), 0)
-    if len(sizes) > 1 or len(counts) > 1 or size < 1 or count <= size or count % size:
+    size = max(size, 1)  # a free one: an NPU takes one row at a time
+    if len(sizes) > 1 or len(counts) > 1 or count <= size or count % size:
         return [tensors]
     return (
         {name: tensor[start : start + size] for name, tensor in tensors.items()}

@@ -106,6 +106,17 @@ class ExportFiles:
         """Any safetensors file of the folder."""
         return self._try(name, _read_safetensors, Stored())
 
+    def values(self, name: str) -> dict[str, Any]:
+        """What an object in a JSON file holds."""
+
+        def read(path: Path) -> dict[str, Any]:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise CorruptFileError(f"{path.name} holds no object")
+            return content
+
+        return self._try(name, read, {})
+
     def _sealed(self, name: str) -> Stored:
         """A file that carries its own hash; read where the hash does not fit, too."""
         stored = self.safetensors(name)
@@ -124,7 +135,7 @@ class ExportFiles:
             return read(self.folder / name)
         except FileNotFoundError:
             self.findings.append(Finding("file", name, "is required and absent", AGAIN))
-        except (CorruptFileError, UnicodeDecodeError) as error:
+        except ValueError as error:  # of JSON, of UTF-8, or a CorruptFileError
             self.findings.append(Finding("file", name, f"is damaged: {error}", AGAIN))
         return otherwise
 

@@ -17,9 +17,9 @@ from aimet_ext.export.encodings import Layout, to_grid
 __all__ = ["Cells", "encoded_cells", "misfit", "onnx_cells", "torch_cells"]
 
 _RELATIVE = 1e-6
-# A grid that leaves more than this part of the values of most cells outside, or of whose range the
-# values of most cells use less than this, was made for another tensor.
-_OUTSIDE, _USED = 0.4, 1 / 8
+# A grid that leaves more than this part of the values of most cells outside was made for another
+# tensor. A range too wide shows nothing: AIMET widens some so that 32 bits hold a layer's bias.
+_OUTSIDE = 0.4
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +56,18 @@ class Cells:
         half = (self.steps + 1) // 2
         signs = (-self.first, -self.first - self.steps, -(self.first + half) - half)
         return not self.same(other) and any(replace(self, first=s).same(other) for s in signs)
+
+    def beside(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Values cut into cells ``[g0, b0, g1, b1, …]``, their bounds and steps to go with them.
+
+        :param values: as the cells lie.
+        """
+        shape = (1,) * (values.dim() - self.scale.dim()) + tuple(self.scale.shape)
+        spread = tuple(n for size in shape for n in (size, 1))
+        low = self.first * self.scale
+        bounds = (low, low + self.steps * self.scale, self.scale)
+        first, last, step = (one.to(values.dtype).reshape(spread) for one in bounds)
+        return to_blocks(values, shape), first, last, step
 
     def __str__(self) -> str:
         bits = (self.steps + 1).bit_length() - 1
@@ -148,30 +160,17 @@ def encoded_cells(
 def misfit(values: Tensor, cells: Cells) -> str | None:
     """What shows that a grid was made for other values, None if nothing does.
 
-    Methods clip, and some leave part of a range unused, but neither as much as is asked for here.
+    Methods clip, too, but not as much as is asked for here.
 
     :param values: the tensor, as the cells lie.
     """
-    shape = (1,) * (values.dim() - cells.scale.dim()) + tuple(cells.scale.shape)
-    if cells.scale.dim() == 1 and values.dim() > 1 and cells.scale.numel() > 1:
-        return None
-    blocks = to_blocks(values.double(), shape)  # [g0, b0, g1, b1, …]
+    blocks, low, high, step = cells.beside(values.float())
     inside = tuple(range(1, blocks.dim(), 2))
     if not inside:
         return None
-    spread = tuple(n for size in shape for n in (size, 1))
-    low = (cells.first * cells.scale).reshape(spread)
-    step = cells.scale.reshape(spread)
-    high = low + cells.steps * step
-    outside = ((blocks < low - step) | (blocks > high + step)).double().mean(inside)
-    reach = torch.maximum(-low, high)
-    used = (blocks.abs() / reach).amax(inside)
-    part, full = float(outside.median()), float(used.median())
-    if part > _OUTSIDE:
-        return f"{part:.0%} of the values lie outside its range"
-    if full < _USED and bool((blocks != 0).any()):
-        return f"the values use {full:.1%} of its range"
-    return None
+    outside = ((blocks < low - step) | (blocks > high + step)).sum(inside)
+    part = float(outside.median()) * outside.numel() / blocks.numel()
+    return f"{part:.0%} of the values lie outside its range" if part > _OUTSIDE else None
 
 
 def _close(mine: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> bool:

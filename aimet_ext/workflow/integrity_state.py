@@ -82,7 +82,7 @@ class ExportState:
         """Note whatever was changed and is part of no finding yet."""
         if self.record is None:
             return
-        for file in dict.fromkeys([*self.record, *self._now]):
+        for file in self.record:
             found = [item for item in self._changes(file) if (file, item[0]) not in self._explained]
             for name, change in found[:_SHOWN]:
                 self.add("changed", name, f"{change} in {file} since the export was written")

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from aimet_ext.core.affine import to_blocks
 from aimet_ext.workflow.file_names import WEIGHTS
-from aimet_ext.workflow.integrity_grids import Cells, encoded_cells, misfit
+from aimet_ext.workflow.integrity_grids import encoded_cells, misfit
 from aimet_ext.workflow.integrity_onnx import OnnxGraph
 from aimet_ext.workflow.integrity_state import ExportState
 
@@ -118,8 +119,7 @@ def check_ranges(state: ExportState) -> None:
         changed = state.unchanged(file, _source(graph, tensor)) is False
         if not state.is_onnx:
             changed = changed and state.unchanged(WEIGHTS, name) is False
-        values = torch.from_numpy(value.astype(np.float32))
-        problem = None if tensor in state.doubted else misfit(values, cells)
+        problem = None if tensor in state.doubted else misfit(_tensor(value), cells)
         if changed:
             message = "was changed after its range was set, so that its encoding is stale"
             state.add("stale", name, message, _ANEW)
@@ -196,35 +196,24 @@ def _off_grid(state: ExportState, name: str, value: Array, other: Array) -> str 
     encodings = state.files.encodings
     found = (of_file.get(name) for of_file in reversed(encodings.values()))
     entry = next((entry for entry in found if entry is not None), None)
-    wide, read = torch.from_numpy(value.astype(np.float64)), torch.from_numpy(other.copy()).double()
+    wide, read = _tensor(value), _tensor(other)
     if name in state.doubted:
         return None
     if entry is None:
         return None if value.tobytes() == other.tobytes() else _distance(wide, read)
     newer = encodings[f"{state.files.prefix}.2.0.0.encodings"].get(name)
-    try:
-        cells = encoded_cells(entry, newer, value.shape)
-    except ValueError:
-        return None  # the check of encodings says so
+    cells = encoded_cells(entry, newer, value.shape)
     if cells is None:
         return None
-    low, high, step = _bounds(cells, value.shape)
-    nearest = torch.minimum(torch.maximum(wide, low), high)
-    allowed = 0.501 * step + 1e-6 * wide.abs()
-    return _distance(wide, read) if bool(((nearest - read).abs() > allowed).any()) else None
+    blocks, low, high, step = cells.beside(wide)
+    nearest = torch.minimum(torch.maximum(blocks, low), high)
+    allowed = 0.501 * step + 1e-6 * blocks.abs()
+    wrong = (nearest - to_blocks(read, blocks.shape[::2])).abs() > allowed
+    return _distance(wide, read) if bool(wrong.any()) else None
 
 
-def _bounds(cells: Cells, shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
-    """Smallest and largest value and step for each element."""
-
-    def spread(values: torch.Tensor) -> torch.Tensor:
-        for axis, (size, number) in enumerate(zip(shape, values.shape, strict=False)):
-            if values.dim() == len(shape) and 1 < number < size:
-                values = values.repeat_interleave(size // number, axis)
-        return values
-
-    low = cells.first * cells.scale
-    return spread(low), spread(low + cells.steps * cells.scale), spread(cells.scale)
+def _tensor(array: Array) -> torch.Tensor:
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def _distance(one: torch.Tensor, two: torch.Tensor) -> str:

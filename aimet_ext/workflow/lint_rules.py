@@ -289,9 +289,10 @@ def _operands(facts: SimFacts, limits: HtpLimits) -> Iterator[Finding]:
             yield Finding(
                 "operand width",
                 activation.name,
-                f"8 bits are required of the second operand of a product of two activations, got "
+                "8 bits are required of the second operand of a product of two activations, got "
                 f"{activation.bitwidth}: v{limits.arch} rounds it to 8",
-                "set its bitwidth to 8, so that the simulation shows what that costs",
+                "take a target from v73 on, or set its bitwidth to 8 (kv_bitwidth=8 for what is "
+                "kept between calls), so that the simulation shows what that costs",
             )
 
 

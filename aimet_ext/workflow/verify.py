@@ -96,10 +96,10 @@ def verify(
     if findings:
         steps = (first, *_not_run(_STEPS))
         report = replace(blank, steps=steps, findings=tuple(findings))
-        if output is not None:
-            with replace_folder(output) as work:
-                _finish(work, report)
-        return report
+        if output is None:
+            return report
+        with replace_folder(output) as work:
+            return _finish(work, report)
     feeds, data = _feeds(folder, dataloader, windows)
     with _work_folder(output) as work:
         run = Verification(
@@ -113,7 +113,10 @@ def verify(
             thresholds=asked,
             kv_bitwidth=kv_bitwidth,
         )
-        steps = (first, *_run_all(run))
+        try:
+            steps = (first, *_run_all(run))
+        finally:
+            run.close()
         report = replace(
             blank,
             backend=run.backend,

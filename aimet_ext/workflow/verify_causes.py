@@ -13,7 +13,9 @@ from aimet_ext.workflow.verify_layers import LayerFacts
 
 __all__ = ["Cause", "array_sqnr", "culprit", "dropped_bias", "known_cause", "pattern_cause"]
 
-_BLOCK_SIZES = (16, 32, 64, 128)
+# Blocks of as many input channels as this, or of a multiple of it, are computed right; the smaller
+# one where it divides the layer's width by an even number.
+_BLOCK, _SMALL_BLOCK = 32, 16
 _WIDTHS = (4, 8, 16)
 # A dropped bias explains a difference where adding it brings the output this much nearer (dB),
 # and the factor that brings it nearest is about 1.
@@ -126,6 +128,10 @@ def _along_channels(layer: LayerFacts, shape: Sequence[int]) -> np.ndarray[Any, 
     return layer.bias.reshape([-1 if d == axis else 1 for d in range(len(shape))])
 
 
+def _takes_block(size: int | None) -> bool:
+    return size == _SMALL_BLOCK or (size is not None and size % _BLOCK == 0)
+
+
 def _is_blockwise(layer: LayerFacts) -> bool:
     return layer.block_size is not None
 
@@ -153,10 +159,10 @@ _PATTERNS: tuple[_Pattern, ...] = (
         ),
     ),
     (
-        lambda layer: _is_blockwise(layer) and layer.block_size not in _BLOCK_SIZES,
+        lambda layer: _is_blockwise(layer) and not _takes_block(layer.block_size),
         lambda layer: Cause(
             f"its block size {layer.block_size} is none that HTP is known to take",
-            f"choose one of {', '.join(map(str, _BLOCK_SIZES))}",
+            f"choose {_SMALL_BLOCK} or a multiple of {_BLOCK}",
         ),
     ),
     (

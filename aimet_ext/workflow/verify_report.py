@@ -132,7 +132,8 @@ class VerifyReport:
     :param hints: what is worth a look and does not count.
     :param measures: at the output.
     :param layers: in the order of computation.
-    :param first_divergence: first layer below the threshold, None if there is none.
+    :param first_divergence: where the first layer that falls below the threshold loses most: that
+        layer or one upstream of it; None if no layer does.
     :param cause: why it diverges, None if that is not known.
     :param fallbacks: operators that the target did not take.
     :param added: quantizers that only the device needs, calibrated on the data.

@@ -226,8 +226,7 @@ class Verification:
 
     def compare_layers(self) -> str:
         """Each operator on the device against the ONNX sim, on the first window."""
-        if self.session is not None:
-            self.session.close()
+        self.close()
         if not self.facts:
             return "no operator has a quantized output"
         from aimet_ext.sim.onnx_tensors import tensor_values
@@ -254,6 +253,11 @@ class Verification:
             cause = known_cause(layer, found[layer.tensor], targets[layer.tensor], self.fallbacks)
             self._diverges(place, wrong, cause)
         return f"{len(self.layers)} operators, the lowest {lowest.sqnr_db:.1f} dB ({lowest.name})"
+
+    def close(self) -> None:
+        """Release what was compiled; closing twice does no harm."""
+        if self.session is not None:
+            self.session.close()
 
     def _showing(self, tensors: list[str]) -> runs.Session | None:
         if self.backend == CPU:

@@ -10,9 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from qdq_graphs import QdqGraph, inputs_of, two_layers, with_unsupported
 
 from aimet_ext.core.objective import sqnr_db
 from aimet_ext.errors import MissingExtraError
@@ -21,7 +19,11 @@ from aimet_ext.integrations.qnn import HtpRejected, HtpSession, compile_htp, loa
 from aimet_ext.integrations.qnn_outputs import output_names, with_outputs
 from aimet_ext.integrations.qnn_targets import find_target, target_names
 
+onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
+
+from qdq_graphs import QdqGraph, inputs_of, two_layers, with_unsupported  # noqa: E402
+
 needs_qnn = pytest.mark.skipif(
     not qnn_runtime.is_available(), reason="onnxruntime-qnn with an HTP backend is not installed"
 )
@@ -29,7 +31,7 @@ needs_qnn = pytest.mark.skipif(
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 
-def on_cpu(model: onnx.ModelProto, feed: Arrays) -> list[np.ndarray[Any, Any]]:
+def on_cpu(model: Any, feed: Arrays) -> list[np.ndarray[Any, Any]]:
     """The graph as it is written, node by node."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

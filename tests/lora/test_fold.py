@@ -28,6 +28,7 @@ pytestmark = [
     # What peft says of biases of their own, and of saved embeddings.
     pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed:UserWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
 ]
 
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

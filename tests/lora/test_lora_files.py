@@ -15,6 +15,7 @@ from torch import Tensor
 
 import aimet_ext
 from aimet_ext import lora
+from aimet_ext.core.objective import sqnr_db
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.export.encodings import entries, load_encodings
 from aimet_ext.lora.sim import lora_state
@@ -185,6 +186,42 @@ def test_aimet_reads_what_was_written(folder: pathlib.Path, lora_ids: Tensor) ->
     assert quantizer.bitwidth == 8
     found = quantizer.export_encodings("1.0.0")
     assert found["scale"] == pytest.approx(encodings[A0]["scale"])
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_a_baked_adapter_is_the_simulation_in_onnx(
+    sim: Any, folder: pathlib.Path, lora_ids: Tensor, name: str
+) -> None:
+    """The graph with exactly the simulation's quantizers gives its numbers, not the base's."""
+    pytest.importorskip("aimet_onnx")
+    from aimet_ext.sim.onnx_hand_off import build_target_sim, only_these
+    from aimet_ext.workflow.hand_off import put_encodings
+
+    model, encoded = lora.bake_adapter(folder, name)
+    assert [value.name for value in model.graph.input] == ["input_ids"]
+    feed = {"input_ids": lora_ids.numpy()}
+    built = build_target_sim(model, "htp_v79", activation_bits=16, sample=feed)
+    loaded = put_encodings(built, encoded)
+    with only_these(built, loaded.quantizers):
+        output = torch.from_numpy(built.session.run(None, feed)[0])
+    found = {}
+    for adapter in (name, None):
+        lora.switch(sim, adapter)
+        expected = logits(sim, lora_ids)
+        found[adapter] = sqnr_db(
+            float(expected.square().sum()), float((output - expected).square().sum())
+        )
+    lora.switch(sim, "two")
+    assert found[name] > 55 > 20 > found[None]
+
+
+def test_only_adapters_of_the_folder_can_be_baked(
+    folder: pathlib.Path, lora_base: pathlib.Path
+) -> None:
+    with pytest.raises(ValueError, match=r"one of \['one', 'two'\], got 'three'"):
+        lora.bake_adapter(folder, "three")
+    with pytest.raises(CorruptFileError, match="got 'export'"):
+        lora.bake_adapter(lora_base, "one")
 
 
 def test_a_changed_file_is_refused(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aimet_ext import LPBQ, QSpec, lora
+from aimet_ext import LPBQ, PerTensor, QSpec, lora
 from aimet_ext.lora.sim import lora_state
 
 peft = pytest.importorskip("peft")
@@ -107,6 +107,22 @@ def test_a_further_adapter_is_folded_and_quantized(
     lora.switch(sim, "one")
 
 
+def test_adapters_may_share_their_encodings(sim: Any, lora_ids: Tensor) -> None:
+    """Each range holds what every adapter needs, so no adapter alone does worse than a few dB."""
+    spec = QSpec(bitwidth=8, granularity=PerTensor())
+    alone = lora.quantize(sim, ["one", "two"], [lora_ids], weights=spec)
+    together = lora.quantize(sim, ["one", "two"], [lora_ids], weights=spec, shared=True)
+    adapters = lora_state(sim).adapters
+    for slot in lora_state(sim).slots:
+        for key, quantizer in adapters["one"][slot].quantizers.items():
+            other = adapters["two"][slot].quantizers[key]
+            assert other is not quantizer
+            assert torch.equal(other.get_scale(), quantizer.get_scale())
+            assert torch.equal(other.get_offset(), quantizer.get_offset())
+    for one, other in zip(alone.adapters, together.adapters, strict=True):
+        assert other.logits_sqnr_db > min(one.logits_sqnr_db, 30) - 6
+
+
 def test_weights_alone(sim: Any, lora_ids: Tensor) -> None:
     lora.quantize(sim, ["one"], [lora_ids], activations=None)
     content = lora_state(sim).adapters["one"][Q0]
@@ -118,6 +134,7 @@ def test_weights_alone(sim: Any, lora_ids: Tensor) -> None:
     ("adapters", "settings", "message"),
     [
         (None, {"weights": QSpec(granularity=LPBQ(32))}, "PerTensor or PerChannel, got LPBQ"),
+        (None, {"shared": True}, r"granularity=PerTensor\(\)\) is required with shared"),
         (["three"], {}, r"of \[.*'one', 'two'\], got \['three'\]"),
         ([], {}, "names of adapters"),
     ],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -29,11 +31,6 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 import faults  # noqa: E402
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
 IDS = torch.arange(32).reshape(2, 16) * 3 % 128
 SEEDS = range(4)
 
@@ -49,17 +46,26 @@ def ledger(modules: tuple[str, ...]) -> Ledger:
     return made
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings of AIMET and torch.onnx; what checks a folder must have none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 @pytest.fixture(scope="module")
 def of_torch(
     tiny_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> pathlib.Path:
     """Biases, LPBQ, scales, and weights in a file beside the model."""
-    sim = aimet_ext.create_sim(tiny_model("qwen2"), IDS, weights=QSpec(granularity=LPBQ(32)))
-    sim.compute_encodings(lambda module: module(IDS))
     layers = [f"model.model.layers.{n}.self_attn.{p}_proj" for n in range(2) for p in "qkv"]
-    adapt(sim).ledger = ledger(tuple(layers))
     folder = tmp_path_factory.mktemp("torch") / "out"
-    aimet_ext.export(sim, folder, "m-1.5", IDS, aimet_keys=True, hf_checkpoint=True)
+    with quiet():
+        sim = aimet_ext.create_sim(tiny_model("qwen2"), IDS, weights=QSpec(granularity=LPBQ(32)))
+        sim.compute_encodings(lambda module: module(IDS))
+        adapt(sim).ledger = ledger(tuple(layers))
+        aimet_ext.export(sim, folder, "m-1.5", IDS, aimet_keys=True, hf_checkpoint=True)
     path = folder / "m-1.5.onnx"
     onnx.save_model(
         onnx.load(path), str(path), save_as_external_data=True, location="m-1.5.onnx.data"
@@ -75,13 +81,13 @@ def of_onnx(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     from onnx_models import mlp_model
 
     x = {"x": np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)}
-    sim = aimet_onnx.QuantizationSimModel(
-        mlp_model((64, 96, 64, 64), bias="add"), param_type="int4", activation_type="int16"
-    )
-    sim.compute_encodings([x])
-    adapt(sim).ledger = ledger(("fc0", "fc2"))
+    model = mlp_model((64, 96, 64, 64), bias="add")
     folder = tmp_path_factory.mktemp("onnx") / "out"
-    aimet_ext.export(sim, folder, "m-1.5", x, external_data=True)
+    with quiet():
+        sim = aimet_onnx.QuantizationSimModel(model, param_type="int4", activation_type="int16")
+        sim.compute_encodings([x])
+        adapt(sim).ledger = ledger(("fc0", "fc2"))
+        aimet_ext.export(sim, folder, "m-1.5", x, external_data=True)
     return folder
 
 

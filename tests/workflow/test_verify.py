@@ -169,6 +169,18 @@ def test_made_up_inputs_give_no_perplexity(folder: pathlib.Path, without_qnn: No
     assert report.measures.device_sim_db is not None
 
 
+def test_the_float_model_may_be_given(
+    prepared: Callable[..., Verification], tiny_model: Callable[..., Any]
+) -> None:
+    run = prepared()
+    given = verify_run.float_outputs(run.sim, tiny_model("qwen2"), run.windows)
+    own = verify_run.float_outputs(run.sim, None, run.windows)
+    for one, two in zip(given, own, strict=True):
+        np.testing.assert_allclose(one, two, rtol=0, atol=1e-5 * np.abs(two).max())
+    with pytest.raises(TypeError, match=r"reference must be a torch module.*got str"):
+        verify_run.float_outputs(run.sim, "llama", run.windows)
+
+
 # ----------------------------------------------------------------------------- faults on the way
 
 
@@ -251,7 +263,7 @@ def test_a_changed_file_stops_before_anything_runs(
     assert report.findings
     assert report.steps[0].status == "failed"
     assert {step.status for step in report.steps[1:]} == {"not run"}
-    assert json.loads((tmp_path / "out" / REPORT).read_text("utf-8"))["passed"] is False
+    assert json.loads((tmp_path / "out" / REPORT).read_text("utf-8")) == report.to_json()
 
 
 def test_what_htp_refuses_is_named(
