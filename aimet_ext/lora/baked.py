@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from safetensors.numpy import load_file
 
 from aimet_ext.errors import CorruptFileError, require
 from aimet_ext.export.encodings import entries, load_encodings
 from aimet_ext.export.manifest import read_manifest
 from aimet_ext.lora.onnx_inputs import encodings_file
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["bake_adapter", "shared_graph"]
 
