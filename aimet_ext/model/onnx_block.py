@@ -13,6 +13,7 @@ from aimet_ext.errors import TransformRefused
 from aimet_ext.model.onnx_blocks import SHAPE_ARITHMETIC, BlockPlan
 from aimet_ext.model.onnx_flow import Flow
 from aimet_ext.model.onnx_fused import FusedAttention, find_attention
+from aimet_ext.model.onnx_graph import OnnxGraph
 from aimet_ext.model.onnx_steps import Step
 from aimet_ext.model.onnx_torch import TranslatedGraph
 
@@ -95,6 +96,7 @@ class OnnxBlock(TranslatedGraph):
         self._known: dict[tuple[Any, ...], dict[int, dict[str, Tensor]]] = {}
         self._known_now: dict[int, dict[str, Tensor]] = {}
         self._leading = torch.Size()  # batch and seq of the call
+        self._batch = static_batch(flow.graph)
         self._attention = find_attention(self._steps, self.outputs)
         self._done = [] if self._attention is None else self._last_reads(self._attention)
         self.requires_grad_(False).eval()
@@ -115,6 +117,15 @@ class OnnxBlock(TranslatedGraph):
         if not others:
             named = {"attention_mask": attention_mask, **tensors}
             others = tuple(named[name] for name in self.arguments)  # type: ignore[misc]
+        count = len(hidden_states)
+        if self._batch is not None and count < self._batch:
+            full = torch.arange(self._batch, device=hidden_states.device) % count
+            hidden_states = hidden_states[full]
+            others = tuple(x[full] if x.dim() and len(x) == count else x for x in others)
+        return self._whole(hidden_states, *others)[:count]
+
+    def _whole(self, hidden_states: Tensor, *others: Tensor) -> Tensor:
+        """The same for a batch that the graph takes."""
         attention = self._attention
         if attention is None or self.observer is not None:
             output: Tensor = super().forward(hidden_states, *others)  # type: ignore[assignment]
@@ -172,6 +183,13 @@ class OnnxBlock(TranslatedGraph):
         if self.observer is None or not value.is_floating_point():
             return value
         return self.observer(name, value)
+
+
+def static_batch(graph: OnnxGraph) -> int | None:
+    """Sequences of a batch where the graph was exported for so many, None if any number will do."""
+    shapes = [value.type.tensor_type.shape.dim for value in graph.inputs.values()]
+    found = {dims[0].dim_value for dims in shapes if len(dims) > 1} - {1}  # 0: any number
+    return found.pop() if len(found) == 1 and 0 not in found else None
 
 
 def _by_shapes_alone(steps: Sequence[Step], integers: Collection[str]) -> frozenset[int]:

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.model.families import TopologyDescription
-from aimet_ext.model.onnx_block import OnnxBlock, OnnxLinear, read_again, write_back
+from aimet_ext.model.onnx_block import (
+    OnnxBlock,
+    OnnxLinear,
+    read_again,
+    static_batch,
+    write_back,
+)
 from aimet_ext.model.onnx_blocks import BlockPlan, find_onnx_blocks
 from aimet_ext.model.onnx_capture import argument_names, capture_blocks, check_block
 from aimet_ext.model.onnx_flow import Flow
@@ -29,7 +35,7 @@ __all__ = ["add_blocks", "capture"]
 
 _STACK = "model.layers"  # as checkpoints name it, so that one scales file fits both
 _OTHER_STACK = "decoder.blocks"  # where nodes of the graph have such names
-_CHECKED_ROWS = slice(0, 2)  # sequences of the first batch that blocks are checked on
+_CHECKED_ROWS = 2  # sequences of the first batch that blocks are checked on
 
 
 class BlockStack(nn.Module):
@@ -86,7 +92,8 @@ class BlockStack(nn.Module):
             return
         device, stream.device = stream.device, torch.device("cpu")
         try:
-            call = stream.select(0, _CHECKED_ROWS)
+            count = static_batch(self.flow.graph) or _CHECKED_ROWS
+            call = stream.select(0, slice(0, count))
             for number, plan in self.plans.items():
                 with self.adaptor.disabled_quantizers(plan.topology.name):
                     check_block(self.flow, self.block(number), call)

@@ -284,6 +284,23 @@ def test_scales_file_is_that_of_the_torch_side(case: Callable[..., Case], tmp_pa
                 assert found_scale.shape == wanted.shape
 
 
+def test_a_graph_of_one_batch_size(ids: Callable[..., Tensor]) -> None:
+    """Steps are taken on fewer sequences than the graph was exported for."""
+    free = make_case("llama", [ids(4, 12, 1)])
+    names = list(free.batches[0])
+    args = tuple(torch.from_numpy(free.batches[0][name]) for name in names)
+    module = onnx_models.exported_llama().module
+    model = onnx_models.exported_module(module, args, names, ["logits"], None)
+    fixed = Case("fixed", model, free.module, free.batches)
+    reports = [
+        aimet_ext.apply_omniquant(found.sim(), found.batches, batch_size=3, **QUICK)
+        for found in (free, fixed)
+    ]
+    for one, two in zip(*(report.blocks for report in reports), strict=True):
+        assert two.loss_nearest == pytest.approx(one.loss_nearest, rel=1e-4)
+        assert two.loss_after == pytest.approx(one.loss_after, rel=1e-3)
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_failure_leaves_the_sim_alone(
     case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
