@@ -90,6 +90,7 @@ class HtpProcess:
 
         :raises HtpCrashed: QNN crashed; the process is gone.
         """
+        self._running()
         self._calls += 1
         source, result = (
             Path(self._folder.name) / f"{kind}_{self._calls}.safetensors" for kind in ("in", "out")
@@ -120,11 +121,14 @@ class HtpProcess:
     ) -> None:
         self.close()
 
-    def _ask(self, action: str, **request: Any) -> dict[str, Any]:
-        """One question, one answer."""
+    def _running(self) -> subprocess.Popen[str]:
         if self._process is None:
             raise RuntimeError("the process of this model has ended; compile the model again")
-        process = self._process
+        return self._process
+
+    def _ask(self, action: str, **request: Any) -> dict[str, Any]:
+        """One question, one answer."""
+        process = self._running()
         assert process.stdin is not None
         assert process.stdout is not None
         try:
