@@ -18,7 +18,7 @@ tokenizer = AutoTokenizer.from_pretrained(MODEL)
 def batches(split: str, number: int, loud: bool = False) -> list[torch.Tensor]:
     documents = [text.upper() if loud else text for text in examples.documents(split)]
     return aimet_ext.calibration_batches(
-        tokenizer, documents, seq_length=128, num_batches=number, batch_size=4
+        tokenizer, documents, seq_length=64, num_batches=number, batch_size=4
     )
 
 
