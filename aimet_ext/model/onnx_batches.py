@@ -12,7 +12,7 @@ from torch import Tensor
 
 from aimet_ext.model.onnx_operators import DTYPES
 
-__all__ = ["check_inputs", "onnx_batches"]
+__all__ = ["check_inputs", "named_values", "onnx_batches"]
 
 _FORMS = (
     "a mapping from the model's inputs to arrays, arrays in the order of the inputs, or a pair of "
@@ -38,7 +38,7 @@ def onnx_batches(
     """
     batches = []
     for number, item in enumerate(_iterate(dataloader)):
-        named = _named(item, list(graph_inputs), number)
+        named = named_values(item, list(graph_inputs), number)
         batch = {name: _tensor(value, name, number) for name, value in named.items()}
         check_inputs(batch, graph_inputs, number)
         _check_values(batch, number)
@@ -142,8 +142,15 @@ def _read(reader: Any) -> Iterator[Any]:
         yield item
 
 
-def _named(item: Any, names: Sequence[str], number: int) -> dict[str, Any]:
-    """A batch's values by the names of inputs."""
+def named_values(item: Any, names: Sequence[str], number: int) -> dict[str, Any]:
+    """A batch's values by the names of inputs; of a mapping without all of them, what it has.
+
+    :param item: one array, arrays in the order of ``names``, a mapping, or a pair of these and a
+        label.
+    :param number: of the batch, for errors.
+    :raises TypeError: it is none of these.
+    :raises ValueError: there are more values than inputs and a label.
+    """
     pair = isinstance(item, tuple | list) and len(item) == 2
     if pair and isinstance(item[0], Mapping | tuple | list):
         item = item[0]  # the other one is the label

@@ -190,12 +190,12 @@ def feeds(inputs: Iterable[Any], dataloader: Any) -> list[dict[str, np.ndarray[A
         ones and positions from 0 are filled in where the graph takes them.
     :raises ValueError: there is no batch, one lacks an input, or has another shape.
     """
-    from aimet_ext.model.onnx_batches import check_inputs
+    from aimet_ext.model.onnx_batches import check_inputs, named_values
 
     named = {value.name: value for value in inputs}
     found: list[dict[str, np.ndarray[Any, Any]]] = []
     for number, batch in enumerate(dataloader):
-        tensors = _named(batch, list(named))
+        tensors = _filled(named_values(batch, list(named), number), list(named))
         for part in _rows(tensors, named):
             check_inputs(part, named, number)
             found.append({name: part[name].contiguous().numpy() for name in named})
@@ -234,13 +234,8 @@ def _prepared(
     return model, keep_keys_and_values(model) if keep else []
 
 
-def _named(batch: Any, names: list[str]) -> dict[str, Tensor]:
-    if isinstance(batch, Mapping):
-        given = dict(batch)
-    elif isinstance(batch, tuple | list):
-        given = dict(zip(names, batch, strict=False))
-    else:
-        given = {names[0]: batch}
+def _filled(given: Mapping[str, Any], names: list[str]) -> dict[str, Tensor]:
+    """Inputs of a batch as tensors, with a mask of ones and positions where they are not given."""
     tensors = {name: torch.as_tensor(value).detach().cpu() for name, value in given.items()}
     ids = tensors.get(names[0])
     if ids is not None and any(name in names and name not in tensors for name in _FILL):

@@ -297,9 +297,9 @@ def _layout(value: Tensor, quantizer: Any, transposed: bool) -> Layout:
     """The layout of a parameter in the file, its channel axis told from its quantizer's shape."""
     cells = (1,) * (value.dim() - len(quantizer.shape)) + tuple(quantizer.shape)
     axis = next((i for i, n in enumerate(cells) if n > 1 and n == value.shape[i]), 0)
-    grouping = getattr(quantizer, "block_grouping", None) or ()
+    grouping = getattr(quantizer, "block_grouping", None) or (1,) * len(quantizer.shape)
     scale_bits = None
-    if any(n > 1 and group in (-1, n) for n, group in zip(cells, grouping, strict=False)):
+    if any(n > 1 and group in (-1, n) for n, group in zip(quantizer.shape, grouping, strict=True)):
         scale_bits = quantizer.decompressed_bw - quantizer.bitwidth  # LPBQ, a group a channel
     shape = tuple(value.shape)
     if transposed:
