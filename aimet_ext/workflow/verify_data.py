@@ -144,13 +144,11 @@ def _shape(value: Any) -> tuple[int | None, ...]:
 def _named(dataloader: Any, names: list[str]) -> Iterator[dict[str, Tensor]]:
     """Batches with their tensors by name; a mask of ones is made where there is none."""
     from aimet_ext.model.batches import iterate_batches
+    from aimet_ext.model.onnx_batches import named_values
 
-    for batch in iterate_batches(dataloader):
-        if isinstance(batch, Mapping):
-            found = {name: value for name, value in batch.items() if name in names}
-        else:
-            parts = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-            found = dict(zip(names, parts, strict=False))
+    for number, batch in enumerate(iterate_batches(dataloader)):
+        given = named_values(batch, names, number)
+        found = {name: value for name, value in given.items() if name in names}
         tensors = {name: torch.as_tensor(value).cpu() for name, value in found.items()}
         ids = next((t for t in tensors.values() if t.dim() == 2), None)
         if ids is not None:
