@@ -223,8 +223,11 @@ class Exported:
     names: dict[str, str]
 
 
-def tiny_causal_lm(family: str = "llama", **changes: Any) -> Any:
-    """A random causal LM of transformers as conftest's ``tiny_model`` builds it."""
+def tiny_causal_lm(family: str = "llama", *, untrained: bool = False, **changes: Any) -> Any:
+    """A random causal LM of transformers as conftest's ``tiny_model`` builds it.
+
+    :param untrained: gains are ones and biases zeros, as before training.
+    """
     import transformers
 
     settings = {
@@ -248,7 +251,8 @@ def tiny_causal_lm(family: str = "llama", **changes: Any) -> Any:
         model = transformers.AutoModelForCausalLM.from_config(config)
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
-                nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+                std = 0.0 if untrained else 0.2
+                nn.init.normal_(parameter, mean=float("norm" in name), std=std)
     return model.eval()
 
 
@@ -301,7 +305,7 @@ def exported_llama(
     :param bias: a Qwen2, whose q, k and v have biases, in place of a Llama.
     :param family: any other family of transformers.
     :param mask: whether ``attention_mask`` is an input.
-    :param changes: further fields of the family's config.
+    :param changes: further fields of the family's config, or ``untrained``.
     """
     settings = {
         "num_hidden_layers": layers,

@@ -121,12 +121,24 @@ def apply_omniquant(
         progress=progress,
     )
     adaptor = adapt(sim)
+    with adaptor.own_parameters(options.params.pairs if options.params.let else (), topology):
+        return _apply(adaptor, dataloader, modules_to_exclude, topology, options)
+
+
+def _apply(
+    adaptor: SimAdaptor,
+    dataloader: Iterable[Any],
+    exclude: Sequence[str],
+    topology: TopologyDescription | None,
+    options: RunOptions,
+) -> OmniQuantReport:
+    """The whole run, or nothing."""
     blocks = adaptor.find_blocks(topology)
-    quantizers = layers_to_quantize(adaptor, blocks, modules_to_exclude)
+    quantizers = layers_to_quantize(adaptor, blocks, exclude)
     layers = [quantizer.name for quantizer in quantizers.values()]
     ledger = open_ledger(adaptor, TECHNIQUE, layers)
     started = time.perf_counter()
-    with undo_on_failure(adaptor, cache_dir) as keep:
+    with undo_on_failure(adaptor, options.cache_dir) as keep:
         adaptor.ledger = ledger = copy.deepcopy(ledger)
         run = OmniQuantRun(adaptor, blocks, quantizers, options, keep)
         reports = run.all_blocks(dataloader)
@@ -138,7 +150,7 @@ def apply_omniquant(
             seconds=time.perf_counter() - started,
         )
         if options.output_path is not None:
-            _write(options.output_path, adaptor, ledger, report, aimet_keys)
+            _write(options.output_path, adaptor, ledger, report, options.aimet_keys)
     return report
 
 

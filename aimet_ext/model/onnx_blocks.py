@@ -13,6 +13,7 @@ from aimet_ext.model.onnx_graph import OnnxGraph
 from aimet_ext.model.onnx_layers import OnnxLayer
 from aimet_ext.model.onnx_nodes import reads
 from aimet_ext.model.onnx_roles import MismatchError, attention_roles, mlp_roles
+from aimet_ext.model.onnx_shared import SharedVector
 from aimet_ext.model.onnx_topology import block_topology
 from aimet_ext.model.topology import BlockTopology
 
@@ -42,6 +43,7 @@ class BlockPlan:
     :param norms: by the name that they have in the block.
     :param mask: the argument that is added to the scores, or the mask ``[batch, seq]`` that is fed
         to the graph; None if the block reads neither.
+    :param shared: by kind of pair, what it would change and others read as well.
     """
 
     topology: BlockTopology
@@ -53,6 +55,7 @@ class BlockPlan:
     layers: Mapping[str, OnnxLayer]
     norms: Mapping[str, Norm]
     mask: str | None = None
+    shared: Mapping[str, Sequence[SharedVector]] = field(default_factory=dict)
 
     @property
     def stored(self) -> tuple[str, ...]:
@@ -199,7 +202,7 @@ def _plan(
     repeated = [n for n in region.layers if len(flow.graph.consumers[flow.layers[n].weight]) > 1]
     if repeated:
         raise MismatchError(f"{', '.join(repeated)}: each weight must be used in one place")
-    topology, norms = block_topology(flow, name, attention, mlp, description)
+    topology, norms, shared = block_topology(flow, name, attention, mlp, description)
     return BlockPlan(
         topology=topology,
         start=first.before,
@@ -210,6 +213,7 @@ def _plan(
         layers={role: flow.layers[layer] for role, layer in topology.aliases.items()},
         norms=norms,
         mask=_mask(flow, attention.mask, region.arguments),
+        shared=shared,
     )
 
 

@@ -32,12 +32,16 @@ class Norm:
     :param gain: stored value of the gain, without ``gain_offset``.
     :param bias: stored value of the bias, None without one.
     :param source: what is normalised.
+    :param scaled: what the node makes that multiplies by the gain.
+    :param shifted: what the node makes that adds the bias.
     :param gain_offset: 1.0 where the graph adds 1 to the stored gain.
     """
 
     gain: str
     bias: str | None
     source: str
+    scaled: str
+    shifted: str
     gain_offset: float = 0.0
 
 
@@ -177,9 +181,9 @@ class Flow:
             return None
         gain, other = self._split(node)
         if gain is None or other is None:
-            return self._offset_norm(node, sources, bias)
+            return self._offset_norm(node, sources, bias, tensor)
         source = self._normalised(other, sources)
-        return None if source is None else Norm(gain, bias, source)
+        return None if source is None else Norm(gain, bias, source, node.output[0], tensor)
 
     def reshaped(self, tensor: str, above: str) -> list[int | None]:
         """Shape that the last reshape between a tensor and one above it gives, as far as known."""
@@ -235,10 +239,16 @@ class Flow:
         bias = self.origin(node.input[2]) if len(node.input) > 2 and node.input[2] else None
         source = self._matching(node.input[0], sources)
         plain = attribute(node, "axis", -1) in (-1, 2) and self._is_vector(gain)
-        return Norm(gain, bias, source) if source is not None and plain else None
+        made = node.output[0]
+        return Norm(gain, bias, source, made, made) if source is not None and plain else None
 
-    def _offset_norm(self, node: NodeProto, sources: set[str], bias: str | None) -> Norm | None:
-        """A norm that multiplies by its stored gain plus 1."""
+    def _offset_norm(
+        self, node: NodeProto, sources: set[str], bias: str | None, end: str
+    ) -> Norm | None:
+        """A norm that multiplies by its stored gain plus 1.
+
+        :param end: what comes out of it.
+        """
         for place, name in enumerate(node.input[:2]):
             made = self.node(self.origin(name))
             if made is None or made.op_type != "Add":
@@ -250,7 +260,7 @@ class Flow:
             if float(self.graph.array(self.origin(other)).reshape(-1)[0]) != 1.0:
                 continue
             source = self._normalised(node.input[1 - place], sources)
-            return None if source is None else Norm(gain, bias, source, 1.0)
+            return None if source is None else Norm(gain, bias, source, node.output[0], end, 1.0)
         return None
 
     def _normalised(self, tensor: str, sources: set[str]) -> str | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from aimet_ext.core.equivalence import ScalePair
 from aimet_ext.model.candidates import candidate_pairs
 from aimet_ext.model.families import TopologyDescription
 from aimet_ext.model.onnx_flow import Flow, Norm
 from aimet_ext.model.onnx_roles import AttentionRoles, Heads, MismatchError, MlpRoles, config_of
+from aimet_ext.model.onnx_shared import SharedVector, shared_vector
 from aimet_ext.model.topology import BlockTopology
 
 __all__ = ["block_topology"]
@@ -21,8 +23,11 @@ def block_topology(
     attention: AttentionRoles,
     mlp: MlpRoles,
     description: TopologyDescription | None = None,
-) -> tuple[BlockTopology, dict[str, Norm]]:
-    """A block as names, and its norms by name.
+) -> tuple[BlockTopology, dict[str, Norm], dict[str, list[SharedVector]]]:
+    """A block as names, its norms by name, and what is stored once for it and others.
+
+    The last are the vectors that a scale pair would change, by the kind of the pair, which the
+    block cannot have as long as they are shared.
 
     :param name: of the block.
     :param description: names for the roles, Llama's if None.
@@ -31,7 +36,8 @@ def block_topology(
     table = _table(attention, mlp, description or _LLAMA)
     named = _named(table, attention, mlp)
     norms = {table.attention_norm: attention.norm, table.mlp_norm: mlp.norm}
-    return _topology(flow, name, table, named, norms, attention.heads), norms
+    topology, shared = _topology(flow, name, table, named, norms, attention.heads)
+    return topology, norms, shared
 
 
 def _table(
@@ -104,30 +110,52 @@ def _topology(
     named: Mapping[str, str],
     norms: Mapping[str, Norm],
     heads: Heads,
-) -> BlockTopology:
-    """Stages and candidate pairs."""
+) -> tuple[BlockTopology, dict[str, list[SharedVector]]]:
+    """Stages and candidate pairs, and by kind of pair the vectors that are shared."""
     shapes: dict[str, tuple[int, ...]] = {role: flow.shape(layer) for role, layer in named.items()}
     width = shapes[table.q][1]
     shapes |= {table.attention_norm: (width,), table.mlp_norm: (width,)}
     pairs, unavailable = candidate_pairs(table, shapes, table.head_dim, config_of(heads))
     if heads.refusal is not None:
         unavailable.setdefault("q_k", heads.refusal)
-    vectors: dict[str, tuple[str | None, ...]] = {
-        role: (flow.layers[layer].bias,) for role, layer in named.items()
-    }
-    vectors |= {role: (norm.gain, norm.bias) for role, norm in norms.items()}
+    shared: dict[str, list[SharedVector]] = {}
     for pair in pairs:
-        for side in pair.sides:
-            shared = (
-                [v for v in vectors[side.module] if v and len(flow.graph.consumers[v]) > 1]
-                if side.axis == "out"
-                else []
+        found = _shared(flow, name, pair, named, norms)
+        if found:
+            shared[pair.kind] = found
+            vectors = ", ".join(f"{vector.stored} of {vector.role}" for vector in found)
+            unavailable.setdefault(
+                pair.kind,
+                f"{vectors} is read in other places too; give each its own copy before the "
+                "simulation is built",
             )
-            if shared:
-                unavailable.setdefault(
-                    pair.kind,
-                    f"{', '.join(shared)} of {side.module} is read in other places too; give each "
-                    "its own copy before the simulation is built",
-                )
     kept = tuple(pair for pair in pairs if pair.kind not in unavailable)
-    return BlockTopology(name, tuple(named), table.stages, kept, unavailable, dict(named))
+    found_block = BlockTopology(name, tuple(named), table.stages, kept, unavailable, dict(named))
+    return found_block, shared
+
+
+def _shared(
+    flow: Flow,
+    block: str,
+    pair: ScalePair,
+    named: Mapping[str, str],
+    norms: Mapping[str, Norm],
+) -> list[SharedVector]:
+    """Gains and biases that a pair would rescale and that are not the block's alone."""
+    vectors: list[tuple[str, str, str | None, str]] = []  # role, what of it, stored, where read
+    for side in pair.sides:
+        if side.axis != "out":
+            continue
+        if side.module in norms:
+            norm = norms[side.module]
+            vectors.append((side.module, "weight", norm.gain, norm.scaled))
+            vectors.append((side.module, "bias", norm.bias, norm.shifted))
+        else:
+            layer = flow.layers[named[side.module]]
+            vectors.append((side.module, "bias", layer.bias, layer.uses[0].output))
+    found = [
+        shared_vector(flow, stored, made, role=role, name=f"{block}.{role}.{what}")
+        for role, what, stored, made in vectors
+        if stored is not None
+    ]
+    return [vector for vector in found if vector is not None]

@@ -46,7 +46,8 @@ class TranslatedGraph(nn.Module):
     :param outputs: tensors that a call returns: one tensor alone, more as a tuple.
     :param linears: layers of kind ``linear`` by the name that the submodule shall have; all of a
         layer's uses among the nodes go through the one submodule. Dots nest.
-    :param parameters: initializers by the dotted name that the parameter shall have.
+    :param parameters: initializers by the dotted name that the parameter shall have; one of several
+        names is one parameter, as torch ties them.
     :raises TransformRefused: operators that are not translated; all of them are listed.
     :raises ValueError: a tensor is needed that is not at hand, a layer that is not linear or has no
         use here, or an output that lies between a layer and its bias.
@@ -87,10 +88,8 @@ class TranslatedGraph(nn.Module):
         self._host: dict[str, Tensor] = {}  # integers
         for name, initializer in (parameters or {}).items():
             if initializer in self._stored:
-                raise ValueError(
-                    f"one parameter per initializer is required, {initializer!r} is asked for as "
-                    f"{self._stored[initializer]!r} and {name!r}"
-                )
+                self._place(name, self.get_parameter(self._stored[initializer]))
+                continue
             self._place(name, nn.Parameter(graph.tensor(initializer)))
             self._stored[initializer] = name
         # Tells whether the module was made float64.

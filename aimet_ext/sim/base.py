@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -216,6 +216,14 @@ class SimAdaptor(Protocol):
 
     def find_blocks(self, description: TopologyDescription | None) -> list[BlockTopology]:
         """Decoder blocks, see :func:`aimet_ext.model.topology.find_blocks`."""
+
+    def own_parameters(
+        self, kinds: Collection[str], description: TopologyDescription | None
+    ) -> AbstractContextManager[None]:
+        """Context in which what pairs of these kinds rescale is stored for each block alone.
+
+        It stays so afterwards; an exception puts the model back as it was.
+        """
 
     def capture(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,15 +23,17 @@ from aimet_ext.model.onnx_block import (
 from aimet_ext.model.onnx_blocks import BlockPlan, find_onnx_blocks
 from aimet_ext.model.onnx_capture import argument_names, capture_blocks, check_block
 from aimet_ext.model.onnx_flow import Flow
+from aimet_ext.model.onnx_shared import to_copy
 from aimet_ext.model.onnx_shells import insert_module
 from aimet_ext.model.stream import BlockStream
 from aimet_ext.model.topology import BlockTopology
 from aimet_ext.sim.onnx_parts import OnnxPart
+from aimet_ext.sim.onnx_split import Copies
 
 if TYPE_CHECKING:
     from aimet_ext.sim.onnx_sim import OnnxSim
 
-__all__ = ["add_blocks", "capture"]
+__all__ = ["add_blocks", "capture", "copy_shared"]
 
 _STACK = "model.layers"  # as checkpoints name it, so that one scales file fits both
 _OTHER_STACK = "decoder.blocks"  # where nodes of the graph have such names
@@ -153,13 +155,37 @@ def add_blocks(adaptor: OnnxSim, description: TopologyDescription | None) -> lis
     :param description: names for the roles of layers, Llama's if None.
     :raises ValueError: there are no blocks, or they are not as required.
     """
-    name = _STACK if not _has(adaptor.model, _STACK) else _OTHER_STACK
+    name = _stack_name(adaptor)
     flow, plans = find_onnx_blocks(adaptor.graph, description, stack=name)
     stack = BlockStack(adaptor, flow, plans)
     insert_module(adaptor.model, name, stack)
     for number, plan in stack.plans.items():
         adaptor.parts[plan.topology.name] = stack.part(number)
     return [plan.topology for plan in plans]
+
+
+def copy_shared(
+    adaptor: OnnxSim, kinds: Collection[str], description: TopologyDescription | None
+) -> Copies:
+    """Copy what pairs of these kinds rescale and others read as well, for each such reader.
+
+    :returns: the copies, which can be undone. The adaptor has to look at the graph again.
+    :raises ValueError: there are no blocks, or they are not as required.
+    """
+    _, plans = find_onnx_blocks(adaptor.graph, description, stack=_stack_name(adaptor))
+    shared = (v for plan in plans for kind in kinds for v in plan.shared.get(kind, ()))
+    copies = Copies(adaptor.sim, adaptor.graph)
+    try:
+        for vector in to_copy(shared):
+            copies.add(vector)
+    except BaseException:
+        copies.undo()
+        raise
+    return copies
+
+
+def _stack_name(adaptor: OnnxSim) -> str:
+    return _STACK if not _has(adaptor.model, _STACK) else _OTHER_STACK
 
 
 def _has(root: nn.Module, name: str) -> bool:

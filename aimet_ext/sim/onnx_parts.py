@@ -78,11 +78,15 @@ def no_forward_fn() -> TypeError:
 
 
 class FloatState(Mapping[str, Tensor]):
-    """Float initializers of a model by name, each one read when it is asked for."""
+    """Float initializers of a model by name, each one read when it is asked for.
 
-    def __init__(self, graph: OnnxGraph) -> None:
+    :param without: names that are left out.
+    """
+
+    def __init__(self, graph: OnnxGraph, without: Collection[str] = ()) -> None:
         self._graph = graph
-        self._names = [n for n, t in graph.initializers.items() if t.data_type in _FLOATS]
+        stored = graph.initializers.items()
+        self._names = [n for n, t in stored if t.data_type in _FLOATS and n not in without]
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._graph.initializers:

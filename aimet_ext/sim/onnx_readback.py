@@ -62,38 +62,52 @@ def differences(sim: Any, other: Any, *, last_bit: Collection[str] = ()) -> list
 
     Constants are compared by what their quantizers make of them, bit by bit, other tensors by the
     grid: width, scale as float32, and offset. AIMET's QDQ models call an integer constant's value
-    ``{name}_qdq``.
+    ``{name}_qdq``, and one behind an Identity node after that node's output.
 
     :param last_bit: constants of which one bit of float32 may differ.
     """
     mine, theirs = enabled_quantizers(sim), enabled_quantizers(other)
     found = constants(sim.model.model)
-    names = {name: name if name in theirs else f"{name}_qdq" for name in found}
-    names.update({name: name for name in mine if name not in found})
-    known = {names[name] for name in mine}
-    faults = [f"{name} has no quantizer" for name in mine if names[name] not in theirs]
+    names = {name: [name] for name in mine if name not in found}
+    for name, aliases in _aliases(sim.model.model, [n for n in mine if n in found]).items():
+        names[name] = [n for alias in aliases for n in (alias, f"{alias}_qdq") if n in theirs]
+    known = {other for name in mine for other in names[name]}
+    faults = [f"{n} has no quantizer" for n in mine if not any(o in theirs for o in names[n])]
     faults += [f"{name} has a quantizer" for name in theirs if name not in known]
-    common = [name for name in mine if names[name] in theirs]
-    for name in common:
-        one, two = _grid(mine[name]), _grid(theirs[names[name]])
-        if name not in found and one != two:
-            faults.append(f"{name} has the grid {_shown(two)} instead of {_shown(one)}")
     read = constants(other.model.model)
-    for name in common:
-        if name not in found or mine[name].bitwidth >= 32:
+    pairs = [(name, twin) for name in mine for twin in names[name] if twin in theirs]
+    for name, twin in pairs:
+        one, two = _grid(mine[name]), _grid(theirs[twin])
+        if name not in found:
+            if one != two:
+                faults.append(f"{name} has the grid {_shown(two)} instead of {_shown(one)}")
+        elif mine[name].bitwidth >= 32:
             continue
-        if names[name] not in read:
+        elif twin not in read:
             faults.append(f"{name} is no constant")
-            continue
-        wanted = quantize_constant(mine[name], found[name])
-        values = quantize_constant(theirs[names[name]], read[names[name]])
-        if wanted.shape != values.shape:
-            faults.append(f"{name} has shape {values.shape} instead of {wanted.shape}")
-        elif not np.array_equal(wanted, values) and not (
-            name in last_bit and np.allclose(values, wanted, rtol=2**-22, atol=0)
-        ):
-            faults.append(f"{name} differs by {np.abs(wanted - values).max():.3g}")
+        else:
+            wanted = quantize_constant(mine[name], found[name])
+            values = quantize_constant(theirs[twin], read[twin])
+            if wanted.shape != values.shape:
+                faults.append(f"{name} has shape {values.shape} instead of {wanted.shape}")
+            elif not np.array_equal(wanted, values) and not (
+                name in last_bit and np.allclose(values, wanted, rtol=2**-22, atol=0)
+            ):
+                faults.append(f"{name} differs by {np.abs(wanted - values).max():.3g}")
     return sorted(faults)
+
+
+def _aliases(model: Any, names: Collection[str]) -> dict[str, list[str]]:
+    """Each constant's own name, and what it is called behind Identity nodes."""
+    found = {name: [name] for name in names}
+    origin = {name: name for name in names}
+    for node in model.graph.node:
+        source = origin.get(node.input[0]) if node.input else None
+        if source is not None and node.op_type in ("Identity", "QcQuantizeOp"):
+            origin[node.output[0]] = source
+            if node.op_type == "Identity":
+                found[source].append(node.output[0])
+    return found
 
 
 def _grid(quantizer: Any) -> tuple[Any, ...]:

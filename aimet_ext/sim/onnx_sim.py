@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -60,6 +60,7 @@ class OnnxSim:
     def __init__(self, sim: QuantizationSimModel) -> None:
         self.sim = sim
         self.parts: dict[str, OnnxPart] = {}
+        self.copied: tuple[str, ...] = ()
 
     @cached_property
     def graph(self) -> OnnxGraph:
@@ -244,7 +245,7 @@ class OnnxSim:
 
     def float_state(self) -> Mapping[str, Tensor]:
         """Float initializers by name, read when they are asked for."""
-        return FloatState(self.graph)
+        return FloatState(self.graph, without=self.copied)
 
     def full_name(self, name: str) -> str:
         """The layer of a node's name, one that AIMET or the addition of a bias gave it too."""
@@ -295,6 +296,37 @@ class OnnxSim:
         from aimet_ext.sim.onnx_blocks_sim import add_blocks
 
         return add_blocks(self, description)
+
+    @contextmanager
+    def own_parameters(
+        self, kinds: Collection[str], description: TopologyDescription | None
+    ) -> Iterator[None]:
+        """Context in which gains and biases that pairs of these kinds rescale have one reader.
+
+        They stay copied after it, unless it is left by an exception.
+        """
+        from aimet_ext.sim.onnx_blocks_sim import copy_shared
+
+        session, stale = self.sim.session, self._stale
+        copies = copy_shared(self, kinds, description)
+        try:
+            self._look_again(copies.names)
+            yield
+        except BaseException:
+            copies.undo()
+            self._look_again(())
+            self._stale = stale or self.sim.session is not session
+            self.refresh()
+            raise
+
+    def _look_again(self, copied: Sequence[str]) -> None:
+        """Forget what is known of the graph: some of its nodes read copies now, or do no longer."""
+        self.copied = tuple(copied)
+        self.parts.clear()
+        for name in ("graph", "layers", "shells", "model"):
+            self.__dict__.pop(name, None)
+        if copied:
+            self.touch()
 
     def capture(
         self,

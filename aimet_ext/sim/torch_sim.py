@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -300,6 +300,12 @@ class TorchSim:
     def find_blocks(self, description: TopologyDescription | None) -> list[BlockTopology]:
         """Decoder blocks, see :func:`aimet_ext.model.topology.find_blocks`."""
         return find_blocks(self.model, description)
+
+    def own_parameters(
+        self, kinds: Collection[str], description: TopologyDescription | None
+    ) -> AbstractContextManager[None]:
+        """Changes nothing: each module has its own."""
+        return nullcontext()
 
     def capture(
         self,

@@ -25,6 +25,8 @@ onnx_models = pytest.importorskip("onnx_models")
 
 KINDS = ("norm_qkv", "v_o", "norm_mlp", "up_down", "q_k")
 GRAPHS = ("llama", "qwen2", "qwen3", "genai")
+#: Gains are ones and biases zeros, each stored once for all that read it.
+MERGED = "merged"
 QUICK: dict[str, Any] = {"num_iterations": 2, "search_sweeps": 1, "progress": False}
 #: Large steps on a coarse grid that all rows share, so that every scale moves, the q-k one too.
 BOLD: dict[str, Any] = {
@@ -81,7 +83,8 @@ def make_case(name: str, ids: Sequence[Tensor], masks: Sequence[Tensor] | None =
         model, module = onnx_models.genai_llama()
         batches = [onnx_models.genai_inputs(model, i, m) for i, m in pairs]
     else:
-        found = onnx_models.exported_llama(family=name)
+        family = "qwen2" if name == MERGED else name
+        found = onnx_models.exported_llama(family=family, untrained=name == MERGED)
         model, module = found.model, found.module.model
         batches = [{key: v.numpy() for key, v in batch.items()} for batch in torch_batches]
     return Case(name, model, module, batches, torch_batches)
@@ -100,7 +103,7 @@ def case(ids: Callable[..., Tensor]) -> Callable[..., Case]:
     return make
 
 
-@pytest.fixture(scope="module", params=GRAPHS)
+@pytest.fixture(scope="module", params=[*GRAPHS, MERGED])
 def folded(request: Any, case: Callable[..., Case], ids: Callable[..., Tensor]) -> Any:
     """A model, and its simulation after OmniQuant with every kind of pair."""
     found = make_case(request.param, [ids(4, 24, 1)])
@@ -242,7 +245,7 @@ def first_steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, list[
     return seen
 
 
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", [*GRAPHS, MERGED])
 def test_first_step_is_that_of_the_torch_side(
     case: Callable[..., Case], name: str, first_steps: list[Any]
 ) -> None:
@@ -403,21 +406,137 @@ def test_trains_with_activation_quantizers(case: Callable[..., Case]) -> None:
         assert one.loss_after > two.loss_after
 
 
-def test_gain_that_is_shared_is_not_rescaled(case: Callable[..., Case]) -> None:
-    found = case()
+def reading_one_gain(case: Case, through: str | None = None) -> Case:
+    """The same model, but all norms of the blocks read one gain.
+
+    :param through: name of a tensor by which they do, the output of one Identity node.
+    """
     model = onnx.ModelProto()
-    model.CopyFrom(found.model)
-    stem = "model.model.layers.{}.input_layernorm.weight"
+    model.CopyFrom(case.model)
+    gains = [t.name for t in model.graph.initializer if "layers" in t.name and "norm" in t.name]
     for node in model.graph.node:
-        node.input[:] = [stem.format(0) if name == stem.format(1) else name for name in node.input]
-    found = Case("llama", model, found.module, found.batches)
+        node.input[:] = [(through or gains[0]) if name in gains else name for name in node.input]
+    for tensor in [t for t in model.graph.initializer if t.name in gains[1:]]:
+        model.graph.initializer.remove(tensor)
+    if through is not None:
+        model.graph.node.insert(
+            0, onnx.helper.make_node("Identity", [gains[0]], [through], name="one_gain")
+        )
+    return Case(case.name, model, case.module, case.batches)
+
+
+@pytest.mark.parametrize("name", ["llama", "genai"])
+def test_gain_that_is_shared_is_copied_for_each_norm(case: Callable[..., Case], name: str) -> None:
+    found = reading_one_gain(case(name))
+    sim = found.sim(activations=QSpec(bitwidth=16, symmetric=False))
+    (gain,) = [n for n in adapt(sim).graph.initializers if "layers" in n and "norm" in n]
+    report = aimet_ext.apply_omniquant(sim, found.batches, **QUICK)
+    assert not report.refused_pairs
+    kinds = {(entry.block, entry.kind) for entry in sim.aimet_ext_ledger.entries}
+    assert {("model.layers.0", "norm_qkv"), ("model.layers.1", "norm_mlp")} <= kinds
+    stem = "model.layers.{}.{}.weight"
+    copies = [
+        stem.format(number, norm)
+        for number in (0, 1)
+        for norm in ("input_layernorm", "post_attention_layernorm")
+    ][1:]  # the first norm keeps what was stored
+    graph = adapt(sim).graph
+    assert set(copies) <= set(graph.initializers)
+    assert len({digest(graph.array(n)) for n in (gain, *copies)}) == 4
+    before, after = (logits(m, found.batches[:1])[0] for m in (found.model, float_model(sim)))
+    assert np.abs(after - before).max() <= 1e-5 * np.abs(before).max()
+    for copied in copies:
+        mine, original = (sim.qc_quantize_op_dict.get(n) for n in (copied, gain))
+        assert (mine is None) == (original is None)
+        assert original is None or (mine.bitwidth, mine.enabled) == (16, True)
+
+
+def test_gain_that_cannot_be_copied_is_refused_by_name(case: Callable[..., Case]) -> None:
+    found = reading_one_gain(case(), through="everywhere")
     sim = found.sim()
     report = aimet_ext.apply_omniquant(sim, found.batches, **QUICK)
-    assert stem.format(0) in report.refused_pairs["norm_qkv"]
-    kinds = {entry.kind for entry in sim.aimet_ext_ledger.entries}
-    assert "norm_qkv" not in kinds
-    before, after = (logits(m, found.batches[:1])[0] for m in (model, float_model(sim)))
+    for kind in ("norm_qkv", "norm_mlp"):
+        assert "layers.0.input_layernorm.weight" in report.refused_pairs[kind]
+    assert {e.kind for e in sim.aimet_ext_ledger.entries}.isdisjoint(["norm_qkv", "norm_mlp"])
+    before, after = (logits(m, found.batches[:1])[0] for m in (found.model, float_model(sim)))
     assert np.abs(after - before).max() <= 1e-5 * np.abs(before).max()
+
+
+def test_nothing_is_copied_that_is_not_rescaled(case: Callable[..., Case]) -> None:
+    found = case(MERGED)
+    plain, some = found.sim(), found.sim()
+    stored = set(adapt(plain).graph.initializers)
+    aimet_ext.apply_omniquant(plain, found.batches, let=False, **QUICK)
+    assert set(adapt(plain).graph.initializers) == stored
+    aimet_ext.apply_omniquant(some, found.batches, pairs=("norm_mlp",), **QUICK)
+    stem = "model.layers.{}.post_attention_layernorm.weight"
+    assert set(adapt(some).graph.initializers) - stored == {stem.format(0), stem.format(1)}
+
+
+@pytest.mark.parametrize("config", [None, "htp_v75"])
+def test_failure_takes_copies_out_again(
+    case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch, config: str | None
+) -> None:
+    """The model byte by byte, and AIMET's own view of it."""
+    import aimet_onnx
+
+    found = case(MERGED)
+    model = onnx.ModelProto()
+    model.CopyFrom(found.model)
+    sim = aimet_onnx.QuantizationSimModel(model, param_type="int4", config_file=config)
+    sim.compute_encodings(found.batches[:1])
+    session = sim.session
+    outputs = session.run(None, found.batches[0])[0]
+
+    def view() -> Any:
+        graph = sim.connected_graph
+        products = {
+            name: [op.name for op in product.consumers]
+            for name, product in graph.get_all_products().items()
+        }
+        ops = {
+            name: ([p.name for p in op.inputs], list(op.parameters))
+            for name, op in graph.get_all_ops().items()
+        }
+        names = (list(sim.param_names), list(sim.activation_names), list(sim._producers))
+        return products, ops, names, list(sim.qc_quantize_op_dict), dict(sim.activation_dtypes)
+
+    before = sim.model.model.SerializeToString(deterministic=True), view(), state_of(sim)
+    with pytest.raises(ValueError, match="modules_to_exclude"):
+        aimet_ext.apply_omniquant(sim, found.batches, modules_to_exclude=["none"], **QUICK)
+    assert (sim.model.model.SerializeToString(deterministic=True), view(), state_of(sim)) == before
+    assert sim.session is session
+    train = omniquant_run.train_block
+
+    def fail(block: Any, *args: Any, **kwargs: Any) -> Any:
+        if block.name.endswith("1"):
+            raise RuntimeError("stop")
+        return train(block, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
+        patch.setattr(omniquant_run, "train_block", fail)
+        aimet_ext.apply_omniquant(sim, found.batches, **QUICK)
+    assert (sim.model.model.SerializeToString(deterministic=True), view(), state_of(sim)) == before
+    np.testing.assert_array_equal(sim.session.run(None, found.batches[0])[0], outputs)
+    assert not aimet_ext.apply_omniquant(sim, found.batches, **QUICK).refused_pairs
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_export_with_copies_is_read_back(case: Callable[..., Case], tmp_path: Any) -> None:
+    """Encodings, QDQ and :func:`load` give the same bits; the scales are those of the modules."""
+    found = case(MERGED)
+    sim = found.sim(activations=QSpec(bitwidth=16, symmetric=False))
+    aimet_ext.apply_omniquant(sim, found.batches, **QUICK)
+    sim.compute_encodings(found.batches)
+    aimet_ext.export(sim, tmp_path, "model", found.batches[0])
+    loaded = aimet_ext.load(tmp_path)
+    for batch in found.batches:
+        one, two = (s.session.run(None, batch)[0] for s in (sim, loaded))
+        np.testing.assert_array_equal(one, two)
+    scales = aimet_ext.load_scales(tmp_path)
+    assert scales["model.layers.1.post_attention_layernorm"].output is not None
 
 
 def test_technique_is_applied_once(case: Callable[..., Case]) -> None:

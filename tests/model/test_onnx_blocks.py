@@ -25,6 +25,7 @@ from aimet_ext.model.onnx_capture import (  # noqa: E402
     check_block,
 )
 from aimet_ext.model.onnx_graph import OnnxGraph  # noqa: E402
+from aimet_ext.model.onnx_shared import to_copy  # noqa: E402
 from aimet_ext.model.probe import probe, probe_inputs  # noqa: E402
 from aimet_ext.model.proof import prove_pairs  # noqa: E402
 
@@ -173,6 +174,25 @@ def test_parameters_go_back_where_they_came_from(name: str) -> None:
             parameter.zero_()
     read_again(flow, block)
     assert torch.equal(stream.call(block, 0), output)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "phi3", "gemma2"])
+def test_what_an_exporter_merged_can_be_copied(name: str) -> None:
+    """Of an untrained model, each gain and bias that a pair rescales, and each once."""
+    changes = {"pad_token_id": 2} if name == "phi3" else {}
+    model = onnx_models.exported_llama(family=name, untrained=True, **changes).model
+    flow, plans = find_onnx_blocks(OnnxGraph(model))
+    for plan in plans:
+        assert {"norm_qkv", "norm_mlp"} <= set(plan.shared) <= set(plan.topology.unavailable)
+    found = to_copy(v for plan in plans for every in plan.shared.values() for v in every)
+    assert all(vector.reading is not None for vector in found)
+    assert len({(vector.reading, vector.stored) for vector in found}) == len(found)
+    assert len({vector.name for vector in found}) == len(found)
+    gains = [vector for vector in found if vector.name.endswith("norm.weight")]
+    assert len(gains) == 2 * len(plans)  # the last norm of the model keeps what is stored
+    block = OnnxBlock(flow, plans[0], argument_names(plans))
+    names = {n for n, _ in block.named_parameters(remove_duplicate=False)}
+    assert {f"{norm}.weight" for norm in plans[0].norms} <= names
 
 
 def test_description_names_the_roles() -> None:

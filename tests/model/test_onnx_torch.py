@@ -242,13 +242,17 @@ def test_refusals() -> None:
         small(nodes=[0, 1], outputs=["b"])
     with pytest.raises(ValueError, match="the name 'norm' is taken"):
         small(parameters={"norm.weight": "gain", "norm": "bias"})
-    with pytest.raises(ValueError, match=r"'gain' is asked for as 'norm.weight' and"):
-        small(parameters={"norm.weight": "gain", "other.weight": "gain"})
     _, module = small()
     with pytest.raises(ValueError, match=r"1 inputs \['x'\] are required, got 2"):
         module(torch.zeros(2, 4), torch.zeros(2, 4))
     with pytest.raises(ValueError, match=r"Mul 'scale' on inputs of shapes \[\(2, 5\), \(4,\)\]"):
         module(torch.zeros(2, 5))
+
+
+def test_one_initializer_by_two_names_is_one_parameter() -> None:
+    _, module = small(parameters={"norm.weight": "gain", "other.weight": "gain"})
+    assert module.get_parameter("other.weight") is module.get_parameter("norm.weight")
+    assert "norm.weight" in dict(module.named_parameters())
 
 
 def test_all_operators_without_a_torch_form_are_listed() -> None:
