@@ -54,6 +54,10 @@ __all__ = ["FOLDER", "REPORT", "AimetQuantization", "Bias", "PassFailed"]
 #: What lies beside the QDQ model: the folder that :func:`aimet_ext.export` writes, and the reports.
 FOLDER, REPORT = "aimet_ext", "aimet_ext_report.json"
 
+# Name of the QDQ model in Olive's cache. If the folder that Olive was started in has a file of that
+# name, Olive takes that one in its place, to evaluate it or for the next pass.
+_FILE = "quantized_by_aimet_ext.onnx"
+
 # Deviation of outputs relative to their norm: absolute, and the fraction of the sim's own one.
 _TOLERANCE, _FRACTION = 1e-4, 0.5
 # What Olive's engine raises again; it swallows all others.
@@ -158,7 +162,7 @@ class AimetQuantization(shipped.AimetQuantization):
 
     def _quantize(self, model: Any, config: Any, output_model_path: str) -> ONNXModelHandler:
         settings = config.model_dump()
-        path = resolve_onnx_path(output_model_path, Path(model.model_path).name)
+        path = resolve_onnx_path(output_model_path, _FILE)
         with tempfile.TemporaryDirectory(prefix="olive_tmp") as folder:
             calibration = _Batches(config.data_config, model)
             sim = _simulation(model, settings, folder, next(iter(calibration)))
@@ -179,10 +183,9 @@ class AimetQuantization(shipped.AimetQuantization):
             _check_outputs(sim, model.model_path, handler.model_path, batch)
             if settings["save_encodings"]:
                 bias: Literal["float", "int32"] = "int32" if biases else "float"
-                aimet_ext.export(
-                    sim, Path(path).parent / FOLDER, Path(path).stem, batch, bias=bias, qdq=False
-                )
-                _add_files(Path(path).parent, sim, handler, model)
+                beside, prefix = Path(path).parent, Path(model.model_path).stem
+                aimet_ext.export(sim, beside / FOLDER, prefix, batch, bias=bias, qdq=False)
+                _add_files(beside, sim, handler, model)
         return handler
 
     def _int32_biases(self, bias: Any) -> bool:
