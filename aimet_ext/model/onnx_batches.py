@@ -12,7 +12,10 @@ from torch import Tensor
 
 from aimet_ext.model.onnx_operators import DTYPES
 
-__all__ = ["check_inputs", "named_values", "onnx_batches"]
+__all__ = ["check_inputs", "filled_values", "named_values", "onnx_batches"]
+
+# Inputs of language models that can be made where a batch does not give them.
+_MASK, _POSITIONS = "attention_mask", "position_ids"
 
 _FORMS = (
     "a mapping from the model's inputs to arrays, arrays in the order of the inputs, or a pair of "
@@ -169,6 +172,24 @@ def named_values(item: Any, names: Sequence[str], number: int) -> dict[str, Any]
             f"({', '.join(names)}) and a label at most, got {len(item)} values"
         )
     return dict(zip(names, item, strict=False))
+
+
+def filled_values(item: Any, names: Sequence[str], number: int) -> dict[str, Tensor]:
+    """A batch's inputs as tensors by name, with a mask of ones and positions where it has none.
+
+    Both are of the shape of the first input that is a matrix, and made only if they are inputs.
+    Positions count the tokens that a mask in the batch shows, also one that is no input.
+
+    :param item: see :func:`named_values`, as ``number`` and what is raised.
+    """
+    given = named_values(item, names, number)
+    kept = [name for name in given if name in names or name == _MASK]
+    tensors = {name: torch.as_tensor(given[name]).detach().cpu() for name in kept}
+    ids = next((tensor for tensor in tensors.values() if tensor.dim() == 2), None)
+    if ids is not None:
+        mask = tensors.setdefault(_MASK, torch.ones_like(ids))
+        tensors.setdefault(_POSITIONS, (mask.cumsum(-1) - 1).clamp(min=0))  # [batch, seq]
+    return {name: tensors[name] for name in names if name in tensors}
 
 
 def _is_array(value: object) -> bool:

@@ -17,6 +17,7 @@ from aimet_ext.core.objective import sqnr_db
 from aimet_ext.errors import CorruptFileError, require
 from aimet_ext.export.encodings import Layout, entries, load_encodings, to_grid
 from aimet_ext.export.manifest import read_manifest
+from aimet_ext.model.tensors import atomic_path
 from aimet_ext.workflow.load import load
 from aimet_ext.workflow.onnx_export import SETTINGS
 
@@ -25,7 +26,6 @@ __all__ = ["HandOff", "feeds", "hand_off", "put_encodings", "write_qdq"]
 _CONFIG = "htp_v79"
 # AIMET's names of architectures without MatMuls of 16 by 16 bits.
 _EARLY = ("V66", "V68", "V69")
-_FILL = ("attention_mask", "position_ids")
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +149,8 @@ def write_qdq(source: Any, path: str | Path) -> Path:
     signed; nodes have names of their own.
 
     :param source: a :class:`HandOff`, or an ``aimet_onnx`` simulation with all ranges.
-    :param path: of the ONNX file; weights of more than 2 GiB go to ``{name}.data`` beside it.
+    :param path: of the ONNX file; weights of more than 2 GiB go to ``{name}.data`` beside it. If
+        writing fails, what was there before stays.
     :returns: the path.
     :raises RuntimeError: a weight with a quantizer is still float.
     """
@@ -178,7 +179,12 @@ def write_qdq(source: Any, path: str | Path) -> Path:
             f"{path.name}: weights with a quantizer must be integers, but these are float: "
             f"{', '.join(left[:5])}"
         )
-    onnx_files.save_model(model, path, external=False)
+    with atomic_path(path) as temporary:
+        onnx_files.save_model(model, temporary, external=False)
+        weights = temporary.with_name(f"{path.name}.data")
+        if weights.exists():  # which an older model must not be left with
+            path.unlink(missing_ok=True)
+            weights.replace(path.with_name(weights.name))
     return path
 
 
@@ -190,12 +196,12 @@ def feeds(inputs: Iterable[Any], dataloader: Any) -> list[dict[str, np.ndarray[A
         ones and positions from 0 are filled in where the graph takes them.
     :raises ValueError: there is no batch, one lacks an input, or has another shape.
     """
-    from aimet_ext.model.onnx_batches import check_inputs, named_values
+    from aimet_ext.model.onnx_batches import check_inputs, filled_values
 
     named = {value.name: value for value in inputs}
     found: list[dict[str, np.ndarray[Any, Any]]] = []
     for number, batch in enumerate(dataloader):
-        tensors = _filled(named_values(batch, list(named), number), list(named))
+        tensors = filled_values(batch, list(named), number)
         for part in _rows(tensors, named):
             check_inputs(part, named, number)
             found.append({name: part[name].contiguous().numpy() for name in named})
@@ -232,16 +238,6 @@ def _prepared(
     bound_masks(model)
     set_apart(model, {name: entry["enc_type"] for name, entry in encoded.items()})
     return model, keep_keys_and_values(model) if keep else []
-
-
-def _filled(given: Mapping[str, Any], names: list[str]) -> dict[str, Tensor]:
-    """Inputs of a batch as tensors, with a mask of ones and positions where they are not given."""
-    tensors = {name: torch.as_tensor(value).detach().cpu() for name, value in given.items()}
-    ids = tensors.get(names[0])
-    if ids is not None and any(name in names and name not in tensors for name in _FILL):
-        mask = tensors.setdefault("attention_mask", torch.ones_like(ids))
-        tensors.setdefault("position_ids", (mask.cumsum(-1) - 1).clamp(min=0))
-    return {name: tensors[name] for name in names if name in tensors}
 
 
 def _rows(tensors: dict[str, Tensor], inputs: Mapping[str, Any]) -> Iterable[dict[str, Tensor]]:

@@ -142,24 +142,12 @@ def _shape(value: Any) -> tuple[int | None, ...]:
 
 
 def _named(dataloader: Any, names: list[str]) -> Iterator[dict[str, Tensor]]:
-    """Batches with their tensors by name; a mask of ones is made where there is none."""
+    """Batches with their tensors by name, mask and positions made where there are none."""
     from aimet_ext.model.batches import iterate_batches
-    from aimet_ext.model.onnx_batches import named_values
+    from aimet_ext.model.onnx_batches import filled_values
 
     for number, batch in enumerate(iterate_batches(dataloader)):
-        given = named_values(batch, names, number)
-        found = {name: value for name, value in given.items() if name in names}
-        tensors = {name: torch.as_tensor(value).cpu() for name, value in found.items()}
-        ids = next((t for t in tensors.values() if t.dim() == 2), None)
-        if ids is not None:
-            made = {_MASK: torch.ones_like(ids), _POSITIONS: _positions(ids, tensors.get(_MASK))}
-            tensors |= {n: made[n] for n in names if n in made and n not in tensors}
-        yield tensors
-
-
-def _positions(ids: Tensor, mask: Tensor | None) -> Tensor:
-    mask = torch.ones_like(ids) if mask is None else mask
-    return (mask.cumsum(-1) - 1).clamp(min=0)  # [batch, seq]
+        yield filled_values(batch, names, number)
 
 
 def _windows(

@@ -13,7 +13,7 @@ pytest.importorskip("onnxruntime")
 import onnx_models
 from onnx import TensorProto, helper
 
-from aimet_ext.model.onnx_batches import onnx_batches
+from aimet_ext.model.onnx_batches import filled_values, onnx_batches
 
 
 def inputs(**shapes):
@@ -170,6 +170,23 @@ def test_mistakes_are_named(mistake):
     dataloader, graph_inputs, error, match = MISTAKES[mistake]
     with pytest.raises(error, match=match):
         onnx_batches(dataloader, graph_inputs)
+
+
+def test_masks_and_positions_are_made_where_they_are_inputs():
+    names = ["input_ids", "attention_mask", "position_ids"]
+    ids, mask = torch.tensor([[5, 6, 7]]), torch.tensor([[0, 1, 1]])
+    made = filled_values(ids, names, 0)
+    assert list(made) == names
+    assert made["attention_mask"].tolist() == [[1, 1, 1]]
+    assert made["position_ids"].tolist() == [[0, 1, 2]]
+    given = filled_values({"input_ids": ids, "attention_mask": mask}, names, 0)
+    assert given["position_ids"].tolist() == [[0, 0, 1]]
+    # The mask of a batch tells positions even where the graph takes none.
+    hidden = filled_values({"input_ids": ids, "attention_mask": mask}, [names[0], names[2]], 0)
+    assert list(hidden) == [names[0], names[2]]
+    assert hidden["position_ids"].tolist() == [[0, 0, 1]]
+    assert list(filled_values(ids, ["input_ids"], 0)) == ["input_ids"]
+    assert list(filled_values(torch.zeros(1, 3, 4, 4), ["image", "attention_mask"], 0)) == ["image"]
 
 
 def test_olive_data_container():

@@ -294,6 +294,29 @@ def test_biases_of_weights_with_blocks_stand_apart(net: HandOff, tmp_path: pathl
     assert kinds.count("MatMul") + kinds.count("Conv") == 4
 
 
+def test_a_file_is_replaced_whole_or_not_at_all(
+    net: HandOff, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_qdq(net, tmp_path / "net.onnx")
+    before = path.read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+
+        def fail(model: Any, path: pathlib.Path, *, external: bool) -> None:
+            path.write_bytes(b"half")
+            raise OSError("disk full")
+
+        patch.setattr(onnx_files, "save_model", fail)
+        write_qdq(net, path)
+    assert [p.name for p in tmp_path.iterdir()] == ["net.onnx"]
+    assert path.read_bytes() == before
+    monkeypatch.setattr(onnx_files, "EXTERNAL_LIMIT", 1000)
+    write_qdq(net, path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["net.onnx", "net.onnx.data"]
+    model, whole = onnx.load(str(path)), onnx.load_from_string(before)
+    values = [[onnx.numpy_helper.to_array(t) for t in m.graph.initializer] for m in (model, whole)]
+    assert all(np.array_equal(one, two) for one, two in zip(*values, strict=True))
+
+
 @needs_qnn
 def test_biases_are_not_dropped_on_htp(net: HandOff, tmp_path: pathlib.Path) -> None:
     from aimet_ext.integrations.qnn import compile_htp
