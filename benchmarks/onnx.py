@@ -14,6 +14,7 @@ Sections, each alone if need be:
     aquality   AdaRound of both on two blocks of a trained model, AIMET's with 10,000 steps
     olive      Olive's documented examples with its shipped techniques and with ours
     memory     peak memory on graphs with external data, a process each
+    big        a graph of more than 2 GiB, from its file over every technique to an export and back
 
 Seconds are those of the processor; the process stays on as many cores as it has threads, because
 onnxruntime's idle threads would count. graphs, contract, omniquant, w3 and aquality need the

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx_big
 import onnx_olive
 import onnx_pairs
 import onnx_quality
@@ -79,6 +80,7 @@ def _sections(arguments: argparse.Namespace) -> dict[str, Section]:
         "aquality": lambda: onnx_quality.adaround(bench),
         "olive": lambda: onnx_olive.examples(quick),
         "memory": lambda: onnx_speed.memory(speed),
+        "big": lambda: onnx_big.big(speed),
     }
 
 

@@ -90,9 +90,11 @@ def train_block(
     :param float_outputs: outputs of the float block on the quantized stream, for
         ``params.aug_loss``.
     :param on_step: called with the loss of every step.
-    :returns: the best state and its score.
+    :returns: the best state and its score; the start, where all of the block is excluded.
     """
     learner = _Learner(block, start, params)
+    if not any(parameter.requires_grad for parameter in learner.parameters()):
+        return start, start_score
     best, best_score = start, start_score
     best_weights = _copy(learner.state_dict())
     rate, failures = 1.0, 0

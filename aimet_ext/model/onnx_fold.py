@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import onnx
 
+from aimet_ext.model.onnx_light import can_be_given, placeholder
+from aimet_ext.model.onnx_types import read_array
+
 __all__ = ["bound_masks", "drop_unused", "fold_constants"]
 
 # Elements of a folded tensor at most: a causal mask of 8192 tokens.
@@ -130,11 +133,12 @@ def _evaluate(
 
     if not wanted:
         return {}
-    used = {name for node in nodes for name in node.input if name in constants}
+    used = sorted({name for node in nodes for name in node.input if name in constants})
+    given = {name: _as_value(constants[name]) for name in used if can_be_given(constants[name])}
     protos = []
-    for name in sorted(used):
+    for name in used:
         proto = onnx.TensorProto()
-        proto.CopyFrom(constants[name])
+        proto.CopyFrom(placeholder(constants[name]) if name in given else constants[name])
         proto.name = name
         protos.append(proto)
     outputs = [onnx.ValueInfoProto(name=name) for name in wanted]
@@ -147,10 +151,19 @@ def _evaluate(
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if given:  # beside the part, which is serialized: all weights may be more than that can hold
+        options.add_external_initializers([*given], [*given.values()])
     session = onnxruntime.InferenceSession(
         part.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     return dict(zip(wanted, session.run(wanted, {}), strict=True))
+
+
+def _as_value(proto: onnx.TensorProto) -> Any:
+    """A stored value as onnxruntime takes it beside a model; it must outlive the session."""
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(read_array(proto, ""))
 
 
 def _replace_nodes(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:

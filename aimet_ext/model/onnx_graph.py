@@ -15,12 +15,11 @@ import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
+from aimet_ext.model.onnx_light import is_large, large_constant, placeholder
 from aimet_ext.model.onnx_nodes import attribute, float_nodes, in_order, reads
 from aimet_ext.model.onnx_types import infer_types, read_array, to_torch, torch_array, write_array
 
 __all__ = ["OnnxGraph"]
-
-_SMALL = 1024  # elements; larger initializers are left out of copies that are for types only
 
 
 class OnnxGraph:
@@ -176,7 +175,7 @@ class OnnxGraph:
             if tensor.name not in drop:
                 kept.append(self._embedded(tensor))
             elif dropped == "external":
-                kept.append(_placeholder(tensor))
+                kept.append(placeholder(tensor))
             else:
                 declared.append(_tensor_info(tensor))
         graph = helper.make_graph(
@@ -243,10 +242,10 @@ class OnnxGraph:
     def _light(self) -> onnx.ModelProto:
         """The whole graph, large values left out: small enough whatever the model's size."""
         initializers = self.initializers.values()
-        large = [t for t in initializers if _elements(t) > _SMALL]
-        small = [self._embedded(t) for t in initializers if _elements(t) <= _SMALL]
+        large = [t for t in initializers if is_large(t)]
+        small = [self._embedded(t) for t in initializers if not is_large(t)]
         graph = helper.make_graph(
-            [node for node in self.nodes if not _is_large_constant(node)],
+            [node for node in self.nodes if large_constant(node) is None],
             "types",
             [*self.inputs.values(), *map(_tensor_info, large), *self._large_constants()],
             [helper.make_empty_tensor_value_info(name) for name in self.outputs],
@@ -255,28 +254,9 @@ class OnnxGraph:
         return self._model(graph)
 
     def _large_constants(self) -> list[onnx.ValueInfoProto]:
-        nodes = filter(_is_large_constant, self.nodes)
-        return [_tensor_info(attribute(n, "value", None), n.output[0]) for n in nodes]
-
-
-def _elements(tensor: TensorProto) -> int:
-    return int(np.prod(tensor.dims, dtype=np.int64))
-
-
-def _is_large_constant(node: NodeProto) -> bool:
-    value = attribute(node, "value", None) if node.op_type == "Constant" else None
-    return isinstance(value, TensorProto) and _elements(value) > _SMALL
+        found = ((node, large_constant(node)) for node in self.nodes)
+        return [_tensor_info(value, node.output[0]) for node, value in found if value is not None]
 
 
 def _tensor_info(tensor: TensorProto, name: str = "") -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name or tensor.name, tensor.data_type, tensor.dims)
-
-
-def _placeholder(tensor: TensorProto) -> TensorProto:
-    """The tensor without its value, declared as external data."""
-    empty = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-    empty.data_location = TensorProto.EXTERNAL
-    size = _elements(tensor) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    for key, value in (("location", "given_at_run_time"), ("offset", "0"), ("length", str(size))):
-        empty.external_data.add(key=key, value=value)
-    return empty

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from onnx import NodeProto, TensorProto
 from torch import nn
@@ -24,6 +25,7 @@ from aimet_ext.model.walk import Activation
 __all__ = ["PlannedStage", "Section", "Step", "plan_stages", "plan_steps"]
 
 _LARGE = 2**16  # elements of a stored value; what a node makes of a larger one is kept
+_AT_ONCE = 2**26  # elements of the weights that a section holds: 256 MiB of float32
 _FLOATS = frozenset(
     (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 )
@@ -209,17 +211,58 @@ class _Planner:
     def sections(
         self, part: set[int], kept: Collection[str], wanted: Collection[str]
     ) -> Iterator[Section]:
-        """What runs the nodes of a part, from kept tensors to those that are wanted."""
-        known = set(kept)
+        """What runs the nodes of a part, from kept tensors to those that are wanted.
+
+        A session holds all weights of its section, so where layers between two stages are not
+        walked to, several sections are made of what lies there.
+        """
+        known, rest = set(kept), set(part)
         for common in (True, False):
-            own = {index for index in part if (index in self._common) == common}
-            made = {name for index in own for name in self.graph.nodes[index].output if name}
-            outputs = {n for n in made if n in wanted or self.read_by(n, part - own)} - known
-            if common == self._split:
-                outputs |= {n for n in wanted if self.is_light(n) and n not in known}
-            if outputs:
-                yield self._section(part, outputs, known, common)
-                known |= outputs
+            portions = self._portions({i for i in part if (i in self._common) == common})
+            for number, own in enumerate(portions):
+                rest -= own
+                made = {name for index in own for name in self.graph.nodes[index].output if name}
+                outputs = {n for n in made if n in wanted or self.read_by(n, rest)} - known
+                if common == self._split and number + 1 == len(portions):
+                    outputs |= {n for n in wanted if self.is_light(n) and n not in known}
+                if outputs:
+                    yield self._section(part, outputs, known, common)
+                    known |= outputs
+
+    def _portions(self, nodes: set[int]) -> list[set[int]]:
+        """Nodes in order, cut where few tensors pass and weights would be too many for one go."""
+        order = sorted(nodes)
+        sizes = [self._weights(index) for index in order]
+        passing = self._passing(order)
+        portions, begin, total = [], 0, 0
+        for end, size in enumerate(sizes):
+            while total and total + size > _AT_ONCE:
+                first = next(i for i in range(begin, end) if sizes[i])
+                cut = min(range(end, first, -1), key=lambda place: passing[place - 1])
+                portions.append({*order[begin:cut]})
+                begin, total = cut, sum(sizes[cut:end])
+            total += size
+        return [*portions, {*order[begin:]}]
+
+    def _passing(self, order: Sequence[int]) -> list[int]:
+        """How many tensors that these nodes make are read beyond each of them."""
+        place = {index: number for number, index in enumerate(order)}
+        change = [0] * (len(order) + 1)
+        for index in order:
+            for name in self.graph.nodes[index].output:
+                readers = (place.get(i, -1) for i in self.graph.consumers.get(name, ()))
+                last = max(readers, default=-1)
+                if last > place[index]:
+                    change[place[index]] += 1
+                    change[last] -= 1
+        return list(accumulate(change[:-1]))
+
+    def _weights(self, index: int) -> int:
+        """Elements of the weights of layers that a node holds."""
+        if index not in self.weighted:
+            return 0
+        stored = [self.graph.constant(name) for name in reads(self.graph.nodes[index])]
+        return sum(_elements(tensor) for tensor in stored if tensor is not None)
 
     def _section(
         self, part: set[int], outputs: Iterable[str], known: Collection[str], common: bool

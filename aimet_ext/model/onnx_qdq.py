@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx
 
 from aimet_ext.model.onnx_fold import drop_unused
+from aimet_ext.model.onnx_light import infer_shapes
 
 __all__ = ["drop_casts", "float_nodes", "float_weights"]
 
@@ -76,5 +77,5 @@ def float_weights(model: onnx.ModelProto) -> list[str]:
 
 
 def _kinds(model: onnx.ModelProto) -> dict[str, int]:
-    inferred = onnx.shape_inference.infer_shapes(model)
+    inferred = infer_shapes(model)
     return {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}

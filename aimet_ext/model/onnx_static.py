@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 
 from aimet_ext.model.onnx_fold import fold_constants
+from aimet_ext.model.onnx_light import infer_shapes
 
 __all__ = ["make_static"]
 
@@ -31,7 +32,7 @@ def make_static(
             output.type.tensor_type.ClearField("shape")
     folded = fold_constants(static, keep)
     while any(node.op_type == "Shape" for node in folded.graph.node):
-        inferred = onnx.shape_inference.infer_shapes(folded, data_prop=True)
+        inferred = infer_shapes(folded, data_prop=True)
         if not _store_shapes(folded.graph, inferred.graph):
             break
         folded = fold_constants(folded, keep)
@@ -79,6 +80,6 @@ def _store_shapes(graph: onnx.GraphProto, inferred: onnx.GraphProto) -> int:
 
 def _name_outputs(model: onnx.ModelProto) -> None:
     """Give outputs the shapes that follow from the inputs'."""
-    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    inferred = infer_shapes(model, data_prop=True)
     for output, found in zip(model.graph.output, inferred.graph.output, strict=True):
         output.CopyFrom(found)

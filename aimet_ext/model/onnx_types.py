@@ -28,6 +28,9 @@ def read_array(tensor: TensorProto, base_dir: str) -> np.ndarray[Any, Any]:
 def write_array(tensor: TensorProto, array: np.ndarray[Any, Any]) -> None:
     """Write a tensor's value in place; it is no longer external data then.
 
+    A value that is there already is not written again: protobuf never gives back what the one
+    before took.
+
     :raises ValueError: the array has another shape or type.
     """
     dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
@@ -36,10 +39,13 @@ def write_array(tensor: TensorProto, array: np.ndarray[Any, Any]) -> None:
             f"{tensor.name}: values of shape {tuple(tensor.dims)} and type {dtype} are required, "
             f"got {array.shape} and {array.dtype}"
         )
-    fresh = numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape))
+    fresh = numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape)).raw_data
+    stored = tensor.data_location != TensorProto.EXTERNAL and tensor.HasField("raw_data")
+    if stored and tensor.raw_data == fresh:
+        return
     for field in (*_VALUES, "external_data", "data_location"):
         tensor.ClearField(field)
-    tensor.raw_data = fresh.raw_data
+    tensor.raw_data = fresh
 
 
 def to_torch(array: np.ndarray[Any, Any]) -> Tensor:

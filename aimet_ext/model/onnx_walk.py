@@ -104,11 +104,8 @@ class OnnxWalk:
         for stage, step in zip(self._stages, self._steps, strict=True):
             assert not self._pending, f"{sorted(self._pending)} must be decided first"
             self._stage = None
-            self._advance(step.sections, step.keep)
             self._open = step.open
-            for weights in self._weights.values():
-                for name in [name for name in weights if not self._is_open(name)]:
-                    del weights[name]
+            self._advance(step.sections, step.keep)
             if stage.later:
                 self._advance(step.later, {*step.keep, *stage.later})
                 self._later += stage.layers
@@ -195,7 +192,17 @@ class OnnxWalk:
             rest: set[tuple[str, str]] = set().union(*wanted[number + 1 :])
             gone = [(at, n) for at, n in wanted[number] - rest if n not in keep]
             self._run(section, lane, gone)
+            self._drop_weights([section.nodes for section, _ in runs[number + 1 :]])
+        self._drop_weights(())
         self._drop_but(keep, ())
+
+    def _drop_weights(self, sections: Iterable[Collection[int]]) -> None:
+        """Forget the weights that neither these sections nor later steps use."""
+        nodes: set[int] = set().union(*sections)
+        for weights in self._weights.values():
+            for name in [name for name in weights if not self._is_open(name)]:
+                if nodes.isdisjoint(use.node for use in self._all[name].uses):
+                    del weights[name]
 
     def _drop_but(self, keep: Collection[str], wanted: Iterable[set[tuple[str, str]]]) -> None:
         """Forget all values but those to keep and those that are going to be read."""

@@ -22,6 +22,7 @@ __all__ = [
     "float_tensors",
     "integer_scales",
     "is_integer",
+    "load_with",
     "lpbq_as_blocks",
     "missing_int32_biases",
     "overwrite",
@@ -38,6 +39,15 @@ __all__ = [
 # Bytes of weights from which they are written beside the model: protobuf ends at 2 GiB.
 EXTERNAL_LIMIT = 2**31 - 2**27
 _WIDTHS = (4, 8, 16, 32)
+_FIELDS = (  # of a TensorProto, in place of raw_data
+    "float_data",
+    "int32_data",
+    "int64_data",
+    "double_data",
+    "uint64_data",
+    "external_data",
+    "data_location",
+)
 
 
 def constants(model: Any) -> dict[str, Any]:
@@ -94,9 +104,22 @@ def overwrite(model: Any, values: Iterable[tuple[str, Any]]) -> None:
     found = constants(model)
     for name, value in values:
         proto = found[name]
-        for field in ("float_data", "int32_data", "int64_data", "double_data", "uint64_data"):
+        for field in _FIELDS:
             proto.ClearField(field)
         proto.raw_data = np.ascontiguousarray(value).tobytes()
+
+
+def load_with(path: Path, values: Iterable[tuple[str, Any]]) -> Any:
+    """A ModelProto from a file with values in the place of its constants of these names.
+
+    Of external data only the rest is read: protobuf keeps the room of a value that is replaced.
+    """
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    overwrite(model, values)
+    onnx.load_external_data_for_model(model, str(path.parent))
+    return model
 
 
 def copy_constants(model: Any, target: Any) -> None:

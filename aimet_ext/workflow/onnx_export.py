@@ -159,13 +159,14 @@ class _Writer:
             )
             self.back.read_encodings(self.sim, path, other)
             self._compare(path.name, other)
+            del other  # a second model in memory, before the next one is built
             self.checks[f"encodings_{version}"] = len(encoded)
 
     def write_qdq(self, external: bool) -> None:
         """The QDQ model, loaded into a new sim, and run by onnxruntime as it is."""
         path = self.folder / f"{self.prefix}.qdq.onnx"
-        model = self.onnx.load(str(self.model_path))
-        self.files.overwrite(model, self.files.quantized_constants(self.sim))
+        values = self.files.quantized_constants(self.sim)
+        model = self.files.load_with(self.model_path, values)
         self.files.save_qdq_model(model, load_encodings(self.newer), path, external=external)
         del model
         other = self.state.build_sim(

@@ -23,7 +23,7 @@ def load_onnx(folder: Path, prefix: str, settings: dict[str, Any] | None, sim: A
     :raises ValueError: the sim that was given is one of another model.
     """
     require("aimet_onnx", "onnx")
-    onnx = require("onnx", "onnx")
+    require("onnx", "onnx")
     from aimet_ext.model.onnx_types import torch_array
     from aimet_ext.sim import onnx_files, onnx_state
 
@@ -32,8 +32,8 @@ def load_onnx(folder: Path, prefix: str, settings: dict[str, Any] | None, sim: A
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
         kinds[kind][name] = tensor
-    model = onnx.load(str(folder / f"{prefix}.onnx"))
-    onnx_files.overwrite(model, ((n, torch_array(t)) for n, t in kinds["float"].items()))
+    floats = ((name, torch_array(tensor)) for name, tensor in kinds["float"].items())
+    model = onnx_files.load_with(folder / f"{prefix}.onnx", floats)
     if sim is None:
         sample = {name: tensor.numpy() for name, tensor in kinds["sample"].items()}
         sim = onnx_state.build_sim(model, json.loads(fields["sim"]), sample=sample)

@@ -200,6 +200,16 @@ def test_excluded_layers_are_left_alone(make_sim: Any, data: list[Tensor]) -> No
     assert all("v_proj" in reason for reason in report.refused_pairs.values())
 
 
+def test_a_block_without_a_layer_to_quantize_is_passed(make_sim: Any, data: list[Tensor]) -> None:
+    sim = make_sim()
+    first = [n for n in adapt(sim).weight_quantizers() if n.startswith("model.model.layers.0.")]
+    weight = adapt(sim).weight_quantizer(first[0]).weight.detach().clone()
+    report = aimet_ext.apply_omniquant(sim, data, modules_to_exclude=first, **QUICK)
+    assert [block.name for block in report.blocks] == [f"model.model.layers.{i}" for i in (0, 1)]
+    assert report.blocks[0].loss_after == report.blocks[0].loss_nearest
+    assert torch.equal(adapt(sim).weight_quantizer(first[0]).weight, weight)
+
+
 def test_progress_is_shown_on_request(
     sim: Any, data: list[Tensor], capsys: pytest.CaptureFixture[str]
 ) -> None:

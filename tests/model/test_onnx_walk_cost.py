@@ -1,5 +1,7 @@
 """What a walk over an ONNX graph keeps between two stages, and what it refuses."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,8 @@ pytest.importorskip("onnxruntime")
 import onnx_models
 import onnx_walk_reference as reference
 from onnx import TensorProto, helper
+
+from aimet_ext.model import onnx_plan, onnx_walk
 
 
 def test_only_the_frontier_is_kept():
@@ -45,6 +49,46 @@ def test_streams_are_one_until_a_weight_changes():
         for layer in stage.layers:
             walk.decide(layer, shells[layer].weight)
     assert kept == [8 * 16 * 4, 2 * 8 * 16 * 4]
+
+
+@pytest.mark.parametrize("streams", ["quantized", "float", "both"])
+@pytest.mark.parametrize("kind", ["gemm", "llama", "tied llama", "genai"])
+def test_a_session_holds_few_of_the_weights_passed_by(monkeypatch, kind, streams):
+    """Cut where few tensors pass, and with the same outcome bit for bit."""
+    model, batches = reference.MODELS[kind]()
+    _, layers, shells = reference.opened(model)
+    linear = [name for name, layer in layers.items() if layer.kind == "linear"]
+    last, others = linear[-1], [shells[name].weight for name in linear[:-1]]
+    effective = {n: w * 0.9 for n, w in zip(linear, others, strict=False)}
+    most = max(weight.numel() for weight in [*others, shells[last].weight])
+    elements, held = [], []
+
+    class Watched(onnx_walk.Part):
+        def __init__(self, *args, weights, **settings):
+            super().__init__(*args, weights=weights, **settings)
+            elements.append(sum(w.numel() for w in weights.values()))
+            held.append(sum(layers[n].kind == "linear" for n in weights))
+
+    def inputs():
+        settings = {"streams": streams, "effective": effective}
+        walk, *_ = reference.walk_of(model, batches, [last], **settings)
+        with contextlib.closing(walk):
+            stage = next(walk.stages())
+            return list(stage.batches()), walk.cost["segments"]
+
+    whole, once = inputs()
+    monkeypatch.setattr(onnx_walk, "Part", Watched)
+    monkeypatch.setattr(onnx_plan, "_AT_ONCE", most)
+    cut, often = inputs()
+    assert often > once
+    for mine, theirs in zip(cut, whole, strict=True):
+        for one, other in zip(mine[:2], theirs[:2], strict=True):
+            assert (one is None) == (other is None)
+            assert one is None or torch.equal(one, other)
+    total = sum(weight.numel() for weight in others)
+    if streams != "float":
+        assert 0 < max(elements) <= most < total
+        assert sum(held) >= len(others)
 
 
 def test_nothing_runs_after_the_last_stage():

@@ -330,6 +330,30 @@ def test_weights_beside_the_models(
     assert np.array_equal(outputs(aimet_ext.load(tmp_path / "elsewhere")), outputs(sim))
 
 
+def test_replaced_values_are_not_read_from_the_file(
+    sim: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protobuf would keep their room; the others are read."""
+    from aimet_ext.sim import onnx_files
+
+    aimet_ext.export(sim, tmp_path / "out", "m", X, qdq=False, external_data=True)
+    path = tmp_path / "out" / "m.onnx"
+    before = onnx_files.constants(onnx.load(path))
+    read: list[str] = []
+    load = onnx.external_data_helper.load_external_data_for_tensor
+
+    def watched(tensor: Any, *args: Any) -> None:
+        read.append(tensor.name)
+        load(tensor, *args)
+
+    monkeypatch.setattr(onnx.external_data_helper, "load_external_data_for_tensor", watched)
+    new = np.ones((64, 96), np.float32)
+    found = onnx_files.constants(onnx_files.load_with(path, [("fc0.weight", new)]))
+    assert "fc0.weight" not in read and "fc1.weight" in read
+    assert np.array_equal(onnx.numpy_helper.to_array(found["fc0.weight"]), new)
+    assert onnx_files.same_value(found["fc1.weight"], before["fc1.weight"])
+
+
 def test_state_settings_and_ledger_come_back(tmp_path: pathlib.Path) -> None:
     """Quantizers put out of use, frozen, tied and folded, and what was done to the sim."""
     sim = simulated(grid=(4, "block"))
