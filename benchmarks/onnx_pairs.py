@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from common import Bench, quiet
 from methods import STACKS, Stack, apply_stack
+from onnx_alike import alike
 from onnx_models import (
     INPUT,
     as_inputs,
@@ -37,8 +38,9 @@ from aimet_ext.sim.base import adapt
 W4, W3 = QSpec(bitwidth=4), QSpec(bitwidth=3)
 MODELS = ("stories260K", "box")
 LPBQ64 = QSpec(bitwidth=4, granularity=LPBQ(64))
-# On the float model's inputs no layer hears of the choices before it, so that both sides can be
-# held to the same rows; with the default inputs, one row that rounds otherwise moves all behind it.
+# On the float model's inputs no layer hears of the choices before it. With the default inputs one
+# row that rounds otherwise moves all behind it: there both sides are held to the same rows layer by
+# layer, after the same layers.
 ALONE: tuple[tuple[str, QSpec, Stack], ...] = tuple(
     (f"{technique} symfp", spec, ((technique, {**settings, "inp_symmetry": "symfp"}),))
     for technique, settings in (("seq_mse", {"mode": "best"}), ("gptq", {}), ("adaround", {}))
@@ -62,6 +64,8 @@ HEAD = (
     "rows",
     "equal to 1e-6",
     "others: largest gap in loss",
+    "equal, layers before alike",
+    "their gap",
     "perplexity or top-1, torch",
     "ONNX",
 )
@@ -105,13 +109,18 @@ def contract(bench: OnnxBench) -> dict[str, Any]:
             alone = technique.endswith("symfp")
             pair = _pair(bench, target, stack, spec, alone=alone, shared=technique in SYMQT)
             label = f"W{spec.bitwidth} {type(spec.granularity).__name__}"
-            shown = (pair.rows, pair.equal, pair.gap, *pair.scores)
+            one_by_one = (pair.equal, pair.gap)
+            if not alone:
+                sims, data = _both(target, spec)
+                one_by_one = alike(sims, data, stack, bench.effort)
+            shown = (pair.rows, pair.equal, pair.gap, *one_by_one, *pair.scores)
             rows.append([target.name, technique, label, *shown])
             print(f"  {target.name} {technique} {label}: {shown}", flush=True)
-            if alone or technique == "seq_mse compatible":
-                text = f"{target.name} {technique} {label}: {pair.equal:.3%} of rows equal, 99.9 %"
-                bars.append(bar(text, pair.equal >= 0.999))
-                bars.append(bar(f"losses of the others {pair.gap:.1e} apart", pair.gap <= 1e-5))
+            text = f"{target.name} {technique} {label}: {one_by_one[0]:.3%} of rows equal, 99.9 %"
+            bars.append(bar(text, one_by_one[0] >= 0.999))
+            bars.append(
+                bar(f"losses of the others {one_by_one[1]:.1e} apart", one_by_one[1] <= 1e-5)
+            )
     print_table("c. Torch and ONNX on the same weights", HEAD, rows)
     return {"rows": named(HEAD, rows), "bars": bars}
 
@@ -177,6 +186,12 @@ class Pair:
     scores: tuple[float, float]
 
 
+def _both(target: Target, spec: QSpec) -> tuple[tuple[Any, Any], tuple[list[Any], list[Any]]]:
+    """Simulations of torch and of ONNX, and the same data for either."""
+    sims = target.in_torch(spec), target.in_onnx(spec)
+    return sims, (target.batches, as_inputs(target.batches, target.input_name))
+
+
 def _pair(
     bench: OnnxBench, target: Target, stack: Stack, spec: QSpec, *, alone: bool, shared: bool
 ) -> Pair:
@@ -185,11 +200,8 @@ def _pair(
     :param alone: layers are judged on the float model's inputs.
     :param shared: one input for both weights, the quantized model's.
     """
-    in_torch, in_onnx = target.in_torch(spec), target.in_onnx(spec)
-    for sim, batches in (
-        (in_torch, target.batches),
-        (in_onnx, as_inputs(target.batches, target.input_name)),
-    ):
+    (in_torch, in_onnx), data = _both(target, spec)
+    for sim, batches in zip((in_torch, in_onnx), data, strict=True):
         torch.manual_seed(0)
         apply_stack(sim, batches, stack, bench.effort)
     ours, theirs = torch_weights(in_torch), by_module(weights_of(in_onnx))

@@ -6,7 +6,7 @@ Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", ar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,9 @@ from aimet_ext.model.walk import Activation
 __all__ = ["apply_adaround"]
 
 # Of the rounding to begin with.
-_DAMPING, _BEAMS = 1e-3, 8
+_DAMPING, _BEAMS = 1e-3, 32
+# What is added to the diagonal where there are fewer tokens than inputs, as a share of its mean.
+_DOUBT = 0.05
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class _AdaRound:
         return SampleSum(params.samples, activation, params.seed)
 
     def decide(self, problem: Problem) -> Decision:
+        problem = _doubted(problem)
         scale = offset = None
         if self.params.search_ranges and problem.frozen is None:
             row_wise = problem.layout.is_row_wise(problem.weight)
@@ -120,6 +123,21 @@ class _AdaRound:
             )
 
         return codes
+
+
+def _doubted(problem: Problem) -> Problem:
+    """The problem with the second moment drawn to equal, independent inputs if tokens are few.
+
+    Roundings make up for one another along directions that few tokens say little about, and would
+    pay for it on others. With many tokens for each input nothing changes.
+    """
+    moment = problem.moment
+    second = moment.second
+    share = _DOUBT * min(1.0, second.shape[-1] / moment.tokens)
+    diagonal = second.diagonal(dim1=-2, dim2=-1)  # [..., in]
+    equal = torch.where(diagonal > 0, diagonal.mean(-1, keepdim=True), 0.0)
+    second = torch.lerp(second, torch.diag_embed(equal), share)
+    return replace(problem, moment=replace(moment, second=second))
 
 
 class _Behind:

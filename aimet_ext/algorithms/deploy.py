@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aimet_ext.algorithms.block import layout_of
 from aimet_ext.algorithms.samples import SampleSum
-from aimet_ext.core.affine import Grid, dequantize, fake_quantize, quantize
+from aimet_ext.core.affine import Grid, dequantize, fake_quantize, quantize, short_scale
 from aimet_ext.core.clipping import GridLayout
 from aimet_ext.core.objective import SecondMoment, moment_product, row_errors
 from aimet_ext.sim.base import WeightQuantizer
@@ -23,7 +23,7 @@ class Problem:
     """A layer to decide. Weights and grids are those of its matrix ``[out, in]``.
 
     :param stored: the weight in the dtype it is stored in.
-    :param weight: the same in float32 at least, to compute with.
+    :param weight: the same in the dtype of the moments, float32 at least, to compute with.
     :param bias: ``[out]`` or None.
     :param frozen: the grid that an earlier technique decided; None where it may be chosen.
     :param moment: of its inputs.
@@ -52,7 +52,7 @@ class Problem:
         """The problem of a layer of a simulation."""
         original = quantizer.weight.detach().flatten(1)
         stored = original.to(moment.second.device, copy=True)  # the original may be replaced
-        weight = stored.to(torch.promote_types(stored.dtype, torch.float32))
+        weight = stored.to(torch.promote_types(stored.dtype, moment.second.dtype))
         return cls(
             name=name,
             stored=stored,
@@ -73,8 +73,8 @@ class Problem:
         """The grid of plain rounding: the frozen one, or the range that holds every weight."""
         if self.frozen is not None:
             return self.frozen
-        stored = self.stored.float()
-        return self.layout.with_scale(*self.layout.raw(*self.layout.bounds(stored)))
+        scale, offset = self.layout.raw(*self.layout.bounds(self.stored.float()))
+        return self.layout.with_scale(short_scale(scale), offset)
 
     def signal(self) -> float:
         """Mean square of the float output over all tokens, summed over rows."""
@@ -174,7 +174,7 @@ def _give_back(
 def _write(quantizer: WeightQuantizer, scale: Tensor, offset: Tensor | None) -> None:
     shape = quantizer.shape
     own = None if quantizer.symmetric or offset is None else offset.float().reshape(shape)
-    quantizer.set_scale(scale.float().reshape(shape), own)
+    quantizer.set_scale(short_scale(scale.float()).reshape(shape), own)
 
 
 def _read(quantizer: WeightQuantizer, weight: Tensor) -> Grid:

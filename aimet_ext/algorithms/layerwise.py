@@ -239,7 +239,7 @@ class LayerwiseRun:
         geometry = Geometry.of(layer)
         weight = layer.weight
         width = weight[0].numel()
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dtype = self._dtype(weight)
         del weight  # a copy, if the model is one of ONNX
         both = params.inp_symmetry == "asym"
         samples = {
@@ -272,6 +272,17 @@ class LayerwiseRun:
         if moment.cross is not None and not self.solver.aimet_stream:
             moment.cross.mul_(params.asym_strength)  # ours alone
         return moment, total.storage, samples
+
+    def _dtype(self, weight: Tensor) -> torch.dtype:
+        """What to compute moments and roundings in.
+
+        A rounding is a chain of choices, and one that goes the other way moves all after it. In
+        float64 the moments of one model run by two frameworks are near enough to each other that
+        the choices are the same. Other devices than processors are slow at it, or lack it.
+        """
+        device = self.options.device or weight.device
+        wide = self.solver.rounds and torch.device(device).type == "cpu"
+        return torch.float64 if wide else torch.promote_types(weight.dtype, torch.float32)
 
     def _in_stream(self, layer: str) -> Tensor:
         """The weight that the quantized stream uses from now on."""

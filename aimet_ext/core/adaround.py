@@ -39,7 +39,7 @@ def adaround(
     num_iterations: int = 500,
     start: Tensor | None = None,
     start_strength: float | None = None,
-    momentum: float = 0.98,
+    momentum: float = 0.93,
     learning_rate: float = 1.0,
 ) -> Tensor:
     """Anneal relaxed codes on ``E H Eᵀ − 2 E · pull``: one product with H a step, no sampling.

@@ -31,9 +31,12 @@ __all__ = [
     "quantize",
     "round_ste",
     "scale_offset",
+    "short_scale",
     "symmetric_offset",
     "to_blocks",
 ]
+
+_SHORT = 16  # significant bits of a scale that is to survive conversions
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,6 +196,16 @@ def scale_offset(
 def symmetric_offset(qmin: int, qmax: int) -> int:
     """Offset of a symmetric grid: 0 for signed integers, half the range for unsigned ones."""
     return -round((qmin + qmax) / 2)
+
+
+def short_scale(scale: Tensor) -> Tensor:
+    """The scale rounded to 16 significant bits, which changes it by a share of 1.6e-5 at most.
+
+    Its products with the integers of 8 bits are exact in float32. So a range made of it gives it
+    back to the last bit, whichever way a toolkit goes from scales to ranges and back.
+    """
+    mantissa, exponent = torch.frexp(scale)
+    return torch.ldexp((mantissa * 2**_SHORT).round() / 2**_SHORT, exponent)
 
 
 def minimum_scale(steps: int) -> float:

@@ -12,8 +12,9 @@ __all__ = ["coordinate_descent", "gptq"]
 
 # A move has to gain: ties, which rounding noise would turn back and forth, stay as they are.
 _SHRINK = 1 - 1e-5
-# Candidates that a beam search works on at a time, which keeps them in the processor's cache.
-_LANES = 8192
+# Candidates that a beam search works on at a time, which keeps them in the processor's cache, and
+# numbers that it keeps for all of them.
+_LANES, _NUMBERS = 8192, 2**24
 
 
 @torch.no_grad()
@@ -187,10 +188,10 @@ def _beam_search(
     problem: Columns, coupling: Tensor, shift: Tensor, cost: Tensor, beams: int
 ) -> Tensor:
     """Codes ``[groups, in, rows]`` with the smallest sum that a search with beams finds."""
-    groups, _, rows = problem.ideal.shape
+    groups, width, rows = problem.ideal.shape
     best = torch.empty_like(problem.ideal)
     step = problem.step.expand_as(problem.ideal)
-    at_once = max(1, _LANES // (beams * groups))
+    at_once = max(1, min(_LANES, _NUMBERS // width) // (beams * groups))
     for start in range(0, rows, at_once):
         part = slice(start, start + at_once)
         search = _Beams(
@@ -229,12 +230,12 @@ class _Beams:
         width = self.ideal.shape[1]
         for at in column_blocks(width, self.block):
             self._advance(at, qmin, qmax)
-        best = torch.zeros_like(self.parents[0][..., :1])  # beams are sorted
+        best = torch.zeros_like(self.parents[0][..., :1], dtype=torch.long)  # beams are sorted
         path = []
         for codes, parents in zip(reversed(self.codes), reversed(self.parents), strict=True):
             path.append(codes.gather(-1, best).squeeze(-1))
-            best = parents.gather(-1, best)
-        return torch.stack(path[::-1], 1)
+            best = parents.gather(-1, best).long()
+        return torch.stack(path[::-1], 1).to(self.ideal.dtype)
 
     def _advance(self, at: slice, qmin: int, qmax: int) -> None:
         """Branch and prune over a block of columns, then tell the later columns."""
@@ -249,10 +250,10 @@ class _Beams:
                 lower = self.coupling[:, column : column + 1, at.start : column]
                 done = error[:, :j].reshape(groups, j, -1)
                 wish = wish - torch.bmm(lower, done).view_as(wish)
-            parent = self._branch(column, wish, qmin, qmax)
+            chosen, parent = self._branch(column, wish, qmin, qmax)
             if j:
                 error[:, :j] = error[:, :j].gather(-1, parent[:, None].expand(-1, j, -1, -1))
-            torch.sub(self.codes[-1], self.ideal[:, column, :, None], out=error[:, j])
+            torch.sub(chosen, self.ideal[:, column, :, None], out=error[:, j])
             error[:, j] *= self.step[:, column, :, None]
             origin = origin.gather(-1, parent)
         if at.stop < self.ideal.shape[1]:
@@ -265,7 +266,7 @@ class _Beams:
                 alpha=-1,
             ).view_as(later)
 
-    def _branch(self, column: int, wish: Tensor, qmin: int, qmax: int) -> Tensor:
+    def _branch(self, column: int, wish: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
         """Both nearest codes of every beam: those with the smallest sums, and whose they are."""
         step = self.step[:, column, :, None]
         real = wish / step + self.ideal[:, column, :, None]
@@ -278,7 +279,7 @@ class _Beams:
         twice = codes[..., : self.beams] == codes[..., self.beams :]
         total[..., self.beams :].masked_fill_(twice, torch.inf)
         self.total, index = total.topk(self.beams, -1, largest=False, sorted=True)
-        parent = index % self.beams
-        self.codes.append(codes.gather(-1, index))
-        self.parents.append(parent)
-        return parent
+        parent, chosen = index % self.beams, codes.gather(-1, index)
+        self.codes.append(chosen.to(torch.int16))
+        self.parents.append(parent.to(torch.int32))
+        return chosen, parent

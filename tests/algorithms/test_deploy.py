@@ -8,7 +8,7 @@ from range_search_reference import problem
 
 from aimet_ext.algorithms.deploy import Decision, Problem, deploy
 from aimet_ext.algorithms.samples import SampleSum
-from aimet_ext.core.affine import dequantize, fake_quantize, quantize
+from aimet_ext.core.affine import dequantize, fake_quantize, quantize, short_scale
 from aimet_ext.core.objective import SecondMoment
 
 OUT, IN, BITS = 16, 24, 3
@@ -66,9 +66,8 @@ def test_each_row_keeps_the_better_of_two(layer, shape, symmetric):
     problem, weight = current(), quantizer.weight.detach().clone()
     plain = problem.nearest_grid()
     nearest = errors_of(problem, quantizer, plain)
-    wanted = errors_of(
-        problem, quantizer, problem.layout.with_scale(plain.scale * share, plain.offset)
-    )
+    grid = problem.layout.with_scale(short_scale(plain.scale * share), plain.offset)
+    wanted = errors_of(problem, quantizer, grid)
     assert (wanted < nearest).any() and (wanted > nearest).any()
     outcome = deploy(problem, quantizer, shrunk(share))
     found = errors_of(problem, quantizer)
@@ -78,7 +77,7 @@ def test_each_row_keeps_the_better_of_two(layer, shape, symmetric):
     assert outcome.after == pytest.approx(float(found.sum()), rel=1e-5)
     assert outcome.after < outcome.nearest < outcome.signal
     kept = (wanted > nearest)[:, None]
-    expected = torch.where(kept, plain.scale, plain.scale * share)
+    expected = torch.where(kept, plain.scale, short_scale(plain.scale * share))
     torch.testing.assert_close(quantizer.grid().scale, expected, rtol=1e-6, atol=0)
     assert quantizer.frozen and torch.equal(quantizer.weight, weight)
 
@@ -132,7 +131,7 @@ def test_rows_that_share_a_range_stay_together(layer, taken):
     plain = problem.nearest_grid()
     nearest = errors_of(problem, quantizer, plain)
     for share in torch.linspace(0.95, 0.2, 30).tolist():  # some rows gain, some lose
-        grid = problem.layout.with_scale(plain.scale * share, plain.offset)
+        grid = problem.layout.with_scale(short_scale(plain.scale * share), plain.offset)
         wanted = errors_of(problem, quantizer, grid)
         mixed = bool((wanted > nearest).any() and (wanted < nearest).any())
         if mixed and bool(wanted.sum() <= nearest.sum()) == taken:
@@ -141,7 +140,7 @@ def test_rows_that_share_a_range_stay_together(layer, taken):
         pytest.fail("no such share")
     outcome = deploy(problem, quantizer, shrunk(share))
     assert outcome.rows_nearest == (0 if taken else OUT)
-    expected = plain.scale * share if taken else plain.scale
+    expected = short_scale(plain.scale * share) if taken else plain.scale
     torch.testing.assert_close(quantizer.grid().scale.reshape(1, 1), expected)
     assert outcome.after == pytest.approx(float((wanted if taken else nearest).sum()), rel=1e-5)
 
@@ -177,7 +176,7 @@ def test_nothing_is_compared_where_that_is_not_wanted(layer):
         problem, quantizer, lambda _: Decision(range=(low * 0.2, high * 0.2), compare=False)
     )
     assert outcome.rows_nearest == 0 and outcome.after > outcome.nearest
-    full = problem.nearest_grid().scale
+    full, _ = problem.layout.raw(low, high)
     torch.testing.assert_close(quantizer.grid().scale, full * 0.2, rtol=1e-6, atol=0)
 
 
@@ -196,9 +195,8 @@ def test_a_technique_may_judge_by_itself(layer):
     outcome = deploy(problem, quantizer, decide)  # clipping never lowers the largest error
     plain = problem.nearest_grid()
     nearest = judge(fake_quantize(problem.stored, plain))
-    clipped = judge(
-        fake_quantize(problem.stored, problem.layout.with_scale(plain.scale * 0.7, plain.offset))
-    )
+    grid = problem.layout.with_scale(short_scale(plain.scale * 0.7), plain.offset)
+    clipped = judge(fake_quantize(problem.stored, grid))
     assert outcome.rows_nearest == int((clipped > nearest).sum()) > OUT // 2
     assert outcome.nearest == pytest.approx(float(nearest.sum()))
     assert outcome.after == pytest.approx(float(torch.minimum(nearest, clipped).sum()), rel=1e-5)
@@ -210,7 +208,7 @@ def test_without_a_decision_the_full_range_is_written(layer):
     full = quantizer.grid()
     quantizer.set_scale(full.scale * 0.3)
     outcome = deploy(current(), quantizer, lambda _: Decision())
-    torch.testing.assert_close(quantizer.grid().scale, full.scale, rtol=1e-6, atol=0)
+    torch.testing.assert_close(quantizer.grid().scale, short_scale(full.scale), rtol=1e-6, atol=0)
     assert outcome.after == pytest.approx(outcome.nearest) and outcome.rows_nearest == 0
 
 

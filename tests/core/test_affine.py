@@ -13,6 +13,7 @@ from aimet_ext.core.affine import (
     minmax_range,
     quantize,
     scale_offset,
+    short_scale,
     to_blocks,
 )
 
@@ -214,3 +215,27 @@ def test_gradients_pass_where_halves_go_up():
     # d(q s)/ds: q - w/s inside the range, q beyond it
     expected = (1 - 0.3 / 0.25) + (2 - 0.6 / 0.25) + 3
     assert scale.grad is not None and abs(float(scale.grad) - expected) < 1e-5
+
+
+@pytest.mark.parametrize("bitwidth", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_short_scale_survives_being_made_a_range(bitwidth, symmetric):
+    """To the last bit, for every offset, in float32; it is near the scale that was wanted."""
+    qmin, qmax = int_range(bitwidth, symmetric)
+    wanted = torch.logspace(-9, 9, 500) * (1 + torch.rand(500))
+    scale = short_scale(wanted)
+    assert scale.dtype == torch.float32
+    assert ((scale - wanted).abs() <= 1.6e-5 * wanted).all() and (scale != wanted).any()
+    assert torch.equal(short_scale(scale), scale)
+    for offset in [0] if symmetric else range(-qmax, 1, 5):
+        low, high = scale * (offset + qmin), scale * (offset + qmax)
+        assert torch.equal((high - low) / (qmax - qmin), scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_short_scale_is_one_of_16_bits(dtype):
+    scale = short_scale(torch.tensor([1.0, 1 + 2**-15, 1 + 2**-16 + 2**-20, 3e-5], dtype=dtype))
+    assert scale.dtype == dtype
+    assert scale[:3].tolist() == [1.0, 1 + 2**-15, 1 + 2**-15]
+    mantissa, _ = torch.frexp(scale)
+    assert torch.equal(mantissa * 2**16, (mantissa * 2**16).round())
