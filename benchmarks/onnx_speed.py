@@ -140,12 +140,7 @@ def memory(options: SpeedOptions) -> dict[str, Any]:
     """m: graphs with external data, a process each."""
     size = ["--hidden", "64", "--ffn", "128", "--length", "32"] if options.quick else []
     windows = 4 if options.quick else 32
-    runs = (
-        ("seq_mse", windows),
-        ("seq_mse", 2 * windows),
-        ("gptq", windows),
-        ("adaround", windows),
-    )
+    runs = (("seq_mse", windows), ("seq_mse", 2 * windows), ("gptq", windows))
     head = ("technique", "windows", "over MiB", "largest group MiB", "moments MiB", "graph MiB")
     rows = []
     for technique, count in runs:
