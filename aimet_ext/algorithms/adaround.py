@@ -136,7 +136,8 @@ def _doubted(problem: Problem) -> Problem:
     share = _DOUBT * min(1.0, second.shape[-1] / moment.tokens)
     diagonal = second.diagonal(dim1=-2, dim2=-1)  # [..., in]
     equal = torch.where(diagonal > 0, diagonal.mean(-1, keepdim=True), 0.0)
-    second = torch.lerp(second, torch.diag_embed(equal), share)
+    second = second * (1 - share)
+    second.diagonal(dim1=-2, dim2=-1).add_(equal, alpha=share)
     return replace(problem, moment=replace(moment, second=second))
 
 
