@@ -3,7 +3,7 @@
     python benchmarks/onnx_big.py [--blocks 9] [--hidden 2048] [--ffn 8192] [--windows 2]
 
 prints one JSON line: seconds of each step, and the most memory it took beyond what the process held
-when it began. Every technique walks the whole graph and decides layers of its first and its last
+when it began. Every layer-wise technique walks the whole graph and decides layers of its first and its last
 block; the others compute on their grids. Mapped files count, so the folder for temporary files may
 be on a disk. A process of its own, for the high-water mark is the process's.
 """
@@ -95,7 +95,6 @@ class Way:
         middle = f"*layers.{self.options.blocks // 2}/self_attn/k_proj*"
         with tempfile.TemporaryDirectory() as cache:
             quiet["cache_dir"] = cache
-            self.step("apply_omniquant, 2 steps", lambda: self.omniquant(cache))
             few = {**quiet, "num_candidates": 2}
             self.step(
                 "apply_lpbq", lambda: aimet_ext.apply_lpbq(sim, inputs, 64, layers=[middle], **few)
@@ -115,23 +114,6 @@ class Way:
                 lambda: aimet_ext.apply_adaround(sim, inputs, modules_to_exclude=other, **steps),
             )
         self.step("sim.compute_encodings", lambda: sim.compute_encodings(inputs))
-
-    def omniquant(self, cache: str) -> None:
-        """Clipping alone, of the attention of one block between those that the others decide."""
-        roles = [f"self_attn.{role}_proj" for role in "qkvo"]
-        roles += [f"mlp.{role}_proj" for role in ("gate", "up", "down")]
-        every = [f"model.layers.{block}.{r}" for block in range(self.options.blocks) for r in roles]
-        left = [name for name in every if not name.startswith("model.layers.1.self_attn")]
-        aimet_ext.apply_omniquant(
-            self.sim,
-            self.inputs,
-            2,
-            modules_to_exclude=left,
-            let=False,
-            search_sweeps=0,
-            cache_dir=cache,
-            progress=False,
-        )
 
     def hand_over(self) -> dict[str, Any]:
         out, first = self.folder / "out", self.inputs[0]

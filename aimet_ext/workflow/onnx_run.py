@@ -50,10 +50,15 @@ class SessionModel(nn.Module):
 
         :param batch: tensor or array of ids ``[batch, seq]``, a tuple in the order of the graph's
             inputs, or a mapping with ``input_ids``.
-        :raises ValueError: an input is missing that cannot be filled in.
+        :raises ValueError: an input is missing that cannot be filled in, or there are too many.
         """
         if isinstance(batch, tuple | list):
-            batch = dict(zip(self._types, batch, strict=False))
+            if len(batch) > len(self._types) + 1:
+                raise ValueError(
+                    "each batch must hold one array for each of the model's inputs "
+                    f"({', '.join(self._types)}) and a label at most, got {len(batch)} values"
+                )
+            batch = dict(zip(self._types, batch, strict=False))  # what is over is the label
         given = dict(batch) if isinstance(batch, Mapping) else {self._ids: batch}
         ids = given.get(self._ids, given.get(_IDS))
         if ids is None:

@@ -52,6 +52,14 @@ def test_a_session_scores_as_its_module(tiny_llama, tmp_path, ids):
         assert evaluate_perplexity(exported, [batch]) == pytest.approx(expected, rel=1e-5)
 
 
+def test_values_beyond_inputs_and_a_label_are_refused(tiny_llama, tmp_path, ids):
+    exported = session(tiny_llama, tmp_path, "input_ids")
+    expected = evaluate_perplexity(tiny_llama, [ids])
+    assert evaluate_perplexity(exported, [(ids, ids)]) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match=r"inputs \(input_ids\) and a label at most, got 3 values"):
+        evaluate_perplexity(exported, [(ids, ids, ids)])
+
+
 def test_the_name_of_a_single_input_does_not_matter(tiny_llama, tmp_path, ids):
     exported = session(tiny_llama, tmp_path, "tokens")
     expected = evaluate_perplexity(tiny_llama, [ids])
