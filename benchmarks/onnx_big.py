@@ -3,9 +3,9 @@
     python benchmarks/onnx_big.py [--blocks 9] [--hidden 2048] [--ffn 8192] [--windows 2]
 
 prints one JSON line: seconds of each step, and the most memory it took beyond what the process held
-when it began. Every layer-wise technique walks the whole graph and decides layers of its first and its last
-block; the others compute on their grids. Mapped files count, so the folder for temporary files may
-be on a disk. A process of its own, for the high-water mark is the process's.
+when it began. Every layer-wise technique walks the whole graph and decides layers of its first and
+its last block; the others compute on their grids. Mapped files count, so the folder for temporary
+files may be on a disk. A process of its own, for the high-water mark is the process's.
 """
 
 from __future__ import annotations
