@@ -30,8 +30,8 @@ if TYPE_CHECKING:
         SeqMSEParams,
     )
     from aimet_ext.errors import CorruptFileError, MissingExtraError, TransformRefused
-    from aimet_ext.export.ledger import Ledger
-    from aimet_ext.export.scales import load_scales
+    from aimet_ext.files.ledger import Ledger
+    from aimet_ext.files.scales import load_scales
     from aimet_ext.model.huggingface import prepare_model
     from aimet_ext.model.kv_cache import TokenCache
     from aimet_ext.model.text import calibration_batches
@@ -63,7 +63,7 @@ _HOMES = {
     "LPBQ": "aimet_ext.config",
     "LayerReport": "aimet_ext.algorithms.layer_report",
     "LayerwiseReport": "aimet_ext.algorithms.layer_report",
-    "Ledger": "aimet_ext.export.ledger",
+    "Ledger": "aimet_ext.files.ledger",
     "MissingExtraError": "aimet_ext.errors",
     "OmniQuantParams": "aimet_ext.config",
     "OmniQuantReport": "aimet_ext.algorithms.omniquant",
@@ -90,7 +90,7 @@ _HOMES = {
     "lint": "aimet_ext.workflow.lint",
     "load": "aimet_ext.workflow.load",
     "load_cache_graphs": "aimet_ext.workflow.cache_run",
-    "load_scales": "aimet_ext.export.scales",
+    "load_scales": "aimet_ext.files.scales",
     "lora": "aimet_ext",
     "prepare_model": "aimet_ext.model.huggingface",
     "set_blockwise": "aimet_ext.workflow.grids",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aimet_ext.core.objective import sqnr_db
-from aimet_ext.export.folders import replace_file
+from aimet_ext.files.folders import replace_file
 
 __all__ = ["LayerReport", "LayerwiseReport"]
 

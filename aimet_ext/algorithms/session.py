@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from aimet_ext.export.ledger import Ledger
-from aimet_ext.model.journal import UndoJournal, hash_tensors
-from aimet_ext.model.tensors import writable_folder
+from aimet_ext.files.journal import UndoJournal, hash_tensors
+from aimet_ext.files.ledger import Ledger
+from aimet_ext.files.tensors import writable_folder
 from aimet_ext.sim.base import SimAdaptor
 
 try:

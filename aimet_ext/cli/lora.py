@@ -143,7 +143,7 @@ def quantize(
     with contextlib.redirect_stdout(sys.stderr):
         from aimet_ext import lora
         from aimet_ext.cli import jobs
-        from aimet_ext.export.folders import check_output
+        from aimet_ext.files.folders import check_output
 
         check_output(output)
         source = adapter if name is None else lora.read_adapter(adapter, name)

@@ -88,7 +88,7 @@ def _batches(folder: Path, text: Path, count: int) -> list[Any]:
     """Windows of the length that a folder's model was exported with, at most ``count``."""
     import aimet_ext
     from aimet_ext.cli import jobs
-    from aimet_ext.export.manifest import read_manifest
+    from aimet_ext.files.manifest import read_manifest
     from aimet_ext.workflow.verify_data import exported_length
 
     prefix = read_manifest(folder, verify=False)["prefix"]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aimet_ext.export.folders import check_writable
+from aimet_ext.files.folders import check_writable
 from aimet_ext.integrations.qnn_runtime import (
     PROVIDER,
     captured_output,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors.numpy import load_file
 
 from aimet_ext.errors import CorruptFileError, require
-from aimet_ext.export.encodings import entries, load_encodings
-from aimet_ext.export.manifest import read_manifest
+from aimet_ext.files.encodings import entries, load_encodings
+from aimet_ext.files.manifest import read_manifest
 from aimet_ext.lora.onnx_inputs import encodings_file
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aimet_ext.errors import CorruptFileError, require
-from aimet_ext.export.folders import check_output, replace_folder
-from aimet_ext.export.manifest import MANIFEST, hash_file, read_manifest, write_manifest
-from aimet_ext.export.sealed import read_sealed, write_sealed
+from aimet_ext.files.folders import check_output, replace_folder
+from aimet_ext.files.manifest import MANIFEST, hash_file, read_manifest, write_manifest
+from aimet_ext.files.sealed import read_sealed, write_sealed
 from aimet_ext.lora.adapter import read_adapter
 from aimet_ext.lora.onnx_inputs import write_adapter_graph
 from aimet_ext.lora.sim import LoraState, lora_state, sim_with_slots, switch

@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from aimet_ext.export.folders import check_output, replace_folder
-from aimet_ext.export.manifest import versions, write_manifest
-from aimet_ext.export.scales import SCALES_FILE, ModuleScales, Scales, load_scales
+from aimet_ext.files.folders import check_output, replace_folder
+from aimet_ext.files.manifest import versions, write_manifest
+from aimet_ext.files.scales import SCALES_FILE, ModuleScales, Scales, load_scales
+from aimet_ext.files.tensors import hash_tensors
 from aimet_ext.lora.adapter import Adapter, Part, read_adapter, read_adapters
 from aimet_ext.lora.checkpoint import Checkpoint, Target, open_checkpoint, open_target
 from aimet_ext.lora.fold_rules import columns, dora_magnitude, rows
 from aimet_ext.lora.unfit import check_fit, check_variant, named_like, refuse
-from aimet_ext.model.tensors import hash_tensors
 
 __all__ = ["fold_adapter", "fold_adapters", "scales_digest"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.errors import MissingExtraError, require
-from aimet_ext.export.encodings import Layout, entries, load_encodings, to_grid, to_version_1
+from aimet_ext.files.encodings import Layout, entries, load_encodings, to_grid, to_version_1
 from aimet_ext.lora.sim import LoraState, lora_state, switch
 from aimet_ext.sim.base import adapt
 from aimet_ext.workflow.onnx_file import Inputs, OnnxFile, float32_model, write_onnx

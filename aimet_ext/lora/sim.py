@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from aimet_ext.errors import require
-from aimet_ext.export.ledger import Ledger
-from aimet_ext.export.manifest import MANIFEST, hash_file
-from aimet_ext.export.scales import load_scales
+from aimet_ext.files.ledger import Ledger
+from aimet_ext.files.manifest import MANIFEST, hash_file
+from aimet_ext.files.scales import load_scales
+from aimet_ext.files.tensors import hash_tensors
 from aimet_ext.lora.adapter import Adapter, LoraLayer, read_adapters
 from aimet_ext.lora.fold import fold_adapter, fold_adapters, scales_digest
 from aimet_ext.model.huggingface import causal_lm, checkpoint_prefix, context_length
-from aimet_ext.model.tensors import hash_tensors
 from aimet_ext.sim.base import adapt
 from aimet_ext.workflow.fitting import some
 from aimet_ext.workflow.load import load

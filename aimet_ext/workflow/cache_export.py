@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aimet_ext.export.folders import replace_folder
-from aimet_ext.export.manifest import write_manifest
+from aimet_ext.files.folders import replace_folder
+from aimet_ext.files.manifest import write_manifest
 from aimet_ext.model.kv_cache import CachedCausalLM
 from aimet_ext.sim.base import adapt
 from aimet_ext.workflow.cache_check import check_float, check_quantized

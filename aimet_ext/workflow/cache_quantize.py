@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from aimet_ext.errors import require
-from aimet_ext.export.encodings import entries, load_encodings
+from aimet_ext.files.encodings import entries, load_encodings
 from aimet_ext.model.kv_cache import CacheShape
 from aimet_ext.model.onnx_same_tensors import moved_from, same_tensors
 from aimet_ext.workflow.cache_run import CacheFiles

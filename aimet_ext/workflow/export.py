@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from aimet_ext.errors import MissingExtraError, require
-from aimet_ext.export.folders import check_output, replace_folder
-from aimet_ext.export.ledger import Ledger
-from aimet_ext.export.manifest import write_manifest
-from aimet_ext.export.scales import write_scales
-from aimet_ext.export.sealed import write_sealed
+from aimet_ext.files.folders import check_output, replace_folder
+from aimet_ext.files.ledger import Ledger
+from aimet_ext.files.manifest import write_manifest
+from aimet_ext.files.scales import write_scales
+from aimet_ext.files.sealed import write_sealed
+from aimet_ext.files.tensors import hash_tensors
 from aimet_ext.model.huggingface import causal_lm, original_name
-from aimet_ext.model.tensors import hash_tensors
 from aimet_ext.sim.base import SimAdaptor, adapt
 from aimet_ext.workflow.fingerprints import write_fingerprints
 from aimet_ext.workflow.model_files import float_state, passing_buffers, rounded_state, write_model

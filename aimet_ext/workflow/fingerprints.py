@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from aimet_ext.errors import CorruptFileError
-from aimet_ext.export.folders import replace_file
-from aimet_ext.export.manifest import hash_file
-from aimet_ext.export.scales import AIMET_FILE, SCALES_FILE
-from aimet_ext.workflow.file_names import (
+from aimet_ext.files.folders import replace_file
+from aimet_ext.files.manifest import hash_file
+from aimet_ext.files.names import (
     CONFIG,
     FINGERPRINTS,
     LEDGER,
@@ -25,6 +24,7 @@ from aimet_ext.workflow.file_names import (
     SETTINGS,
     WEIGHTS,
 )
+from aimet_ext.files.scales import AIMET_FILE, SCALES_FILE
 from aimet_ext.workflow.integrity_files import ExportFiles, Stored
 from aimet_ext.workflow.integrity_grids import Cells, encoded_cells, torch_cells
 from aimet_ext.workflow.integrity_onnx import OnnxGraph

@@ -15,9 +15,9 @@ from torch import Tensor
 from aimet_ext.core.affine import Grid
 from aimet_ext.core.objective import sqnr_db
 from aimet_ext.errors import CorruptFileError, require
-from aimet_ext.export.encodings import Layout, entries, load_encodings, to_grid
-from aimet_ext.export.manifest import read_manifest
-from aimet_ext.model.tensors import atomic_path
+from aimet_ext.files.encodings import Layout, entries, load_encodings, to_grid
+from aimet_ext.files.manifest import read_manifest
+from aimet_ext.files.tensors import atomic_path
 from aimet_ext.workflow.load import load
 from aimet_ext.workflow.onnx_export import SETTINGS
 

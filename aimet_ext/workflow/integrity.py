@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from aimet_ext.errors import CorruptFileError
-from aimet_ext.export.manifest import MANIFEST, hash_file, read_manifest
-from aimet_ext.workflow.file_names import FINGERPRINTS
+from aimet_ext.files.manifest import MANIFEST, hash_file, read_manifest
+from aimet_ext.files.names import FINGERPRINTS
 from aimet_ext.workflow.findings import Finding
 from aimet_ext.workflow.fingerprints import read_fingerprints
 from aimet_ext.workflow.integrity_encodings import check_encodings

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from aimet_ext.workflow.file_names import QUANTIZERS
+from aimet_ext.files.names import QUANTIZERS
 from aimet_ext.workflow.integrity_files import AGAIN
 from aimet_ext.workflow.integrity_grids import Cells, encoded_cells, onnx_cells, torch_cells
 from aimet_ext.workflow.integrity_state import ExportState

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from aimet_ext.errors import CorruptFileError
-from aimet_ext.export.encodings import entries, load_encodings
-from aimet_ext.export.scales import AIMET_FILE, SCALES_FILE
-from aimet_ext.export.sealed import read_sealed
-from aimet_ext.workflow.file_names import LEDGER, QUANTIZERS, WEIGHTS
+from aimet_ext.files.encodings import entries, load_encodings
+from aimet_ext.files.names import LEDGER, QUANTIZERS, WEIGHTS
+from aimet_ext.files.scales import AIMET_FILE, SCALES_FILE
+from aimet_ext.files.sealed import read_sealed
 from aimet_ext.workflow.findings import Finding
 from aimet_ext.workflow.integrity_onnx import OnnxGraph
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from aimet_ext.core.affine import Grid, scale_offset, to_blocks
 from aimet_ext.core.lpbq import lpbq_scale
-from aimet_ext.export.encodings import Layout, to_grid
+from aimet_ext.files.encodings import Layout, to_grid
 
 __all__ = ["Cells", "encoded_cells", "misfit", "onnx_cells", "torch_cells"]
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from aimet_ext.export.ledger import Ledger
-from aimet_ext.export.scales import AIMET_FILE, SCALES_FILE
-from aimet_ext.workflow.file_names import LEDGER
+from aimet_ext.files.ledger import Ledger
+from aimet_ext.files.names import LEDGER
+from aimet_ext.files.scales import AIMET_FILE, SCALES_FILE
 from aimet_ext.workflow.integrity_files import AGAIN, Stored
 from aimet_ext.workflow.integrity_state import ExportState
 

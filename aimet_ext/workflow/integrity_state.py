@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from aimet_ext.workflow.file_names import WEIGHTS
+from aimet_ext.files.names import WEIGHTS
 from aimet_ext.workflow.findings import Finding
 from aimet_ext.workflow.fingerprints import fingerprints_of
 from aimet_ext.workflow.integrity_files import AGAIN, ExportFiles

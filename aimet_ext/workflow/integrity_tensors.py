@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from aimet_ext.core.affine import to_blocks
-from aimet_ext.workflow.file_names import WEIGHTS
+from aimet_ext.files.names import WEIGHTS
 from aimet_ext.workflow.integrity_grids import encoded_cells, misfit
 from aimet_ext.workflow.integrity_onnx import OnnxGraph
 from aimet_ext.workflow.integrity_state import ExportState

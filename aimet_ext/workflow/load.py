@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from aimet_ext.errors import CorruptFileError, require
-from aimet_ext.export.ledger import Ledger
-from aimet_ext.export.manifest import read_manifest
-from aimet_ext.export.sealed import read_sealed
+from aimet_ext.files.ledger import Ledger
+from aimet_ext.files.manifest import read_manifest
+from aimet_ext.files.sealed import read_sealed
 from aimet_ext.model.huggingface import prepare_model
 from aimet_ext.sim.base import adapt
 from aimet_ext.workflow.export import (

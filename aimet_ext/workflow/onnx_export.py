@@ -12,15 +12,15 @@ import numpy as np
 import torch
 
 from aimet_ext.errors import require
-from aimet_ext.export.encodings import entries, load_encodings
-from aimet_ext.export.folders import replace_folder
-from aimet_ext.export.ledger import Ledger
-from aimet_ext.export.manifest import write_manifest
-from aimet_ext.export.scales import write_scales
-from aimet_ext.export.sealed import write_sealed
-from aimet_ext.model.tensors import hash_tensors
+from aimet_ext.files.encodings import entries, load_encodings
+from aimet_ext.files.folders import replace_folder
+from aimet_ext.files.ledger import Ledger
+from aimet_ext.files.manifest import write_manifest
+from aimet_ext.files.names import LEDGER, QUANTIZERS, SETTINGS
+from aimet_ext.files.scales import write_scales
+from aimet_ext.files.sealed import write_sealed
+from aimet_ext.files.tensors import hash_tensors
 from aimet_ext.sim.base import SimAdaptor
-from aimet_ext.workflow.file_names import LEDGER, QUANTIZERS, SETTINGS
 from aimet_ext.workflow.fingerprints import write_fingerprints
 
 __all__ = ["LEDGER", "LEDGER_SCHEMA", "QUANTIZERS", "SCHEMA", "SETTINGS", "export_onnx"]

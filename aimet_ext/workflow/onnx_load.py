@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from aimet_ext.errors import require
-from aimet_ext.export.ledger import Ledger
-from aimet_ext.export.sealed import read_sealed
+from aimet_ext.files.ledger import Ledger
+from aimet_ext.files.sealed import read_sealed
 from aimet_ext.sim.base import adapt
 from aimet_ext.workflow.onnx_export import LEDGER, LEDGER_SCHEMA, QUANTIZERS, SCHEMA
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from aimet_ext.errors import CorruptFileError
-from aimet_ext.export.folders import check_output, replace_folder
-from aimet_ext.export.manifest import read_manifest, versions, write_manifest
+from aimet_ext.files.folders import check_output, replace_folder
+from aimet_ext.files.manifest import read_manifest, versions, write_manifest
 from aimet_ext.integrations.qnn_targets import HtpTarget, find_target
 from aimet_ext.workflow.findings import Finding
 from aimet_ext.workflow.integrity import check_integrity

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from aimet_ext.export.folders import replace_file
+from aimet_ext.files.folders import replace_file
 from aimet_ext.workflow.findings import Finding
 
 __all__ = ["LayerCheck", "Measures", "Status", "Step", "Thresholds", "VerifyReport"]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from aimet_ext.errors import CorruptFileError, require
-from aimet_ext.export.manifest import read_manifest
+from aimet_ext.files.manifest import read_manifest
 from aimet_ext.integrations.qnn import HtpRejected
 from aimet_ext.integrations.qnn_process import HtpCrashed, HtpProcess
 from aimet_ext.integrations.qnn_runtime import is_available

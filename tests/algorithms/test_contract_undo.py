@@ -151,7 +151,7 @@ def test_a_failure_while_files_are_written(
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    from aimet_ext.export import folders
+    from aimet_ext.files import folders
 
     monkeypatch.setattr(folders, "_sync", full)
     with pytest.raises(OSError, match="No space left"):
@@ -268,7 +268,7 @@ KILLED = """
     torch.set_num_threads(int(sys.argv[1]))
     import transformers
     import aimet_ext
-    from aimet_ext.model.journal import Checkpoints
+    from aimet_ext.files.journal import Checkpoints
 
     model_dir, checkpoint_dir, cache_dir, name = sys.argv[2:6]
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir)

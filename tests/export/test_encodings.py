@@ -11,7 +11,7 @@ import torch
 
 from aimet_ext.core.affine import Grid
 from aimet_ext.errors import CorruptFileError
-from aimet_ext.export.encodings import Layout, entries, load_encodings, to_grid, to_version_1
+from aimet_ext.files.encodings import Layout, entries, load_encodings, to_grid, to_version_1
 
 OUT, IN = 6, 8
 

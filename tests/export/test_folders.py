@@ -11,9 +11,9 @@ import textwrap
 import pytest
 
 from aimet_ext.errors import CorruptFileError
-from aimet_ext.export import folders
-from aimet_ext.export.folders import check_output, replace_file, replace_folder
-from aimet_ext.export.manifest import MANIFEST, is_ours, read_manifest, write_manifest
+from aimet_ext.files import folders
+from aimet_ext.files.folders import check_output, replace_file, replace_folder
+from aimet_ext.files.manifest import MANIFEST, is_ours, read_manifest, write_manifest
 
 
 def write(path: pathlib.Path, text: str) -> None:
@@ -109,7 +109,7 @@ def test_a_killed_process_leaves_the_old_folder(tmp_path: pathlib.Path) -> None:
     write(tmp_path / "out", "one")
     script = f"""
         import os, signal
-        from aimet_ext.export.folders import replace_folder
+        from aimet_ext.files.folders import replace_folder
         with replace_folder({str(tmp_path / "out")!r}) as folder:
             (folder / "half.txt").write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from aimet_ext.export.ledger import Ledger
+from aimet_ext.files.ledger import Ledger
 
 Q, V, O = (f"model.layers.0.self_attn.{name}_proj" for name in "qvo")  # noqa: E741
 

@@ -9,9 +9,9 @@ import safetensors.torch
 import torch
 
 from aimet_ext.errors import CorruptFileError
-from aimet_ext.export.ledger import Ledger
-from aimet_ext.export.manifest import MANIFEST, read_manifest
-from aimet_ext.export.scales import AIMET_FILE, SCALES_FILE, load_scales, save_scales
+from aimet_ext.files.ledger import Ledger
+from aimet_ext.files.manifest import MANIFEST, read_manifest
+from aimet_ext.files.scales import AIMET_FILE, SCALES_FILE, load_scales, save_scales
 
 NORM, V, OUT = "m.norm", "m.v_proj", "m.o_proj"
 
@@ -105,7 +105,7 @@ def test_a_foreign_file_is_refused_and_not_overwritten(
 
 
 def test_a_sealed_file_of_another_kind_is_refused(tmp_path: pathlib.Path, ledger: Ledger) -> None:
-    from aimet_ext.export.sealed import write_sealed
+    from aimet_ext.files.sealed import write_sealed
 
     write_sealed(tmp_path / "l.safetensors", "aimet_ext.ledger/1", {}, {})
     with pytest.raises(CorruptFileError, match=r"aimet_ext\.ledger/1"):

@@ -17,7 +17,7 @@ import aimet_ext
 from aimet_ext import lora
 from aimet_ext.core.objective import sqnr_db
 from aimet_ext.errors import CorruptFileError
-from aimet_ext.export.encodings import entries, load_encodings
+from aimet_ext.files.encodings import entries, load_encodings
 from aimet_ext.lora.sim import lora_state
 from aimet_ext.sim.base import adapt
 

@@ -17,9 +17,9 @@ import aimet_ext
 from aimet_ext import LPBQ, Blockwise, QSpec
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.errors import MissingExtraError
-from aimet_ext.export import encodings
-from aimet_ext.export.ledger import Ledger
-from aimet_ext.export.manifest import read_manifest
+from aimet_ext.files import encodings
+from aimet_ext.files.ledger import Ledger
+from aimet_ext.files.manifest import read_manifest
 from aimet_ext.sim.base import adapt
 from aimet_ext.workflow import onnx_file
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import aimet_ext
 from aimet_ext import LPBQ, Blockwise, QSpec
 from aimet_ext.errors import CorruptFileError
-from aimet_ext.export.ledger import Ledger
-from aimet_ext.export.scales import save_scales
+from aimet_ext.files.ledger import Ledger
+from aimet_ext.files.scales import save_scales
 from aimet_ext.sim.base import adapt
 from aimet_ext.workflow.inspect import inspect_export
 from aimet_ext.workflow.quantizers import quantizers_to_tensors

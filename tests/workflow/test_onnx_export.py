@@ -14,9 +14,9 @@ import torch
 
 import aimet_ext
 from aimet_ext.errors import CorruptFileError
-from aimet_ext.export.ledger import Ledger
-from aimet_ext.export.manifest import read_manifest
-from aimet_ext.export.sealed import read_sealed
+from aimet_ext.files.ledger import Ledger
+from aimet_ext.files.manifest import read_manifest
+from aimet_ext.files.sealed import read_sealed
 from aimet_ext.sim.base import adapt
 from aimet_ext.workflow.inspect import inspect_export
 from aimet_ext.workflow.onnx_export import QUANTIZERS, SCHEMA

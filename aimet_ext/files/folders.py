@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from aimet_ext.export.manifest import is_ours
+from aimet_ext.files.manifest import is_ours
 
 __all__ = ["check_output", "check_writable", "replace_file", "replace_folder"]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from aimet_ext.errors import CorruptFileError
-from aimet_ext.model.tensors import (
+from aimet_ext.files.tensors import (
     atomic_path,
     copy_to_cpu,
     hash_tensors,

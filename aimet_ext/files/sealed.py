@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from aimet_ext.errors import CorruptFileError
-from aimet_ext.export.folders import replace_file
+from aimet_ext.files.folders import replace_file
 
 __all__ = ["is_sealed", "read_sealed", "write_sealed"]
 

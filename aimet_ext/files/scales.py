@@ -11,10 +11,10 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from aimet_ext.export.folders import check_writable, replace_file, replace_folder
-from aimet_ext.export.ledger import Ledger
-from aimet_ext.export.manifest import versions, write_manifest
-from aimet_ext.export.sealed import is_sealed, read_sealed, write_sealed
+from aimet_ext.files.folders import check_writable, replace_file, replace_folder
+from aimet_ext.files.ledger import Ledger
+from aimet_ext.files.manifest import versions, write_manifest
+from aimet_ext.files.sealed import is_sealed, read_sealed, write_sealed
 
 __all__ = ["AIMET_FILE", "SCALES_FILE", "ModuleScales", "Scales", "load_scales", "save_scales"]
 
