@@ -29,12 +29,12 @@ if TYPE_CHECKING:
         QSpec,
         SeqMSEParams,
     )
+    from aimet_ext.data.text import calibration_batches
     from aimet_ext.errors import CorruptFileError, MissingExtraError, TransformRefused
     from aimet_ext.files.ledger import Ledger
     from aimet_ext.files.scales import load_scales
     from aimet_ext.model.huggingface import prepare_model
     from aimet_ext.model.kv_cache import TokenCache
-    from aimet_ext.model.text import calibration_batches
     from aimet_ext.model.topology import TopologyDescription
     from aimet_ext.workflow.cache_export import export_with_cache
     from aimet_ext.workflow.cache_run import CacheGraphs, load_cache_graphs
@@ -81,7 +81,7 @@ _HOMES = {
     "apply_lpbq": "aimet_ext.workflow.lpbq",
     "apply_omniquant": "aimet_ext.algorithms.omniquant",
     "apply_seq_mse": "aimet_ext.algorithms.seq_mse",
-    "calibration_batches": "aimet_ext.model.text",
+    "calibration_batches": "aimet_ext.data.text",
     "create_sim": "aimet_ext.workflow.create",
     "evaluate_perplexity": "aimet_ext.workflow.evaluate",
     "examples": "aimet_ext",

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/moments.py [--width 4096] [--tokens 40000] [--repeats 3]
 
 Both in one process and in turns, float32: ``X Xᵀ [width, tokens] × [tokens, width]`` as one product
-of torch, and :class:`~aimet_ext.model.moments.MomentSum` from the rows to the mean, checks
+of torch, and :class:`~aimet_ext.data.moments.MomentSum` from the rows to the mean, checks
 included, fed in batches of 512 tokens. Medians. Prints one JSON line.
 """
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from aimet_ext.core.objective import SecondMoment
-from aimet_ext.model.moments import MomentSum
+from aimet_ext.data.moments import MomentSum
 
 BATCH = 512
 

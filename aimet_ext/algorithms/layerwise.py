@@ -23,10 +23,10 @@ from aimet_ext.algorithms.session import weights_hash
 from aimet_ext.config import LayerwiseParams
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.core.objective import SecondMoment
+from aimet_ext.data.batches import ForwardFn, map_leaves
+from aimet_ext.data.moments import Geometry, MomentSum
 from aimet_ext.files.journal import Checkpoints, environment, hash_tensors
-from aimet_ext.model.batches import ForwardFn, map_leaves
 from aimet_ext.model.layers import uncalled
-from aimet_ext.model.moments import Geometry, MomentSum
 from aimet_ext.model.walk import Activation, Inputs, Stage, Streams, Walk
 from aimet_ext.sim.base import SimAdaptor, WeightQuantizer
 

@@ -24,11 +24,11 @@ from aimet_ext.algorithms.session import (
     undo_on_failure,
 )
 from aimet_ext.config import OmniQuantParams
+from aimet_ext.data.batches import ForwardFn
 from aimet_ext.files.folders import check_output, replace_folder
 from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.manifest import write_manifest
 from aimet_ext.files.scales import write_scales
-from aimet_ext.model.batches import ForwardFn
 from aimet_ext.model.topology import TopologyDescription
 from aimet_ext.sim.base import SimAdaptor, adapt
 

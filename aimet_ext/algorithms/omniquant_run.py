@@ -25,10 +25,10 @@ from aimet_ext.algorithms.training import train_block
 from aimet_ext.config import OmniQuantParams
 from aimet_ext.core.equivalence import ScalePair, expand
 from aimet_ext.core.objective import sqnr_db
+from aimet_ext.data.batches import ForwardFn
+from aimet_ext.data.cache import TensorCache
 from aimet_ext.errors import TransformRefused
 from aimet_ext.files.journal import Checkpoints, environment, hash_tensors
-from aimet_ext.model.batches import ForwardFn
-from aimet_ext.model.cache import TensorCache
 from aimet_ext.model.probe import probe, probe_inputs
 from aimet_ext.model.proof import prove_pairs
 from aimet_ext.model.stream import BlockStream

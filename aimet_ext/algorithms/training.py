@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from aimet_ext.algorithms.block import Block, BlockState
 from aimet_ext.config import OmniQuantParams
 from aimet_ext.core.clipping import LearnableClipping
-from aimet_ext.model.cache import TensorCache
+from aimet_ext.data.cache import TensorCache
 
 __all__ = ["train_block"]
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from aimet_ext.config import PerTensor, QSpec
 from aimet_ext.core.objective import sqnr_db
+from aimet_ext.data.batches import call_model, iterate_batches
 from aimet_ext.lora.sim import add_adapters, fit_adapters, lora_state, switch
-from aimet_ext.model.batches import call_model, iterate_batches
 
 __all__ = ["AdapterReport", "LoraReport", "quantize"]
 

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from aimet_ext.model.batches import ForwardFn, call_model, module_device
-from aimet_ext.model.cache import TensorCache
+from aimet_ext.data.batches import ForwardFn, call_model, module_device
+from aimet_ext.data.cache import TensorCache
+from aimet_ext.data.moments import Geometry
 from aimet_ext.model.capture import capture_block_inputs
 from aimet_ext.model.layer_order import LayerOrder, layer_order, layers_around
 from aimet_ext.model.layers import checked_weight, fit_mask
-from aimet_ext.model.moments import Geometry
 from aimet_ext.model.patches import replaced_forward, seen_input, swapped_weights
 from aimet_ext.model.rerun import RerunWalk
 from aimet_ext.model.same_arguments import check_same_arguments

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aimet_ext.model.batches import (
+from aimet_ext.data.batches import (
     ForwardFn,
     attended_tokens,
     call_model,
@@ -42,7 +42,7 @@ def capture_block_inputs(
     only up to that block. Of each batch, the first call of the block is taken.
 
     :param first_block_name: name of the block in ``model``, such as ``"model.layers.0"``.
-    :param batches: dataloader, or what :func:`~aimet_ext.model.batches.iterate_batches` yields.
+    :param batches: dataloader, or what :func:`~aimet_ext.data.batches.iterate_batches` yields.
     :param forward_fn: called as ``forward_fn(model, batch)`` in place of the model itself.
     :param cache_dir: folder for memory-mapped caches; None keeps them in RAM.
     :param device: where the blocks will be called, the block's own device if None.

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aimet_ext.model.batches import ForwardFn, call_model, map_tensors, module_device, token_mask
+from aimet_ext.data.batches import ForwardFn, call_model, map_tensors, module_device, token_mask
+from aimet_ext.data.moments import Geometry
+from aimet_ext.data.values import StoredBatches, ValueCache, keep_batches
 from aimet_ext.model.layers import check_model, checked_weight, find_layers, fit_mask, known
-from aimet_ext.model.moments import Geometry
 from aimet_ext.model.rerun import RerunWalk
 from aimet_ext.model.segments import (
     Executor,
@@ -25,7 +26,6 @@ from aimet_ext.model.segments import (
     tensor_versions,
 )
 from aimet_ext.model.trace import Group, NotTraceable, batch_tensors, trace_model
-from aimet_ext.model.values import StoredBatches, ValueCache, keep_batches
 from aimet_ext.model.walk import Inputs, ReadStage, Streams, Walk
 
 __all__ = ["GraphWalk", "walk_graph"]

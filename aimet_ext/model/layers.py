@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from aimet_ext.model.moments import Geometry
+from aimet_ext.data.moments import Geometry
 from aimet_ext.model.walk import Activation
 
 __all__ = [

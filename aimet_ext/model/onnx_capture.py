@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from aimet_ext.data.batches import attended_tokens
 from aimet_ext.errors import TransformRefused
-from aimet_ext.model.batches import attended_tokens
 from aimet_ext.model.onnx_block import OnnxBlock
 from aimet_ext.model.onnx_blocks import BlockPlan
 from aimet_ext.model.onnx_flow import Flow

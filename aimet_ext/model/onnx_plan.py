@@ -15,7 +15,7 @@ from itertools import accumulate
 from onnx import NodeProto, TensorProto
 from torch import nn
 
-from aimet_ext.model.moments import Geometry
+from aimet_ext.data.moments import Geometry
 from aimet_ext.model.onnx_graph import OnnxGraph
 from aimet_ext.model.onnx_layers import OnnxLayer
 from aimet_ext.model.onnx_nodes import reads

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from aimet_ext.data.onnx_batches import check_inputs
+from aimet_ext.data.values import ValueCache
 from aimet_ext.model.layers import fit_mask, known
-from aimet_ext.model.onnx_batches import check_inputs
 from aimet_ext.model.onnx_graph import OnnxGraph
 from aimet_ext.model.onnx_layers import OnnxLayer
 from aimet_ext.model.onnx_plan import PlannedStage, Section, plan_stages, plan_steps
 from aimet_ext.model.onnx_session import Part
-from aimet_ext.model.values import ValueCache
 from aimet_ext.model.walk import Inputs, ReadStage, Streams
 
 __all__ = ["OnnxWalk"]
@@ -40,7 +40,7 @@ class OnnxWalk:
     :param layers: all layers of the graph, by name.
     :param shells: the module that stands for each layer.
     :param batches: inputs of the graph by name, see
-        :func:`aimet_ext.model.onnx_batches.onnx_batches`. A 2-D ``attention_mask`` among them says
+        :func:`aimet_ext.data.onnx_batches.onnx_batches`. A 2-D ``attention_mask`` among them says
         which tokens count.
     :param names: the layers to walk to, linear layers and convolutions.
     :param streams: which inputs the layers' stages give.

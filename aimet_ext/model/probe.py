@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aimet_ext.model.batches import map_tensors
+from aimet_ext.data.batches import map_tensors
 from aimet_ext.model.stream import hidden_state
 
 __all__ = ["BlockFn", "probe", "probe_inputs"]

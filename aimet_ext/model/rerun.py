@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aimet_ext.model.batches import (
+from aimet_ext.data.batches import (
     ForwardFn,
     call_model,
     map_tensors,
     module_device,
     token_mask,
 )
+from aimet_ext.data.values import StoredBatches, keep_batches
 from aimet_ext.model.layers import (
     check_folded,
     check_model,
@@ -30,7 +31,6 @@ from aimet_ext.model.layers import (
     twice_called,
     uncalled,
 )
-from aimet_ext.model.values import StoredBatches, keep_batches
 from aimet_ext.model.walk import Activation, Inputs, Streams
 from aimet_ext.model.watch import Watch, layer_input
 

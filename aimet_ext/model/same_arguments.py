@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aimet_ext.model.batches import map_leaves
+from aimet_ext.data.batches import map_leaves
 
 __all__ = ["check_same_arguments"]
 

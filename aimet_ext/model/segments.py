@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx
 
-from aimet_ext.model.batches import map_tensors
+from aimet_ext.data.batches import map_tensors
 from aimet_ext.model.trace import GIVEN, Trace, batch_tensors
 
 __all__ = ["Executor", "Segment", "Values", "Weights", "equal", "renewed", "tensor_versions"]

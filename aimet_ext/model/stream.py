@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aimet_ext.data.batches import map_leaves
+from aimet_ext.data.cache import TensorCache
 from aimet_ext.files.tensors import hash_tensors
-from aimet_ext.model.batches import map_leaves
-from aimet_ext.model.cache import TensorCache
 
 __all__ = ["BlockCall", "BlockStream", "hidden_state"]
 

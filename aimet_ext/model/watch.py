@@ -12,8 +12,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from aimet_ext.model.batches import map_tensors
-from aimet_ext.model.moments import Geometry
+from aimet_ext.data.batches import map_tensors
+from aimet_ext.data.moments import Geometry
 
 __all__ = ["Watch", "layer_input", "tensor_version"]
 

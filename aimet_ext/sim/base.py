@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from aimet_ext.config import Granularity, QSpec
 from aimet_ext.core.affine import Grid
-from aimet_ext.model.batches import ForwardFn
+from aimet_ext.data.batches import ForwardFn
 from aimet_ext.model.stream import BlockStream
 from aimet_ext.model.topology import BlockTopology, TopologyDescription
 from aimet_ext.model.walk import Streams, Walk

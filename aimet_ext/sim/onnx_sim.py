@@ -12,8 +12,8 @@ import torch
 from aimet_onnx import QuantizationSimModel
 from torch import Tensor, nn
 
-from aimet_ext.model.batches import ForwardFn
-from aimet_ext.model.onnx_batches import onnx_batches
+from aimet_ext.data.batches import ForwardFn
+from aimet_ext.data.onnx_batches import onnx_batches
 from aimet_ext.model.onnx_graph import OnnxGraph
 from aimet_ext.model.onnx_layers import FoundLayers, OnnxLayer, find_layers, node_names
 from aimet_ext.model.onnx_shells import insert_module, module_tree, shell
@@ -260,7 +260,7 @@ class OnnxSim:
         return self.layers.shared_weights()
 
     def batches(self, dataloader: Any, *, opaque: bool = False) -> list[Any]:
-        """Inputs of the model by name, see :func:`aimet_ext.model.onnx_batches.onnx_batches`."""
+        """Inputs of the model by name, see :func:`aimet_ext.data.onnx_batches.onnx_batches`."""
         if opaque:
             raise no_forward_fn()
         return list(onnx_batches(dataloader, self.graph.inputs))

@@ -16,7 +16,7 @@ from aimet_torch.quantization.affine import QuantizeDequantize
 from torch import Tensor, nn
 
 from aimet_ext.config import PerTensor, QSpec
-from aimet_ext.model.batches import module_device
+from aimet_ext.data.batches import module_device
 from aimet_ext.sim.torch_quantizers import uninitialize
 from aimet_ext.sim.torch_setup import build_sim, calibrated_weight_quantizer
 

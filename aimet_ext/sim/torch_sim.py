@@ -13,7 +13,7 @@ from aimet_torch.nn import BaseQuantizationMixin
 from aimet_torch.quantization.base import QuantizerBase
 from torch import Tensor, nn
 
-from aimet_ext.model.batches import ForwardFn, iterate_batches
+from aimet_ext.data.batches import ForwardFn, iterate_batches
 from aimet_ext.model.block_walk import BlockWalk, find_stack
 from aimet_ext.model.capture import capture_block_inputs
 from aimet_ext.model.graph import walk_graph
@@ -270,7 +270,7 @@ class TorchSim:
         return {name: names for names in shared for name in names}
 
     def batches(self, dataloader: Any, *, opaque: bool = False) -> list[Any]:
-        """The batches of a dataloader, see :func:`aimet_ext.model.batches.iterate_batches`."""
+        """The batches of a dataloader, see :func:`aimet_ext.data.batches.iterate_batches`."""
         return list(iterate_batches(dataloader, opaque=opaque))
 
     def walk(

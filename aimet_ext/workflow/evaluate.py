@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aimet_ext.model.batches import call_model, iterate_batches, token_mask
-from aimet_ext.model.text import calibration_batches
+from aimet_ext.data.batches import call_model, iterate_batches, token_mask
+from aimet_ext.data.text import calibration_batches
 from aimet_ext.workflow.onnx_run import SessionModel, session_of
 
 __all__ = ["calibration_batches", "evaluate_perplexity"]

@@ -196,7 +196,7 @@ def feeds(inputs: Iterable[Any], dataloader: Any) -> list[dict[str, np.ndarray[A
         ones and positions from 0 are filled in where the graph takes them.
     :raises ValueError: there is no batch, one lacks an input, or has another shape.
     """
-    from aimet_ext.model.onnx_batches import check_inputs, filled_values
+    from aimet_ext.data.onnx_batches import check_inputs, filled_values
 
     named = {value.name: value for value in inputs}
     found: list[dict[str, np.ndarray[Any, Any]]] = []

@@ -17,7 +17,7 @@ from aimet_ext.algorithms.layerwise import RunOptions
 from aimet_ext.algorithms.layerwise_call import run_layerwise
 from aimet_ext.algorithms.seq_mse import SeqMSE
 from aimet_ext.config import OnIndivisible, QSpec, SeqMSEParams
-from aimet_ext.model.batches import ForwardFn
+from aimet_ext.data.batches import ForwardFn
 from aimet_ext.workflow.grids import GridReport, lpbq_spec, set_grids
 from aimet_ext.workflow.selection import Layers
 

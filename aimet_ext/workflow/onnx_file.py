@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from aimet_ext.core.affine import fake_quantize
+from aimet_ext.data.batches import module_device
 from aimet_ext.errors import require
 from aimet_ext.files.encodings import Layout, entries, load_encodings, to_grid, to_version_1
-from aimet_ext.model.batches import module_device
 
 __all__ = ["Inputs", "OnnxFile", "float32_model", "positional_inputs", "run_onnx", "write_onnx"]
 

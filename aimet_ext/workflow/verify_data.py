@@ -57,12 +57,12 @@ def window_feeds(dataloader: Any, inputs: Mapping[str, Any]) -> list[Feed]:
     graph's length that do not overlap, in the order in which they come; a rest is left out. What
     has another number of dimensions must fit as it is.
 
-    :param dataloader: see :func:`aimet_ext.model.onnx_batches.onnx_batches`.
+    :param dataloader: see :func:`aimet_ext.data.onnx_batches.onnx_batches`.
     :param inputs: see :func:`graph_inputs`.
     :raises TypeError: a batch is of no known form.
     :raises ValueError: a batch does not fit, or no window is complete.
     """
-    from aimet_ext.model.onnx_batches import onnx_batches
+    from aimet_ext.data.onnx_batches import onnx_batches
 
     shapes = {name: _shape(value) for name, value in inputs.items()}
     lengths = {shape[1] for shape in shapes.values() if len(shape) == 2 and shape[1]}
@@ -143,8 +143,8 @@ def _shape(value: Any) -> tuple[int | None, ...]:
 
 def _named(dataloader: Any, names: list[str]) -> Iterator[dict[str, Tensor]]:
     """Batches with their tensors by name, mask and positions made where there are none."""
-    from aimet_ext.model.batches import iterate_batches
-    from aimet_ext.model.onnx_batches import filled_values
+    from aimet_ext.data.batches import iterate_batches
+    from aimet_ext.data.onnx_batches import filled_values
 
     for number, batch in enumerate(iterate_batches(dataloader)):
         yield filled_values(batch, names, number)

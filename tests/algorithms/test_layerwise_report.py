@@ -71,7 +71,7 @@ def test_moments_in_mapped_files(
     tmp_path: pathlib.Path,
 ) -> None:
     """Where memory is short, with the same result, and said in the report."""
-    from aimet_ext.model import moments
+    from aimet_ext.data import moments
 
     plain, mapped = make_sim(layers=1), make_sim(layers=1)
     technique.apply(plain, [ids(2, 16, 1)])

@@ -21,7 +21,7 @@ from aimet_ext.core.clipping import GridLayout, search_ranges
 from aimet_ext.core.lpbq import integer_scale, lpbq_scale
 from aimet_ext.core.objective import row_errors
 from aimet_ext.core.range_search import best_ranges, compatible_ranges, free_layout
-from aimet_ext.model.moments import Geometry, MomentSum
+from aimet_ext.data.moments import Geometry, MomentSum
 
 KINDS = [
     (kind, symmetric)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from aimet_ext.model.batches import (
+from aimet_ext.data.batches import (
     attended_tokens,
     call_model,
     iterate_batches,

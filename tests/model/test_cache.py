@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aimet_ext.model.cache import TensorCache
+from aimet_ext.data.cache import TensorCache
 
 
 @pytest.fixture(params=["memory", "disk"])
@@ -86,7 +86,7 @@ def test_a_write_that_fails_leaves_the_old_entry(tmp_path, monkeypatch):
         path.write_bytes(b"half a f")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("aimet_ext.model.cache.save_file", interrupted)
+    monkeypatch.setattr("aimet_ext.data.cache.save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cache[0] = torch.ones(2)
     assert torch.equal(cache[0], torch.zeros(2))
@@ -102,7 +102,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 MEASURE = """
 import sys, torch
-from aimet_ext.model.cache import TensorCache
+from aimet_ext.data.cache import TensorCache
 
 def memory(key):
     with open("/proc/self/status") as status:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from aimet_ext.data.cache import TensorCache
 from aimet_ext.files.journal import hash_tensors
-from aimet_ext.model.cache import TensorCache
 from aimet_ext.model.capture import capture_block_inputs
 from aimet_ext.model.stream import BlockStream, hidden_state
 

@@ -8,8 +8,8 @@ import os
 import pytest
 import torch
 
-from aimet_ext.model import memory
-from aimet_ext.model.memory import available_bytes, mapped_zeros
+from aimet_ext.data import memory
+from aimet_ext.data.memory import available_bytes, mapped_zeros
 
 
 @pytest.fixture

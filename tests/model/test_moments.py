@@ -10,8 +10,8 @@ from moments_reference import conv_rows_by_loop, moments_by_loop
 from torch import nn
 
 from aimet_ext.core.objective import row_errors
-from aimet_ext.model import moments
-from aimet_ext.model.moments import Geometry, MomentSum
+from aimet_ext.data import moments
+from aimet_ext.data.moments import Geometry, MomentSum
 
 CONVOLUTIONS = {
     "plain": {"kernel_size": 3},

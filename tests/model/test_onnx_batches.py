@@ -13,7 +13,7 @@ pytest.importorskip("onnxruntime")
 import onnx_models
 from onnx import TensorProto, helper
 
-from aimet_ext.model.onnx_batches import filled_values, onnx_batches
+from aimet_ext.data.onnx_batches import filled_values, onnx_batches
 
 
 def inputs(**shapes):

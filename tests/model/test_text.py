@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from aimet_ext.model.text import calibration_batches
+from aimet_ext.data.text import calibration_batches
 
 
 class Letters:

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from aimet_ext.model.batches import map_leaves, map_tensors
-from aimet_ext.model.cache import TensorCache
+from aimet_ext.data.batches import map_leaves, map_tensors
+from aimet_ext.data.cache import TensorCache
 
 __all__ = ["StoredBatches", "ValueCache", "keep_batches"]
 

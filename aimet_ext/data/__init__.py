@@ -1,0 +1,1 @@
+"""Calibration data: batches and their tokens, caches, and second moments of layer inputs."""
