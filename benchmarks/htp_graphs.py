@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from aimet_ext.model.onnx_apart import set_apart
+from aimet_ext.onnx.rewrite.layer_forms import set_apart
 from aimet_ext.workflow.hand_off import write_qdq
 
 TOKENS, WIDTH, OUT = 16, 256, 64

@@ -10,7 +10,7 @@ import torch
 from onnx import ValueInfoProto
 from torch import Tensor
 
-from aimet_ext.model.onnx_operators import DTYPES
+from aimet_ext.onnx.ops.common import DTYPES
 
 __all__ = ["check_inputs", "filled_values", "named_values", "onnx_batches"]
 

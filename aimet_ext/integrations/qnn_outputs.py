@@ -89,7 +89,7 @@ def _quantized(name: str, producers: dict[str, Any], quantize: dict[str, Any]) -
 
 def _types(model: Any, tensors: Sequence[str]) -> dict[str, Any]:
     """Types and shapes of tensors, those that the graph lists or that follow from what it lists."""
-    from aimet_ext.model.onnx_light import infer_shapes
+    from aimet_ext.onnx.skeleton import infer_shapes
 
     found = _listed(model)
     if not all(name in found for name in tensors):

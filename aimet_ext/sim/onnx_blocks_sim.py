@@ -13,20 +13,20 @@ from torch import Tensor, nn
 
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.model.families import TopologyDescription
-from aimet_ext.model.onnx_block import (
+from aimet_ext.model.stream import BlockStream
+from aimet_ext.model.topology import BlockTopology
+from aimet_ext.onnx.blocks.capture import argument_names, capture_blocks, check_block
+from aimet_ext.onnx.blocks.find import BlockPlan, find_onnx_blocks
+from aimet_ext.onnx.blocks.flow import Flow
+from aimet_ext.onnx.blocks.module import (
     OnnxBlock,
     OnnxLinear,
     read_again,
     static_batch,
     write_back,
 )
-from aimet_ext.model.onnx_blocks import BlockPlan, find_onnx_blocks
-from aimet_ext.model.onnx_capture import argument_names, capture_blocks, check_block
-from aimet_ext.model.onnx_flow import Flow
-from aimet_ext.model.onnx_shared import to_copy
-from aimet_ext.model.onnx_shells import insert_module
-from aimet_ext.model.stream import BlockStream
-from aimet_ext.model.topology import BlockTopology
+from aimet_ext.onnx.blocks.shared import to_copy
+from aimet_ext.onnx.shells import insert_module
 from aimet_ext.sim.onnx_parts import OnnxPart
 from aimet_ext.sim.onnx_split import Copies
 

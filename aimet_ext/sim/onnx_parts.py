@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from aimet_ext.core.affine import Grid, fake_quantize, minmax_range, scale_offset
-from aimet_ext.model.onnx_graph import OnnxGraph
-from aimet_ext.model.onnx_layers import OnnxLayer
+from aimet_ext.onnx.graph import OnnxGraph
+from aimet_ext.onnx.layers import OnnxLayer
 from aimet_ext.sim.base import Range
 
 __all__ = [

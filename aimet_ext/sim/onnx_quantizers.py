@@ -12,9 +12,9 @@ from torch import Tensor
 from aimet_ext.config import LPBQ, Blockwise, Granularity, PerChannel, PerTensor, QSpec
 from aimet_ext.core.affine import Grid, minimum_scale, scale_offset, symmetric_offset
 from aimet_ext.core.lpbq import lpbq_scale
-from aimet_ext.model.onnx_graph import OnnxGraph
-from aimet_ext.model.onnx_layers import OnnxLayer
-from aimet_ext.model.onnx_shells import stored_weight
+from aimet_ext.onnx.graph import OnnxGraph
+from aimet_ext.onnx.layers import OnnxLayer
+from aimet_ext.onnx.shells import stored_weight
 from aimet_ext.sim.onnx_quantizer_state import (
     RAW_SCALE,
     calibrate_on,

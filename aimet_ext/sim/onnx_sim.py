@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from aimet_ext.data.batches import ForwardFn
 from aimet_ext.data.onnx_batches import onnx_batches
-from aimet_ext.model.onnx_graph import OnnxGraph
-from aimet_ext.model.onnx_layers import FoundLayers, OnnxLayer, find_layers, node_names
-from aimet_ext.model.onnx_shells import insert_module, module_tree, shell
-from aimet_ext.model.onnx_walk import OnnxWalk
 from aimet_ext.model.stream import BlockStream
 from aimet_ext.model.topology import BlockTopology, TopologyDescription
 from aimet_ext.model.walk import Streams, Walk
+from aimet_ext.onnx.graph import OnnxGraph
+from aimet_ext.onnx.layers import FoundLayers, OnnxLayer, find_layers, node_names
+from aimet_ext.onnx.shells import insert_module, module_tree, shell
+from aimet_ext.onnx.walk.walk import OnnxWalk
 from aimet_ext.sim.base import Range, SimAdaptor, WeightQuantizer
 from aimet_ext.sim.onnx_parts import (
     FloatState,

@@ -10,8 +10,8 @@ from typing import Any
 from aimet_onnx.common import libpymo
 from onnx import NodeProto, TensorProto, numpy_helper
 
-from aimet_ext.model.onnx_graph import OnnxGraph
-from aimet_ext.model.onnx_shared import Reading, SharedVector
+from aimet_ext.onnx.blocks.shared import Reading, SharedVector
+from aimet_ext.onnx.graph import OnnxGraph
 from aimet_ext.sim.onnx_quantizer_state import quantizer_state, restore_quantizer
 
 __all__ = ["Copies"]

@@ -12,7 +12,7 @@ import numpy as np
 from aimet_ext.errors import require
 from aimet_ext.files.encodings import entries, load_encodings
 from aimet_ext.model.kv_cache import CacheShape
-from aimet_ext.model.onnx_same_tensors import moved_from, same_tensors
+from aimet_ext.onnx.same_tensors import moved_from, same_tensors
 from aimet_ext.workflow.cache_run import CacheFiles
 from aimet_ext.workflow.hand_off import HandOff, put_encodings
 
@@ -33,7 +33,7 @@ class Reference:
     @classmethod
     def of(cls, found: HandOff) -> Reference:
         """The reference of a hand-off whose folder is still there."""
-        from aimet_ext.model.onnx_fold import fold_constants
+        from aimet_ext.onnx.rewrite.fold import fold_constants
 
         encoded = entries(load_encodings(found.folder / f"{found.prefix}.encodings"))
         model = require("onnx", "onnx").load(str(found.folder / f"{found.prefix}.onnx"))
@@ -61,7 +61,7 @@ def quantized_graph(
     :raises ValueError: a tensor is quantized that the reference does not have.
     """
     onnx = require("onnx", "onnx")
-    from aimet_ext.model.onnx_fold import fold_constants
+    from aimet_ext.onnx.rewrite.fold import fold_constants
     from aimet_ext.sim import onnx_cache, onnx_hand_off
 
     path = files.path(name)

@@ -155,9 +155,9 @@ def write_qdq(source: Any, path: str | Path) -> Path:
     :raises RuntimeError: a weight with a quantizer is still float.
     """
     require("aimet_onnx", "onnx")
-    from aimet_ext.model.onnx_norms import fuse_rms_norms
-    from aimet_ext.model.onnx_operands import sign_second_operands
-    from aimet_ext.model.onnx_qdq import drop_casts, float_weights
+    from aimet_ext.onnx.rewrite.norms import fuse_rms_norms
+    from aimet_ext.onnx.rewrite.operands import sign_second_operands
+    from aimet_ext.onnx.rewrite.qdq import drop_casts, float_weights
     from aimet_ext.sim import onnx_files
 
     path = Path(path)
@@ -229,10 +229,10 @@ def _prepared(
     keep: bool,
 ) -> tuple[Any, list[str]]:
     """The float model in the forms that an NPU computes right, and its keys and values."""
-    from aimet_ext.model.onnx_apart import set_apart
-    from aimet_ext.model.onnx_fold import bound_masks
-    from aimet_ext.model.onnx_kept import keep_keys_and_values
-    from aimet_ext.model.onnx_static import make_static
+    from aimet_ext.onnx.rewrite.fold import bound_masks
+    from aimet_ext.onnx.rewrite.keys_values import keep_keys_and_values
+    from aimet_ext.onnx.rewrite.layer_forms import set_apart
+    from aimet_ext.onnx.rewrite.static import make_static
 
     model = make_static(model, {name: array.shape for name, array in sample.items()}, encoded)
     bound_masks(model)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from aimet_ext.model.onnx_layers import OnnxLayer
-from aimet_ext.model.onnx_same_tensors import MOVES
+from aimet_ext.onnx.layers import OnnxLayer
+from aimet_ext.onnx.same_tensors import MOVES
 from aimet_ext.sim.base import WeightQuantizer
 from aimet_ext.sim.onnx_quantizer_state import is_integer
 from aimet_ext.sim.onnx_quantizers import OnnxWeightQuantizer

@@ -181,7 +181,7 @@ class _Writer:
 
     def write_state(self, ledger: Ledger) -> None:
         """What only this package reads: quantizers, float weights, sample, ledger, settings."""
-        from aimet_ext.model.onnx_types import to_torch
+        from aimet_ext.onnx.types import to_torch
 
         ranges, described = self.state.quantizers_to_tensors(self.sim)
         tensors = {f"range.{name}": tensor for name, tensor in ranges.items()}

@@ -21,8 +21,8 @@ from aimet_ext.workflow.fitting import WeightPlan, some
 from aimet_ext.workflow.selection import LayerTable
 
 if TYPE_CHECKING:
-    from aimet_ext.model.onnx_graph import OnnxGraph
-    from aimet_ext.model.onnx_layers import FoundLayers, OnnxLayer
+    from aimet_ext.onnx.graph import OnnxGraph
+    from aimet_ext.onnx.layers import FoundLayers, OnnxLayer
 
 __all__ = ["OnnxTable", "output_layers"]
 

@@ -24,7 +24,7 @@ def load_onnx(folder: Path, prefix: str, settings: dict[str, Any] | None, sim: A
     """
     require("aimet_onnx", "onnx")
     require("onnx", "onnx")
-    from aimet_ext.model.onnx_types import torch_array
+    from aimet_ext.onnx.types import torch_array
     from aimet_ext.sim import onnx_files, onnx_state
 
     tensors, fields = read_sealed(folder / QUANTIZERS, SCHEMA)

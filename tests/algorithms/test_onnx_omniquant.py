@@ -53,8 +53,8 @@ class Case:
 
     def sim(self, spec: QSpec | None = None, activations: QSpec | None = None) -> Any:
         """An ONNX simulation, 4-bit weights in the blocks, all else float."""
-        from aimet_ext.model.onnx_graph import OnnxGraph
-        from aimet_ext.model.onnx_layers import find_layers
+        from aimet_ext.onnx.graph import OnnxGraph
+        from aimet_ext.onnx.layers import find_layers
         from aimet_ext.sim.onnx_setup import build_sim
 
         layers = find_layers(OnnxGraph(self.model))
@@ -561,7 +561,7 @@ def test_wrong_translation_is_refused_and_named(
     case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from aimet_ext.errors import TransformRefused
-    from aimet_ext.model import onnx_ops
+    from aimet_ext.onnx.ops import table as onnx_ops
 
     found = case()
     sim = found.sim()
@@ -576,7 +576,7 @@ def test_operator_without_translation_is_refused_and_named(
     case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from aimet_ext.errors import TransformRefused
-    from aimet_ext.model import onnx_ops
+    from aimet_ext.onnx.ops import table as onnx_ops
 
     found = case()
     sim = found.sim()

@@ -17,17 +17,17 @@ from onnx import numpy_helper  # noqa: E402
 
 from aimet_ext.errors import TransformRefused  # noqa: E402
 from aimet_ext.model.families import TopologyDescription  # noqa: E402
-from aimet_ext.model.onnx_block import OnnxBlock, read_again, write_back  # noqa: E402
-from aimet_ext.model.onnx_blocks import find_onnx_blocks  # noqa: E402
-from aimet_ext.model.onnx_capture import (  # noqa: E402
+from aimet_ext.model.probe import probe, probe_inputs  # noqa: E402
+from aimet_ext.model.proof import prove_pairs  # noqa: E402
+from aimet_ext.onnx.blocks.capture import (  # noqa: E402
     argument_names,
     capture_blocks,
     check_block,
 )
-from aimet_ext.model.onnx_graph import OnnxGraph  # noqa: E402
-from aimet_ext.model.onnx_shared import to_copy  # noqa: E402
-from aimet_ext.model.probe import probe, probe_inputs  # noqa: E402
-from aimet_ext.model.proof import prove_pairs  # noqa: E402
+from aimet_ext.onnx.blocks.find import find_onnx_blocks  # noqa: E402
+from aimet_ext.onnx.blocks.module import OnnxBlock, read_again, write_back  # noqa: E402
+from aimet_ext.onnx.blocks.shared import to_copy  # noqa: E402
+from aimet_ext.onnx.graph import OnnxGraph  # noqa: E402
 
 LLAMA = {
     "self_attn.q_proj": "attn/q_proj",
@@ -252,7 +252,7 @@ def test_failing_batch_is_named() -> None:
 
 
 def test_deviation_names_the_first_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    from aimet_ext.model import onnx_ops
+    from aimet_ext.onnx.ops import table as onnx_ops
 
     model = make("llama")
     flow, plans, stream = captured(model, feeds(model, 2, 12))

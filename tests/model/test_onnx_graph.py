@@ -18,8 +18,8 @@ from onnx_models import (  # noqa: E402
     run_onnx,
 )
 
-from aimet_ext.model.onnx_graph import OnnxGraph  # noqa: E402
-from aimet_ext.model.onnx_layers import find_layers  # noqa: E402
+from aimet_ext.onnx.graph import OnnxGraph  # noqa: E402
+from aimet_ext.onnx.layers import find_layers  # noqa: E402
 
 FLOAT = TensorProto.FLOAT
 

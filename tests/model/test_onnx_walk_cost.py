@@ -13,7 +13,8 @@ import onnx_models
 import onnx_walk_reference as reference
 from onnx import TensorProto, helper
 
-from aimet_ext.model import onnx_plan, onnx_walk
+from aimet_ext.onnx.walk import schedule as onnx_plan
+from aimet_ext.onnx.walk import walk as onnx_walk
 
 
 def test_only_the_frontier_is_kept():

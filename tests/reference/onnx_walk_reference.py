@@ -7,10 +7,10 @@ import onnx_models
 import torch
 from onnx import numpy_helper
 
-from aimet_ext.model.onnx_graph import OnnxGraph
-from aimet_ext.model.onnx_layers import find_layers
-from aimet_ext.model.onnx_shells import shell
-from aimet_ext.model.onnx_walk import OnnxWalk
+from aimet_ext.onnx.graph import OnnxGraph
+from aimet_ext.onnx.layers import find_layers
+from aimet_ext.onnx.shells import shell
+from aimet_ext.onnx.walk.walk import OnnxWalk
 
 
 def opened(model):

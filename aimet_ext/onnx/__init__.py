@@ -1,0 +1,1 @@
+"""ONNX models as graphs: nodes, types, layers with weights, and parts that run alone."""

@@ -1,0 +1,1 @@
+"""Decoder blocks found in an ONNX graph, their roles and scale pairs."""

@@ -1,0 +1,336 @@
+"""Where the tensors of an ONNX graph come from: what blocks and their roles are found by."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from onnx import NodeProto, TensorProto, helper
+
+from aimet_ext.onnx.graph import OnnxGraph
+from aimet_ext.onnx.layers import FoundLayers, OnnxLayer, find_layers
+from aimet_ext.onnx.nodes import attribute, reads
+
+__all__ = ["ATTENTION", "NORMS", "Flow", "Norm", "split_skips"]
+
+ATTENTION = frozenset(("GroupQueryAttention", "MultiHeadAttention", "Attention", "Softmax"))
+NORMS = frozenset(("LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization"))
+_SKIPS = {
+    "SkipLayerNormalization": ("LayerNormalization", 3),
+    "SkipSimplifiedLayerNormalization": ("SimplifiedLayerNormalization", 2),
+}
+_SUM = 3  # output of a skip normalization that holds the sum
+_SAME = frozenset(("Identity", "Cast", "Dropout"))
+_MOVES = _SAME | {"Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten"}
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation with a gain, as tensors.
+
+    :param gain: stored value of the gain, without ``gain_offset``.
+    :param bias: stored value of the bias, None without one.
+    :param source: what is normalised.
+    :param scaled: what the node makes that multiplies by the gain.
+    :param shifted: what the node makes that adds the bias.
+    :param gain_offset: 1.0 where the graph adds 1 to the stored gain.
+    """
+
+    gain: str
+    bias: str | None
+    source: str
+    scaled: str
+    shifted: str
+    gain_offset: float = 0.0
+
+
+class Flow:
+    """Questions about a float graph and its linear layers; nothing is changed.
+
+    :param graph: looked at as :func:`split_skips` gives it.
+    """
+
+    def __init__(self, graph: OnnxGraph) -> None:
+        self.graph = split_skips(graph)
+        #: All layers with weights, and those that are linear; indices of nodes are of that graph.
+        self.found: FoundLayers = find_layers(self.graph)
+        self.layers: dict[str, OnnxLayer] = {
+            name: layer for name, layer in self.found.items() if layer.kind == "linear"
+        }
+        self.made: dict[str, str] = {
+            use.output: name for name, layer in self.layers.items() for use in layer.uses
+        }
+        #: Products of layers before their biases are added.
+        self.unbiased: dict[str, str] = {
+            self.graph.nodes[use.node].output[0]: name
+            for name, layer in self.layers.items()
+            for use in layer.uses
+            if use.add is not None
+        }
+
+    def node(self, tensor: str) -> NodeProto | None:
+        """The node that makes a tensor, None for an input or a stored value."""
+        index = self.graph.producer.get(tensor)
+        return None if index is None else self.graph.nodes[index]
+
+    def is_constant(self, tensor: str) -> bool:
+        """Whether a tensor is a stored value."""
+        return self.graph.constant(tensor) is not None
+
+    def origin(self, tensor: str) -> str:
+        """The tensor whose values a tensor has, before casts and identities."""
+        node = self.node(tensor)
+        while node is not None and node.op_type in _SAME and tensor not in self.made:
+            tensor = node.input[0]
+            node = self.node(tensor)
+        return tensor
+
+    def operands(self, node: NodeProto) -> list[str]:
+        """Inputs of a node that are no stored values."""
+        return [name for name in node.input if name and not self.is_constant(name)]
+
+    def behind(self, tensor: str, stop: Iterable[str] = ()) -> Iterator[str]:
+        """Tensors that a tensor's values depend on, itself first; shapes do not count.
+
+        :param stop: tensors behind which nothing is looked at.
+        """
+        ends, seen, todo = set(stop), {tensor}, [tensor]
+        while todo:
+            name = todo.pop()
+            yield name
+            node = None if name in ends else self.node(name)
+            if node is None or node.op_type == "Shape":
+                continue
+            for other in reads(node):
+                if other not in seen:
+                    seen.add(other)
+                    todo.append(other)
+
+    def layers_behind(self, tensor: str, stop: Iterable[str] = ()) -> list[str]:
+        """Linear layers whose outputs a tensor depends on through no other linear layer."""
+        ends = {*self.made, *stop}
+        found = [self.made[name] for name in self.behind(tensor, ends) if name in self.made]
+        return sorted(set(found), key=list(self.layers).index)
+
+    def layer_of(self, node: NodeProto) -> str | None:
+        """The linear layer that a node belongs to."""
+        return self.made.get(node.output[0], self.unbiased.get(node.output[0]))
+
+    def shape(self, layer: str) -> tuple[int, int]:
+        """Output and input channels of a linear layer."""
+        found = self.layers[layer]
+        stored = self.graph.shape(found.weight)
+        return (stored[1], stored[0]) if found.transposed else (stored[0], stored[1])
+
+    def straight_to_layer(self, tensor: str) -> str | None:
+        """The layer whose output, or a part of it, a tensor is, reshaped perhaps."""
+        return next((self.made[name] for name in self._straight(tensor) if name in self.made), None)
+
+    def half(self, tensor: str, layer: str) -> int | None:
+        """Which half of a layer's output a tensor is made of, None if it is no half."""
+        outputs = {use.output for use in self.layers[layer].uses}
+        for name in self.behind(tensor, outputs):
+            node = None if name in outputs else self.node(name)
+            if node is None or not outputs & {self.origin(other) for other in node.input}:
+                continue
+            if node.op_type == "Split" and len(node.output) == 2:
+                return list(node.output).index(name)
+            if node.op_type == "Slice":
+                start = self.integers(node.input[1])
+                if start == [0]:
+                    return 0
+                return 1 if start in ([None], [self.shape(layer)[0] // 2]) else None
+        return None
+
+    def moved(self, tensors: Iterable[str]) -> set[str]:
+        """Tensors with the same values as others, or a part of them, those themselves too."""
+        found, todo = set(tensors), list(tensors)
+        while todo:
+            for index in self.graph.consumers.get(todo.pop(), ()):
+                node = self.graph.nodes[index]
+                if node.op_type in _MOVES | {"Split", "Slice"}:
+                    fresh = [name for name in node.output if name not in found]
+                    found.update(fresh)
+                    todo += fresh
+        return found
+
+    def writer(self, tensor: str) -> str | None:
+        """The linear layer that a tensor is the output of, a norm after it allowed for."""
+        tensor = self.origin(tensor)
+        if tensor in self.made:
+            return self.made[tensor]
+        norm = self.norm(tensor, set(self.made))
+        return None if norm is None else self.made.get(self.origin(norm.source))
+
+    def norm(self, tensor: str, sources: Iterable[str]) -> Norm | None:
+        """The norm that makes a tensor out of one of the sources, None if none does."""
+        tensor, sources = self.origin(tensor), set(sources)
+        node = self.node(tensor)
+        if node is None:
+            return None
+        if node.op_type in NORMS:
+            return self._fused_norm(node, sources)
+        bias = None
+        if node.op_type == "Add":
+            stored, other = self._split(node)
+            if stored is None or other is None:
+                return None
+            bias, node = stored, self.node(self.origin(other))
+        if node is None or node.op_type != "Mul":
+            return None
+        gain, other = self._split(node)
+        if gain is None or other is None:
+            return self._offset_norm(node, sources, bias, tensor)
+        source = self._normalised(other, sources)
+        return None if source is None else Norm(gain, bias, source, node.output[0], tensor)
+
+    def reshaped(self, tensor: str, above: str) -> list[int | None]:
+        """Shape that the last reshape between a tensor and one above it gives, as far as known."""
+        stop = {above}
+        for name in self.behind(tensor, stop):
+            node = self.node(name)
+            if name == above or node is None or node.op_type != "Reshape":
+                continue
+            if above in set(self._straight(node.input[0])):
+                return self.integers(node.input[1])
+        return []
+
+    def integers(self, tensor: str) -> list[int | None]:
+        """A vector of integers that a graph computes, None where a value is not fixed."""
+        stored = self.graph.constant(tensor)
+        if stored is not None:
+            return [int(value) for value in self.graph.array(tensor).reshape(-1)]
+        node = self.node(tensor)
+        if node is not None and node.op_type == "Concat":
+            return [value for name in node.input for value in self.integers(name)]
+        if node is not None and node.op_type in _MOVES:
+            return self.integers(node.input[0])
+        return [None]
+
+    def _straight(self, tensor: str) -> Iterator[str]:
+        """A tensor and those before it through nodes that move or cut values."""
+        node: NodeProto | None = None
+        while True:
+            yield tensor
+            node = None if tensor in self.made else self.node(tensor)
+            if node is None or node.op_type not in _MOVES | {"Split", "Slice"}:
+                return
+            tensor = node.input[0]
+
+    def _split(self, node: NodeProto) -> tuple[str | None, str | None]:
+        """The stored float vector that a node of two inputs reads, and its other input."""
+        for place, name in enumerate(node.input[:2]):
+            source = self.origin(name)
+            if self._is_vector(source):
+                return source, node.input[1 - place]
+        return None, None
+
+    def _is_vector(self, tensor: str) -> bool:
+        stored = self.graph.constant(tensor)
+        if stored is None or stored.data_type not in _FLOATS:
+            return False
+        return (
+            len(stored.dims) > 0 and max(stored.dims) > 1 and _elements(stored) == stored.dims[-1]
+        )
+
+    def _fused_norm(self, node: NodeProto, sources: set[str]) -> Norm | None:
+        gain = self.origin(node.input[1])
+        bias = self.origin(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+        source = self._matching(node.input[0], sources)
+        plain = attribute(node, "axis", -1) in (-1, 2) and self._is_vector(gain)
+        made = node.output[0]
+        return Norm(gain, bias, source, made, made) if source is not None and plain else None
+
+    def _offset_norm(
+        self, node: NodeProto, sources: set[str], bias: str | None, end: str
+    ) -> Norm | None:
+        """A norm that multiplies by its stored gain plus 1.
+
+        :param end: what comes out of it.
+        """
+        for place, name in enumerate(node.input[:2]):
+            made = self.node(self.origin(name))
+            if made is None or made.op_type != "Add":
+                continue
+            gain, other = self._split(made)
+            stored = None if other is None else self.graph.constant(self.origin(other))
+            if gain is None or other is None or stored is None or _elements(stored) != 1:
+                continue
+            if float(self.graph.array(self.origin(other)).reshape(-1)[0]) != 1.0:
+                continue
+            source = self._normalised(node.input[1 - place], sources)
+            return None if source is None else Norm(gain, bias, source, node.output[0], end, 1.0)
+        return None
+
+    def _normalised(self, tensor: str, sources: set[str]) -> str | None:
+        """The one source that a tensor is a normalised form of."""
+        ends, met, averaged = sources, set(), False
+        for name in self.behind(tensor, ends):
+            node = self.node(name)
+            if name in sources:
+                met.add(name)
+            elif node is not None:
+                averaged |= node.op_type in ("ReduceMean", "LpNormalization", *NORMS)
+            elif not self.is_constant(name):
+                return None
+            if name in self.made and name not in sources:
+                return None
+        return next(iter(met)) if averaged and len(met) == 1 else None
+
+    def _matching(self, tensor: str, sources: set[str]) -> str | None:
+        return next((name for name in (tensor, self.origin(tensor)) if name in sources), None)
+
+
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+
+
+def _elements(tensor: TensorProto) -> int:
+    count = 1
+    for size in tensor.dims:
+        count *= size
+    return count
+
+
+def split_skips(graph: OnnxGraph) -> OnnxGraph:
+    """The same graph with each skip normalization as an addition and a normalization.
+
+    Stored values are shared with the graph that was given; indices of nodes are others.
+    """
+    if not any(node.op_type in _SKIPS for node in graph.nodes):
+        return graph
+    nodes = tuple(part for node in graph.nodes for part in _parts(node))
+    found = copy.copy(graph)
+    found.nodes, found._types = nodes, None
+    found.producer = {name: i for i, node in enumerate(nodes) for name in node.output if name}
+    found.consumers = {}
+    for index, node in enumerate(nodes):
+        for name in dict.fromkeys(reads(node)):
+            found.consumers.setdefault(name, []).append(index)
+    if "com.microsoft" in found.opset:
+        found.opset = {**found.opset, "": found.opset.get("", found.opset.get("ai.onnx", 17))}
+    return found
+
+
+def _parts(node: NodeProto) -> Iterator[NodeProto]:
+    if node.op_type not in _SKIPS:
+        yield node
+        return
+    op_type, before = _SKIPS[node.op_type]
+    inputs = [*node.input, "", "", ""]
+    outputs = [*node.output, "", "", "", ""]
+    total = outputs[_SUM] or f"{outputs[0]}/sum"
+    bias = inputs[before + 1]
+    plain = f"{total}/plain" if bias else total
+    yield helper.make_node("Add", inputs[:2], [plain], name=f"{node.name}/Add")
+    if bias:
+        yield helper.make_node("Add", [plain, bias], [total], name=f"{node.name}/Add_1")
+    norm = helper.make_node(
+        op_type,
+        [total, *filter(None, inputs[2 : before + 1])],
+        [outputs[0]],
+        name=f"{node.name}/Norm",
+        axis=-1,
+        epsilon=attribute(node, "epsilon", 1e-12),
+    )
+    yield norm

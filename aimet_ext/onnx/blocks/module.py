@@ -1,0 +1,234 @@
+"""A decoder block of an ONNX graph as a torch module, its layers and norms named by their roles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from aimet_ext.errors import TransformRefused
+from aimet_ext.onnx.blocks.find import SHAPE_ARITHMETIC, BlockPlan
+from aimet_ext.onnx.blocks.flow import Flow
+from aimet_ext.onnx.graph import OnnxGraph
+from aimet_ext.onnx.ops.fused_attention import FusedAttention, find_attention
+from aimet_ext.onnx.ops.steps import Step
+from aimet_ext.onnx.ops.translate import TranslatedGraph
+
+__all__ = ["Observer", "OnnxBlock", "OnnxLinear", "read_again", "write_back"]
+
+_MOST_SHAPES = 64  # of batches, to remember integers for
+
+# From the name of a tensor in the graph and its value to what takes its place.
+Observer = Callable[[str, Tensor], Tensor]
+
+
+class OnnxLinear(nn.Linear):
+    """A linear layer that computes with its weight as a simulation quantizes it.
+
+    :param weight: ``[out, in]``.
+    :param bias: ``[out]``.
+    """
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        #: From the weight to what the simulation uses in its place; None: itself.
+        self.quantize: Callable[[Tensor], Tensor] | None = None
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's name
+        """Product with the quantized weight, and the bias added."""
+        weight = self.weight if self.quantize is None else self.quantize(self.weight)
+        return functional.linear(input, weight, self.bias)
+
+
+class OnnxBlock(TranslatedGraph):
+    """A block that computes what its part of the graph does, differentiably.
+
+    Parameters are copies, of layers and norms alone; :func:`write_back` puts them into the graph.
+
+    :param flow: the graph that the plan speaks of.
+    :param arguments: names by which the block's other tensors are given, in the plan's order.
+    :raises TransformRefused: an operator has no differentiable form here; all are listed.
+    """
+
+    def __init__(self, flow: Flow, plan: BlockPlan, arguments: Iterable[str]) -> None:
+        self.plan = plan
+        self.arguments = tuple(arguments)
+        parameters = {
+            f"{role}.{key}": name
+            for role, norm in plan.norms.items()
+            for key, name in (("weight", norm.gain), ("bias", norm.bias))
+            if name is not None
+        }
+        try:
+            super().__init__(
+                flow.graph,
+                [*plan.constants, *plan.nodes],
+                [plan.start, *plan.arguments],
+                [plan.end],
+                plan.layers,
+                parameters,
+            )
+        except TransformRefused as refused:
+            raise TransformRefused(f"{plan.topology.name}: {refused}") from refused
+        #: Sees every floating-point tensor of the block and says what takes its place.
+        self.observer: Observer | None = None
+        self._products = {
+            role: flow.graph.nodes[use.node].output[0]
+            for role, layer in plan.layers.items()
+            for use in layer.uses
+            if use.add is not None
+        }
+        for role in plan.layers:
+            parent, _, last = role.rpartition(".")
+            layer = self.get_submodule(role)
+            bias = layer.bias if isinstance(layer.bias, nn.Parameter) else None
+            self.get_submodule(parent).add_module(
+                last, OnnxLinear(layer.get_parameter("weight"), bias)
+            )
+        self._fixed = _by_shapes_alone(self._steps, self._host)
+        #: By the shapes and types of inputs, what follows from these alone, by number of a step.
+        self._known: dict[tuple[Any, ...], dict[int, dict[str, Tensor]]] = {}
+        self._known_now: dict[int, dict[str, Tensor]] = {}
+        self._leading = torch.Size()  # batch and seq of the call
+        self._batch = static_batch(flow.graph)
+        self._attention = find_attention(self._steps, self.outputs)
+        self._done = [] if self._attention is None else self._last_reads(self._attention)
+        self.requires_grad_(False).eval()
+
+    def forward(  # type: ignore[override]  # as decoder blocks of transformers are called
+        self,
+        hidden_states: Tensor,
+        *others: Tensor,
+        attention_mask: Tensor | None = None,
+        **tensors: Tensor,
+    ) -> Tensor:
+        """Hidden states ``[batch, seq, hidden]`` after the block.
+
+        :param others: the other tensors, in the plan's order; or else by name:
+        :param attention_mask: what is added to the scores, or the mask that is fed to the graph.
+        :param tensors: what else the block reads.
+        """
+        if not others:
+            named = {"attention_mask": attention_mask, **tensors}
+            others = tuple(named[name] for name in self.arguments)  # type: ignore[misc]
+        count = len(hidden_states)
+        if self._batch is not None and count < self._batch:
+            full = torch.arange(self._batch, device=hidden_states.device) % count
+            hidden_states = hidden_states[full]
+            others = tuple(x[full] if x.dim() and len(x) == count else x for x in others)
+        return self._whole(hidden_states, *others)[:count]
+
+    def _whole(self, hidden_states: Tensor, *others: Tensor) -> Tensor:
+        """The same for a batch that the graph takes."""
+        attention = self._attention
+        if attention is None or self.observer is not None:
+            output: Tensor = super().forward(hidden_states, *others)  # type: ignore[assignment]
+            return output
+        values = self._start((hidden_states, *others))
+        for i, done in enumerate(self._done):
+            if i == attention.last:
+                values[attention.output] = attention(values)
+            elif i not in attention.skipped:
+                values.update(self._run(i, values))
+            for name in done:
+                values.pop(name, None)
+        return values[self.plan.end]
+
+    def _last_reads(self, attention: FusedAttention) -> list[list[str]]:
+        """Tensors that nothing reads after each step, once attention is computed as one."""
+        reads = {i: list(step.read()) for i, step in enumerate(self._steps)}
+        reads |= {i: [] for i in attention.skipped}
+        reads[attention.last] = attention.inputs
+        last = {name: i for i, names in reads.items() for name in names}
+        return [
+            [name for name in names if last[name] == i and name not in self.outputs]
+            for i, names in sorted(reads.items())
+        ]
+
+    def _start(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+        if len(self._known) > _MOST_SHAPES:
+            self._known.clear()
+        self._known_now = self._known.setdefault(tuple((x.shape, x.dtype) for x in inputs), {})
+        self._leading = inputs[0].shape[:-1]
+        values = super()._start(inputs)
+        return {name: self._seen(name, value) for name, value in values.items()}
+
+    def _run(self, i: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs of one step; a linear layer is given ``[batch, seq, in]`` in any case."""
+        if i in self._fixed:
+            if i not in self._known_now:
+                self._known_now[i] = super()._run(i, values)
+            return self._known_now[i]
+        step = self._steps[i]
+        source = None if step.linear is None else values[step.inputs[0]]
+        if source is not None and source.ndim == 2:
+            values = {**values, step.inputs[0]: source.view(*self._leading, -1)}
+            found = super()._run(i, values)
+            found = {name: value.flatten(0, -2) for name, value in found.items()}
+        else:
+            found = super()._run(i, values)
+        product = self._products.get(step.linear or "")
+        if self.observer is not None and product is not None:
+            bias = self.get_parameter(f"{step.linear}.bias")
+            found = {name: self._seen(product, v - bias) + bias for name, v in found.items()}
+        return {name: self._seen(name, value) for name, value in found.items()}
+
+    def _seen(self, name: str, value: Tensor) -> Tensor:
+        if self.observer is None or not value.is_floating_point():
+            return value
+        return self.observer(name, value)
+
+
+def static_batch(graph: OnnxGraph) -> int | None:
+    """Sequences of a batch where the graph was exported for so many, None if any number will do."""
+    shapes = [value.type.tensor_type.shape.dim for value in graph.inputs.values()]
+    found = {dims[0].dim_value for dims in shapes if len(dims) > 1} - {1}  # 0: any number
+    return found.pop() if len(found) == 1 and 0 not in found else None
+
+
+def _by_shapes_alone(steps: Sequence[Step], integers: Collection[str]) -> frozenset[int]:
+    """Numbers of the steps whose integers follow from the shapes of the inputs alone.
+
+    :param integers: names of constants.
+    """
+    fixed: set[str] = set()
+    found = set()
+    for number, step in enumerate(steps):
+        small = step.node.op_type in SHAPE_ARITHMETIC and step.linear is None
+        known = small and all(name in fixed or name in integers for name in step.read())
+        if step.node.op_type == "Shape" or known:
+            fixed.update(step.outputs)
+            found.add(number)
+    return frozenset(found)
+
+
+def write_back(flow: Flow, block: OnnxBlock) -> None:
+    """Put a block's parameters where the graph stores them, in the stored types."""
+    for name, parameter, transposed in _stored(block):
+        flow.graph.set_tensor(name, parameter.T if transposed else parameter)
+
+
+@torch.no_grad()
+def read_again(flow: Flow, block: OnnxBlock) -> None:
+    """Have a block's parameters be what the graph stores now."""
+    for name, parameter, transposed in _stored(block):
+        value = flow.graph.tensor(name)
+        parameter.copy_(value.T if transposed else value)
+
+
+def _stored(block: OnnxBlock) -> Iterator[tuple[str, nn.Parameter, bool]]:
+    """Name of each stored value, its parameter, and whether that is the transposed value."""
+    for role, layer in block.plan.layers.items():
+        yield layer.weight, block.get_parameter(f"{role}.weight"), layer.transposed
+        if layer.bias is not None:
+            yield layer.bias, block.get_parameter(f"{role}.bias"), False
+    for role, norm in block.plan.norms.items():
+        yield norm.gain, block.get_parameter(f"{role}.weight"), False
+        if norm.bias is not None:
+            yield norm.bias, block.get_parameter(f"{role}.bias"), False

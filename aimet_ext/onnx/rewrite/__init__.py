@@ -1,0 +1,1 @@
+"""Rewrites of an ONNX graph into forms that a target computes correctly."""

@@ -1,0 +1,1 @@
+"""A walk over an ONNX graph, run stage by stage in onnxruntime."""

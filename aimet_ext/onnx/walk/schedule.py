@@ -1,0 +1,314 @@
+"""What a walk over an ONNX graph runs from stage to stage, and what it keeps between two.
+
+Three kinds of tensors are told apart. *Light* ones follow from the graph's inputs and stored values
+without a layer's weight (masks, positions, rotary tables): they are computed anew wherever they are
+read. Of the others, *common* ones depend on no weight that is going to change: both streams share
+them. All else is computed once in each stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from onnx import NodeProto, TensorProto
+from torch import nn
+
+from aimet_ext.data.moments import Geometry
+from aimet_ext.model.walk import Activation
+from aimet_ext.onnx.graph import OnnxGraph
+from aimet_ext.onnx.layers import OnnxLayer
+from aimet_ext.onnx.nodes import reads
+from aimet_ext.onnx.walk.readers import activation_after, check_no_batch_norm
+
+__all__ = ["PlannedStage", "Section", "Step", "plan_stages", "plan_steps"]
+
+_LARGE = 2**16  # elements of a stored value; what a node makes of a larger one is kept
+_AT_ONCE = 2**26  # elements of the weights that a section holds: 256 MiB of float32
+_FLOATS = frozenset(
+    (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+)
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """Layers that read one tensor in the same way.
+
+    :param source: the tensor.
+    :param later: what further uses of these layers read, where they have any.
+    :param padded: whether the input is handed out padded, for no shell can be told to.
+    """
+
+    layers: tuple[str, ...]
+    source: str
+    later: tuple[str, ...]
+    activations: Mapping[str, Activation]
+    geometry: Geometry
+    padded: bool
+
+
+@dataclass(frozen=True)
+class Section:
+    """Nodes that run in one go.
+
+    :param nodes: indices, in order.
+    :param inputs: kept tensors and inputs of the graph that they read.
+    :param outputs: tensors to keep, at least for the while.
+    :param common: whether both streams share them.
+    """
+
+    nodes: tuple[int, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    common: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """The way from one stage to the next.
+
+    :param sections: those of common tensors first.
+    :param keep: tensors to keep from here to the next step, the rest may be forgotten.
+    :param later: what computes the inputs of later uses, for this stage alone.
+    :param open: nodes with a weight that run later than the sections.
+    """
+
+    sections: tuple[Section, ...]
+    keep: frozenset[str]
+    later: tuple[Section, ...]
+    open: frozenset[int]
+
+
+def plan_stages(
+    graph: OnnxGraph,
+    layers: Mapping[str, OnnxLayer],
+    shells: Mapping[str, nn.Module],
+    names: Iterable[str],
+) -> tuple[PlannedStage, ...]:
+    """The stages of these layers, in the graph's order.
+
+    :raises ValueError: a batch norm directly follows a layer.
+    :raises TypeError: a layer is neither linear nor a convolution.
+    """
+    groups: dict[tuple[object, ...], list[str]] = {}
+    geometry: dict[str, Geometry] = {}
+    for name in sorted(names, key=lambda name: layers[name].uses[0].node):
+        layer = layers[name]
+        check_no_batch_norm(graph, layer)
+        try:
+            geometry[name] = Geometry.of(shells[name])
+        except TypeError as error:
+            raise TypeError(f"layer {name!r}: {error}") from error
+        pads = None if layer.padding is not None else (layer.auto_pad, layer.pads)
+        sources = tuple(dict.fromkeys(use.input for use in layer.uses))
+        groups.setdefault((sources, geometry[name], pads), []).append(name)
+    found = []
+    for group in groups.values():
+        first = layers[group[0]]
+        source, *later = dict.fromkeys(use.input for use in first.uses)
+        relus = {name: activation_after(graph, layers[name]) for name in group}
+        found.append(
+            PlannedStage(
+                layers=tuple(group),
+                source=source,
+                later=tuple(later),
+                activations={name: relu for name, relu in relus.items() if relu is not None},
+                geometry=geometry[group[0]],
+                padded=first.padding is None,
+            )
+        )
+    return tuple(found)
+
+
+def plan_steps(
+    graph: OnnxGraph,
+    layers: Mapping[str, OnnxLayer],
+    stages: Sequence[PlannedStage],
+    changed: Collection[str] | None,
+) -> list[Step]:
+    """The way to each stage.
+
+    :param layers: all of the graph.
+    :param changed: names of layers whose weights differ between two streams; None if there is one
+        stream only.
+    """
+    planner = _Planner(graph, layers, changed)
+    needed = planner.needed([stage.source for stage in stages], set())
+    extras = [planner.needed(stage.later, set()) for stage in stages]
+    done: set[int] = set()
+    kept: set[str] = set()
+    steps = []
+    for number, stage in enumerate(stages):
+        part = planner.needed([stage.source], done)
+        part |= planner.shapes(needed - done - part, done | part)
+        done |= part
+        rest = needed - done
+        extra = extras[number] - done
+        targets = {stage.source, *stage.later, *(other.source for other in stages[number + 1 :])}
+        made = {n for index in part for n in graph.nodes[index].output if n}
+        known = made | {n for n in kept if not planner.is_light(n)}
+        keep = {n for n in known if n in targets or planner.read_by(n, rest | extra)}
+        if stage.source not in graph.inputs:
+            keep.add(stage.source)
+        sections = planner.sections(part, kept, keep)
+        steps.append(
+            Step(
+                sections=tuple(sections),
+                keep=frozenset(keep),
+                later=tuple(planner.sections(extra, keep, set(stage.later))),
+                open=frozenset((rest.union(*extras[number:]) - done) & planner.weighted),
+            )
+        )
+        kept = keep
+    return steps
+
+
+class _Planner:
+    """Questions about the nodes of a graph; see :func:`plan_steps`."""
+
+    def __init__(
+        self, graph: OnnxGraph, layers: Mapping[str, OnnxLayer], changed: Collection[str] | None
+    ) -> None:
+        self.graph = graph
+        self.weighted = {use.node for layer in layers.values() for use in layer.uses}
+        self._light = self._tell_light()
+        moved = {use.node for name in changed or () for use in layers[name].uses}
+        self._common = set() if changed is None else self._tell_common(moved)
+        self._split = changed is not None
+
+    def needed(self, targets: Iterable[str], done: Collection[int]) -> set[int]:
+        """Nodes whose results are kept, that targets depend on and that did not run yet."""
+        found: set[int] = set()
+        todo = list(targets)
+        while todo:
+            index = self.graph.producer.get(todo.pop())
+            if index is None or index in self._light or index in done or index in found:
+                continue
+            found.add(index)
+            todo += reads(self.graph.nodes[index])
+        return found
+
+    def shapes(self, wanted: Iterable[int], done: Collection[int]) -> set[int]:
+        """Those of the nodes that take a known tensor's shape, lest the tensor be kept for it."""
+        producer = self.graph.producer
+        return {
+            index
+            for index in wanted
+            if self.graph.nodes[index].op_type == "Shape"
+            and producer.get(self.graph.nodes[index].input[0]) in done
+        }
+
+    def read_by(self, tensor: str, nodes: Collection[int]) -> bool:
+        """Whether one of the nodes reads a tensor."""
+        return any(index in nodes for index in self.graph.consumers.get(tensor, ()))
+
+    def is_light(self, tensor: str) -> bool:
+        """Whether a tensor that is no input of the graph is computed wherever it is read."""
+        index = self.graph.producer.get(tensor)
+        return index in self._light if index is not None else tensor not in self.graph.inputs
+
+    def sections(
+        self, part: set[int], kept: Collection[str], wanted: Collection[str]
+    ) -> Iterator[Section]:
+        """What runs the nodes of a part, from kept tensors to those that are wanted.
+
+        A session holds all weights of its section, so where layers between two stages are not
+        walked to, several sections are made of what lies there.
+        """
+        known, rest = set(kept), set(part)
+        for common in (True, False):
+            portions = self._portions({i for i in part if (i in self._common) == common})
+            for number, own in enumerate(portions):
+                rest -= own
+                made = {name for index in own for name in self.graph.nodes[index].output if name}
+                outputs = {n for n in made if n in wanted or self.read_by(n, rest)} - known
+                if common == self._split and number + 1 == len(portions):
+                    outputs |= {n for n in wanted if self.is_light(n) and n not in known}
+                if outputs:
+                    yield self._section(part, outputs, known, common)
+                    known |= outputs
+
+    def _portions(self, nodes: set[int]) -> list[set[int]]:
+        """Nodes in order, cut where few tensors pass and weights would be too many for one go."""
+        order = sorted(nodes)
+        sizes = [self._weights(index) for index in order]
+        passing = self._passing(order)
+        portions, begin, total = [], 0, 0
+        for end, size in enumerate(sizes):
+            while total and total + size > _AT_ONCE:
+                first = next(i for i in range(begin, end) if sizes[i])
+                cut = min(range(end, first, -1), key=lambda place: passing[place - 1])
+                portions.append({*order[begin:cut]})
+                begin, total = cut, sum(sizes[cut:end])
+            total += size
+        return [*portions, {*order[begin:]}]
+
+    def _passing(self, order: Sequence[int]) -> list[int]:
+        """How many tensors that these nodes make are read beyond each of them."""
+        place = {index: number for number, index in enumerate(order)}
+        change = [0] * (len(order) + 1)
+        for index in order:
+            for name in self.graph.nodes[index].output:
+                readers = (place.get(i, -1) for i in self.graph.consumers.get(name, ()))
+                last = max(readers, default=-1)
+                if last > place[index]:
+                    change[place[index]] += 1
+                    change[last] -= 1
+        return list(accumulate(change[:-1]))
+
+    def _weights(self, index: int) -> int:
+        """Elements of the weights of layers that a node holds."""
+        if index not in self.weighted:
+            return 0
+        stored = [self.graph.constant(name) for name in reads(self.graph.nodes[index])]
+        return sum(_elements(tensor) for tensor in stored if tensor is not None)
+
+    def _section(
+        self, part: set[int], outputs: Iterable[str], known: Collection[str], common: bool
+    ) -> Section:
+        given = {*known, *self.graph.inputs}
+        names = tuple(sorted(outputs))
+        nodes = self.graph.subgraph(given, names)
+        assert part.issuperset(set(nodes) - self._light), "a node would run twice"
+        read = {name for index in nodes for name in reads(self.graph.nodes[index])}
+        return Section(tuple(nodes), tuple(sorted(read & given)), names, common)
+
+    def _tell_light(self) -> set[int]:
+        """Light nodes, and those that compute with stored values alone."""
+        light: set[int] = set()
+        tensors: set[str] = {*self.graph.inputs}
+        fixed: set[str] = {*self.graph.initializers}
+        for index, node in enumerate(self.graph.nodes):
+            read = set(reads(node))
+            if read <= fixed:
+                fixed.update(node.output)
+                light.add(index)
+            elif read <= tensors | fixed and not self._is_heavy(index, node):
+                tensors.update(node.output)
+                light.add(index)
+        return light
+
+    def _is_heavy(self, index: int, node: NodeProto) -> bool:
+        if index in self.weighted:
+            return True
+        stored = [self.graph.constant(name) for name in reads(node)]
+        return any(t.data_type in _FLOATS and _elements(t) > _LARGE for t in stored if t)
+
+    def _tell_common(self, moved: Collection[int]) -> set[int]:
+        """Nodes that depend on none of the nodes whose weights change."""
+        common: set[int] = set()
+        streamed: set[str] = set()
+        for index, node in enumerate(self.graph.nodes):
+            if index in moved or not streamed.isdisjoint(reads(node)):
+                streamed.update(node.output)
+            else:
+                common.add(index)
+        return common
+
+
+def _elements(tensor: TensorProto) -> int:
+    count = 1
+    for size in tensor.dims:
+        count *= size
+    return count

@@ -1,0 +1,333 @@
+"""Walking an ONNX graph from layer to layer, each node computed once in each stream."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from aimet_ext.data.onnx_batches import check_inputs
+from aimet_ext.data.values import ValueCache
+from aimet_ext.model.layers import fit_mask, known
+from aimet_ext.model.walk import Inputs, ReadStage, Streams
+from aimet_ext.onnx.graph import OnnxGraph
+from aimet_ext.onnx.layers import OnnxLayer
+from aimet_ext.onnx.session import Part
+from aimet_ext.onnx.walk.schedule import PlannedStage, Section, plan_stages, plan_steps
+
+__all__ = ["OnnxWalk"]
+
+_COMMON = "common"
+_MASK = "attention_mask"
+_TOKENS = ("input_ids", "inputs_embeds")
+
+
+class OnnxWalk:
+    """A walk that runs parts of a graph in onnxruntime, each node once per stream and batch.
+
+    Between two stages, only values that a later node reads are kept; see
+    :mod:`aimet_ext.onnx.walk.schedule`. A session holds the weights of its part and lives as long as
+    that runs. See :class:`aimet_ext.model.walk.Walk`. Quantizers are seen through.
+
+    A layer whose weight several nodes apply has its stage at the first of them. The stage then
+    gives, for each batch, the inputs of all of them in turn, the later ones as the weights are now.
+
+    :param graph: whose stored weights the float stream uses, unless they are held.
+    :param layers: all layers of the graph, by name.
+    :param shells: the module that stands for each layer.
+    :param batches: inputs of the graph by name, see
+        :func:`aimet_ext.data.onnx_batches.onnx_batches`. A 2-D ``attention_mask`` among them says
+        which tokens count.
+    :param names: the layers to walk to, linear layers and convolutions.
+    :param streams: which inputs the layers' stages give.
+    :param effective: weights that the quantized stream uses from the start, by layer's name; each
+        is asked for once, when its layer is reached.
+    :param cache_dir: folder for memory-mapped caches; None keeps them in RAM.
+    :param device: where the layers' inputs are handed out, the CPU if None.
+    :param providers: of onnxruntime, the CPU's if None.
+    :raises ValueError: a layer is unknown, named twice, or followed by a batch norm that was not
+        folded; there are no batches, or one does not fit the graph's inputs.
+    :raises TypeError: a layer is neither linear nor a convolution.
+    """
+
+    def __init__(
+        self,
+        graph: OnnxGraph,
+        layers: Mapping[str, OnnxLayer],
+        shells: Mapping[str, nn.Module],
+        batches: Sequence[Mapping[str, Tensor]],
+        names: Sequence[str],
+        *,
+        streams: Streams = "quantized",
+        effective: Mapping[str, Tensor] | None = None,
+        cache_dir: str | Path | None = None,
+        device: torch.device | str | None = None,
+        providers: Sequence[Any] | None = None,
+    ) -> None:
+        _check_names(names, layers, "names")
+        if not len(batches):
+            raise ValueError("batches must hold at least one, got none; pass calibration data")
+        for number, batch in enumerate(batches):
+            check_inputs(batch, graph.inputs, number)
+        self._graph, self._all = graph, layers
+        self._shells = {name: shells[name] for name in names}
+        self._batches = batches
+        self._device = torch.device("cpu" if device is None else device)
+        self._providers = providers
+        self._effective = {} if effective is None or streams == "float" else effective
+        _check_names(list(self._effective), layers, "effective")
+        self._waiting = set(self._effective)
+        # In place of the stored ones, until their last use: by stream and layer.
+        self._streams = ("quantized", "float") if streams == "both" else (streams,)
+        self._weights: dict[str, dict[str, Tensor]] = {stream: {} for stream in self._streams}
+        lanes = (_COMMON, *self._streams) if streams == "both" else self._streams
+        self._caches = {lane: ValueCache(cache_dir) for lane in lanes}
+        # Where a kept tensor is: in the common cache, or in that of each stream.
+        self._common: set[str] = set()
+        self._held: dict[str, set[str]] = {lane: set() for lane in lanes}
+        self._stages = plan_stages(graph, layers, shells, names)
+        changed = {*names, *self._effective} if streams == "both" else None
+        self._steps = plan_steps(graph, layers, self._stages, changed)
+        self._open: frozenset[int] = frozenset()
+        self._pending: set[str] = set()
+        self._stage: PlannedStage | None = None
+        self._later: list[str] = []
+        self._segments = 0
+        self._peak = 0
+
+    def stages(self) -> Iterator[ReadStage]:
+        """Each stage in turn, in the order of the layers' first nodes."""
+        for stage, step in zip(self._stages, self._steps, strict=True):
+            assert not self._pending, f"{sorted(self._pending)} must be decided first"
+            self._stage = None
+            self._open = step.open
+            self._advance(step.sections, step.keep)
+            if stage.later:
+                self._advance(step.later, {*step.keep, *stage.later})
+                self._later += stage.layers
+            self._stage = stage
+            if "quantized" in self._streams:
+                self._pending = set(stage.layers)
+
+            def read(stage: PlannedStage = stage) -> Iterator[Inputs]:
+                return self._read(stage)
+
+            yield ReadStage(stage.layers, stage.activations, read)
+        self._stage = None
+
+    def hold(self, layer: str) -> None:
+        """Have the float stream go on with this layer's weight as it is now, for it will change.
+
+        :raises ValueError: the layer was not asked for.
+        """
+        shell = known(self._shells, layer)
+        if "float" in self._streams and self._is_open(layer):
+            self._weights["float"][layer] = shell.weight.detach().clone()  # type: ignore[operator]
+
+    def decide(self, layer: str, weight: Tensor) -> None:
+        """Have the quantized stream use this weight from now on.
+
+        :raises ValueError: the layer was not asked for, or the shape is wrong.
+        """
+        known(self._shells, layer)
+        weight = self._checked(layer, weight)
+        if "quantized" in self._streams and self._is_open(layer):
+            self._weights["quantized"][layer] = weight
+        self._waiting.discard(layer)
+        self._pending.discard(layer)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers walked to."""
+        return tuple(self._shells)
+
+    @property
+    def cost(self) -> dict[str, Any]:
+        """Runs of a part of the model so far, and the most bytes that were kept between them.
+
+        ``later_uses`` are layers whose later uses had to be run ahead for their stage.
+        """
+        cost = {"walk": "onnx", "segments": self._segments, "peak_cached_bytes": self._peak}
+        return {**cost, "later_uses": self._later} if self._later else cost
+
+    def close(self) -> None:
+        """Drop all caches."""
+        self._stage = None
+        for weights in self._weights.values():
+            weights.clear()
+        for cache in self._caches.values():
+            cache.close()
+
+    def _checked(self, layer: str, weight: Tensor) -> Tensor:
+        """A weight to compute with in place of the stored one, on the CPU, in its type."""
+        stored = self._all[layer]
+        shape = self._graph.shape(stored.weight)
+        shape = shape[::-1] if stored.transposed else shape
+        if tuple(weight.shape) != shape:
+            raise ValueError(
+                f"the weight of {layer!r} must be of shape {list(shape)}, got {list(weight.shape)}"
+            )
+        return weight.detach().to("cpu", self._graph.tensor_dtype(stored.weight))
+
+    def _is_open(self, layer: str) -> bool:
+        """Whether a layer's weight is still going to be used."""
+        return any(use.node in self._open for use in self._all[layer].uses)
+
+    def _advance(self, sections: Sequence[Section], keep: Collection[str]) -> None:
+        """Run sections for all batches, and keep nothing else than these tensors."""
+        runs = [
+            (section, lane)
+            for section in sections
+            for lane in ((_COMMON,) if section.common else self._streams)
+        ]
+        wanted = [{(self._lane(n, lane), n) for n in s.inputs} for s, lane in runs]
+        self._drop_but(keep, wanted)
+        for number, (section, lane) in enumerate(runs):
+            if section.common:
+                self._common |= {*section.outputs}
+            rest: set[tuple[str, str]] = set().union(*wanted[number + 1 :])
+            gone = [(at, n) for at, n in wanted[number] - rest if n not in keep]
+            self._run(section, lane, gone)
+            self._drop_weights([section.nodes for section, _ in runs[number + 1 :]])
+        self._drop_weights(())
+        self._drop_but(keep, ())
+
+    def _drop_weights(self, sections: Iterable[Collection[int]]) -> None:
+        """Forget the weights that neither these sections nor later steps use."""
+        nodes: set[int] = set().union(*sections)
+        for weights in self._weights.values():
+            for name in [name for name in weights if not self._is_open(name)]:
+                if nodes.isdisjoint(use.node for use in self._all[name].uses):
+                    del weights[name]
+
+    def _drop_but(self, keep: Collection[str], wanted: Iterable[set[tuple[str, str]]]) -> None:
+        """Forget all values but those to keep and those that are going to be read."""
+        read = set().union(*wanted)
+        for lane, held in self._held.items():
+            gone = {name for name in held if name not in keep and (lane, name) not in read}
+            for batch in range(len(self._batches)):
+                self._caches[lane].drop(batch, gone)
+            held -= gone
+
+    def _run(self, section: Section, lane: str, gone: Sequence[tuple[str, str]]) -> None:
+        """Run a section for all batches, each time forgetting what is read for the last time."""
+        weights = self._weights.get(lane, {})
+        if lane == "quantized":
+            self._load_effective(section.nodes)
+        part = Part(
+            self._graph,
+            section.nodes,
+            section.inputs,
+            section.outputs,
+            layers=self._all,
+            weights=weights,
+            providers=self._providers,
+        )
+        for number in range(len(self._batches)):
+            values = {name: self._value(name, lane, number) for name in section.inputs}
+            try:
+                found = part.run(values)
+            except Exception as error:
+                raise RuntimeError(
+                    f"the model failed on batch {number} with {type(error).__name__}: {error}"
+                ) from error
+            for at, name in gone:
+                if at in self._caches:
+                    self._caches[at].drop(number, [name])
+            self._caches[lane].put(number, found)
+            self._peak = max(self._peak, sum(cache.bytes for cache in self._caches.values()))
+        for at, name in gone:
+            self._held.get(at, set()).discard(name)
+        self._held[lane] |= {*section.outputs}
+        self._segments += 1
+
+    def _load_effective(self, nodes: Collection[int]) -> None:
+        """Ask for the weights of layers that are reached now for the first time."""
+        for name in sorted(self._waiting):
+            if any(use.node in nodes for use in self._all[name].uses):
+                self._weights["quantized"][name] = self._checked(name, self._effective[name])
+                self._waiting.discard(name)
+
+    def _lane(self, tensor: str, lane: str) -> str:
+        """Which cache holds a tensor for a stream; empty for an input of the graph."""
+        if tensor in self._graph.inputs:
+            return ""
+        return _COMMON if tensor in self._common else lane
+
+    def _value(self, tensor: str, lane: str, batch: int) -> Tensor:
+        at = self._lane(tensor, lane)
+        if not at:
+            return self._batches[batch][tensor]
+        found: Tensor = self._caches[at].read(batch, [tensor])[tensor]
+        return found
+
+    def _read(self, stage: PlannedStage) -> Iterator[Inputs]:
+        for batch in range(len(self._batches)):
+            for source in (stage.source, *stage.later):
+                if self._stage is not stage:
+                    raise RuntimeError(
+                        f"the stage of {', '.join(stage.layers)} is over; read its batches before "
+                        "the next stage is asked for"
+                    )
+                found: dict[str, Tensor] = {}
+                for stream in self._streams:
+                    at = self._lane(source, stream)
+                    if at not in found:
+                        found[at] = self._input(stage, source, stream, batch)
+                quantized, float_ = (
+                    found[self._lane(source, stream)] if stream in self._streams else None
+                    for stream in ("quantized", "float")
+                )
+                like = quantized if quantized is not None else float_
+                assert like is not None
+                mask = fit_mask(self._mask(batch), like, stage.geometry)
+                yield quantized, float_, mask
+
+    def _input(self, stage: PlannedStage, source: str, stream: str, batch: int) -> Tensor:
+        x = self._value(source, stream, batch).to(self._device)
+        if not stage.padded:
+            return x
+        return functional.pad(x, padding(self._all[stage.layers[0]], x.shape))
+
+    def _mask(self, batch: int) -> Tensor | None:
+        """Which tokens of a batch count, of those that are no past; None where it does not say."""
+        inputs = self._batches[batch]
+        mask = inputs.get(_MASK)
+        if mask is None or mask.dim() != 2:
+            return None
+        tokens = next((inputs[n] for n in _TOKENS if n in inputs and inputs[n].dim() > 1), mask)
+        return mask[:, max(0, mask.shape[1] - tokens.shape[1]) :] != 0
+
+
+def padding(layer: OnnxLayer, shape: Sequence[int]) -> list[int]:
+    """Padding of a convolution for an input of this shape, as torch's ``pad`` takes it."""
+    half = len(layer.kernel)
+    begins, ends = list(layer.pads[:half]), list(layer.pads[half:])
+    if layer.auto_pad in ("SAME_UPPER", "SAME_LOWER"):
+        settings = zip(shape[2:], layer.kernel, layer.strides, layer.dilations, strict=True)
+        for place, (size, kernel, stride, dilation) in enumerate(settings):
+            last = (-(-size // stride) - 1) * stride + dilation * (kernel - 1) + 1
+            total = max(0, last - size)
+            less, more = total // 2, total - total // 2
+            upper = layer.auto_pad == "SAME_UPPER"
+            begins[place], ends[place] = (less, more) if upper else (more, less)
+    sides = zip(reversed(begins), reversed(ends), strict=True)
+    return [amount for side in sides for amount in side]
+
+
+def _check_names(names: Iterable[str], layers: Mapping[str, OnnxLayer], parameter: str) -> None:
+    """Refuse layers that are unknown or named twice."""
+    seen: set[str] = set()
+    for name in names:
+        if name not in layers:
+            raise ValueError(
+                f"{parameter} must name layers of the graph, got {name!r}; it has "
+                f"{', '.join(map(repr, [*layers][:4]))}{' …' if len(layers) > 4 else ''}"
+            )
+        if name in seen:
+            raise ValueError(f"{parameter} must name each layer once, {name!r} is there twice")
+        seen.add(name)
