@@ -26,7 +26,7 @@ from aimet_ext.core.affine import Grid
 from aimet_ext.core.rounding import coordinate_descent, gptq
 from aimet_ext.core.rounding_ranges import rounding_ranges
 from aimet_ext.data.batches import ForwardFn
-from aimet_ext.model.walk import Activation
+from aimet_ext.walk.protocol import Activation
 
 __all__ = ["apply_gptq"]
 

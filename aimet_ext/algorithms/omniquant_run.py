@@ -31,9 +31,9 @@ from aimet_ext.errors import TransformRefused
 from aimet_ext.files.journal import Checkpoints, environment, hash_tensors
 from aimet_ext.model.probe import probe, probe_inputs
 from aimet_ext.model.proof import prove_pairs
-from aimet_ext.model.stream import BlockStream
 from aimet_ext.model.topology import BlockTopology, select_pairs
 from aimet_ext.sim.base import Range, SimAdaptor, WeightQuantizer, moved_ranges
+from aimet_ext.walk.stream import BlockStream
 
 __all__ = ["TECHNIQUE", "OmniQuantRun", "RunOptions"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aimet_ext.model.walk import Activation
+from aimet_ext.walk.protocol import Activation
 
 __all__ = ["SampleSum"]
 

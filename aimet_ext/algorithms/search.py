@@ -25,7 +25,7 @@ from aimet_ext.core.smoothing import (
     search_smoothing,
     smoothquant_scale,
 )
-from aimet_ext.model.stream import BlockCall
+from aimet_ext.walk.stream import BlockCall
 
 __all__ = ["BlockSearch"]
 

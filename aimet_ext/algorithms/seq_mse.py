@@ -21,7 +21,7 @@ from aimet_ext.algorithms.samples import SampleSum
 from aimet_ext.config import SeqMSEParams
 from aimet_ext.core.range_search import best_ranges, compatible_ranges
 from aimet_ext.data.batches import ForwardFn
-from aimet_ext.model.walk import Activation
+from aimet_ext.walk.protocol import Activation
 
 __all__ = ["SeqMSE", "apply_seq_mse"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from aimet_ext.data.batches import map_tensors
-from aimet_ext.model.stream import hidden_state
+from aimet_ext.walk.stream import hidden_state
 
 __all__ = ["BlockFn", "probe", "probe_inputs"]
 

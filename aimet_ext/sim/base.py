@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from aimet_ext.config import Granularity, QSpec
 from aimet_ext.core.affine import Grid
 from aimet_ext.data.batches import ForwardFn
-from aimet_ext.model.stream import BlockStream
 from aimet_ext.model.topology import BlockTopology, TopologyDescription
-from aimet_ext.model.walk import Streams, Walk
+from aimet_ext.walk.protocol import Streams, Walk
+from aimet_ext.walk.stream import BlockStream
 
 __all__ = ["Range", "SimAdaptor", "WeightQuantizer", "adapt", "moved_ranges"]
 
@@ -209,7 +209,7 @@ class SimAdaptor(Protocol):
         cache_dir: str | Path | None,
         device: torch.device | str | None,
     ) -> Walk:
-        """A walk to layers, with the quantizers off; see :mod:`aimet_ext.model.walk`.
+        """A walk to layers, with the quantizers off; see :mod:`aimet_ext.walk.protocol`.
 
         :param effective: weights that the quantized stream uses from the start, by layer.
         """
@@ -234,7 +234,7 @@ class SimAdaptor(Protocol):
         cache_dir: str | Path | None,
         device: torch.device | str | None,
     ) -> BlockStream:
-        """What the first block receives, see :mod:`aimet_ext.model.capture`."""
+        """What the first block receives, see :mod:`aimet_ext.walk.capture`."""
 
     def commit(self, module: str) -> None:
         """Note that a module's parameters were changed in place, for all that holds copies."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.model.families import TopologyDescription
-from aimet_ext.model.stream import BlockStream
 from aimet_ext.model.topology import BlockTopology
 from aimet_ext.onnx.blocks.capture import argument_names, capture_blocks, check_block
 from aimet_ext.onnx.blocks.find import BlockPlan, find_onnx_blocks
@@ -29,6 +28,7 @@ from aimet_ext.onnx.blocks.shared import to_copy
 from aimet_ext.onnx.shells import insert_module
 from aimet_ext.sim.onnx_parts import OnnxPart
 from aimet_ext.sim.onnx_split import Copies
+from aimet_ext.walk.stream import BlockStream
 
 if TYPE_CHECKING:
     from aimet_ext.sim.onnx_sim import OnnxSim

@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 from aimet_ext.data.batches import ForwardFn
 from aimet_ext.data.onnx_batches import onnx_batches
-from aimet_ext.model.stream import BlockStream
 from aimet_ext.model.topology import BlockTopology, TopologyDescription
-from aimet_ext.model.walk import Streams, Walk
 from aimet_ext.onnx.graph import OnnxGraph
 from aimet_ext.onnx.layers import FoundLayers, OnnxLayer, find_layers, node_names
 from aimet_ext.onnx.shells import insert_module, module_tree, shell
@@ -39,6 +37,8 @@ from aimet_ext.sim.onnx_quantizer_state import (
     uninitialize,
 )
 from aimet_ext.sim.onnx_quantizers import OnnxWeightQuantizer
+from aimet_ext.walk.protocol import Streams, Walk
+from aimet_ext.walk.stream import BlockStream
 
 __all__ = ["OnnxSim"]
 

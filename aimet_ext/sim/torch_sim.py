@@ -14,12 +14,7 @@ from aimet_torch.quantization.base import QuantizerBase
 from torch import Tensor, nn
 
 from aimet_ext.data.batches import ForwardFn, iterate_batches
-from aimet_ext.model.block_walk import BlockWalk, find_stack
-from aimet_ext.model.capture import capture_block_inputs
-from aimet_ext.model.graph import walk_graph
-from aimet_ext.model.stream import BlockStream
 from aimet_ext.model.topology import BlockTopology, TopologyDescription, find_blocks
-from aimet_ext.model.walk import Streams, Walk
 from aimet_ext.sim.base import Range, SimAdaptor, WeightQuantizer
 from aimet_ext.sim.torch_quantizers import (
     TorchWeightQuantizer,
@@ -28,6 +23,11 @@ from aimet_ext.sim.torch_quantizers import (
     uninitialize,
 )
 from aimet_ext.sim.torch_watch import forwards, live, observer, widen
+from aimet_ext.walk.blocks import BlockWalk, find_stack
+from aimet_ext.walk.capture import capture_block_inputs
+from aimet_ext.walk.protocol import Streams, Walk
+from aimet_ext.walk.stream import BlockStream
+from aimet_ext.walk.traced import walk_graph
 
 __all__ = ["TorchSim"]
 

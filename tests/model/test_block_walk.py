@@ -10,7 +10,7 @@ from block_reference import Experts, Plain
 from torch import nn
 from torch.nn import functional
 
-from aimet_ext.model.block_walk import BlockWalk, find_stack
+from aimet_ext.walk.blocks import BlockWalk, find_stack
 
 FAMILIES = {
     "llama": {},

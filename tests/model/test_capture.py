@@ -12,8 +12,8 @@ from torch import nn
 
 from aimet_ext.data.cache import TensorCache
 from aimet_ext.files.journal import hash_tensors
-from aimet_ext.model.capture import capture_block_inputs
-from aimet_ext.model.stream import BlockStream, hidden_state
+from aimet_ext.walk.capture import capture_block_inputs
+from aimet_ext.walk.stream import BlockStream, hidden_state
 
 FIRST = "model.layers.0"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from onnx import NodeProto
 from torch.nn import functional
 
-from aimet_ext.model.walk import Activation
 from aimet_ext.onnx.graph import OnnxGraph
 from aimet_ext.onnx.layers import OnnxLayer
 from aimet_ext.onnx.nodes import attribute
+from aimet_ext.walk.protocol import Activation
 
 __all__ = ["activation_after", "check_no_batch_norm"]
 

@@ -16,11 +16,11 @@ from onnx import NodeProto, TensorProto
 from torch import nn
 
 from aimet_ext.data.moments import Geometry
-from aimet_ext.model.walk import Activation
 from aimet_ext.onnx.graph import OnnxGraph
 from aimet_ext.onnx.layers import OnnxLayer
 from aimet_ext.onnx.nodes import reads
 from aimet_ext.onnx.walk.readers import activation_after, check_no_batch_norm
+from aimet_ext.walk.protocol import Activation
 
 __all__ = ["PlannedStage", "Section", "Step", "plan_stages", "plan_steps"]
 

@@ -12,12 +12,12 @@ from torch.nn import functional
 
 from aimet_ext.data.onnx_batches import check_inputs
 from aimet_ext.data.values import ValueCache
-from aimet_ext.model.layers import fit_mask, known
-from aimet_ext.model.walk import Inputs, ReadStage, Streams
 from aimet_ext.onnx.graph import OnnxGraph
 from aimet_ext.onnx.layers import OnnxLayer
 from aimet_ext.onnx.session import Part
 from aimet_ext.onnx.walk.schedule import PlannedStage, Section, plan_stages, plan_steps
+from aimet_ext.walk.layers import fit_mask, known
+from aimet_ext.walk.protocol import Inputs, ReadStage, Streams
 
 __all__ = ["OnnxWalk"]
 
@@ -31,7 +31,7 @@ class OnnxWalk:
 
     Between two stages, only values that a later node reads are kept; see
     :mod:`aimet_ext.onnx.walk.schedule`. A session holds the weights of its part and lives as long as
-    that runs. See :class:`aimet_ext.model.walk.Walk`. Quantizers are seen through.
+    that runs. See :class:`aimet_ext.walk.protocol.Walk`. Quantizers are seen through.
 
     A layer whose weight several nodes apply has its stage at the first of them. The stage then
     gives, for each batch, the inputs of all of them in turn, the later ones as the weights are now.

@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from aimet_ext.data.batches import call_model, map_leaves, map_tensors
-from aimet_ext.model.layers import check_folded, geometries, relu_of, twice_called, uncalled
-from aimet_ext.model.walk import Activation
+from aimet_ext.walk.layers import check_folded, geometries, relu_of, twice_called, uncalled
+from aimet_ext.walk.protocol import Activation
 
 __all__ = ["GIVEN", "Group", "NotTraceable", "Trace", "batch_tensors", "trace_model"]
 

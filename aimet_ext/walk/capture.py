@@ -18,7 +18,7 @@ from aimet_ext.data.batches import (
     module_device,
     token_mask,
 )
-from aimet_ext.model.stream import BlockCall, BlockStream
+from aimet_ext.walk.stream import BlockCall, BlockStream
 
 __all__ = ["BlockCall", "BlockStream", "capture_block_inputs"]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from aimet_ext.model.layers import checked_weight
-from aimet_ext.model.watch import layer_input
+from aimet_ext.walk.hooks import layer_input
+from aimet_ext.walk.layers import checked_weight
 
 __all__ = ["replaced_forward", "seen_input", "swapped_weights"]
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from aimet_ext.data.moments import Geometry
-from aimet_ext.model.walk import Activation
+from aimet_ext.walk.protocol import Activation
 
 __all__ = [
     "check_folded",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from aimet_ext.data.batches import map_tensors
-from aimet_ext.model.trace import GIVEN, Trace, batch_tensors
+from aimet_ext.walk.trace import GIVEN, Trace, batch_tensors
 
 __all__ = ["Executor", "Segment", "Values", "Weights", "equal", "renewed", "tensor_versions"]
 

@@ -21,14 +21,14 @@ from torch.func import functional_call
 from aimet_ext.data.batches import ForwardFn, call_model, module_device
 from aimet_ext.data.cache import TensorCache
 from aimet_ext.data.moments import Geometry
-from aimet_ext.model.capture import capture_block_inputs
-from aimet_ext.model.layer_order import LayerOrder, layer_order, layers_around
-from aimet_ext.model.layers import checked_weight, fit_mask
-from aimet_ext.model.patches import replaced_forward, seen_input, swapped_weights
-from aimet_ext.model.rerun import RerunWalk
-from aimet_ext.model.same_arguments import check_same_arguments
-from aimet_ext.model.stream import BlockStream
-from aimet_ext.model.walk import Inputs, ReadStage, Stage, Streams
+from aimet_ext.walk.capture import capture_block_inputs
+from aimet_ext.walk.layer_order import LayerOrder, layer_order, layers_around
+from aimet_ext.walk.layers import checked_weight, fit_mask
+from aimet_ext.walk.patches import replaced_forward, seen_input, swapped_weights
+from aimet_ext.walk.protocol import Inputs, ReadStage, Stage, Streams
+from aimet_ext.walk.rerun import RerunWalk
+from aimet_ext.walk.same_arguments import check_same_arguments
+from aimet_ext.walk.stream import BlockStream
 
 __all__ = ["BlockWalk", "find_stack"]
 
@@ -69,7 +69,7 @@ class _Part:
 
 
 class BlockWalk:
-    """See :class:`aimet_ext.model.walk.Walk`. The model must compute in float while it walks.
+    """See :class:`aimet_ext.walk.protocol.Walk`. The model must compute in float while it walks.
 
     :param blocks: full names of the repeated blocks, see :func:`find_stack`.
     :param batches: of the dataloader, as a list.

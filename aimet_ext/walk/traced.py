@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from aimet_ext.data.batches import ForwardFn, call_model, map_tensors, module_device, token_mask
 from aimet_ext.data.moments import Geometry
 from aimet_ext.data.values import StoredBatches, ValueCache, keep_batches
-from aimet_ext.model.layers import check_model, checked_weight, find_layers, fit_mask, known
-from aimet_ext.model.rerun import RerunWalk
-from aimet_ext.model.segments import (
+from aimet_ext.walk.layers import check_model, checked_weight, find_layers, fit_mask, known
+from aimet_ext.walk.protocol import Inputs, ReadStage, Streams, Walk
+from aimet_ext.walk.rerun import RerunWalk
+from aimet_ext.walk.segments import (
     Executor,
     Segment,
     Values,
@@ -25,8 +26,7 @@ from aimet_ext.model.segments import (
     renewed,
     tensor_versions,
 )
-from aimet_ext.model.trace import Group, NotTraceable, batch_tensors, trace_model
-from aimet_ext.model.walk import Inputs, ReadStage, Streams, Walk
+from aimet_ext.walk.trace import Group, NotTraceable, batch_tensors, trace_model
 
 __all__ = ["GraphWalk", "walk_graph"]
 
@@ -74,7 +74,7 @@ class GraphWalk:
     """A walk that runs each operation of a traced model once per stream and batch.
 
     Between two stages, only values that a later operation reads are kept. See
-    :class:`aimet_ext.model.walk.Walk`. The model runs where it is, in evaluation mode, with its
+    :class:`aimet_ext.walk.protocol.Walk`. The model runs where it is, in evaluation mode, with its
     quantizers off.
 
     :param model: in evaluation mode.

@@ -19,7 +19,8 @@ from aimet_ext.data.batches import (
     token_mask,
 )
 from aimet_ext.data.values import StoredBatches, keep_batches
-from aimet_ext.model.layers import (
+from aimet_ext.walk.hooks import Watch, layer_input
+from aimet_ext.walk.layers import (
     check_folded,
     check_model,
     checked_weight,
@@ -31,8 +32,7 @@ from aimet_ext.model.layers import (
     twice_called,
     uncalled,
 )
-from aimet_ext.model.walk import Activation, Inputs, Streams
-from aimet_ext.model.watch import Watch, layer_input
+from aimet_ext.walk.protocol import Activation, Inputs, Streams
 
 __all__ = ["RerunWalk"]
 
@@ -43,7 +43,7 @@ class RerunWalk:
     It keeps nothing but weights, and asks nothing of the model but that layers are modules. Which
     of them read one tensor, and what reads their outputs, shows the first batch (and the next ones,
     until every layer was called). ``layers`` may be those of a part of the model. See
-    :class:`aimet_ext.model.walk.Walk`. The model runs where it is, in evaluation mode, with its
+    :class:`aimet_ext.walk.protocol.Walk`. The model runs where it is, in evaluation mode, with its
     quantizers off.
 
     :param model: in evaluation mode.
@@ -241,7 +241,7 @@ class RerunWalk:
 
 @dataclass(frozen=True, eq=False)
 class _Stage:
-    """See :class:`aimet_ext.model.walk.Stage`."""
+    """See :class:`aimet_ext.walk.protocol.Stage`."""
 
     layers: tuple[str, ...]
     activations: Mapping[str, Activation]

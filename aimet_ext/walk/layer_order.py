@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from aimet_ext.model.layers import check_folded, geometries, relu_of, twice_called, uncalled
-from aimet_ext.model.walk import Activation
-from aimet_ext.model.watch import Watch, tensor_version
+from aimet_ext.walk.hooks import Watch, tensor_version
+from aimet_ext.walk.layers import check_folded, geometries, relu_of, twice_called, uncalled
+from aimet_ext.walk.protocol import Activation
 
 __all__ = ["LayerOrder", "Wrap", "layer_order", "layers_around"]
 
