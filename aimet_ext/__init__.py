@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from aimet_ext.errors import CorruptFileError, MissingExtraError, TransformRefused
     from aimet_ext.files.ledger import Ledger
     from aimet_ext.files.scales import load_scales
-    from aimet_ext.model.huggingface import prepare_model
-    from aimet_ext.model.kv_cache import TokenCache
-    from aimet_ext.model.topology import TopologyDescription
+    from aimet_ext.models.huggingface import prepare_model
+    from aimet_ext.models.kv_cache import TokenCache
+    from aimet_ext.models.topology import TopologyDescription
     from aimet_ext.workflow.cache_export import export_with_cache
     from aimet_ext.workflow.cache_run import CacheGraphs, load_cache_graphs
     from aimet_ext.workflow.create import create_sim
@@ -72,8 +72,8 @@ _HOMES = {
     "QSpec": "aimet_ext.config",
     "SeqMSEParams": "aimet_ext.config",
     "Thresholds": "aimet_ext.workflow.verify_report",
-    "TokenCache": "aimet_ext.model.kv_cache",
-    "TopologyDescription": "aimet_ext.model.topology",
+    "TokenCache": "aimet_ext.models.kv_cache",
+    "TopologyDescription": "aimet_ext.models.topology",
     "TransformRefused": "aimet_ext.errors",
     "VerifyReport": "aimet_ext.workflow.verify_report",
     "apply_adaround": "aimet_ext.algorithms.adaround",
@@ -92,7 +92,7 @@ _HOMES = {
     "load_cache_graphs": "aimet_ext.workflow.cache_run",
     "load_scales": "aimet_ext.files.scales",
     "lora": "aimet_ext",
-    "prepare_model": "aimet_ext.model.huggingface",
+    "prepare_model": "aimet_ext.models.huggingface",
     "set_blockwise": "aimet_ext.workflow.grids",
     "set_lpbq": "aimet_ext.workflow.grids",
     "verify": "aimet_ext.workflow.verify",

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from aimet_ext.core.equivalence import transform
-from aimet_ext.model.proof import Float64Casts, random_scale
-from aimet_ext.model.topology import find_blocks
+from aimet_ext.models.proof import Float64Casts, random_scale
+from aimet_ext.models.topology import find_blocks
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
 FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (

@@ -29,8 +29,8 @@ from aimet_ext.core.equivalence import expand, transform
 from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.scales import ModuleScales, Scales
 from aimet_ext.lora import attach_adapter, fold_adapter
-from aimet_ext.model.proof import Float64Casts, random_scale
-from aimet_ext.model.topology import find_blocks
+from aimet_ext.models.proof import Float64Casts, random_scale
+from aimet_ext.models.topology import find_blocks
 
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
 HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}

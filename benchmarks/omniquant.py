@@ -67,7 +67,7 @@ GRIDS = (
 
 def float_function(bench: Bench) -> dict[str, Any]:
     """a: max|Δ|/max|logits| of whole models after all scale pairs of all blocks."""
-    from aimet_ext.model.proof import BOUNDS
+    from aimet_ext.models.proof import BOUNDS
 
     rows, worst = [], dict.fromkeys(BOUNDS, 0.0)
     for family, changes in FAMILIES:

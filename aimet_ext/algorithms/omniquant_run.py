@@ -29,9 +29,9 @@ from aimet_ext.data.batches import ForwardFn
 from aimet_ext.data.cache import TensorCache
 from aimet_ext.errors import TransformRefused
 from aimet_ext.files.journal import Checkpoints, environment, hash_tensors
-from aimet_ext.model.probe import probe, probe_inputs
-from aimet_ext.model.proof import prove_pairs
-from aimet_ext.model.topology import BlockTopology, select_pairs
+from aimet_ext.models.probe import probe, probe_inputs
+from aimet_ext.models.proof import prove_pairs
+from aimet_ext.models.topology import BlockTopology, select_pairs
 from aimet_ext.sim.base import Range, SimAdaptor, WeightQuantizer, moved_ranges
 from aimet_ext.walk.stream import BlockStream
 

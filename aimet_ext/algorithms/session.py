@@ -34,7 +34,7 @@ __all__ = [
 def original_names(model: nn.Module) -> Callable[[str], str]:
     """From a name in the model of a simulation to its name in the original checkpoint."""
     try:
-        from aimet_ext.model.huggingface import original_name
+        from aimet_ext.models.huggingface import original_name
     except ModuleNotFoundError:  # no transformers, so no Hugging Face model
         return lambda name: name
     return lambda name: original_name(name, model)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from aimet_ext.errors import CorruptFileError, require
-from aimet_ext.model.huggingface import checkpoint_prefix
+from aimet_ext.models.huggingface import checkpoint_prefix
 
 __all__ = [
     "ADAPTER_CONFIG",

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.manifest import is_ours, read_manifest
 from aimet_ext.files.tensors import hash_tensors
-from aimet_ext.model.families import FAMILIES
-from aimet_ext.model.huggingface import causal_lm, checkpoint_prefix
-from aimet_ext.model.padding import pad_rows
+from aimet_ext.models.families import FAMILIES
+from aimet_ext.models.huggingface import causal_lm, checkpoint_prefix
+from aimet_ext.models.padding import pad_rows
 
 __all__ = ["Checkpoint", "Padding", "Target", "open_checkpoint", "open_target"]
 

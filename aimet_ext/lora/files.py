@@ -20,7 +20,7 @@ from aimet_ext.files.sealed import read_sealed, write_sealed
 from aimet_ext.lora.adapter import read_adapter
 from aimet_ext.lora.onnx_inputs import write_adapter_graph
 from aimet_ext.lora.sim import LoraState, lora_state, sim_with_slots, switch
-from aimet_ext.model.huggingface import original_name
+from aimet_ext.models.huggingface import original_name
 from aimet_ext.sim.base import adapt
 from aimet_ext.workflow.export import QUANTIZERS, QUANTIZERS_SCHEMA
 from aimet_ext.workflow.load import load as load_base

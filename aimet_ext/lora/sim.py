@@ -18,7 +18,7 @@ from aimet_ext.files.scales import load_scales
 from aimet_ext.files.tensors import hash_tensors
 from aimet_ext.lora.adapter import Adapter, LoraLayer, read_adapters
 from aimet_ext.lora.fold import fold_adapter, fold_adapters, scales_digest
-from aimet_ext.model.huggingface import causal_lm, checkpoint_prefix, context_length
+from aimet_ext.models.huggingface import causal_lm, checkpoint_prefix, context_length
 from aimet_ext.sim.base import adapt
 from aimet_ext.workflow.fitting import some
 from aimet_ext.workflow.load import load

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from aimet_ext.config import Granularity, QSpec
 from aimet_ext.core.affine import Grid
 from aimet_ext.data.batches import ForwardFn
-from aimet_ext.model.topology import BlockTopology, TopologyDescription
+from aimet_ext.models.topology import BlockTopology, TopologyDescription
 from aimet_ext.walk.protocol import Streams, Walk
 from aimet_ext.walk.stream import BlockStream
 
@@ -215,7 +215,7 @@ class SimAdaptor(Protocol):
         """
 
     def find_blocks(self, description: TopologyDescription | None) -> list[BlockTopology]:
-        """Decoder blocks, see :func:`aimet_ext.model.topology.find_blocks`."""
+        """Decoder blocks, see :func:`aimet_ext.models.topology.find_blocks`."""
 
     def own_parameters(
         self, kinds: Collection[str], description: TopologyDescription | None

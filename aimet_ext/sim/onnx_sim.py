@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from aimet_ext.data.batches import ForwardFn
 from aimet_ext.data.onnx_batches import onnx_batches
-from aimet_ext.model.topology import BlockTopology, TopologyDescription
+from aimet_ext.models.topology import BlockTopology, TopologyDescription
 from aimet_ext.onnx.graph import OnnxGraph
 from aimet_ext.onnx.layers import FoundLayers, OnnxLayer, find_layers, node_names
 from aimet_ext.onnx.shells import insert_module, module_tree, shell

@@ -14,7 +14,7 @@ from aimet_torch.quantization.base import QuantizerBase
 from torch import Tensor, nn
 
 from aimet_ext.data.batches import ForwardFn, iterate_batches
-from aimet_ext.model.topology import BlockTopology, TopologyDescription, find_blocks
+from aimet_ext.models.topology import BlockTopology, TopologyDescription, find_blocks
 from aimet_ext.sim.base import Range, SimAdaptor, WeightQuantizer
 from aimet_ext.sim.torch_quantizers import (
     TorchWeightQuantizer,
@@ -298,7 +298,7 @@ class TorchSim:
         return walk_graph(self.model, batches, layers, **settings)
 
     def find_blocks(self, description: TopologyDescription | None) -> list[BlockTopology]:
-        """Decoder blocks, see :func:`aimet_ext.model.topology.find_blocks`."""
+        """Decoder blocks, see :func:`aimet_ext.models.topology.find_blocks`."""
         return find_blocks(self.model, description)
 
     def own_parameters(

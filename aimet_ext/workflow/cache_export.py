@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aimet_ext.files.folders import replace_folder
 from aimet_ext.files.manifest import write_manifest
-from aimet_ext.model.kv_cache import CachedCausalLM
+from aimet_ext.models.kv_cache import CachedCausalLM
 from aimet_ext.sim.base import adapt
 from aimet_ext.workflow.cache_check import check_float, check_quantized
 from aimet_ext.workflow.cache_quantize import Reference, quantized_graph
@@ -53,7 +53,7 @@ def export_with_cache(
     ``manifest.json``                     hashes, shapes of the cache, results of the checks
     ====================================  ==========================================================
 
-    Both graphs have static shapes and share the cache, see :mod:`aimet_ext.model.kv_cache`:
+    Both graphs have static shapes and share the cache, see :mod:`aimet_ext.models.kv_cache`:
 
     ==========================================  ====================================================
     ``input_ids``, ``position_ids``             ``[1, n]``

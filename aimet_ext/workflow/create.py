@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from aimet_ext.config import PerTensor, QSpec
 from aimet_ext.data.batches import map_tensors, module_device
 from aimet_ext.errors import require
-from aimet_ext.model.huggingface import PreparedCausalLM, causal_lm, prepare_model
+from aimet_ext.models.huggingface import PreparedCausalLM, causal_lm, prepare_model
 from aimet_ext.sim.base import adapt
 from aimet_ext.workflow.plan import pad_mlps, plan_weights
 

@@ -68,7 +68,7 @@ def _model_of(model_or_sim: Any) -> nn.Module:
             f"a model or a QuantizationSimModel is required, got {type(model_or_sim).__name__}"
         )
     if hasattr(model, "get_output_embeddings"):  # transformers' own: for its padding on the left
-        from aimet_ext.model.huggingface import prepare_model
+        from aimet_ext.models.huggingface import prepare_model
 
         return prepare_model(model)
     return model

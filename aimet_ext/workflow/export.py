@@ -18,7 +18,7 @@ from aimet_ext.files.manifest import write_manifest
 from aimet_ext.files.scales import write_scales
 from aimet_ext.files.sealed import write_sealed
 from aimet_ext.files.tensors import hash_tensors
-from aimet_ext.model.huggingface import causal_lm, original_name
+from aimet_ext.models.huggingface import causal_lm, original_name
 from aimet_ext.sim.base import SimAdaptor, adapt
 from aimet_ext.workflow.fingerprints import write_fingerprints
 from aimet_ext.workflow.model_files import float_state, passing_buffers, rounded_state, write_model

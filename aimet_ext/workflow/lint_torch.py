@@ -160,7 +160,7 @@ class _Reader:
         """What a prepared language model adds to masked scores, None for all other models."""
         if "transformers" not in sys.modules:
             return None
-        from aimet_ext.model.huggingface import PreparedCausalLM
+        from aimet_ext.models.huggingface import PreparedCausalLM
 
         for module in self.modules.values():
             if isinstance(module, PreparedCausalLM):

@@ -12,7 +12,7 @@ from aimet_ext.errors import CorruptFileError, require
 from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.manifest import read_manifest
 from aimet_ext.files.sealed import read_sealed
-from aimet_ext.model.huggingface import prepare_model
+from aimet_ext.models.huggingface import prepare_model
 from aimet_ext.sim.base import adapt
 from aimet_ext.workflow.export import (
     LEDGER,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from aimet_ext.files.names import WEIGHTS
-from aimet_ext.model.huggingface import causal_lm, original_name
+from aimet_ext.models.huggingface import causal_lm, original_name
 from aimet_ext.sim.base import adapt
 from aimet_ext.workflow.quantizers import named_quantizers
 

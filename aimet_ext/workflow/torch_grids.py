@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from aimet_ext.model.huggingface import causal_lm, original_name
+from aimet_ext.models.huggingface import causal_lm, original_name
 from aimet_ext.sim.base import SimAdaptor
 from aimet_ext.sim.torch_setup import (
     calibrated_weight_quantizer,

@@ -85,7 +85,7 @@ def float_outputs(sim: Any, reference: Any, feeds: Sequence[Feed]) -> list[Array
             return sim_outputs(sim, feeds)
     model = reference
     if hasattr(reference, "get_output_embeddings"):  # transformers' own
-        from aimet_ext.model.huggingface import prepare_model
+        from aimet_ext.models.huggingface import prepare_model
 
         model = prepare_model(reference)
     if not isinstance(model, nn.Module):

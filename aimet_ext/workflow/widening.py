@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aimet_ext.model.huggingface import causal_lm
-from aimet_ext.model.padding import mlp_layers, pad_mlp, pad_rows
-from aimet_ext.model.topology import BlockTopology
+from aimet_ext.models.huggingface import causal_lm
+from aimet_ext.models.padding import mlp_layers, pad_mlp, pad_rows
+from aimet_ext.models.topology import BlockTopology
 from aimet_ext.sim.base import SimAdaptor
 from aimet_ext.sim.torch_setup import calibrate_alone, put_quantizer
 from aimet_ext.workflow.fitting import WeightPlan, some

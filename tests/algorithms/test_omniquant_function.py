@@ -15,8 +15,8 @@ import aimet_ext
 from aimet_ext import LPBQ, Blockwise, PerChannel, PerTensor, QSpec
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.core.equivalence import expand, transform
-from aimet_ext.model.proof import Float64Casts
-from aimet_ext.model.topology import find_blocks
+from aimet_ext.models.proof import Float64Casts
+from aimet_ext.models.topology import find_blocks
 from aimet_ext.sim.base import adapt
 
 pytest.importorskip("aimet_torch")

@@ -14,7 +14,7 @@ from torch import Tensor
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.scales import ModuleScales, Scales
 from aimet_ext.lora import attach_adapter, fold_adapter, read_adapter, read_adapters
-from aimet_ext.model.proof import Float64Casts
+from aimet_ext.models.proof import Float64Casts
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -17,8 +17,8 @@ from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.scales import ModuleScales, Scales
 from aimet_ext.files.tensors import hash_tensors
 from aimet_ext.lora import attach_adapter, fold_adapter, fold_adapters, read_adapter
-from aimet_ext.model.proof import Float64Casts
-from aimet_ext.model.topology import find_blocks
+from aimet_ext.models.proof import Float64Casts
+from aimet_ext.models.topology import find_blocks
 
 peft = pytest.importorskip("peft")
 

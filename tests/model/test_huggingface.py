@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from aimet_ext.model.huggingface import (
+from aimet_ext.models.huggingface import (
     PreparedCausalLM,
     causal_lm,
     checkpoint_prefix,

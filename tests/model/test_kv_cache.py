@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from aimet_ext.model.huggingface import prepare_model
-from aimet_ext.model.kv_cache import CachedCausalLM, CacheShape, TokenCache, run_with_cache
-from aimet_ext.model.proof import Float64Casts
+from aimet_ext.models.huggingface import prepare_model
+from aimet_ext.models.kv_cache import CachedCausalLM, CacheShape, TokenCache, run_with_cache
+from aimet_ext.models.proof import Float64Casts
 
 pytest.importorskip("transformers")
 

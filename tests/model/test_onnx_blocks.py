@@ -16,9 +16,9 @@ onnx_models = pytest.importorskip("onnx_models")
 from onnx import numpy_helper  # noqa: E402
 
 from aimet_ext.errors import TransformRefused  # noqa: E402
-from aimet_ext.model.families import TopologyDescription  # noqa: E402
-from aimet_ext.model.probe import probe, probe_inputs  # noqa: E402
-from aimet_ext.model.proof import prove_pairs  # noqa: E402
+from aimet_ext.models.families import TopologyDescription  # noqa: E402
+from aimet_ext.models.probe import probe, probe_inputs  # noqa: E402
+from aimet_ext.models.proof import prove_pairs  # noqa: E402
 from aimet_ext.onnx.blocks.capture import (  # noqa: E402
     argument_names,
     capture_blocks,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from aimet_ext.model.padding import pad_mlp
-from aimet_ext.model.topology import BlockTopology
+from aimet_ext.models.padding import pad_mlp
+from aimet_ext.models.topology import BlockTopology
 
 
 class Mlp(nn.Module):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from aimet_ext.model.families import FAMILIES, TopologyDescription
-from aimet_ext.model.topology import find_blocks, select_pairs
+from aimet_ext.models.families import FAMILIES, TopologyDescription
+from aimet_ext.models.topology import find_blocks, select_pairs
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj")

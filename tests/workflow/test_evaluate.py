@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from aimet_ext.model.huggingface import prepare_model
+from aimet_ext.models.huggingface import prepare_model
 from aimet_ext.workflow.evaluate import calibration_batches, evaluate_perplexity
 
 

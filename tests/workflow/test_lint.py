@@ -88,7 +88,7 @@ def test_a_sound_language_model_has_no_findings(tiny_llama: Any) -> None:
 
 
 def test_a_mask_that_leaves_no_grid_for_scores_is_found(tiny_llama: Any) -> None:
-    from aimet_ext.model.huggingface import prepare_model
+    from aimet_ext.models.huggingface import prepare_model
 
     ids = torch.arange(32).reshape(2, 16)
     sim = create_sim(prepare_model(tiny_llama), ids)

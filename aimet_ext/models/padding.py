@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aimet_ext.model.topology import BlockTopology
+from aimet_ext.models.topology import BlockTopology
 
 __all__ = ["mlp_layers", "pad_mlp", "pad_rows"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aimet_ext.core.equivalence import PairKind, ScalePair, Side
-from aimet_ext.model.families import TopologyDescription
+from aimet_ext.models.families import TopologyDescription
 
 __all__ = ["candidate_pairs"]
 

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from aimet_ext.core.equivalence import ScalePair, transform
 from aimet_ext.errors import TransformRefused
-from aimet_ext.model.probe import BlockFn
+from aimet_ext.models.probe import BlockFn
 
 __all__ = [
     "BOUNDS",
@@ -87,7 +87,7 @@ def failing_pairs(
     Random scales, first in float64 under :class:`Float64Casts`, then in float32 as it is.
 
     :param block_fn: output for a fixed input and the given parameters, computed in their dtype;
-        :func:`aimet_ext.model.probe.probe` makes one from a module.
+        :func:`aimet_ext.models.probe.probe` makes one from a module.
     :param params: floating point parameters of the block, named relative to it. Never changed.
     :raises ValueError: the output is not finite or does not depend on ``params``.
     """

@@ -13,8 +13,8 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from aimet_ext.core.equivalence import PairKind, ScalePair
-from aimet_ext.model.candidates import candidate_pairs
-from aimet_ext.model.families import FAMILIES, TopologyDescription
+from aimet_ext.models.families import FAMILIES, TopologyDescription
+from aimet_ext.models.pairs import candidate_pairs
 
 __all__ = ["BlockTopology", "TopologyDescription", "find_blocks", "select_pairs"]
 

@@ -1,7 +1,7 @@
 """Families of decoder models, as data: the names of the modules in a block.
 
 A new family is a new row. The names are those of transformers; a row is a claim, and
-:func:`aimet_ext.model.proof.prove_pairs` holds it against the model at hand.
+:func:`aimet_ext.models.proof.prove_pairs` holds it against the model at hand.
 """
 
 from __future__ import annotations
