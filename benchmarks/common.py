@@ -327,7 +327,7 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 def grids(sim: Any, spec: QSpec) -> dict[str, Any]:
     """How many linear layers have the grid that was asked for, and what each has."""
-    from aimet_ext.sim.base import adapt
+    from aimet_ext.sim.protocol import adapt
 
     adaptor = adapt(sim)
     quantizers = adaptor.weight_quantizers()

@@ -170,7 +170,7 @@ def resnet(bench: LayerBench) -> dict[str, Any]:
 
 def resnet_sim(model: nn.Module, images: torch.Tensor) -> Any:
     """Weights quantized and nothing else."""
-    from aimet_ext.sim.torch_setup import build_sim
+    from aimet_ext.sim.torch.setup import build_sim
 
     kinds = ((nn.Conv2d, W4), (nn.Linear, W8))
     specs = {

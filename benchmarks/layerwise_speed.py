@@ -16,7 +16,7 @@ from report import bar, in_own_process, named, print_table
 
 import aimet_ext
 from aimet_ext import LPBQ, QSpec
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
 
 LENGTH = 256
 PER_CHANNEL, BLOCKS_OF_64 = QSpec(bitwidth=4), QSpec(bitwidth=4, granularity=LPBQ(64))

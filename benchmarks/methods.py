@@ -13,7 +13,7 @@ from common import SEQ_MSE, SIMPLE, apply_seq_mse, call, quiet
 from torch import Tensor, nn
 
 import aimet_ext
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
 
 ADAROUND = "AIMET AdaRound"
 AIMET_ADAROUND_STEPS = 15_000  # AIMET's default where a width is below 8 bits

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import aimet_ext
 from aimet_ext import LPBQ, QSpec
 from aimet_ext.core.affine import fake_quantize
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
 
 W4, W3 = QSpec(bitwidth=4), QSpec(bitwidth=3)
 MODELS = ("stories260K", "box")
@@ -146,7 +146,7 @@ def _llm(bench: OnnxBench, name: str) -> Target:
 
 def _images(bench: OnnxBench) -> Target:
     """ResNet-20: convolutions and the linear layer, scored by top-1."""
-    from aimet_ext.sim.torch_setup import build_sim
+    from aimet_ext.sim.torch.setup import build_sim
 
     folder = bench.options.assets / "resnet20-cifar10"
     model = load_resnet(folder)

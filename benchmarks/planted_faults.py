@@ -30,7 +30,7 @@ import aimet_ext
 from aimet_ext import LPBQ, Blockwise, PerTensor, QSpec
 from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.manifest import relist_files
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
 from aimet_ext.workflow.findings import Finding
 from aimet_ext.workflow.integrity import check_integrity
 

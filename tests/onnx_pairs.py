@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import aimet_ext
 from aimet_ext.config import LPBQ, Blockwise, PerTensor, QSpec
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
 
 __all__ = ["GRIDS", "MLP", "PAIRS", "Pair", "encodings", "onnx_sim", "outputs", "state_of"]
 
@@ -31,13 +31,13 @@ MLP = (16, 32, 32, 8)
 
 
 def onnx_sim(model: Any, spec: Any, activations: QSpec | None = None, feed: Any = None) -> Any:
-    from aimet_ext.sim.onnx_setup import build_sim
+    from aimet_ext.sim.onnx.setup import build_sim
 
     return build_sim(model, spec, activations, dummy_input=feed)
 
 
 def torch_sim(module: nn.Module, sample: Any, specs: dict[str, QSpec]) -> Any:
-    from aimet_ext.sim.torch_setup import build_sim
+    from aimet_ext.sim.torch.setup import build_sim
 
     return build_sim(copy.deepcopy(module), sample, specs, None, "htp_v79")
 

@@ -126,7 +126,7 @@ def test_imports_follow_the_rules(module: str, path: pathlib.Path) -> None:
         ("sim.onnx_sim", "import aimet_torch"),
         ("model.onnx_graph", "import aimet_onnx"),
         ("sim.base", "from aimet_torch import QuantizationSimModel"),
-        ("export.scales", "from aimet_ext.sim.base import adapt"),
+        ("export.scales", "from aimet_ext.sim.protocol import adapt"),
         ("algorithms.omniquant", "from aimet_ext.sim import torch_sim"),
         ("algorithms.omniquant", "import aimet_torch.quantsim"),
         ("config", "from aimet_ext import core"),

@@ -15,7 +15,7 @@ from aimet_ext.core.clipping import GridLayout
 from aimet_ext.core.equivalence import ScalePair, expand, transform
 from aimet_ext.core.objective import squared_error
 from aimet_ext.data.cache import TensorCache
-from aimet_ext.sim.base import SimAdaptor, WeightQuantizer
+from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer
 from aimet_ext.walk.stream import BlockCall, BlockStream
 
 __all__ = ["Block", "BlockState", "layout_of"]

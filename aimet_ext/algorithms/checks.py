@@ -12,7 +12,7 @@ from torch import Tensor
 from aimet_ext.config import LayerwiseParams, OmniQuantParams
 from aimet_ext.core.affine import fake_quantize, to_blocks
 from aimet_ext.models.topology import BlockTopology
-from aimet_ext.sim.base import SimAdaptor, WeightQuantizer
+from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer
 
 __all__ = ["frozen_by", "is_rounded", "layers_to_quantize", "merge_params", "refuse"]
 

@@ -13,7 +13,7 @@ from aimet_ext.algorithms.samples import SampleSum
 from aimet_ext.core.affine import Grid, dequantize, fake_quantize, quantize, short_scale
 from aimet_ext.core.clipping import GridLayout
 from aimet_ext.core.objective import SecondMoment, moment_product, row_errors
-from aimet_ext.sim.base import WeightQuantizer
+from aimet_ext.sim.protocol import WeightQuantizer
 
 __all__ = ["Decision", "Outcome", "Problem", "deploy"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from aimet_ext.algorithms.checks import frozen_by, is_rounded, refuse
-from aimet_ext.sim.base import SimAdaptor, WeightQuantizer
+from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer
 
 __all__ = ["LayerChoice", "choose_layers", "module_names"]
 

@@ -26,7 +26,7 @@ from aimet_ext.core.objective import SecondMoment
 from aimet_ext.data.batches import ForwardFn, map_leaves
 from aimet_ext.data.moments import Geometry, MomentSum
 from aimet_ext.files.journal import Checkpoints, environment, hash_tensors
-from aimet_ext.sim.base import SimAdaptor, WeightQuantizer
+from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer
 from aimet_ext.walk.layers import uncalled
 from aimet_ext.walk.protocol import Activation, Inputs, Stage, Streams, Walk
 

@@ -16,7 +16,7 @@ from aimet_ext.algorithms.layerwise import LayerwiseRun, RunOptions, Solver
 from aimet_ext.algorithms.session import open_ledger, undo_on_failure
 from aimet_ext.files.folders import check_output, replace_folder
 from aimet_ext.files.manifest import write_manifest
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
 
 __all__ = ["run_layerwise"]
 

@@ -30,7 +30,7 @@ from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.manifest import write_manifest
 from aimet_ext.files.scales import write_scales
 from aimet_ext.models.topology import TopologyDescription
-from aimet_ext.sim.base import SimAdaptor, adapt
+from aimet_ext.sim.protocol import SimAdaptor, adapt
 
 __all__ = ["OmniQuantReport", "apply_omniquant"]
 

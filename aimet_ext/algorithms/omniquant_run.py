@@ -32,7 +32,7 @@ from aimet_ext.files.journal import Checkpoints, environment, hash_tensors
 from aimet_ext.models.probe import probe, probe_inputs
 from aimet_ext.models.proof import prove_pairs
 from aimet_ext.models.topology import BlockTopology, select_pairs
-from aimet_ext.sim.base import Range, SimAdaptor, WeightQuantizer, moved_ranges
+from aimet_ext.sim.protocol import Range, SimAdaptor, WeightQuantizer, moved_ranges
 from aimet_ext.walk.stream import BlockStream
 
 __all__ = ["TECHNIQUE", "OmniQuantRun", "RunOptions"]

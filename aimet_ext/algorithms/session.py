@@ -14,7 +14,7 @@ from torch import nn
 from aimet_ext.files.journal import UndoJournal, hash_tensors
 from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.tensors import writable_folder
-from aimet_ext.sim.base import SimAdaptor
+from aimet_ext.sim.protocol import SimAdaptor
 
 try:
     import resource

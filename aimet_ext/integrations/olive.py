@@ -47,7 +47,7 @@ from pydantic import field_validator  # noqa: E402
 import aimet_ext  # noqa: E402
 from aimet_ext.integrations.olive_config import PASS  # noqa: E402
 from aimet_ext.integrations.olive_techniques import check_techniques, reports_of, with_defaults  # noqa: E402
-from aimet_ext.sim.onnx_files import name_nodes  # noqa: E402
+from aimet_ext.sim.onnx.files import name_nodes  # noqa: E402
 
 __all__ = ["FOLDER", "REPORT", "AimetQuantization", "Bias", "PassFailed"]
 

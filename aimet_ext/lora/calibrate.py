@@ -190,7 +190,7 @@ def _calibrate(
     activations: QSpec | None,
     sums: Literal["adapter", "base"],
 ) -> _Calibrated:
-    from aimet_ext.sim.torch_lora import calibrating, freeze, quantized_content, slots
+    from aimet_ext.sim.torch.lora import calibrating, freeze, quantized_content, slots
 
     started = time.perf_counter()
     state = lora_state(sim)

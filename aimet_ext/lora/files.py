@@ -21,21 +21,21 @@ from aimet_ext.lora.adapter import read_adapter
 from aimet_ext.lora.onnx_inputs import write_adapter_graph
 from aimet_ext.lora.sim import LoraState, lora_state, sim_with_slots, switch
 from aimet_ext.models.huggingface import original_name
-from aimet_ext.sim.base import adapt
-from aimet_ext.workflow.export import QUANTIZERS, QUANTIZERS_SCHEMA
-from aimet_ext.workflow.load import load as load_base
-from aimet_ext.workflow.model_files import WEIGHTS
-from aimet_ext.workflow.onnx_file import positional_inputs
-from aimet_ext.workflow.quantizers import (
+from aimet_ext.sim.protocol import adapt
+from aimet_ext.sim.torch.state import (
     describe_quantizer,
     make_quantizer,
     quantizers_to_tensors,
 )
+from aimet_ext.workflow.export import QUANTIZERS, QUANTIZERS_SCHEMA
+from aimet_ext.workflow.load import load as load_base
+from aimet_ext.workflow.model_files import WEIGHTS
+from aimet_ext.workflow.onnx_file import positional_inputs
 
 if TYPE_CHECKING:
     from aimet_torch import QuantizationSimModel
 
-    from aimet_ext.sim.torch_lora import Content
+    from aimet_ext.sim.torch.lora import Content
 
 __all__ = ["export", "load"]
 
@@ -212,7 +212,7 @@ def _check_base(sim: Any, state: LoraState) -> None:
 
 
 def _write_state(folder: Path, sim: Any, state: LoraState) -> None:
-    from aimet_ext.sim.torch_quantizers import quantizer_state
+    from aimet_ext.sim.torch.quantizers import quantizer_state
 
     tensors: dict[str, Tensor] = {}
     adapters: dict[str, dict[str, Any]] = {}
@@ -249,9 +249,9 @@ def _content(
     tensors: Mapping[str, Tensor],
 ) -> Content:
     """What :func:`_write_state` wrote of one adapter in one slot."""
-    from aimet_ext.sim.torch_lora import QUANTIZERS as KEYS
-    from aimet_ext.sim.torch_lora import Content, freeze
-    from aimet_ext.sim.torch_quantizers import restore_quantizer
+    from aimet_ext.sim.torch.lora import QUANTIZERS as KEYS
+    from aimet_ext.sim.torch.lora import Content, freeze
+    from aimet_ext.sim.torch.quantizers import restore_quantizer
 
     quantizers: dict[str, Any] = dict.fromkeys(KEYS)
     for key, description in described["quantizers"].items():

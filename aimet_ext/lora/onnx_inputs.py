@@ -17,7 +17,7 @@ from aimet_ext.core.affine import fake_quantize
 from aimet_ext.errors import MissingExtraError, require
 from aimet_ext.files.encodings import Layout, entries, load_encodings, to_grid, to_version_1
 from aimet_ext.lora.sim import LoraState, lora_state, switch
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
 from aimet_ext.workflow.onnx_file import Inputs, OnnxFile, float32_model, write_onnx
 
 __all__ = ["LORA_NAMES", "AdapterGraph", "encodings_file", "write_adapter_graph"]
@@ -94,7 +94,7 @@ def _write_graph(
     sim: Any, folder: Path, prefix: str, inputs: Inputs, opset_version: int
 ) -> AdapterGraph:
     """The graph with zeros for the adapters' weights, which are inputs with these as defaults."""
-    from aimet_ext.sim.torch_lora import probe_content, put_content
+    from aimet_ext.sim.torch.lora import probe_content, put_content
 
     state = lora_state(sim)
     probes = {}
@@ -181,7 +181,7 @@ def _clean_base_encodings(
     sim: Any, folder: Path, prefix: str, weights: set[str], graph: AdapterGraph
 ) -> None:
     """Leave the base's encodings alone in its files; sums are as the base alone has them."""
-    from aimet_ext.sim.torch_lora import described_entry
+    from aimet_ext.sim.torch.lora import described_entry
 
     state = lora_state(sim)
     branches = set(graph.of("A_output", "B_output"))
@@ -213,7 +213,7 @@ def _write_adapter(
     state: LoraState, folder: Path, prefix: str, name: str, graph: AdapterGraph
 ) -> None:
     """Write ``{name}.safetensors``, what the graph's inputs take, and the encodings."""
-    from aimet_ext.sim.torch_lora import described_entry
+    from aimet_ext.sim.torch.lora import described_entry
 
     tensors, found, layouts = {}, [], {}
     for (slot, key), place in graph.inputs.items():

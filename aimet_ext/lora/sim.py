@@ -19,15 +19,15 @@ from aimet_ext.files.tensors import hash_tensors
 from aimet_ext.lora.adapter import Adapter, LoraLayer, read_adapters
 from aimet_ext.lora.fold import fold_adapter, fold_adapters, scales_digest
 from aimet_ext.models.huggingface import causal_lm, checkpoint_prefix, context_length
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
+from aimet_ext.sim.torch.state import load_quantizers, named_quantizers, quantizers_to_tensors
 from aimet_ext.workflow.fitting import some
 from aimet_ext.workflow.load import load
-from aimet_ext.workflow.quantizers import load_quantizers, named_quantizers, quantizers_to_tensors
 
 if TYPE_CHECKING:
     from aimet_torch import QuantizationSimModel
 
-    from aimet_ext.sim.torch_lora import Content
+    from aimet_ext.sim.torch.lora import Content
 
 __all__ = [
     "LoraState",
@@ -121,7 +121,7 @@ def sim_with_slots(base: Any, folder: str | Path, places: Mapping[str, bool]) ->
     :param folder: its export.
     :param places: original names of modules, each with whether its slot takes a bias.
     """
-    from aimet_ext.sim.torch_lora import empty_content
+    from aimet_ext.sim.torch.lora import empty_content
 
     prefix = checkpoint_prefix(base.model)
     sim = _build(base, {prefix + module: bias for module, bias in places.items()})
@@ -175,7 +175,7 @@ def add_adapters(sim: Any, adapters: Mapping[str, Adapter]) -> None:
     :param adapters: folded, by name; one of a name that is known takes its place.
     :raises ValueError: one does not fit; each module is named and nothing is changed.
     """
-    from aimet_ext.sim.torch_lora import float_content
+    from aimet_ext.sim.torch.lora import float_content
 
     state = lora_state(sim)
     made = {}
@@ -219,7 +219,7 @@ def switch(sim: Any, name: str | None) -> None:
         export, bit by bit.
     :raises ValueError: there is no adapter of that name.
     """
-    from aimet_ext.sim.torch_lora import put_content
+    from aimet_ext.sim.torch.lora import put_content
 
     state = lora_state(sim)
     if name is not None and name not in state.adapters:
@@ -325,7 +325,7 @@ def _scaled(layer: LoraLayer) -> tuple[Tensor, Tensor, Tensor | None]:
 
 def _build(base: Any, places: Mapping[str, bool]) -> Any:
     """A simulation with slots, the base's quantizers in their places and frozen."""
-    from aimet_ext.sim.torch_lora import QUANTIZERS, build_lora_sim, freeze
+    from aimet_ext.sim.torch.lora import QUANTIZERS, build_lora_sim, freeze
 
     settings = adapt(base).settings or {}
     length = min(8, context_length(base.model) or 8)

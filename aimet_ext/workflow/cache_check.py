@@ -11,7 +11,7 @@ from aimet_ext.core.objective import sqnr_db
 from aimet_ext.errors import MissingExtraError, require
 from aimet_ext.models.huggingface import prepare_model
 from aimet_ext.models.kv_cache import CachedCausalLM
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
 from aimet_ext.workflow.cache_run import QDQ, CacheFiles
 from aimet_ext.workflow.hand_off import HandOff
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from aimet_ext.files.folders import replace_folder
 from aimet_ext.files.manifest import write_manifest
 from aimet_ext.models.kv_cache import CachedCausalLM
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
 from aimet_ext.workflow.cache_check import check_float, check_quantized
 from aimet_ext.workflow.cache_quantize import Reference, quantized_graph
 from aimet_ext.workflow.cache_run import KIND, QDQ, CacheFiles

@@ -62,7 +62,8 @@ def quantized_graph(
     """
     onnx = require("onnx", "onnx")
     from aimet_ext.onnx.rewrite.fold import fold_constants
-    from aimet_ext.sim import onnx_cache, onnx_hand_off
+    from aimet_ext.sim.onnx import copied_ranges as onnx_cache
+    from aimet_ext.sim.onnx import target as onnx_hand_off
 
     path = files.path(name)
     encoded = entries(load_encodings(path.with_suffix(".encodings")))
@@ -97,7 +98,7 @@ class _Sources:
     """
 
     def __init__(self, model: Any, plain: Any, shape: CacheShape) -> None:
-        from aimet_ext.sim import onnx_files
+        from aimet_ext.sim.onnx import files as onnx_files
 
         self._moved, self._plain_moved = moved_from(model), moved_from(plain)
         past, self._present = _cache_names(shape)

@@ -14,7 +14,7 @@ from aimet_ext.config import PerTensor, QSpec
 from aimet_ext.data.batches import map_tensors, module_device
 from aimet_ext.errors import require
 from aimet_ext.models.huggingface import PreparedCausalLM, causal_lm, prepare_model
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
 from aimet_ext.workflow.plan import pad_mlps, plan_weights
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def create_sim(
     >>> sim = create_sim(model, ids, weights=QSpec(bitwidth=4, granularity=LPBQ(64)))
     """
     require("aimet_torch", "torch")
-    from aimet_ext.sim.torch_setup import build_sim
+    from aimet_ext.sim.torch.setup import build_sim
 
     module = model
     if hasattr(model, "get_output_embeddings"):

@@ -19,7 +19,8 @@ from aimet_ext.files.scales import write_scales
 from aimet_ext.files.sealed import write_sealed
 from aimet_ext.files.tensors import hash_tensors
 from aimet_ext.models.huggingface import causal_lm, original_name
-from aimet_ext.sim.base import SimAdaptor, adapt
+from aimet_ext.sim.protocol import SimAdaptor, adapt
+from aimet_ext.sim.torch.state import quantizers_to_tensors
 from aimet_ext.workflow.fingerprints import write_fingerprints
 from aimet_ext.workflow.model_files import float_state, passing_buffers, rounded_state, write_model
 from aimet_ext.workflow.onnx_export import (
@@ -37,7 +38,6 @@ from aimet_ext.workflow.onnx_file import (
     run_onnx,
     write_onnx,
 )
-from aimet_ext.workflow.quantizers import quantizers_to_tensors
 
 __all__ = [
     "CHECKPOINT",

@@ -82,7 +82,7 @@ def hand_off(
     :raises CorruptFileError: ``path`` is no export, or a file was changed.
     """
     require("aimet_onnx", "onnx")
-    from aimet_ext.sim import onnx_hand_off as target
+    from aimet_ext.sim.onnx import target
 
     folder = Path(path)
     manifest = read_manifest(folder)
@@ -130,9 +130,9 @@ def hand_off(
 def put_encodings(sim: Any, encoded: Mapping[str, Mapping[str, Any]]) -> Any:
     """Give a simulation's quantizers the ranges of a file's entries.
 
-    See :func:`aimet_ext.sim.onnx_hand_off.put_encodings`.
+    See :func:`aimet_ext.sim.onnx.target.put_encodings`.
     """
-    from aimet_ext.sim import onnx_hand_off
+    from aimet_ext.sim.onnx import target as onnx_hand_off
 
     return onnx_hand_off.put_encodings(sim, encoded, _grid)
 
@@ -158,7 +158,7 @@ def write_qdq(source: Any, path: str | Path) -> Path:
     from aimet_ext.onnx.rewrite.norms import fuse_rms_norms
     from aimet_ext.onnx.rewrite.operands import sign_second_operands
     from aimet_ext.onnx.rewrite.qdq import drop_casts, float_weights
-    from aimet_ext.sim import onnx_files
+    from aimet_ext.sim.onnx import files as onnx_files
 
     path = Path(path)
     sim = source.sim if isinstance(source, HandOff) else source

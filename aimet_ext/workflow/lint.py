@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from aimet_ext.integrations.qnn_targets import HtpTarget, find_target
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
 from aimet_ext.workflow.findings import Finding
 from aimet_ext.workflow.lint_facts import SimFacts
 from aimet_ext.workflow.lint_limits import LIMITS

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from aimet_ext.sim.base import WeightQuantizer
+from aimet_ext.sim.protocol import WeightQuantizer
 
 __all__ = ["Activation", "LintLayer", "SimFacts"]
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from aimet_ext.onnx.layers import OnnxLayer
 from aimet_ext.onnx.same_tensors import MOVES
-from aimet_ext.sim.base import WeightQuantizer
-from aimet_ext.sim.onnx_quantizer_state import is_integer
-from aimet_ext.sim.onnx_quantizers import OnnxWeightQuantizer
+from aimet_ext.sim.onnx.quantizer_state import is_integer
+from aimet_ext.sim.onnx.quantizers import OnnxWeightQuantizer
+from aimet_ext.sim.protocol import WeightQuantizer
 from aimet_ext.workflow.lint_facts import Activation, LintLayer, SimFacts
 from aimet_ext.workflow.lint_limits import FIXED_RANGES
 

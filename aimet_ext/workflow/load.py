@@ -13,7 +13,8 @@ from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.manifest import read_manifest
 from aimet_ext.files.sealed import read_sealed
 from aimet_ext.models.huggingface import prepare_model
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
+from aimet_ext.sim.torch.state import load_quantizers
 from aimet_ext.workflow.export import (
     LEDGER,
     LEDGER_SCHEMA,
@@ -23,7 +24,6 @@ from aimet_ext.workflow.export import (
 )
 from aimet_ext.workflow.model_files import load_weights
 from aimet_ext.workflow.onnx_load import load_onnx
-from aimet_ext.workflow.quantizers import load_quantizers
 
 __all__ = ["load"]
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from aimet_ext.files.names import WEIGHTS
 from aimet_ext.models.huggingface import causal_lm, original_name
-from aimet_ext.sim.base import adapt
-from aimet_ext.workflow.quantizers import named_quantizers
+from aimet_ext.sim.protocol import adapt
+from aimet_ext.sim.torch.state import named_quantizers
 
 __all__ = [
     "WEIGHTS",

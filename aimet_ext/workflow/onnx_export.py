@@ -20,7 +20,7 @@ from aimet_ext.files.names import LEDGER, QUANTIZERS, SETTINGS
 from aimet_ext.files.scales import write_scales
 from aimet_ext.files.sealed import write_sealed
 from aimet_ext.files.tensors import hash_tensors
-from aimet_ext.sim.base import SimAdaptor
+from aimet_ext.sim.protocol import SimAdaptor
 from aimet_ext.workflow.fingerprints import write_fingerprints
 
 __all__ = ["LEDGER", "LEDGER_SCHEMA", "QUANTIZERS", "SCHEMA", "SETTINGS", "export_onnx"]
@@ -49,7 +49,7 @@ def export_onnx(
 ) -> dict[str, Any]:
     """Write an ONNX sim to a folder, see :func:`aimet_ext.export`."""
     require("aimet_onnx", "onnx")
-    from aimet_ext.sim import onnx_files as files
+    from aimet_ext.sim.onnx import files
 
     sim = adaptor.sim
     sample = _sample(adaptor, dummy_input)
@@ -100,7 +100,9 @@ class _Writer:
         sample: Arrays,
         wider: Mapping[str, int],
     ) -> None:
-        from aimet_ext.sim import onnx_files, onnx_readback, onnx_state
+        from aimet_ext.sim.onnx import files as onnx_files
+        from aimet_ext.sim.onnx import readback as onnx_readback
+        from aimet_ext.sim.onnx import state as onnx_state
 
         self.onnx = require("onnx", "onnx")
         self.files, self.back, self.state = onnx_files, onnx_readback, onnx_state

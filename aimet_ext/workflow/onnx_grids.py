@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from aimet_ext.config import PerTensor, QSpec
-from aimet_ext.sim.onnx_setup import (
+from aimet_ext.sim.onnx.setup import (
     QuantizerState,
     bias_state,
     calibrated_state,

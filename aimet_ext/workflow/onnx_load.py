@@ -9,7 +9,7 @@ from typing import Any
 from aimet_ext.errors import require
 from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.sealed import read_sealed
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
 from aimet_ext.workflow.onnx_export import LEDGER, LEDGER_SCHEMA, QUANTIZERS, SCHEMA
 
 __all__ = ["load_onnx"]
@@ -25,7 +25,8 @@ def load_onnx(folder: Path, prefix: str, settings: dict[str, Any] | None, sim: A
     require("aimet_onnx", "onnx")
     require("onnx", "onnx")
     from aimet_ext.onnx.types import torch_array
-    from aimet_ext.sim import onnx_files, onnx_state
+    from aimet_ext.sim.onnx import files as onnx_files
+    from aimet_ext.sim.onnx import state as onnx_state
 
     tensors, fields = read_sealed(folder / QUANTIZERS, SCHEMA)
     kinds: dict[str, dict[str, Any]] = {"range": {}, "sample": {}, "float": {}}

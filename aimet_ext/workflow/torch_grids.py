@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from aimet_ext.models.huggingface import causal_lm, original_name
-from aimet_ext.sim.base import SimAdaptor
-from aimet_ext.sim.torch_setup import (
+from aimet_ext.sim.protocol import SimAdaptor
+from aimet_ext.sim.torch.setup import (
     calibrated_weight_quantizer,
     parameter_quantizers,
     put_quantizer,

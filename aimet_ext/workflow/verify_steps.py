@@ -139,7 +139,7 @@ class Verification:
     def write(self) -> str:
         """The QDQ model and encodings of all its quantizers."""
         onnx = require("onnx", "onnx")
-        from aimet_ext.sim import onnx_files
+        from aimet_ext.sim.onnx import files as onnx_files
 
         sim = self._hand().sim
         write_qdq(self.hand, self.qdq)
@@ -229,7 +229,7 @@ class Verification:
         self.close()
         if not self.facts:
             return "no operator has a quantized output"
-        from aimet_ext.sim.onnx_tensors import tensor_values
+        from aimet_ext.sim.onnx.tensors import tensor_values
 
         tensors = [layer.tensor for layer in self.facts]
         targets = tensor_values(self._hand().sim, self.windows[0], tensors)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from aimet_ext.models.huggingface import causal_lm
 from aimet_ext.models.padding import mlp_layers, pad_mlp, pad_rows
 from aimet_ext.models.topology import BlockTopology
-from aimet_ext.sim.base import SimAdaptor
-from aimet_ext.sim.torch_setup import calibrate_alone, put_quantizer
+from aimet_ext.sim.protocol import SimAdaptor
+from aimet_ext.sim.torch.setup import calibrate_alone, put_quantizer
+from aimet_ext.sim.torch.state import describe_quantizer, make_quantizer
 from aimet_ext.workflow.fitting import WeightPlan, some
 from aimet_ext.workflow.plan import plan_padding, record_inner_width
-from aimet_ext.workflow.quantizers import describe_quantizer, make_quantizer
 
 __all__ = ["Widening", "plan_widening"]
 

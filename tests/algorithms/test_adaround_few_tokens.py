@@ -34,7 +34,7 @@ def rows_of(count: int, seed: int) -> Tensor:
 
 def rounded(model: nn.Module, tokens: int) -> Tensor:
     """Its weight, rounded by that many tokens."""
-    from aimet_ext.sim.torch_setup import build_sim
+    from aimet_ext.sim.torch.setup import build_sim
 
     spec = QSpec(bitwidth=3)
     sim = build_sim(copy.deepcopy(model), rows_of(4, 0), {"0": spec}, None, "htp_v79")

@@ -18,7 +18,7 @@ from torch import Tensor
 import aimet_ext
 from aimet_ext import LPBQ, QSpec
 from aimet_ext.core.affine import fake_quantize
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
 
 pytest.importorskip("aimet_torch")
 

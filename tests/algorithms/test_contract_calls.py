@@ -17,7 +17,7 @@ import aimet_ext
 from aimet_ext import QSpec
 from aimet_ext.algorithms.aliases import ALIASES
 from aimet_ext.core.affine import fake_quantize
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
 
 FIRST_LAYER = "model.model.layers.0.self_attn.q_proj"
 

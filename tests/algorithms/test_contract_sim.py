@@ -18,7 +18,7 @@ import aimet_ext
 from aimet_ext import CorruptFileError, QSpec, load_scales
 from aimet_ext.files.journal import hash_tensors
 from aimet_ext.models.huggingface import original_name
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
 
 
 @pytest.fixture(scope="session")

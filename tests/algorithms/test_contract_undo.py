@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import aimet_ext
 from aimet_ext import CorruptFileError
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
 
 WEIGHTS_OF_A_BLOCK = 7
 
@@ -44,7 +44,7 @@ class Interruption:
     """Raises when the weight quantizers of one and a half blocks were frozen."""
 
     def __init__(self, monkeypatch: Any, error: BaseException, after: int) -> None:
-        from aimet_ext.sim.torch_quantizers import TorchWeightQuantizer
+        from aimet_ext.sim.torch.quantizers import TorchWeightQuantizer
 
         self.calls = 0
         freeze = TorchWeightQuantizer.freeze

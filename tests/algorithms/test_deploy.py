@@ -20,7 +20,7 @@ def layer():
     nn = pytest.importorskip("aimet_torch.nn")
     from aimet_torch.quantization.affine import QuantizeDequantize
 
-    from aimet_ext.sim.torch_quantizers import TorchWeightQuantizer
+    from aimet_ext.sim.torch.quantizers import TorchWeightQuantizer
 
     def make(shape=(OUT, 1), *, symmetric=True, seed=0, bits=BITS, dtype=torch.float32):
         p = problem(seed, OUT, IN, dtype=torch.float32)

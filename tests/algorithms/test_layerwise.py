@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import aimet_ext
 from aimet_ext import QSpec
 from aimet_ext.core.affine import fake_quantize
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
 
 pytest.importorskip("aimet_torch")
 

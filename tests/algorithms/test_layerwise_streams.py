@@ -23,7 +23,7 @@ from torch import nn
 
 import aimet_ext
 from aimet_ext import LPBQ, Blockwise, QSpec
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
 
 pytest.importorskip("aimet_torch")
 

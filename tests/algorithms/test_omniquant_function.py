@@ -17,7 +17,7 @@ from aimet_ext.core.affine import fake_quantize
 from aimet_ext.core.equivalence import expand, transform
 from aimet_ext.models.proof import Float64Casts
 from aimet_ext.models.topology import find_blocks
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
 
 pytest.importorskip("aimet_torch")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import aimet_ext
 from aimet_ext import OmniQuantParams, PerTensor, QSpec
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
 
 pytest.importorskip("aimet_torch")
 

@@ -17,7 +17,7 @@ from aimet_ext.algorithms.deploy import Problem
 from aimet_ext.config import QSpec
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.data.moments import Geometry
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
 
 pytest.importorskip("aimet_onnx")
 pytest.importorskip("aimet_torch")

@@ -17,7 +17,7 @@ import aimet_ext
 from aimet_ext import LPBQ, PerTensor, QSpec
 from aimet_ext.algorithms import omniquant_run, training
 from aimet_ext.core.affine import fake_quantize
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
 
 pytest.importorskip("aimet_onnx")
 onnx = pytest.importorskip("onnx")
@@ -55,7 +55,7 @@ class Case:
         """An ONNX simulation, 4-bit weights in the blocks, all else float."""
         from aimet_ext.onnx.graph import OnnxGraph
         from aimet_ext.onnx.layers import find_layers
-        from aimet_ext.sim.onnx_setup import build_sim
+        from aimet_ext.sim.onnx.setup import build_sim
 
         layers = find_layers(OnnxGraph(self.model))
         linears = [n for n, layer in layers.items() if layer.kind == "linear" and "head" not in n]
@@ -594,7 +594,7 @@ def test_forward_fn_is_refused(case: Callable[..., Case]) -> None:
 
 
 def test_model_without_blocks_is_refused() -> None:
-    from aimet_ext.sim.onnx_setup import build_sim
+    from aimet_ext.sim.onnx.setup import build_sim
 
     sim = build_sim(onnx_models.mlp_model((16, 32, 8)), QSpec(bitwidth=4), None)
     with pytest.raises(ValueError, match="no decoder block"):

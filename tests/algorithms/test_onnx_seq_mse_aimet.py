@@ -11,7 +11,7 @@ import torch
 
 import aimet_ext
 from aimet_ext.config import LPBQ, Blockwise, QSpec
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
 
 aimet_onnx = pytest.importorskip("aimet_onnx")
 onnx_models = pytest.importorskip("onnx_models")
@@ -47,7 +47,7 @@ def test_the_same_ranges_as_aimet(model: Any, grid: str) -> None:
     integers; these are what ours were before AIMET put them on integers. Where quantizers have
     ranges already it starts from integer ones there.
     """
-    from aimet_ext.sim.onnx_setup import build_sim
+    from aimet_ext.sim.onnx.setup import build_sim
 
     graph, data = model()
     sims = [build_sim(graph, GRIDS[grid], None) for _ in range(2)]

@@ -9,7 +9,7 @@ import torch
 
 import aimet_ext
 from aimet_ext import LPBQ, QSpec
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
 
 CALIBRATION, SCORING = 2, 8  # windows; AIMET runs the model anew for every layer
 GRIDS = {

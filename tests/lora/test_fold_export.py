@@ -18,7 +18,7 @@ from aimet_ext.files.scales import save_scales
 from aimet_ext.lora import fold_adapter, read_adapter
 from aimet_ext.lora.fold import scales_digest
 from aimet_ext.models.topology import find_blocks
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("aimet_torch")

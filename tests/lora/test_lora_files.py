@@ -19,7 +19,7 @@ from aimet_ext.core.objective import sqnr_db
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.encodings import entries, load_encodings
 from aimet_ext.lora.sim import lora_state
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("aimet_torch")
@@ -194,7 +194,7 @@ def test_a_baked_adapter_is_the_simulation_in_onnx(
 ) -> None:
     """The graph with exactly the simulation's quantizers gives its numbers, not the base's."""
     pytest.importorskip("aimet_onnx")
-    from aimet_ext.sim.onnx_hand_off import build_target_sim, only_these
+    from aimet_ext.sim.onnx.target import build_target_sim, only_these
     from aimet_ext.workflow.hand_off import put_encodings
 
     model, encoded = lora.bake_adapter(folder, name)

@@ -65,7 +65,7 @@ def run_on_htp(
 ) -> dict[str, Tensor]:
     """Compile once, with every node on HTP, and run with each feed."""
     from aimet_ext.integrations.qnn import compile_htp
-    from aimet_ext.sim.onnx_hand_off import build_target_sim, calibrate_added
+    from aimet_ext.sim.onnx.target import build_target_sim, calibrate_added
     from aimet_ext.workflow.hand_off import put_encodings, write_qdq
 
     ids = {"input_ids": IDS.numpy()}

@@ -14,7 +14,7 @@ import aimet_ext
 from aimet_ext import lora
 from aimet_ext.lora.adapter import read_adapters
 from aimet_ext.lora.sim import lora_state
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("aimet_torch")

@@ -46,7 +46,7 @@ def limited(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(onnx.shape_inference, "infer_shapes", inferred)
     monkeypatch.setattr(ort.InferenceSession, "__init__", started)
-    monkeypatch.setattr("aimet_ext.sim.onnx_files.EXTERNAL_LIMIT", LIMIT)
+    monkeypatch.setattr("aimet_ext.sim.onnx.files.EXTERNAL_LIMIT", LIMIT)
 
 
 def wide_model(*, free: bool = True) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from aimet_ext.config import LPBQ, Blockwise, PerChannel, PerTensor, QSpec
 from aimet_ext.data.moments import Geometry
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
 
 W4 = QSpec(bitwidth=4)
 LINEAR_GRIDS = {
@@ -29,7 +29,7 @@ LINEAR_GRIDS = {
 
 def simulate(model: nn.Module, sample: Tensor, spec: QSpec | dict[str, QSpec] = W4) -> Any:
     """A sim of any model, weights only."""
-    from aimet_ext.sim.torch_setup import build_sim
+    from aimet_ext.sim.torch.setup import build_sim
 
     kinds = (nn.Linear, nn.Conv2d)
     names = [name for name, module in model.named_modules() if isinstance(module, kinds)]

@@ -15,9 +15,9 @@ from onnx import helper, numpy_helper  # noqa: E402
 
 from aimet_ext.config import LPBQ, Blockwise, PerChannel, PerTensor, QSpec  # noqa: E402
 from aimet_ext.core.affine import Grid, dequantize, fake_quantize, quantize  # noqa: E402
-from aimet_ext.sim.base import adapt  # noqa: E402
-from aimet_ext.sim.onnx_quantizer_state import quantizer_state, restore_quantizer  # noqa: E402
-from aimet_ext.sim.onnx_quantizers import OnnxWeightQuantizer  # noqa: E402
+from aimet_ext.sim.onnx.quantizer_state import quantizer_state, restore_quantizer  # noqa: E402
+from aimet_ext.sim.onnx.quantizers import OnnxWeightQuantizer  # noqa: E402
+from aimet_ext.sim.protocol import adapt  # noqa: E402
 
 OUT, IN = 24, 32
 GRANULARITIES = [PerTensor(), PerChannel(), Blockwise(8), LPBQ(8, 4)]

@@ -16,9 +16,9 @@ from onnx_models import exported_llama, mlp_model, run_onnx  # noqa: E402
 
 import aimet_ext  # noqa: E402
 from aimet_ext.core.affine import fake_quantize  # noqa: E402
-from aimet_ext.sim.base import adapt  # noqa: E402
-from aimet_ext.sim.onnx_parts import OnnxPart, live_quantizer  # noqa: E402
-from aimet_ext.sim.onnx_sim import OnnxSim  # noqa: E402
+from aimet_ext.sim.onnx.adaptor import OnnxSim  # noqa: E402
+from aimet_ext.sim.onnx.parts import OnnxPart, live_quantizer  # noqa: E402
+from aimet_ext.sim.protocol import adapt  # noqa: E402
 
 WIDTHS = (8, 16, 16, 4)
 

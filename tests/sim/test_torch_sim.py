@@ -11,10 +11,10 @@ from torch import nn
 
 from aimet_ext.config import LPBQ, Blockwise, PerChannel, PerTensor, QSpec
 from aimet_ext.core.affine import fake_quantize
-from aimet_ext.sim.base import adapt, moved_ranges
+from aimet_ext.sim.protocol import adapt, moved_ranges
 
 aimet_torch = pytest.importorskip("aimet_torch")
-from aimet_ext.sim.torch_setup import weight_quantizer_for  # noqa: E402
+from aimet_ext.sim.torch.setup import weight_quantizer_for  # noqa: E402
 
 OUT, IN = 24, 32
 GRANULARITIES = [PerTensor(), PerChannel(), Blockwise(8), LPBQ(8, 4)]
@@ -75,7 +75,7 @@ def quantized_layer(spec: QSpec, dtype: torch.dtype, parameters: str, shift: flo
 
 
 def view(layer):
-    from aimet_ext.sim.torch_quantizers import TorchWeightQuantizer
+    from aimet_ext.sim.torch.quantizers import TorchWeightQuantizer
 
     return TorchWeightQuantizer("layer", layer)
 

@@ -145,7 +145,7 @@ def on_htp(folder: pathlib.Path, prompt: int) -> Tensor:
 def quantizers(path: pathlib.Path) -> dict[str, tuple[float, int, int]]:
     """Scale, zero point and type of each graph input and output."""
     model = onnx.load(str(path))
-    from aimet_ext.sim.onnx_files import constants
+    from aimet_ext.sim.onnx.files import constants
 
     known = {n: onnx.numpy_helper.to_array(p) for n, p in constants(model).items()}
     names = {value.name for value in (*model.graph.input, *model.graph.output)}
@@ -281,7 +281,7 @@ def test_arguments_that_do_not_fit(
 
 def test_onnx_sims_are_refused(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("aimet_onnx")
-    from aimet_ext.sim.onnx_setup import build_sim
+    from aimet_ext.sim.onnx.setup import build_sim
 
     value = onnx.helper.make_tensor_value_info
     weight = onnx.numpy_helper.from_array(torch.ones(2, 2).numpy(), "w")

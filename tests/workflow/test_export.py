@@ -20,7 +20,7 @@ from aimet_ext.errors import MissingExtraError
 from aimet_ext.files import encodings
 from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.manifest import read_manifest
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
 from aimet_ext.workflow import onnx_file
 
 pytest.importorskip("aimet_torch")

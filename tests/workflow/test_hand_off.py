@@ -28,7 +28,7 @@ aimet_onnx = pytest.importorskip("aimet_onnx")
 
 from aimet_ext.integrations.qnn_runtime import is_available  # noqa: E402
 from aimet_ext.onnx.rewrite.qdq import float_nodes, float_weights  # noqa: E402
-from aimet_ext.sim import onnx_files  # noqa: E402
+from aimet_ext.sim.onnx import files as onnx_files  # noqa: E402
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from onnx_models import mlp_model  # noqa: E402

@@ -16,9 +16,9 @@ from aimet_ext import LPBQ, Blockwise, QSpec
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.scales import save_scales
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
+from aimet_ext.sim.torch.state import quantizers_to_tensors
 from aimet_ext.workflow.inspect import inspect_export
-from aimet_ext.workflow.quantizers import quantizers_to_tensors
 
 aimet_torch = pytest.importorskip("aimet_torch")
 pytest.importorskip("onnx")

@@ -17,7 +17,7 @@ from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.manifest import read_manifest
 from aimet_ext.files.sealed import read_sealed
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
 from aimet_ext.workflow.inspect import inspect_export
 from aimet_ext.workflow.onnx_export import QUANTIZERS, SCHEMA
 
@@ -320,7 +320,7 @@ def test_weights_beside_the_models(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, external: bool | None
 ) -> None:
     """On request, or because they are too many for one file."""
-    monkeypatch.setattr("aimet_ext.sim.onnx_files.EXTERNAL_LIMIT", 1000)
+    monkeypatch.setattr("aimet_ext.sim.onnx.files.EXTERNAL_LIMIT", 1000)
     sim = simulated(mlp_model((64, 192, 32)))
     aimet_ext.export(sim, tmp_path / "out", "m", X, external_data=external)
     shutil.move(tmp_path / "out", tmp_path / "elsewhere")
@@ -334,7 +334,7 @@ def test_replaced_values_are_not_read_from_the_file(
     sim: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Protobuf would keep their room; the others are read."""
-    from aimet_ext.sim import onnx_files
+    from aimet_ext.sim.onnx import files as onnx_files
 
     aimet_ext.export(sim, tmp_path / "out", "m", X, qdq=False, external_data=True)
     path = tmp_path / "out" / "m.onnx"
@@ -403,7 +403,7 @@ def test_a_wrong_file_is_noticed_and_the_old_folder_stays(
     tmp_path: pathlib.Path, sim: Any, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     """Plant errors in what is written; each is found when it is read back."""
-    from aimet_ext.sim import onnx_files
+    from aimet_ext.sim.onnx import files as onnx_files
 
     aimet_ext.export(sim, tmp_path / "out", "m", X)
     before, write, save = (

@@ -15,7 +15,7 @@ import aimet_ext
 from aimet_ext.config import LPBQ, Blockwise, PerChannel, PerTensor, QSpec
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.files.ledger import Ledger
-from aimet_ext.sim.base import adapt
+from aimet_ext.sim.protocol import adapt
 from aimet_ext.workflow import onnx_grids
 from aimet_ext.workflow.grids import set_blockwise, set_lpbq
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from aimet_ext.sim.torch_quantizers import quantizer_state, restore_quantizer
+from aimet_ext.sim.torch.quantizers import quantizer_state, restore_quantizer
 
 __all__ = [
     "describe_quantizer",

@@ -8,13 +8,13 @@ from typing import Any
 import aimet_onnx
 import numpy as np
 
-from aimet_ext.sim.base import adapt
-from aimet_ext.sim.onnx_quantizer_state import (
+from aimet_ext.sim.onnx.quantizer_state import (
     calibrate_on,
     quantizer_state,
     restore_quantizer,
     uninitialize,
 )
+from aimet_ext.sim.protocol import adapt
 
 __all__ = ["insert_quantizers", "take_ranges"]
 

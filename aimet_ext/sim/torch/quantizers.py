@@ -16,7 +16,7 @@ __all__ = ["TorchWeightQuantizer", "quantizer_state", "restore_quantizer", "unin
 
 
 class TorchWeightQuantizer:
-    """See :class:`aimet_ext.sim.base.WeightQuantizer`.
+    """See :class:`aimet_ext.sim.protocol.WeightQuantizer`.
 
     Both of AIMET's parametrisations are known, ``min`` and ``max`` and ``scale`` and ``offset``.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from aimet_ext.core.affine import Grid, fake_quantize, minmax_range, scale_offset
 from aimet_ext.onnx.graph import OnnxGraph
 from aimet_ext.onnx.layers import OnnxLayer
-from aimet_ext.sim.base import Range
+from aimet_ext.sim.protocol import Range
 
 __all__ = [
     "FloatState",

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from aimet_ext.sim.onnx_files import constants, float_tensors, is_integer, quantize_constant
-from aimet_ext.sim.onnx_state import enabled_quantizers
+from aimet_ext.sim.onnx.files import constants, float_tensors, is_integer, quantize_constant
+from aimet_ext.sim.onnx.state import enabled_quantizers
 
 __all__ = ["differences", "read_encodings", "read_qdq", "run"]
 

@@ -26,12 +26,12 @@ from aimet_ext.onnx.blocks.module import (
 )
 from aimet_ext.onnx.blocks.shared import to_copy
 from aimet_ext.onnx.shells import insert_module
-from aimet_ext.sim.onnx_parts import OnnxPart
-from aimet_ext.sim.onnx_split import Copies
+from aimet_ext.sim.onnx.parts import OnnxPart
+from aimet_ext.sim.onnx.split import Copies
 from aimet_ext.walk.stream import BlockStream
 
 if TYPE_CHECKING:
-    from aimet_ext.sim.onnx_sim import OnnxSim
+    from aimet_ext.sim.onnx.adaptor import OnnxSim
 
 __all__ = ["add_blocks", "capture", "copy_shared"]
 

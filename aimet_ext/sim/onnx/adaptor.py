@@ -19,8 +19,7 @@ from aimet_ext.onnx.graph import OnnxGraph
 from aimet_ext.onnx.layers import FoundLayers, OnnxLayer, find_layers, node_names
 from aimet_ext.onnx.shells import insert_module, module_tree, shell
 from aimet_ext.onnx.walk.walk import OnnxWalk
-from aimet_ext.sim.base import Range, SimAdaptor, WeightQuantizer
-from aimet_ext.sim.onnx_parts import (
+from aimet_ext.sim.onnx.parts import (
     FloatState,
     OnnxPart,
     carried,
@@ -30,13 +29,14 @@ from aimet_ext.sim.onnx_parts import (
     observed_ranges,
     switched_off,
 )
-from aimet_ext.sim.onnx_quantizer_state import (
+from aimet_ext.sim.onnx.quantizer_state import (
     is_integer,
     quantizer_state,
     restore_quantizer,
     uninitialize,
 )
-from aimet_ext.sim.onnx_quantizers import OnnxWeightQuantizer
+from aimet_ext.sim.onnx.quantizers import OnnxWeightQuantizer
+from aimet_ext.sim.protocol import Range, SimAdaptor, WeightQuantizer
 from aimet_ext.walk.protocol import Streams, Walk
 from aimet_ext.walk.stream import BlockStream
 
@@ -44,7 +44,7 @@ __all__ = ["OnnxSim"]
 
 
 class OnnxSim:
-    """See :class:`aimet_ext.sim.base.SimAdaptor`.
+    """See :class:`aimet_ext.sim.protocol.SimAdaptor`.
 
     The graph is looked at once, when it is first needed. Its layers are named after their nodes;
     ``model`` is a tree of modules that stand for them and hold no weights. Activation quantizers
@@ -292,8 +292,8 @@ class OnnxSim:
         )
 
     def find_blocks(self, description: TopologyDescription | None) -> list[BlockTopology]:
-        """Decoder blocks, see :mod:`aimet_ext.sim.onnx_blocks_sim`; they are added as parts."""
-        from aimet_ext.sim.onnx_blocks_sim import add_blocks
+        """Decoder blocks, see :mod:`aimet_ext.sim.onnx.blocks`; they are added as parts."""
+        from aimet_ext.sim.onnx.blocks import add_blocks
 
         return add_blocks(self, description)
 
@@ -305,7 +305,7 @@ class OnnxSim:
 
         They stay copied after it, unless it is left by an exception.
         """
-        from aimet_ext.sim.onnx_blocks_sim import copy_shared
+        from aimet_ext.sim.onnx.blocks import copy_shared
 
         session, stale = self.sim.session, self._stale
         copies = copy_shared(self, kinds, description)
@@ -338,7 +338,7 @@ class OnnxSim:
         device: torch.device | str | None,
     ) -> BlockStream:
         """What the first block receives, with the weight quantizers that are on."""
-        from aimet_ext.sim.onnx_blocks_sim import capture
+        from aimet_ext.sim.onnx.blocks import capture
 
         if forward_fn is not None:
             raise no_forward_fn()

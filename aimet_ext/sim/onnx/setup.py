@@ -14,8 +14,8 @@ from aimet_onnx.common.libpymo import TensorQuantizerOpMode
 from aimet_onnx.qc_quantize_op import QcQuantizeOp
 
 from aimet_ext.config import LPBQ, Blockwise, PerTensor, QSpec
-from aimet_ext.sim.base import adapt
-from aimet_ext.sim.onnx_quantizer_state import RAW_SCALE, calibrate_on, uninitialize
+from aimet_ext.sim.onnx.quantizer_state import RAW_SCALE, calibrate_on, uninitialize
+from aimet_ext.sim.protocol import adapt
 
 __all__ = [
     "QuantizerState",

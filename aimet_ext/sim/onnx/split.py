@@ -12,7 +12,7 @@ from onnx import NodeProto, TensorProto, numpy_helper
 
 from aimet_ext.onnx.blocks.shared import Reading, SharedVector
 from aimet_ext.onnx.graph import OnnxGraph
-from aimet_ext.sim.onnx_quantizer_state import quantizer_state, restore_quantizer
+from aimet_ext.sim.onnx.quantizer_state import quantizer_state, restore_quantizer
 
 __all__ = ["Copies"]
 

@@ -15,7 +15,7 @@ from aimet_ext.core.lpbq import lpbq_scale
 from aimet_ext.onnx.graph import OnnxGraph
 from aimet_ext.onnx.layers import OnnxLayer
 from aimet_ext.onnx.shells import stored_weight
-from aimet_ext.sim.onnx_quantizer_state import (
+from aimet_ext.sim.onnx.quantizer_state import (
     RAW_SCALE,
     calibrate_on,
     is_blockwise,
@@ -28,7 +28,7 @@ __all__ = ["OnnxWeightQuantizer"]
 
 
 class OnnxWeightQuantizer:
-    """See :class:`aimet_ext.sim.base.WeightQuantizer`.
+    """See :class:`aimet_ext.sim.protocol.WeightQuantizer`.
 
     All shapes are those of the weight with output channels first, also where the model stores it
     the other way around.

@@ -21,11 +21,11 @@ from aimet_ext.config import LPBQ, Blockwise, Granularity, PerChannel, PerTensor
 from aimet_ext.core.affine import Grid, fake_quantize
 from aimet_ext.onnx.layers import OnnxLayer
 from aimet_ext.onnx.same_tensors import MOVES
-from aimet_ext.sim.base import adapt
-from aimet_ext.sim.onnx_quantizer_state import calibrate_on, load_scale, uninitialize
-from aimet_ext.sim.onnx_quantizers import OnnxWeightQuantizer
-from aimet_ext.sim.onnx_setup import aimet_spec
-from aimet_ext.sim.onnx_state import enabled_quantizers
+from aimet_ext.sim.onnx.quantizer_state import calibrate_on, load_scale, uninitialize
+from aimet_ext.sim.onnx.quantizers import OnnxWeightQuantizer
+from aimet_ext.sim.onnx.setup import aimet_spec
+from aimet_ext.sim.onnx.state import enabled_quantizers
+from aimet_ext.sim.protocol import adapt
 
 __all__ = [
     "Loaded",

@@ -24,8 +24,8 @@ Range: TypeAlias = tuple[float, float]
 
 # Root package of a simulation's class -> module and class of its adaptor.
 _ADAPTORS = {
-    "aimet_torch": ("aimet_ext.sim.torch_sim", "TorchSim"),
-    "aimet_onnx": ("aimet_ext.sim.onnx_sim", "OnnxSim"),
+    "aimet_torch": ("aimet_ext.sim.torch.adaptor", "TorchSim"),
+    "aimet_onnx": ("aimet_ext.sim.onnx.adaptor", "OnnxSim"),
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from aimet_ext.core.affine import Grid, fake_quantize, minmax_range, scale_offset
-from aimet_ext.sim.base import Range
+from aimet_ext.sim.protocol import Range
 
 __all__ = ["forwards", "live", "observer", "widen"]
 

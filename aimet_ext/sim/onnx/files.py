@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from aimet_ext.sim.onnx_state import enabled_quantizers
+from aimet_ext.sim.onnx.state import enabled_quantizers
 
 __all__ = [
     "EXTERNAL_LIMIT",

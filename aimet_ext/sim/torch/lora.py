@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from aimet_ext.config import PerTensor, QSpec
 from aimet_ext.data.batches import module_device
-from aimet_ext.sim.torch_quantizers import uninitialize
-from aimet_ext.sim.torch_setup import build_sim, calibrated_weight_quantizer
+from aimet_ext.sim.torch.quantizers import uninitialize
+from aimet_ext.sim.torch.setup import build_sim, calibrated_weight_quantizer
 
 __all__ = [
     "QUANTIZERS",

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from aimet_ext.data.batches import ForwardFn, iterate_batches
 from aimet_ext.models.topology import BlockTopology, TopologyDescription, find_blocks
-from aimet_ext.sim.base import Range, SimAdaptor, WeightQuantizer
-from aimet_ext.sim.torch_quantizers import (
+from aimet_ext.sim.protocol import Range, SimAdaptor, WeightQuantizer
+from aimet_ext.sim.torch.live_ranges import forwards, live, observer, widen
+from aimet_ext.sim.torch.quantizers import (
     TorchWeightQuantizer,
     quantizer_state,
     restore_quantizer,
     uninitialize,
 )
-from aimet_ext.sim.torch_watch import forwards, live, observer, widen
 from aimet_ext.walk.blocks import BlockWalk, find_stack
 from aimet_ext.walk.capture import capture_block_inputs
 from aimet_ext.walk.protocol import Streams, Walk
@@ -37,7 +37,7 @@ _SETTINGS = "aimet_ext_settings"
 
 
 class TorchSim:
-    """See :class:`aimet_ext.sim.base.SimAdaptor`. It holds no state of its own.
+    """See :class:`aimet_ext.sim.protocol.SimAdaptor`. It holds no state of its own.
 
     :param sim: built by ``create_sim`` or by hand.
     """
