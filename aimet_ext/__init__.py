@@ -13,11 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aimet_ext import examples, lora
-    from aimet_ext.algorithms.adaround import apply_adaround
-    from aimet_ext.algorithms.gptq import apply_gptq
-    from aimet_ext.algorithms.layer_report import LayerReport, LayerwiseReport
-    from aimet_ext.algorithms.omniquant import OmniQuantReport, apply_omniquant
-    from aimet_ext.algorithms.seq_mse import apply_seq_mse
     from aimet_ext.config import (
         LPBQ,
         AdaRoundParams,
@@ -36,6 +31,12 @@ if TYPE_CHECKING:
     from aimet_ext.models.huggingface import prepare_model
     from aimet_ext.models.kv_cache import TokenCache
     from aimet_ext.models.topology import TopologyDescription
+    from aimet_ext.techniques.adaround import apply_adaround
+    from aimet_ext.techniques.gptq import apply_gptq
+    from aimet_ext.techniques.layerwise.report import LayerReport, LayerwiseReport
+    from aimet_ext.techniques.lpbq import apply_lpbq
+    from aimet_ext.techniques.omniquant import OmniQuantReport, apply_omniquant
+    from aimet_ext.techniques.seq_mse import apply_seq_mse
     from aimet_ext.workflow.cache_export import export_with_cache
     from aimet_ext.workflow.cache_run import CacheGraphs, load_cache_graphs
     from aimet_ext.workflow.create import create_sim
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from aimet_ext.workflow.grids import GridReport, set_blockwise, set_lpbq
     from aimet_ext.workflow.lint import lint
     from aimet_ext.workflow.load import load
-    from aimet_ext.workflow.lpbq import apply_lpbq
     from aimet_ext.workflow.verify import verify
     from aimet_ext.workflow.verify_report import Thresholds, VerifyReport
 
@@ -61,12 +61,12 @@ _HOMES = {
     "GPTQParams": "aimet_ext.config",
     "GridReport": "aimet_ext.workflow.grids",
     "LPBQ": "aimet_ext.config",
-    "LayerReport": "aimet_ext.algorithms.layer_report",
-    "LayerwiseReport": "aimet_ext.algorithms.layer_report",
+    "LayerReport": "aimet_ext.techniques.layerwise.report",
+    "LayerwiseReport": "aimet_ext.techniques.layerwise.report",
     "Ledger": "aimet_ext.files.ledger",
     "MissingExtraError": "aimet_ext.errors",
     "OmniQuantParams": "aimet_ext.config",
-    "OmniQuantReport": "aimet_ext.algorithms.omniquant",
+    "OmniQuantReport": "aimet_ext.techniques.omniquant",
     "PerChannel": "aimet_ext.config",
     "PerTensor": "aimet_ext.config",
     "QSpec": "aimet_ext.config",
@@ -76,11 +76,11 @@ _HOMES = {
     "TopologyDescription": "aimet_ext.models.topology",
     "TransformRefused": "aimet_ext.errors",
     "VerifyReport": "aimet_ext.workflow.verify_report",
-    "apply_adaround": "aimet_ext.algorithms.adaround",
-    "apply_gptq": "aimet_ext.algorithms.gptq",
-    "apply_lpbq": "aimet_ext.workflow.lpbq",
-    "apply_omniquant": "aimet_ext.algorithms.omniquant",
-    "apply_seq_mse": "aimet_ext.algorithms.seq_mse",
+    "apply_adaround": "aimet_ext.techniques.adaround",
+    "apply_gptq": "aimet_ext.techniques.gptq",
+    "apply_lpbq": "aimet_ext.techniques.lpbq",
+    "apply_omniquant": "aimet_ext.techniques.omniquant",
+    "apply_seq_mse": "aimet_ext.techniques.seq_mse",
     "calibration_batches": "aimet_ext.data.text",
     "create_sim": "aimet_ext.workflow.create",
     "evaluate_perplexity": "aimet_ext.workflow.evaluate",

@@ -12,8 +12,8 @@ from methods import Effort, Stack, apply_stack
 from onnx_models import module_name
 from torch import Tensor
 
-from aimet_ext.algorithms import layerwise
 from aimet_ext.core.affine import fake_quantize
+from aimet_ext.techniques.layerwise import loop as layerwise
 
 __all__ = ["alike"]
 

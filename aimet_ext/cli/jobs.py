@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from aimet_ext.algorithms.layer_report import LayerwiseReport
-    from aimet_ext.algorithms.omniquant import OmniQuantReport
     from aimet_ext.cli.techniques import Params
     from aimet_ext.config import QSpec
+    from aimet_ext.techniques.layerwise.report import LayerwiseReport
+    from aimet_ext.techniques.omniquant import OmniQuantReport
 
     Report = OmniQuantReport | LayerwiseReport
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from aimet_ext.algorithms.aliases import accepts_aimet_arguments
-from aimet_ext.algorithms.layer_report import LayerwiseReport
 from aimet_ext.config import LPBQ, Blockwise, OnIndivisible, QSpec
 from aimet_ext.sim.protocol import SimAdaptor, adapt
+from aimet_ext.techniques.aliases import accepts_aimet_arguments
+from aimet_ext.techniques.layerwise.report import LayerwiseReport
 from aimet_ext.workflow.fitting import WeightPlan, fit_blocks, some
 from aimet_ext.workflow.selection import Layers, LayerTable, select_specs
 

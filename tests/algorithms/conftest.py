@@ -315,7 +315,7 @@ def block_outputs() -> Callable[..., list[Tensor]]:
 @pytest.fixture
 def problems(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Each layer's problem, as it was given to the technique."""
-    from aimet_ext.algorithms import layerwise
+    from aimet_ext.techniques.layerwise import loop as layerwise
 
     seen: dict[str, Any] = {}
     deploy = layerwise.deploy

@@ -18,7 +18,7 @@ WIDTH, ROWS = 64, 48
 @pytest.fixture
 def adaround():
     pytest.importorskip("aimet_torch")
-    from aimet_ext.algorithms import adaround
+    from aimet_ext.techniques import adaround
 
     return adaround
 

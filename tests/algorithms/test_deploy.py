@@ -6,10 +6,10 @@ import pytest
 import torch
 from range_search_reference import problem
 
-from aimet_ext.algorithms.deploy import Decision, Problem, deploy
-from aimet_ext.algorithms.samples import SampleSum
 from aimet_ext.core.affine import dequantize, fake_quantize, quantize, short_scale
 from aimet_ext.core.objective import SecondMoment
+from aimet_ext.techniques.layerwise.deploy import Decision, Problem, deploy
+from aimet_ext.techniques.layerwise.samples import SampleSum
 
 OUT, IN, BITS = 16, 24, 3
 

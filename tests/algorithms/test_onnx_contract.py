@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import aimet_ext
-from aimet_ext.algorithms import layerwise
-from aimet_ext.algorithms.deploy import Problem
 from aimet_ext.config import QSpec
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.data.moments import Geometry
 from aimet_ext.sim.protocol import adapt
+from aimet_ext.techniques.layerwise import loop as layerwise
+from aimet_ext.techniques.layerwise.deploy import Problem
 
 pytest.importorskip("aimet_onnx")
 pytest.importorskip("aimet_torch")

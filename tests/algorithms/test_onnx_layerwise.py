@@ -89,7 +89,7 @@ def test_activation_quantizers_stay_and_calibration_keeps_what_was_decided(
 def test_a_failure_in_the_middle_leaves_nothing_behind(
     technique: Any, mlp: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from aimet_ext.algorithms import layerwise
+    from aimet_ext.techniques.layerwise import loop as layerwise
 
     _, sim = mlp.sims(GRIDS["channel"])
     before, quantized = state_of(sim), outputs(sim, mlp.batches)
@@ -121,7 +121,7 @@ def options(technique: Any) -> dict[str, Any]:
 def test_it_goes_on_from_a_checkpoint(
     technique: Any, mlp: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    from aimet_ext.algorithms import layerwise
+    from aimet_ext.techniques.layerwise import loop as layerwise
 
     (_, whole), (_, sim) = mlp.sims(GRIDS["channel"]), mlp.sims(GRIDS["channel"])
     data = mlp.arguments()[1]

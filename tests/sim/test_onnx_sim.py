@@ -363,7 +363,7 @@ def test_techniques_decide_every_layer_and_what_they_wrote_is_what_aimet_compute
 
 
 def test_a_run_that_fails_leaves_no_trace(calibrated_sim, monkeypatch) -> None:
-    from aimet_ext.algorithms import layerwise
+    from aimet_ext.techniques.layerwise import loop as layerwise
 
     sim, before, known = calibrated_sim, output(calibrated_sim), encodings(calibrated_sim)
     weights = {name: tensor.clone() for name, tensor in adapt(sim).float_state().items()}

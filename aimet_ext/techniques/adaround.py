@@ -13,13 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aimet_ext.algorithms.aliases import accepts_aimet_arguments
-from aimet_ext.algorithms.checks import merge_params
-from aimet_ext.algorithms.deploy import Decision, Problem
-from aimet_ext.algorithms.layer_report import LayerwiseReport
-from aimet_ext.algorithms.layerwise import RunOptions
-from aimet_ext.algorithms.layerwise_call import run_layerwise
-from aimet_ext.algorithms.samples import SampleSum
 from aimet_ext.config import AdaRoundParams
 from aimet_ext.core.adaround import adaround, adaround_samples
 from aimet_ext.core.affine import Grid
@@ -27,6 +20,13 @@ from aimet_ext.core.range_search import best_ranges
 from aimet_ext.core.rounding import coordinate_descent, gptq
 from aimet_ext.core.rounding_ranges import rounding_ranges
 from aimet_ext.data.batches import ForwardFn
+from aimet_ext.techniques.aliases import accepts_aimet_arguments
+from aimet_ext.techniques.call import run_layerwise
+from aimet_ext.techniques.checks import merge_params
+from aimet_ext.techniques.layerwise.deploy import Decision, Problem
+from aimet_ext.techniques.layerwise.loop import RunOptions
+from aimet_ext.techniques.layerwise.report import LayerwiseReport
+from aimet_ext.techniques.layerwise.samples import SampleSum
 from aimet_ext.walk.protocol import Activation
 
 __all__ = ["apply_adaround"]

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aimet_ext.algorithms.block import Block, BlockState
 from aimet_ext.config import OmniQuantParams
 from aimet_ext.core.clipping import LearnableClipping
 from aimet_ext.data.cache import TensorCache
+from aimet_ext.techniques.blockwise.block import Block, BlockState
 
 __all__ = ["train_block"]
 

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from aimet_ext.algorithms.aliases import accepts_aimet_arguments
-from aimet_ext.algorithms.checks import merge_params
-from aimet_ext.algorithms.deploy import Decision, Problem
-from aimet_ext.algorithms.layer_report import LayerwiseReport
-from aimet_ext.algorithms.layerwise import RunOptions
-from aimet_ext.algorithms.layerwise_call import run_layerwise
-from aimet_ext.algorithms.samples import SampleSum
 from aimet_ext.config import SeqMSEParams
 from aimet_ext.core.range_search import best_ranges, compatible_ranges
 from aimet_ext.data.batches import ForwardFn
+from aimet_ext.techniques.aliases import accepts_aimet_arguments
+from aimet_ext.techniques.call import run_layerwise
+from aimet_ext.techniques.checks import merge_params
+from aimet_ext.techniques.layerwise.deploy import Decision, Problem
+from aimet_ext.techniques.layerwise.loop import RunOptions
+from aimet_ext.techniques.layerwise.report import LayerwiseReport
+from aimet_ext.techniques.layerwise.samples import SampleSum
 from aimet_ext.walk.protocol import Activation
 
 __all__ = ["SeqMSE", "apply_seq_mse"]
@@ -30,7 +30,7 @@ _COMPATIBLE_BITS = 4  # AIMET leaves wider weights alone
 
 @dataclass(frozen=True)
 class SeqMSE:
-    """See :class:`aimet_ext.algorithms.layerwise.Solver`."""
+    """See :class:`aimet_ext.techniques.layerwise.loop.Solver`."""
 
     params: SeqMSEParams
     technique: str = "seq_mse"

@@ -14,15 +14,6 @@ from typing import Any
 
 import torch
 
-from aimet_ext.algorithms.aliases import accepts_aimet_arguments
-from aimet_ext.algorithms.checks import layers_to_quantize, merge_params
-from aimet_ext.algorithms.omniquant_run import TECHNIQUE, OmniQuantRun, RunOptions
-from aimet_ext.algorithms.report import OmniQuantReport
-from aimet_ext.algorithms.session import (
-    open_ledger,
-    original_names,
-    undo_on_failure,
-)
 from aimet_ext.config import OmniQuantParams
 from aimet_ext.data.batches import ForwardFn
 from aimet_ext.files.folders import check_output, replace_folder
@@ -31,6 +22,15 @@ from aimet_ext.files.manifest import write_manifest
 from aimet_ext.files.scales import write_scales
 from aimet_ext.models.topology import TopologyDescription
 from aimet_ext.sim.protocol import SimAdaptor, adapt
+from aimet_ext.techniques.aliases import accepts_aimet_arguments
+from aimet_ext.techniques.blockwise.loop import TECHNIQUE, OmniQuantRun, RunOptions
+from aimet_ext.techniques.blockwise.report import OmniQuantReport
+from aimet_ext.techniques.checks import layers_to_quantize, merge_params
+from aimet_ext.techniques.session import (
+    open_ledger,
+    original_names,
+    undo_on_failure,
+)
 
 __all__ = ["OmniQuantReport", "apply_omniquant"]
 

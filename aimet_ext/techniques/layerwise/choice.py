@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from aimet_ext.algorithms.checks import frozen_by, is_rounded, refuse
 from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer
+from aimet_ext.techniques.checks import frozen_by, is_rounded, refuse
 
 __all__ = ["LayerChoice", "choose_layers", "module_names"]
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from aimet_ext.algorithms.block import Block, BlockState, Params
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.core.clipping import GridLayout, search_ranges
 from aimet_ext.core.equivalence import ScalePair
@@ -25,6 +24,7 @@ from aimet_ext.core.smoothing import (
     search_smoothing,
     smoothquant_scale,
 )
+from aimet_ext.techniques.blockwise.block import Block, BlockState, Params
 from aimet_ext.walk.stream import BlockCall
 
 __all__ = ["BlockSearch"]

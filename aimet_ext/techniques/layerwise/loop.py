@@ -16,10 +16,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from aimet_ext.algorithms.deploy import Decision, Problem, deploy
-from aimet_ext.algorithms.layer_report import LayerReport
-from aimet_ext.algorithms.samples import SampleSum
-from aimet_ext.algorithms.session import weights_hash
 from aimet_ext.config import LayerwiseParams
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.core.objective import SecondMoment
@@ -27,6 +23,10 @@ from aimet_ext.data.batches import ForwardFn, map_leaves
 from aimet_ext.data.moments import Geometry, MomentSum
 from aimet_ext.files.journal import Checkpoints, environment, hash_tensors
 from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer
+from aimet_ext.techniques.layerwise.deploy import Decision, Problem, deploy
+from aimet_ext.techniques.layerwise.report import LayerReport
+from aimet_ext.techniques.layerwise.samples import SampleSum
+from aimet_ext.techniques.session import weights_hash
 from aimet_ext.walk.layers import uncalled
 from aimet_ext.walk.protocol import Activation, Inputs, Stage, Streams, Walk
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from aimet_ext.algorithms.block import layout_of
-from aimet_ext.algorithms.samples import SampleSum
 from aimet_ext.core.affine import Grid, dequantize, fake_quantize, quantize, short_scale
 from aimet_ext.core.clipping import GridLayout
 from aimet_ext.core.objective import SecondMoment, moment_product, row_errors
 from aimet_ext.sim.protocol import WeightQuantizer
+from aimet_ext.techniques.blockwise.block import layout_of
+from aimet_ext.techniques.layerwise.samples import SampleSum
 
 __all__ = ["Decision", "Outcome", "Problem", "deploy"]
 

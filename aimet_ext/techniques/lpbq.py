@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from aimet_ext.algorithms.aliases import accepts_aimet_arguments
-from aimet_ext.algorithms.checks import merge_params
-from aimet_ext.algorithms.layerwise import RunOptions
-from aimet_ext.algorithms.layerwise_call import run_layerwise
-from aimet_ext.algorithms.seq_mse import SeqMSE
 from aimet_ext.config import OnIndivisible, QSpec, SeqMSEParams
 from aimet_ext.data.batches import ForwardFn
+from aimet_ext.techniques.aliases import accepts_aimet_arguments
+from aimet_ext.techniques.call import run_layerwise
+from aimet_ext.techniques.checks import merge_params
+from aimet_ext.techniques.layerwise.loop import RunOptions
+from aimet_ext.techniques.seq_mse import SeqMSE
 from aimet_ext.workflow.grids import GridReport, lpbq_spec, set_grids
 from aimet_ext.workflow.selection import Layers
 

@@ -13,15 +13,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from aimet_ext.algorithms.block import Block, BlockState
-from aimet_ext.algorithms.report import BlockReport, Kept
-from aimet_ext.algorithms.search import BlockSearch
-from aimet_ext.algorithms.session import (
-    on_device,
-    peak_memory,
-    weights_hash,
-)
-from aimet_ext.algorithms.training import train_block
 from aimet_ext.config import OmniQuantParams
 from aimet_ext.core.equivalence import ScalePair, expand
 from aimet_ext.core.objective import sqnr_db
@@ -33,6 +24,15 @@ from aimet_ext.models.probe import probe, probe_inputs
 from aimet_ext.models.proof import prove_pairs
 from aimet_ext.models.topology import BlockTopology, select_pairs
 from aimet_ext.sim.protocol import Range, SimAdaptor, WeightQuantizer, moved_ranges
+from aimet_ext.techniques.blockwise.block import Block, BlockState
+from aimet_ext.techniques.blockwise.report import BlockReport, Kept
+from aimet_ext.techniques.blockwise.search import BlockSearch
+from aimet_ext.techniques.blockwise.training import train_block
+from aimet_ext.techniques.session import (
+    on_device,
+    peak_memory,
+    weights_hash,
+)
 from aimet_ext.walk.stream import BlockStream
 
 __all__ = ["TECHNIQUE", "OmniQuantRun", "RunOptions"]

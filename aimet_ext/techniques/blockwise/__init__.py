@@ -1,0 +1,1 @@
+"""The loop over decoder blocks that block-wise techniques share."""

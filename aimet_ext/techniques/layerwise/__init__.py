@@ -1,0 +1,1 @@
+"""The loop over layers that layer-wise techniques share."""
