@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from aimet_ext.errors import CorruptFileError, MissingExtraError, TransformRefused
     from aimet_ext.files.ledger import Ledger
     from aimet_ext.files.scales import load_scales
+    from aimet_ext.grids.blockwise import GridReport, set_blockwise, set_lpbq
+    from aimet_ext.grids.create import create_sim
     from aimet_ext.models.huggingface import prepare_model
     from aimet_ext.models.kv_cache import TokenCache
     from aimet_ext.models.topology import TopologyDescription
@@ -39,11 +41,9 @@ if TYPE_CHECKING:
     from aimet_ext.techniques.seq_mse import apply_seq_mse
     from aimet_ext.workflow.cache_export import export_with_cache
     from aimet_ext.workflow.cache_run import CacheGraphs, load_cache_graphs
-    from aimet_ext.workflow.create import create_sim
     from aimet_ext.workflow.evaluate import evaluate_perplexity
     from aimet_ext.workflow.export import export
     from aimet_ext.workflow.findings import Finding
-    from aimet_ext.workflow.grids import GridReport, set_blockwise, set_lpbq
     from aimet_ext.workflow.lint import lint
     from aimet_ext.workflow.load import load
     from aimet_ext.workflow.verify import verify
@@ -59,7 +59,7 @@ _HOMES = {
     "CorruptFileError": "aimet_ext.errors",
     "Finding": "aimet_ext.workflow.findings",
     "GPTQParams": "aimet_ext.config",
-    "GridReport": "aimet_ext.workflow.grids",
+    "GridReport": "aimet_ext.grids.blockwise",
     "LPBQ": "aimet_ext.config",
     "LayerReport": "aimet_ext.techniques.layerwise.report",
     "LayerwiseReport": "aimet_ext.techniques.layerwise.report",
@@ -82,7 +82,7 @@ _HOMES = {
     "apply_omniquant": "aimet_ext.techniques.omniquant",
     "apply_seq_mse": "aimet_ext.techniques.seq_mse",
     "calibration_batches": "aimet_ext.data.text",
-    "create_sim": "aimet_ext.workflow.create",
+    "create_sim": "aimet_ext.grids.create",
     "evaluate_perplexity": "aimet_ext.workflow.evaluate",
     "examples": "aimet_ext",
     "export": "aimet_ext.workflow.export",
@@ -93,8 +93,8 @@ _HOMES = {
     "load_scales": "aimet_ext.files.scales",
     "lora": "aimet_ext",
     "prepare_model": "aimet_ext.models.huggingface",
-    "set_blockwise": "aimet_ext.workflow.grids",
-    "set_lpbq": "aimet_ext.workflow.grids",
+    "set_blockwise": "aimet_ext.grids.blockwise",
+    "set_lpbq": "aimet_ext.grids.blockwise",
     "verify": "aimet_ext.workflow.verify",
 }
 

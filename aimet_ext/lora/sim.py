@@ -16,12 +16,12 @@ from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.manifest import MANIFEST, hash_file
 from aimet_ext.files.scales import load_scales
 from aimet_ext.files.tensors import hash_tensors
+from aimet_ext.grids.fitting import some
 from aimet_ext.lora.adapter import Adapter, LoraLayer, read_adapters
 from aimet_ext.lora.fold import fold_adapter, fold_adapters, scales_digest
 from aimet_ext.models.huggingface import causal_lm, checkpoint_prefix, context_length
 from aimet_ext.sim.protocol import adapt
 from aimet_ext.sim.torch.state import load_quantizers, named_quantizers, quantizers_to_tensors
-from aimet_ext.workflow.fitting import some
 from aimet_ext.workflow.load import load
 
 if TYPE_CHECKING:

@@ -13,13 +13,13 @@ from torch import nn
 
 from aimet_ext.config import OnIndivisible, QSpec, SeqMSEParams
 from aimet_ext.data.batches import ForwardFn
+from aimet_ext.grids.blockwise import GridReport, lpbq_spec, set_grids
+from aimet_ext.grids.patterns import Layers
 from aimet_ext.techniques.aliases import accepts_aimet_arguments
 from aimet_ext.techniques.call import run_layerwise
 from aimet_ext.techniques.checks import merge_params
 from aimet_ext.techniques.layerwise.loop import RunOptions
 from aimet_ext.techniques.seq_mse import SeqMSE
-from aimet_ext.workflow.grids import GridReport, lpbq_spec, set_grids
-from aimet_ext.workflow.selection import Layers
 
 __all__ = ["apply_lpbq"]
 

@@ -71,7 +71,7 @@ def load(path: str | Path, *, sim: Any = None) -> Any:
 
 def _rebuild(folder: Path, settings: dict[str, Any], manifest: dict[str, Any]) -> Any:
     """A sim of the same structure; its ranges are still to be loaded."""
-    from aimet_ext.workflow.create import arguments_from_settings, create_sim
+    from aimet_ext.grids.create import arguments_from_settings, create_sim
 
     if settings["create_sim"] is None:
         raise ValueError(

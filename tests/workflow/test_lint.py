@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from aimet_ext.config import LPBQ, Blockwise, PerChannel, PerTensor, QSpec
+from aimet_ext.grids.create import create_sim
 from aimet_ext.integrations.qnn_targets import find_target, target_names
 from aimet_ext.sim.protocol import adapt
-from aimet_ext.workflow.create import create_sim
 from aimet_ext.workflow.lint import lint
 from aimet_ext.workflow.lint_limits import LIMITS
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from aimet_ext.core.objective import sqnr_db
+from aimet_ext.grids.blockwise import set_lpbq
 from aimet_ext.integrations import qnn_runtime
 from aimet_ext.integrations.qnn_targets import find_target
-from aimet_ext.workflow.grids import set_lpbq
 from aimet_ext.workflow.lint import lint
 from aimet_ext.workflow.lint_limits import LIMITS
 

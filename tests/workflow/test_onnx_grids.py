@@ -15,9 +15,9 @@ import aimet_ext
 from aimet_ext.config import LPBQ, Blockwise, PerChannel, PerTensor, QSpec
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.files.ledger import Ledger
+from aimet_ext.grids import onnx_layers as onnx_grids
+from aimet_ext.grids.blockwise import set_blockwise, set_lpbq
 from aimet_ext.sim.protocol import adapt
-from aimet_ext.workflow import onnx_grids
-from aimet_ext.workflow.grids import set_blockwise, set_lpbq
 
 aimet_onnx = pytest.importorskip("aimet_onnx")
 onnx = pytest.importorskip("onnx")

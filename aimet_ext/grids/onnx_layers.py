@@ -10,6 +10,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from aimet_ext.config import PerTensor, QSpec
+from aimet_ext.grids.fitting import WeightPlan, some
+from aimet_ext.grids.patterns import LayerTable
 from aimet_ext.sim.onnx.setup import (
     QuantizerState,
     bias_state,
@@ -17,8 +19,6 @@ from aimet_ext.sim.onnx.setup import (
     is_per_channel,
     parameter_quantizers,
 )
-from aimet_ext.workflow.fitting import WeightPlan, some
-from aimet_ext.workflow.selection import LayerTable
 
 if TYPE_CHECKING:
     from aimet_ext.onnx.graph import OnnxGraph
@@ -32,7 +32,7 @@ _SUFFIX = re.compile(rf"[/.]({'|'.join(_TYPES)})(_\d+)?$|\.weight$")
 
 
 class OnnxTable(LayerTable):
-    """See :class:`aimet_ext.workflow.selection.LayerTable`.
+    """See :class:`aimet_ext.grids.patterns.LayerTable`.
 
     A layer's names are those of the nodes that read its weight, before AIMET fused them too, and
     that of its weight; also without the type at the end, and with dots in place of slashes:

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aimet_ext.grids.assignment import plan_padding, record_inner_width
+from aimet_ext.grids.fitting import WeightPlan, some
 from aimet_ext.models.huggingface import causal_lm
 from aimet_ext.models.padding import mlp_layers, pad_mlp, pad_rows
 from aimet_ext.models.topology import BlockTopology
 from aimet_ext.sim.protocol import SimAdaptor
 from aimet_ext.sim.torch.setup import calibrate_alone, put_quantizer
 from aimet_ext.sim.torch.state import describe_quantizer, make_quantizer
-from aimet_ext.workflow.fitting import WeightPlan, some
-from aimet_ext.workflow.plan import plan_padding, record_inner_width
 
 __all__ = ["Widening", "plan_widening"]
 

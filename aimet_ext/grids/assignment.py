@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 
 from aimet_ext.config import QSpec
+from aimet_ext.grids.fitting import LAYERS, WeightPlan, fit_blocks
 from aimet_ext.models.huggingface import causal_lm, original_name
 from aimet_ext.models.padding import mlp_layers, pad_mlp
 from aimet_ext.models.topology import BlockTopology, find_blocks
-from aimet_ext.workflow.fitting import LAYERS, WeightPlan, fit_blocks
 
 __all__ = [
     "PaddingPlan",

@@ -9,6 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from aimet_ext.grids.assignment import fits
+from aimet_ext.grids.fitting import WeightPlan
+from aimet_ext.grids.patterns import LayerTable
+from aimet_ext.grids.widening import plan_widening
 from aimet_ext.models.huggingface import causal_lm, original_name
 from aimet_ext.sim.protocol import SimAdaptor
 from aimet_ext.sim.torch.setup import (
@@ -16,16 +20,12 @@ from aimet_ext.sim.torch.setup import (
     parameter_quantizers,
     put_quantizer,
 )
-from aimet_ext.workflow.fitting import WeightPlan
-from aimet_ext.workflow.plan import fits
-from aimet_ext.workflow.selection import LayerTable
-from aimet_ext.workflow.widening import plan_widening
 
 __all__ = ["TorchTable"]
 
 
 class TorchTable(LayerTable):
-    """See :class:`aimet_ext.workflow.selection.LayerTable`."""
+    """See :class:`aimet_ext.grids.patterns.LayerTable`."""
 
     def __init__(self, adaptor: SimAdaptor) -> None:
         self.parameters = parameter_quantizers(adaptor.sim)

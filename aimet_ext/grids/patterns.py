@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from aimet_ext.config import QSpec
+from aimet_ext.grids.fitting import LAYERS, WeightPlan
 from aimet_ext.sim.protocol import SimAdaptor
-from aimet_ext.workflow.fitting import LAYERS, WeightPlan
 
 __all__ = ["Layers", "LayerTable", "select_specs"]
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from aimet_ext.config import PerTensor, QSpec
 from aimet_ext.data.batches import map_tensors, module_device
 from aimet_ext.errors import require
+from aimet_ext.grids.assignment import pad_mlps, plan_weights
 from aimet_ext.models.huggingface import PreparedCausalLM, causal_lm, prepare_model
 from aimet_ext.sim.protocol import adapt
-from aimet_ext.workflow.plan import pad_mlps, plan_weights
 
 if TYPE_CHECKING:
     from aimet_torch import QuantizationSimModel

@@ -13,17 +13,17 @@ from typing import Any
 from torch import nn
 
 from aimet_ext.config import LPBQ, Blockwise, OnIndivisible, QSpec
+from aimet_ext.grids.fitting import WeightPlan, fit_blocks, some
+from aimet_ext.grids.patterns import Layers, LayerTable, select_specs
 from aimet_ext.sim.protocol import SimAdaptor, adapt
 from aimet_ext.techniques.aliases import accepts_aimet_arguments
 from aimet_ext.techniques.layerwise.report import LayerwiseReport
-from aimet_ext.workflow.fitting import WeightPlan, fit_blocks, some
-from aimet_ext.workflow.selection import Layers, LayerTable, select_specs
 
 __all__ = ["GridReport", "lpbq_spec", "set_blockwise", "set_grids", "set_lpbq"]
 
 _TABLES = {
-    "TorchSim": ("aimet_ext.workflow.torch_grids", "TorchTable"),
-    "OnnxSim": ("aimet_ext.workflow.onnx_grids", "OnnxTable"),
+    "TorchSim": ("aimet_ext.grids.torch_layers", "TorchTable"),
+    "OnnxSim": ("aimet_ext.grids.onnx_layers", "OnnxTable"),
 }
 
 
