@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aimet_ext import examples, lora
+    from aimet_ext.artifact.export import export
+    from aimet_ext.artifact.kv.export import export_with_cache
+    from aimet_ext.artifact.kv.run import CacheGraphs, load_cache_graphs
+    from aimet_ext.artifact.load import load
     from aimet_ext.config import (
         LPBQ,
         AdaRoundParams,
@@ -39,13 +43,9 @@ if TYPE_CHECKING:
     from aimet_ext.techniques.lpbq import apply_lpbq
     from aimet_ext.techniques.omniquant import OmniQuantReport, apply_omniquant
     from aimet_ext.techniques.seq_mse import apply_seq_mse
-    from aimet_ext.workflow.cache_export import export_with_cache
-    from aimet_ext.workflow.cache_run import CacheGraphs, load_cache_graphs
     from aimet_ext.workflow.evaluate import evaluate_perplexity
-    from aimet_ext.workflow.export import export
     from aimet_ext.workflow.findings import Finding
     from aimet_ext.workflow.lint import lint
-    from aimet_ext.workflow.load import load
     from aimet_ext.workflow.verify import verify
     from aimet_ext.workflow.verify_report import Thresholds, VerifyReport
 
@@ -55,7 +55,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AdaRoundParams": "aimet_ext.config",
     "Blockwise": "aimet_ext.config",
-    "CacheGraphs": "aimet_ext.workflow.cache_run",
+    "CacheGraphs": "aimet_ext.artifact.kv.run",
     "CorruptFileError": "aimet_ext.errors",
     "Finding": "aimet_ext.workflow.findings",
     "GPTQParams": "aimet_ext.config",
@@ -85,11 +85,11 @@ _HOMES = {
     "create_sim": "aimet_ext.grids.create",
     "evaluate_perplexity": "aimet_ext.workflow.evaluate",
     "examples": "aimet_ext",
-    "export": "aimet_ext.workflow.export",
-    "export_with_cache": "aimet_ext.workflow.cache_export",
+    "export": "aimet_ext.artifact.export",
+    "export_with_cache": "aimet_ext.artifact.kv.export",
     "lint": "aimet_ext.workflow.lint",
-    "load": "aimet_ext.workflow.load",
-    "load_cache_graphs": "aimet_ext.workflow.cache_run",
+    "load": "aimet_ext.artifact.load",
+    "load_cache_graphs": "aimet_ext.artifact.kv.run",
     "load_scales": "aimet_ext.files.scales",
     "lora": "aimet_ext",
     "prepare_model": "aimet_ext.models.huggingface",

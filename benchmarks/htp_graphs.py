@@ -16,8 +16,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from aimet_ext.artifact.hand_off import write_qdq
 from aimet_ext.onnx.rewrite.layer_forms import set_apart
-from aimet_ext.workflow.hand_off import write_qdq
 
 TOKENS, WIDTH, OUT = 16, 256, 64
 Array = np.ndarray[Any, Any]

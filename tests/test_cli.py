@@ -145,7 +145,7 @@ def test_an_absent_file_ends_with_2(tmp_path: pathlib.Path) -> None:
 def test_an_error_is_one_message_and_a_code(
     error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
-    from aimet_ext.workflow import inspect
+    from aimet_ext.artifact import inspect
 
     def fail(*_: Any, **__: Any) -> None:
         raise error
@@ -164,7 +164,7 @@ def test_an_error_is_one_message_and_a_code(
 def test_a_mistake_of_ours_is_not_dressed_up(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
-    from aimet_ext.workflow import inspect
+    from aimet_ext.artifact import inspect
 
     def fail(*_: Any, **__: Any) -> None:
         raise KeyError("oops")

@@ -272,7 +272,7 @@ def inspect(
 ) -> None:
     """Check an exported folder and list it."""
     with _stdout_for_results():
-        from aimet_ext.workflow.inspect import inspect_export
+        from aimet_ext.artifact.inspect import inspect_export
 
         found = inspect_export(folder)
     if as_json:

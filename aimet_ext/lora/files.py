@@ -13,6 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from aimet_ext.artifact.checkpoint import WEIGHTS
+from aimet_ext.artifact.export import QUANTIZERS, QUANTIZERS_SCHEMA
+from aimet_ext.artifact.load import load as load_base
+from aimet_ext.artifact.torch_onnx import positional_inputs
 from aimet_ext.errors import CorruptFileError, require
 from aimet_ext.files.folders import check_output, replace_folder
 from aimet_ext.files.manifest import MANIFEST, hash_file, read_manifest, write_manifest
@@ -27,10 +31,6 @@ from aimet_ext.sim.torch.state import (
     make_quantizer,
     quantizers_to_tensors,
 )
-from aimet_ext.workflow.export import QUANTIZERS, QUANTIZERS_SCHEMA
-from aimet_ext.workflow.load import load as load_base
-from aimet_ext.workflow.model_files import WEIGHTS
-from aimet_ext.workflow.onnx_file import positional_inputs
 
 if TYPE_CHECKING:
     from aimet_torch import QuantizationSimModel

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from aimet_ext.artifact.torch_onnx import Inputs, OnnxFile, float32_model, write_onnx
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.errors import MissingExtraError, require
 from aimet_ext.files.encodings import Layout, entries, load_encodings, to_grid, to_version_1
 from aimet_ext.lora.sim import LoraState, lora_state, switch
 from aimet_ext.sim.protocol import adapt
-from aimet_ext.workflow.onnx_file import Inputs, OnnxFile, float32_model, write_onnx
 
 __all__ = ["LORA_NAMES", "AdapterGraph", "encodings_file", "write_adapter_graph"]
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from aimet_ext.artifact.load import load
 from aimet_ext.errors import require
 from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.manifest import MANIFEST, hash_file
@@ -22,7 +23,6 @@ from aimet_ext.lora.fold import fold_adapter, fold_adapters, scales_digest
 from aimet_ext.models.huggingface import causal_lm, checkpoint_prefix, context_length
 from aimet_ext.sim.protocol import adapt
 from aimet_ext.sim.torch.state import load_quantizers, named_quantizers, quantizers_to_tensors
-from aimet_ext.workflow.load import load
 
 if TYPE_CHECKING:
     from aimet_torch import QuantizationSimModel

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from aimet_ext.artifact.hand_off import HandOff, hand_off, write_qdq
+from aimet_ext.artifact.load import load
 from aimet_ext.errors import CorruptFileError, require
 from aimet_ext.files.manifest import read_manifest
 from aimet_ext.integrations.qnn import HtpRejected
@@ -18,8 +20,6 @@ from aimet_ext.integrations.qnn_runtime import is_available
 from aimet_ext.integrations.qnn_targets import HtpTarget
 from aimet_ext.workflow import verify_run as runs
 from aimet_ext.workflow.findings import Finding
-from aimet_ext.workflow.hand_off import HandOff, hand_off, write_qdq
-from aimet_ext.workflow.load import load
 from aimet_ext.workflow.verify_causes import (
     Cause,
     array_sqnr,
@@ -51,7 +51,7 @@ class Verification:
     :param real: whether they are data and not made up.
     :param reference: float module, or None.
     :param thresholds: what is asked for.
-    :param kv_bitwidth: see :func:`aimet_ext.workflow.hand_off.hand_off`.
+    :param kv_bitwidth: see :func:`aimet_ext.artifact.hand_off.hand_off`.
     """
 
     def __init__(

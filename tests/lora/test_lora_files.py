@@ -194,8 +194,8 @@ def test_a_baked_adapter_is_the_simulation_in_onnx(
 ) -> None:
     """The graph with exactly the simulation's quantizers gives its numbers, not the base's."""
     pytest.importorskip("aimet_onnx")
+    from aimet_ext.artifact.hand_off import put_encodings
     from aimet_ext.sim.onnx.target import build_target_sim, only_these
-    from aimet_ext.workflow.hand_off import put_encodings
 
     model, encoded = lora.bake_adapter(folder, name)
     assert [value.name for value in model.graph.input] == ["input_ids"]

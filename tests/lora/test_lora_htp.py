@@ -64,9 +64,9 @@ def run_on_htp(
     model: Any, encoded: Any, feeds: Mapping[str, Mapping[str, Any]], path: pathlib.Path
 ) -> dict[str, Tensor]:
     """Compile once, with every node on HTP, and run with each feed."""
+    from aimet_ext.artifact.hand_off import put_encodings, write_qdq
     from aimet_ext.integrations.qnn import compile_htp
     from aimet_ext.sim.onnx.target import build_target_sim, calibrate_added
-    from aimet_ext.workflow.hand_off import put_encodings, write_qdq
 
     ids = {"input_ids": IDS.numpy()}
     every = {name: {**ids, **feed} for name, feed in feeds.items()}

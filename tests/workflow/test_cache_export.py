@@ -14,13 +14,13 @@ from torch import Tensor
 
 import aimet_ext
 from aimet_ext import LPBQ, QSpec
+from aimet_ext.artifact.kv import export as cache_export
+from aimet_ext.artifact.kv.export import export_with_cache
+from aimet_ext.artifact.kv.run import load_cache_graphs
 from aimet_ext.core.objective import sqnr_db
 from aimet_ext.files.encodings import entries, load_encodings
 from aimet_ext.files.manifest import read_manifest
 from aimet_ext.models.kv_cache import run_with_cache
-from aimet_ext.workflow import cache_export
-from aimet_ext.workflow.cache_export import export_with_cache
-from aimet_ext.workflow.cache_run import load_cache_graphs
 
 pytest.importorskip("aimet_torch")
 onnx = pytest.importorskip("onnx")

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 import aimet_ext
 from aimet_ext import LPBQ, Blockwise, QSpec
+from aimet_ext.artifact import torch_onnx as onnx_file
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.errors import MissingExtraError
 from aimet_ext.files import encodings
 from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.manifest import read_manifest
 from aimet_ext.sim.protocol import adapt
-from aimet_ext.workflow import onnx_file
 
 pytest.importorskip("aimet_torch")
 onnx = pytest.importorskip("onnx")
@@ -275,7 +275,7 @@ def test_without_onnxruntime_the_manifest_says_so(
     def missing(*args: Any) -> None:
         raise MissingExtraError("onnxruntime")
 
-    monkeypatch.setattr("aimet_ext.workflow.export.run_onnx", missing)
+    monkeypatch.setattr("aimet_ext.artifact.export.run_onnx", missing)
     manifest = aimet_ext.export(sim, tmp_path / "out", "m", IDS)
     assert manifest["checks"]["onnxruntime"] == "not installed"
 
@@ -303,7 +303,7 @@ def test_a_wrong_file_is_noticed_and_the_old_folder_stays(
     elif fault == "order":
         monkeypatch.setattr(encodings, "_flatten", lambda values, layout: values.flatten())
     elif fault == "output":
-        monkeypatch.setattr("aimet_ext.workflow.export.run_onnx", lambda *_: logits(sim) * 1.001)
+        monkeypatch.setattr("aimet_ext.artifact.export.run_onnx", lambda *_: logits(sim) * 1.001)
     else:
         monkeypatch.setattr(onnx_file.OnnxFile, "tensor", lambda self, name: torch.zeros(2))
     with pytest.raises(RuntimeError, match=r"m\.onnx"):

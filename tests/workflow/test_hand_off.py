@@ -16,10 +16,10 @@ from torch import nn
 
 import aimet_ext
 from aimet_ext import LPBQ, QSpec
+from aimet_ext.artifact.hand_off import HandOff, feeds, hand_off, write_qdq
 from aimet_ext.core.objective import sqnr_db
 from aimet_ext.files.encodings import entries, load_encodings
 from aimet_ext.files.manifest import read_manifest, write_manifest
-from aimet_ext.workflow.hand_off import HandOff, feeds, hand_off, write_qdq
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

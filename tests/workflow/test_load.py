@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 import aimet_ext
 from aimet_ext import LPBQ, Blockwise, QSpec
+from aimet_ext.artifact.inspect import inspect_export
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.scales import save_scales
 from aimet_ext.sim.protocol import adapt
 from aimet_ext.sim.torch.state import quantizers_to_tensors
-from aimet_ext.workflow.inspect import inspect_export
 
 aimet_torch = pytest.importorskip("aimet_torch")
 pytest.importorskip("onnx")

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import aimet_ext
+from aimet_ext.artifact.inspect import inspect_export
+from aimet_ext.artifact.onnx_export import QUANTIZERS, SCHEMA
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.manifest import read_manifest
 from aimet_ext.files.sealed import read_sealed
 from aimet_ext.sim.protocol import adapt
-from aimet_ext.workflow.inspect import inspect_export
-from aimet_ext.workflow.onnx_export import QUANTIZERS, SCHEMA
 
 onnx = pytest.importorskip("onnx")
 aimet_onnx = pytest.importorskip("aimet_onnx")
@@ -438,7 +438,7 @@ def test_a_wrong_file_is_noticed_and_the_old_folder_stays(
     monkeypatch.setattr(onnx_files, "save_float_model", changed)
     if fault == "output":
         right = np.concatenate([outputs(sim), outputs(sim)])[:4] * 1.2
-        monkeypatch.setattr("aimet_ext.workflow.onnx_export._run", lambda *_: [right])
+        monkeypatch.setattr("aimet_ext.artifact.onnx_export._run", lambda *_: [right])
     with pytest.raises(RuntimeError, match=r"^m\.(qdq\.onnx|onnx|encodings)"):
         aimet_ext.export(sim, tmp_path / "out", "m", X)
     assert read_manifest(tmp_path / "out") == before

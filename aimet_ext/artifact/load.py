@@ -8,6 +8,15 @@ from typing import Any
 
 import torch
 
+from aimet_ext.artifact.checkpoint import load_weights
+from aimet_ext.artifact.export import (
+    LEDGER,
+    LEDGER_SCHEMA,
+    QUANTIZERS,
+    QUANTIZERS_SCHEMA,
+    SETTINGS,
+)
+from aimet_ext.artifact.onnx_load import load_onnx
 from aimet_ext.errors import CorruptFileError, require
 from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.manifest import read_manifest
@@ -15,15 +24,6 @@ from aimet_ext.files.sealed import read_sealed
 from aimet_ext.models.huggingface import prepare_model
 from aimet_ext.sim.protocol import adapt
 from aimet_ext.sim.torch.state import load_quantizers
-from aimet_ext.workflow.export import (
-    LEDGER,
-    LEDGER_SCHEMA,
-    QUANTIZERS,
-    QUANTIZERS_SCHEMA,
-    SETTINGS,
-)
-from aimet_ext.workflow.model_files import load_weights
-from aimet_ext.workflow.onnx_load import load_onnx
 
 __all__ = ["load"]
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from aimet_ext.artifact.hand_off import HandOff, put_encodings
+from aimet_ext.artifact.kv.run import CacheFiles
 from aimet_ext.errors import require
 from aimet_ext.files.encodings import entries, load_encodings
 from aimet_ext.models.kv_cache import CacheShape
 from aimet_ext.onnx.same_tensors import moved_from, same_tensors
-from aimet_ext.workflow.cache_run import CacheFiles
-from aimet_ext.workflow.hand_off import HandOff, put_encodings
 
 __all__ = ["Reference", "quantized_graph"]
 

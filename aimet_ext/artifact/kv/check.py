@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aimet_ext.artifact.hand_off import HandOff
+from aimet_ext.artifact.kv.run import QDQ, CacheFiles
 from aimet_ext.core.objective import sqnr_db
 from aimet_ext.errors import MissingExtraError, require
 from aimet_ext.models.huggingface import prepare_model
 from aimet_ext.models.kv_cache import CachedCausalLM
 from aimet_ext.sim.protocol import adapt
-from aimet_ext.workflow.cache_run import QDQ, CacheFiles
-from aimet_ext.workflow.hand_off import HandOff
 
 __all__ = ["check_float", "check_quantized"]
 

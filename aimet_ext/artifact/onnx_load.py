@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from aimet_ext.artifact.onnx_export import LEDGER, LEDGER_SCHEMA, QUANTIZERS, SCHEMA
 from aimet_ext.errors import require
 from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.sealed import read_sealed
 from aimet_ext.sim.protocol import adapt
-from aimet_ext.workflow.onnx_export import LEDGER, LEDGER_SCHEMA, QUANTIZERS, SCHEMA
 
 __all__ = ["load_onnx"]
 

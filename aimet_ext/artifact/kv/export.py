@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aimet_ext.artifact.export import export
+from aimet_ext.artifact.hand_off import hand_off, write_qdq
+from aimet_ext.artifact.kv.check import check_float, check_quantized
+from aimet_ext.artifact.kv.quantize import Reference, quantized_graph
+from aimet_ext.artifact.kv.run import KIND, QDQ, CacheFiles
+from aimet_ext.artifact.kv.shared_weights import share_weights
+from aimet_ext.artifact.load import load
+from aimet_ext.artifact.torch_onnx import Inputs, float32_model, write_onnx
 from aimet_ext.files.folders import replace_folder
 from aimet_ext.files.manifest import write_manifest
 from aimet_ext.models.kv_cache import CachedCausalLM
 from aimet_ext.sim.protocol import adapt
-from aimet_ext.workflow.cache_check import check_float, check_quantized
-from aimet_ext.workflow.cache_quantize import Reference, quantized_graph
-from aimet_ext.workflow.cache_run import KIND, QDQ, CacheFiles
-from aimet_ext.workflow.export import export
-from aimet_ext.workflow.hand_off import hand_off, write_qdq
-from aimet_ext.workflow.load import load
-from aimet_ext.workflow.onnx_file import Inputs, float32_model, write_onnx
-from aimet_ext.workflow.shared_weights import share_weights
 
 __all__ = ["export_with_cache"]
 
@@ -74,7 +74,7 @@ def export_with_cache(
     :param context_length: tokens that a query sees at most, those of its own call included.
     :param dataloader: batches of ids ``[batch, seq]``, all of one length, which calibrate what the
         sim leaves float and an NPU does not: scores, rotary embeddings, sums. That is done once, on
-        the graph without a cache (see :func:`aimet_ext.workflow.hand_off.hand_off`), from which
+        the graph without a cache (see :func:`aimet_ext.artifact.hand_off.hand_off`), from which
         both graphs get their ranges tensor by tensor; a cache that comes in has the range of the
         keys and values that go out. Needs aimet-onnx.
     :param kv_bitwidth: bits of the cache in the quantized graphs, 8 or 16; None: those of the keys

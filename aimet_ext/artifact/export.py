@@ -11,6 +11,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from aimet_ext.artifact.checkpoint import float_state, passing_buffers, rounded_state, write_model
+from aimet_ext.artifact.onnx_export import (
+    LEDGER,
+    LEDGER_SCHEMA,
+    QUANTIZERS,
+    SETTINGS,
+    export_onnx,
+)
+from aimet_ext.artifact.torch_onnx import (
+    Inputs,
+    OnnxFile,
+    float32_model,
+    positional_inputs,
+    run_onnx,
+    write_onnx,
+)
 from aimet_ext.errors import MissingExtraError, require
 from aimet_ext.files.folders import check_output, replace_folder
 from aimet_ext.files.ledger import Ledger
@@ -22,22 +38,6 @@ from aimet_ext.models.huggingface import causal_lm, original_name
 from aimet_ext.sim.protocol import SimAdaptor, adapt
 from aimet_ext.sim.torch.state import quantizers_to_tensors
 from aimet_ext.workflow.fingerprints import write_fingerprints
-from aimet_ext.workflow.model_files import float_state, passing_buffers, rounded_state, write_model
-from aimet_ext.workflow.onnx_export import (
-    LEDGER,
-    LEDGER_SCHEMA,
-    QUANTIZERS,
-    SETTINGS,
-    export_onnx,
-)
-from aimet_ext.workflow.onnx_file import (
-    Inputs,
-    OnnxFile,
-    float32_model,
-    positional_inputs,
-    run_onnx,
-    write_onnx,
-)
 
 __all__ = [
     "CHECKPOINT",

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aimet_ext.artifact.load import load
+from aimet_ext.artifact.onnx_export import SETTINGS
 from aimet_ext.core.affine import Grid
 from aimet_ext.core.objective import sqnr_db
 from aimet_ext.errors import CorruptFileError, require
 from aimet_ext.files.encodings import Layout, entries, load_encodings, to_grid
 from aimet_ext.files.manifest import read_manifest
 from aimet_ext.files.tensors import atomic_path
-from aimet_ext.workflow.load import load
-from aimet_ext.workflow.onnx_export import SETTINGS
 
 __all__ = ["HandOff", "feeds", "hand_off", "put_encodings", "write_qdq"]
 

@@ -1,0 +1,1 @@
+"""A simulation as a folder of files, and the way back."""

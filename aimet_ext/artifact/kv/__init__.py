@@ -1,0 +1,1 @@
+"""Exported graphs with a key-value cache."""
