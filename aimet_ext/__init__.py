@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from aimet_ext.errors import CorruptFileError, MissingExtraError, TransformRefused
     from aimet_ext.files.ledger import Ledger
     from aimet_ext.files.scales import load_scales
+    from aimet_ext.findings import Finding
     from aimet_ext.grids.blockwise import GridReport, set_blockwise, set_lpbq
     from aimet_ext.grids.create import create_sim
+    from aimet_ext.linting.lint import lint
     from aimet_ext.models.huggingface import prepare_model
     from aimet_ext.models.kv_cache import TokenCache
     from aimet_ext.models.topology import TopologyDescription
@@ -43,11 +45,9 @@ if TYPE_CHECKING:
     from aimet_ext.techniques.lpbq import apply_lpbq
     from aimet_ext.techniques.omniquant import OmniQuantReport, apply_omniquant
     from aimet_ext.techniques.seq_mse import apply_seq_mse
+    from aimet_ext.verification.report import Thresholds, VerifyReport
+    from aimet_ext.verification.verify import verify
     from aimet_ext.workflow.evaluate import evaluate_perplexity
-    from aimet_ext.workflow.findings import Finding
-    from aimet_ext.workflow.lint import lint
-    from aimet_ext.workflow.verify import verify
-    from aimet_ext.workflow.verify_report import Thresholds, VerifyReport
 
 __version__ = "0.1.0"
 
@@ -57,7 +57,7 @@ _HOMES = {
     "Blockwise": "aimet_ext.config",
     "CacheGraphs": "aimet_ext.artifact.kv.run",
     "CorruptFileError": "aimet_ext.errors",
-    "Finding": "aimet_ext.workflow.findings",
+    "Finding": "aimet_ext.findings",
     "GPTQParams": "aimet_ext.config",
     "GridReport": "aimet_ext.grids.blockwise",
     "LPBQ": "aimet_ext.config",
@@ -71,11 +71,11 @@ _HOMES = {
     "PerTensor": "aimet_ext.config",
     "QSpec": "aimet_ext.config",
     "SeqMSEParams": "aimet_ext.config",
-    "Thresholds": "aimet_ext.workflow.verify_report",
+    "Thresholds": "aimet_ext.verification.report",
     "TokenCache": "aimet_ext.models.kv_cache",
     "TopologyDescription": "aimet_ext.models.topology",
     "TransformRefused": "aimet_ext.errors",
-    "VerifyReport": "aimet_ext.workflow.verify_report",
+    "VerifyReport": "aimet_ext.verification.report",
     "apply_adaround": "aimet_ext.techniques.adaround",
     "apply_gptq": "aimet_ext.techniques.gptq",
     "apply_lpbq": "aimet_ext.techniques.lpbq",
@@ -87,7 +87,7 @@ _HOMES = {
     "examples": "aimet_ext",
     "export": "aimet_ext.artifact.export",
     "export_with_cache": "aimet_ext.artifact.kv.export",
-    "lint": "aimet_ext.workflow.lint",
+    "lint": "aimet_ext.linting.lint",
     "load": "aimet_ext.artifact.load",
     "load_cache_graphs": "aimet_ext.artifact.kv.run",
     "load_scales": "aimet_ext.files.scales",
@@ -95,7 +95,7 @@ _HOMES = {
     "prepare_model": "aimet_ext.models.huggingface",
     "set_blockwise": "aimet_ext.grids.blockwise",
     "set_lpbq": "aimet_ext.grids.blockwise",
-    "verify": "aimet_ext.workflow.verify",
+    "verify": "aimet_ext.verification.verify",
 }
 
 # Which extra installs an optional package.

@@ -30,9 +30,9 @@ import aimet_ext
 from aimet_ext import LPBQ, Blockwise, PerTensor, QSpec
 from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.manifest import relist_files
+from aimet_ext.findings import Finding
+from aimet_ext.integrity.check import check_integrity
 from aimet_ext.sim.protocol import adapt
-from aimet_ext.workflow.findings import Finding
-from aimet_ext.workflow.integrity import check_integrity
 
 IDS = torch.arange(64).reshape(4, 16) * 3 % 128
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")

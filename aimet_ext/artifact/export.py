@@ -34,10 +34,10 @@ from aimet_ext.files.manifest import write_manifest
 from aimet_ext.files.scales import write_scales
 from aimet_ext.files.sealed import write_sealed
 from aimet_ext.files.tensors import hash_tensors
+from aimet_ext.integrity.fingerprints import write_fingerprints
 from aimet_ext.models.huggingface import causal_lm, original_name
 from aimet_ext.sim.protocol import SimAdaptor, adapt
 from aimet_ext.sim.torch.state import quantizers_to_tensors
-from aimet_ext.workflow.fingerprints import write_fingerprints
 
 __all__ = [
     "CHECKPOINT",

@@ -20,8 +20,8 @@ from aimet_ext.files.names import LEDGER, QUANTIZERS, SETTINGS
 from aimet_ext.files.scales import write_scales
 from aimet_ext.files.sealed import write_sealed
 from aimet_ext.files.tensors import hash_tensors
+from aimet_ext.integrity.fingerprints import write_fingerprints
 from aimet_ext.sim.protocol import SimAdaptor
-from aimet_ext.workflow.fingerprints import write_fingerprints
 
 __all__ = ["LEDGER", "LEDGER_SCHEMA", "QUANTIZERS", "SCHEMA", "SETTINGS", "export_onnx"]
 

@@ -69,7 +69,7 @@ def verify(
     """Check an export down to the numbers that a Snapdragon's HTP computes."""
     with contextlib.redirect_stdout(sys.stderr):
         from aimet_ext.cli import jobs
-        from aimet_ext.workflow.verify import verify as run
+        from aimet_ext.verification.verify import verify as run
 
         report = run(
             folder,
@@ -89,7 +89,7 @@ def _batches(folder: Path, text: Path, count: int) -> list[Any]:
     import aimet_ext
     from aimet_ext.cli import jobs
     from aimet_ext.files.manifest import read_manifest
-    from aimet_ext.workflow.verify_data import exported_length
+    from aimet_ext.verification.data import exported_length
 
     prefix = read_manifest(folder, verify=False)["prefix"]
     tokenizer = jobs.load_tokenizer(folder)

@@ -20,9 +20,9 @@ from aimet_ext import LPBQ, QSpec
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.manifest import relist_files
+from aimet_ext.findings import Finding
+from aimet_ext.integrity.check import check_integrity
 from aimet_ext.sim.protocol import adapt
-from aimet_ext.workflow.findings import Finding
-from aimet_ext.workflow.integrity import check_integrity
 
 pytest.importorskip("aimet_torch")
 onnx = pytest.importorskip("onnx")

@@ -14,8 +14,8 @@ from aimet_ext.core.objective import sqnr_db
 from aimet_ext.grids.blockwise import set_lpbq
 from aimet_ext.integrations import qnn_runtime
 from aimet_ext.integrations.qnn_targets import find_target
-from aimet_ext.workflow.lint import lint
-from aimet_ext.workflow.lint_limits import LIMITS
+from aimet_ext.linting.limits import LIMITS
+from aimet_ext.linting.lint import lint
 
 aimet_onnx = pytest.importorskip("aimet_onnx")
 onnx = pytest.importorskip("onnx")

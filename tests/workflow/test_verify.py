@@ -23,17 +23,18 @@ from aimet_ext.cli.verify import EPILOG
 from aimet_ext.cli.verify import verify as command
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.manifest import read_manifest
+from aimet_ext.findings import Finding
 from aimet_ext.integrations.qnn import HtpRejected
 from aimet_ext.integrations.qnn_process import HtpCrashed
 from aimet_ext.integrations.qnn_runtime import is_available
 from aimet_ext.integrations.qnn_targets import find_target
-from aimet_ext.workflow import verify_run, verify_steps
-from aimet_ext.workflow.findings import Finding
-from aimet_ext.workflow.verify import REPORT, verify
-from aimet_ext.workflow.verify_data import graph_inputs, window_feeds
-from aimet_ext.workflow.verify_layers import find_layers
-from aimet_ext.workflow.verify_report import Thresholds, VerifyReport
-from aimet_ext.workflow.verify_steps import Verification
+from aimet_ext.verification import run as verify_run
+from aimet_ext.verification import steps as verify_steps
+from aimet_ext.verification.data import graph_inputs, window_feeds
+from aimet_ext.verification.layers import find_layers
+from aimet_ext.verification.report import Thresholds, VerifyReport
+from aimet_ext.verification.steps import Verification
+from aimet_ext.verification.verify import REPORT, verify
 
 pytest.importorskip("aimet_torch")
 pytest.importorskip("aimet_onnx")
@@ -351,13 +352,13 @@ def test_the_command_ends_with_the_verdict(
         asked.update(options, path=path, dataloader=dataloader)
         return shown
 
-    monkeypatch.setattr("aimet_ext.workflow.verify.verify", fake)
+    monkeypatch.setattr("aimet_ext.verification.verify.verify", fake)
     done = run_command(str(folder), "--target", "htp_v79", "--json")
     assert done.exit_code == 0
     assert json.loads(done.stdout)["passed"] is True
     assert (asked["target"], asked["dataloader"]) == ("htp_v79", None)
     failed = verify_report_with_a_fault(shown)
-    monkeypatch.setattr("aimet_ext.workflow.verify.verify", lambda *_, **__: failed)
+    monkeypatch.setattr("aimet_ext.verification.verify.verify", lambda *_, **__: failed)
     done = run_command(str(folder))
     assert done.exit_code == 1
     assert "FAILED: 1 fault" in done.stdout
@@ -382,7 +383,7 @@ def test_the_command_takes_text(
         asked.extend(dataloader)
         return VerifyReport(folder=str(path), target="htp_v75")
 
-    monkeypatch.setattr("aimet_ext.workflow.verify.verify", fake)
+    monkeypatch.setattr("aimet_ext.verification.verify.verify", fake)
     done = run_command(
         str(with_tokenizer), "--text", str(text), "--windows", "2", "--calibration-windows", "3"
     )

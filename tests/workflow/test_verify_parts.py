@@ -12,29 +12,29 @@ import numpy as np
 import pytest
 import torch
 
-from aimet_ext.workflow.findings import Finding
-from aimet_ext.workflow.verify_causes import (
+from aimet_ext.findings import Finding
+from aimet_ext.verification.causes import (
     array_sqnr,
     culprit,
     dropped_bias,
     known_cause,
     pattern_cause,
 )
-from aimet_ext.workflow.verify_data import (
+from aimet_ext.verification.data import (
     exported_length,
     graph_inputs,
     random_feeds,
     window_feeds,
 )
-from aimet_ext.workflow.verify_layers import LayerFacts, find_layers
-from aimet_ext.workflow.verify_report import (
+from aimet_ext.verification.layers import LayerFacts, find_layers
+from aimet_ext.verification.report import (
     LayerCheck,
     Measures,
     Step,
     Thresholds,
     VerifyReport,
 )
-from aimet_ext.workflow.verify_run import CpuSession, perplexity, top1_agreement
+from aimet_ext.verification.run import CpuSession, perplexity, top1_agreement
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -18,8 +18,8 @@ from aimet_ext.files.encodings import entries, load_encodings
 from aimet_ext.files.names import LEDGER, QUANTIZERS, WEIGHTS
 from aimet_ext.files.scales import AIMET_FILE, SCALES_FILE
 from aimet_ext.files.sealed import read_sealed
-from aimet_ext.workflow.findings import Finding
-from aimet_ext.workflow.integrity_onnx import OnnxGraph
+from aimet_ext.findings import Finding
+from aimet_ext.integrity.onnx_file import OnnxGraph
 
 __all__ = ["AGAIN", "ExportFiles", "Stored"]
 

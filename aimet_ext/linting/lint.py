@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from aimet_ext.findings import Finding
 from aimet_ext.integrations.qnn_targets import HtpTarget, find_target
+from aimet_ext.linting.facts import SimFacts
+from aimet_ext.linting.limits import LIMITS
+from aimet_ext.linting.rules import RULES
 from aimet_ext.sim.protocol import adapt
-from aimet_ext.workflow.findings import Finding
-from aimet_ext.workflow.lint_facts import SimFacts
-from aimet_ext.workflow.lint_limits import LIMITS
-from aimet_ext.workflow.lint_rules import RULES
 
 __all__ = ["lint"]
 
@@ -40,9 +40,9 @@ def lint(sim: Any, target: str | HtpTarget = "htp_v79") -> list[Finding]:
 def _facts(sim: Any) -> SimFacts:
     adaptor = adapt(sim)
     if hasattr(adaptor, "graph"):
-        from aimet_ext.workflow.lint_onnx import onnx_facts
+        from aimet_ext.linting.onnx import onnx_facts
 
         return onnx_facts(adaptor)
-    from aimet_ext.workflow.lint_torch import torch_facts
+    from aimet_ext.linting.torch import torch_facts
 
     return torch_facts(adaptor)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from aimet_ext.files.names import WEIGHTS
-from aimet_ext.workflow.findings import Finding
-from aimet_ext.workflow.fingerprints import fingerprints_of
-from aimet_ext.workflow.integrity_files import AGAIN, ExportFiles
+from aimet_ext.findings import Finding
+from aimet_ext.integrity.files import AGAIN, ExportFiles
+from aimet_ext.integrity.fingerprints import fingerprints_of
 
 __all__ = ["ExportState"]
 

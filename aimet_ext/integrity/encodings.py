@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any
 
 from aimet_ext.files.names import QUANTIZERS
-from aimet_ext.workflow.integrity_files import AGAIN
-from aimet_ext.workflow.integrity_grids import Cells, encoded_cells, onnx_cells, torch_cells
-from aimet_ext.workflow.integrity_state import ExportState
+from aimet_ext.integrity.files import AGAIN
+from aimet_ext.integrity.grids import Cells, encoded_cells, onnx_cells, torch_cells
+from aimet_ext.integrity.state import ExportState
 
 __all__ = ["check_encodings"]
 

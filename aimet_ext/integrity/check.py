@@ -10,13 +10,13 @@ from typing import Any
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.manifest import MANIFEST, hash_file, read_manifest
 from aimet_ext.files.names import FINGERPRINTS
-from aimet_ext.workflow.findings import Finding
-from aimet_ext.workflow.fingerprints import read_fingerprints
-from aimet_ext.workflow.integrity_encodings import check_encodings
-from aimet_ext.workflow.integrity_files import AGAIN
-from aimet_ext.workflow.integrity_scales import check_scales
-from aimet_ext.workflow.integrity_state import ExportState
-from aimet_ext.workflow.integrity_tensors import (
+from aimet_ext.findings import Finding
+from aimet_ext.integrity.encodings import check_encodings
+from aimet_ext.integrity.files import AGAIN
+from aimet_ext.integrity.fingerprints import read_fingerprints
+from aimet_ext.integrity.scales import check_scales
+from aimet_ext.integrity.state import ExportState
+from aimet_ext.integrity.tensors import (
     check_external_data,
     check_models,
     check_ranges,

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from aimet_ext.config import LPBQ, Blockwise, PerTensor
-from aimet_ext.workflow.findings import Finding
-from aimet_ext.workflow.lint_facts import Activation, LintLayer, SimFacts
-from aimet_ext.workflow.lint_limits import FIXED_RANGES, MASK_LIMIT, HtpLimits
+from aimet_ext.findings import Finding
+from aimet_ext.linting.facts import Activation, LintLayer, SimFacts
+from aimet_ext.linting.limits import FIXED_RANGES, MASK_LIMIT, HtpLimits
 
 __all__ = ["RULES", "Rule"]
 

@@ -15,12 +15,12 @@ from typing import Any
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.folders import check_output, replace_folder
 from aimet_ext.files.manifest import read_manifest, versions, write_manifest
+from aimet_ext.findings import Finding
 from aimet_ext.integrations.qnn_targets import HtpTarget, find_target
-from aimet_ext.workflow.findings import Finding
-from aimet_ext.workflow.integrity import check_integrity
-from aimet_ext.workflow.verify_data import Feed, graph_inputs, random_feeds, window_feeds
-from aimet_ext.workflow.verify_report import Status, Step, Thresholds, VerifyReport
-from aimet_ext.workflow.verify_steps import Verification
+from aimet_ext.integrity.check import check_integrity
+from aimet_ext.verification.data import Feed, graph_inputs, random_feeds, window_feeds
+from aimet_ext.verification.report import Status, Step, Thresholds, VerifyReport
+from aimet_ext.verification.steps import Verification
 
 __all__ = ["REPORT", "verify"]
 

@@ -10,9 +10,9 @@ import torch
 
 from aimet_ext.core.affine import to_blocks
 from aimet_ext.files.names import WEIGHTS
-from aimet_ext.workflow.integrity_grids import encoded_cells, misfit
-from aimet_ext.workflow.integrity_onnx import OnnxGraph
-from aimet_ext.workflow.integrity_state import ExportState
+from aimet_ext.integrity.grids import encoded_cells, misfit
+from aimet_ext.integrity.onnx_file import OnnxGraph
+from aimet_ext.integrity.state import ExportState
 
 __all__ = ["check_external_data", "check_models", "check_ranges", "check_weights"]
 

@@ -25,9 +25,9 @@ from aimet_ext.files.names import (
     WEIGHTS,
 )
 from aimet_ext.files.scales import AIMET_FILE, SCALES_FILE
-from aimet_ext.workflow.integrity_files import ExportFiles, Stored
-from aimet_ext.workflow.integrity_grids import Cells, encoded_cells, torch_cells
-from aimet_ext.workflow.integrity_onnx import OnnxGraph
+from aimet_ext.integrity.files import ExportFiles, Stored
+from aimet_ext.integrity.grids import Cells, encoded_cells, torch_cells
+from aimet_ext.integrity.onnx_file import OnnxGraph
 
 __all__ = [
     "NODES",

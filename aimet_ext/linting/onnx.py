@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from aimet_ext.linting.facts import Activation, LintLayer, SimFacts
+from aimet_ext.linting.limits import FIXED_RANGES
 from aimet_ext.onnx.layers import OnnxLayer
 from aimet_ext.onnx.same_tensors import MOVES
 from aimet_ext.sim.onnx.quantizer_state import is_integer
 from aimet_ext.sim.onnx.quantizers import OnnxWeightQuantizer
 from aimet_ext.sim.protocol import WeightQuantizer
-from aimet_ext.workflow.lint_facts import Activation, LintLayer, SimFacts
-from aimet_ext.workflow.lint_limits import FIXED_RANGES
 
 __all__ = ["onnx_facts"]
 

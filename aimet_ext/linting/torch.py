@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from aimet_ext.workflow.lint_facts import Activation, LintLayer, SimFacts
-from aimet_ext.workflow.lint_limits import FIXED_RANGES
+from aimet_ext.linting.facts import Activation, LintLayer, SimFacts
+from aimet_ext.linting.limits import FIXED_RANGES
 
 __all__ = ["torch_facts"]
 

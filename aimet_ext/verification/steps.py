@@ -14,22 +14,22 @@ from aimet_ext.artifact.hand_off import HandOff, hand_off, write_qdq
 from aimet_ext.artifact.load import load
 from aimet_ext.errors import CorruptFileError, require
 from aimet_ext.files.manifest import read_manifest
+from aimet_ext.findings import Finding
 from aimet_ext.integrations.qnn import HtpRejected
 from aimet_ext.integrations.qnn_process import HtpCrashed, HtpProcess
 from aimet_ext.integrations.qnn_runtime import is_available
 from aimet_ext.integrations.qnn_targets import HtpTarget
-from aimet_ext.workflow import verify_run as runs
-from aimet_ext.workflow.findings import Finding
-from aimet_ext.workflow.verify_causes import (
+from aimet_ext.verification import run as runs
+from aimet_ext.verification.causes import (
     Cause,
     array_sqnr,
     culprit,
     known_cause,
     pattern_cause,
 )
-from aimet_ext.workflow.verify_data import Feed
-from aimet_ext.workflow.verify_layers import LayerFacts, find_layers
-from aimet_ext.workflow.verify_report import LayerCheck, Measures, Thresholds
+from aimet_ext.verification.data import Feed
+from aimet_ext.verification.layers import LayerFacts, find_layers
+from aimet_ext.verification.report import LayerCheck, Measures, Thresholds
 
 __all__ = ["CPU", "HTP", "MIXED", "Verification"]
 
@@ -130,7 +130,7 @@ class Verification:
 
     def lint(self) -> str:
         """What is known to go wrong, by the looks of the quantizers."""
-        from aimet_ext.workflow.lint import lint
+        from aimet_ext.linting.lint import lint
 
         found = lint(self._hand().sim, target=self.target.config)
         (self.hints if is_available() else self.findings).extend(found)

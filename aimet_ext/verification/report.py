@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from aimet_ext.files.folders import replace_file
-from aimet_ext.workflow.findings import Finding
+from aimet_ext.findings import Finding
 
 __all__ = ["LayerCheck", "Measures", "Status", "Step", "Thresholds", "VerifyReport"]
 

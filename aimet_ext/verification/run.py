@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from aimet_ext.errors import require
 from aimet_ext.sim.protocol import adapt
-from aimet_ext.workflow.verify_data import Feed, token_ids, token_weights
+from aimet_ext.verification.data import Feed, token_ids, token_weights
 
 __all__ = ["CpuSession", "Session", "float_outputs", "perplexity", "sim_outputs", "top1_agreement"]
 

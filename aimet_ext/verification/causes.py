@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from aimet_ext.core.objective import sqnr_db
-from aimet_ext.workflow.verify_layers import LayerFacts
+from aimet_ext.verification.layers import LayerFacts
 
 __all__ = ["Cause", "array_sqnr", "culprit", "dropped_bias", "known_cause", "pattern_cause"]
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.names import LEDGER
 from aimet_ext.files.scales import AIMET_FILE, SCALES_FILE
-from aimet_ext.workflow.integrity_files import AGAIN, Stored
-from aimet_ext.workflow.integrity_state import ExportState
+from aimet_ext.integrity.files import AGAIN, Stored
+from aimet_ext.integrity.state import ExportState
 
 __all__ = ["check_scales"]
 

@@ -1,0 +1,1 @@
+"""Checks that the files of an export are whole and agree with each other."""

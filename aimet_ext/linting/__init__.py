@@ -1,0 +1,1 @@
+"""Checks of a simulation's quantizers against what a chip supports."""

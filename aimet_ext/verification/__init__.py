@@ -1,0 +1,1 @@
+"""Comparison of an export, as its target computes it, with the simulation."""
