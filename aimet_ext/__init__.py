@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from aimet_ext.data.text import calibration_batches
     from aimet_ext.errors import CorruptFileError, MissingExtraError, TransformRefused
+    from aimet_ext.evaluation.perplexity import evaluate_perplexity
     from aimet_ext.files.ledger import Ledger
     from aimet_ext.files.scales import load_scales
     from aimet_ext.findings import Finding
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from aimet_ext.techniques.seq_mse import apply_seq_mse
     from aimet_ext.verification.report import Thresholds, VerifyReport
     from aimet_ext.verification.verify import verify
-    from aimet_ext.workflow.evaluate import evaluate_perplexity
 
 __version__ = "0.1.0"
 
@@ -83,7 +83,7 @@ _HOMES = {
     "apply_seq_mse": "aimet_ext.techniques.seq_mse",
     "calibration_batches": "aimet_ext.data.text",
     "create_sim": "aimet_ext.grids.create",
-    "evaluate_perplexity": "aimet_ext.workflow.evaluate",
+    "evaluate_perplexity": "aimet_ext.evaluation.perplexity",
     "examples": "aimet_ext",
     "export": "aimet_ext.artifact.export",
     "export_with_cache": "aimet_ext.artifact.kv.export",

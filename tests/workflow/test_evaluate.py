@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from aimet_ext.evaluation.perplexity import calibration_batches, evaluate_perplexity
 from aimet_ext.models.huggingface import prepare_model
-from aimet_ext.workflow.evaluate import calibration_batches, evaluate_perplexity
 
 
 def ids_of(batch: int, length: int) -> torch.Tensor:

@@ -7,8 +7,8 @@ import pathlib
 import pytest
 import torch
 
+from aimet_ext.evaluation.perplexity import evaluate_perplexity
 from aimet_ext.models.huggingface import prepare_model
-from aimet_ext.workflow.evaluate import evaluate_perplexity
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")

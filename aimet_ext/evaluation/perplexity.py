@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from aimet_ext.data.batches import call_model, iterate_batches, token_mask
 from aimet_ext.data.text import calibration_batches
-from aimet_ext.workflow.onnx_run import SessionModel, session_of
+from aimet_ext.evaluation.sessions import SessionModel, session_of
 
 __all__ = ["calibration_batches", "evaluate_perplexity"]
 

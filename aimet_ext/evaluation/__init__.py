@@ -1,0 +1,1 @@
+"""Measures of a model's or a simulation's quality."""

@@ -1,1 +1,0 @@
-"""Whole tasks, each a call: build a simulation, evaluate, export, load."""
