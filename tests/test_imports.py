@@ -19,39 +19,91 @@ import aimet_ext
 PACKAGE = pathlib.Path(aimet_ext.__file__).parent
 STDLIB = sys.stdlib_module_names
 
-# Modules: (what of ours, what from outside), the first pattern that fits. `errors` is for all.
+# Modules: (what of ours, what from outside), the first pattern that fits. `errors` is for all;
+# `public` is the names that `import aimet_ext` offers.
 RULES: dict[str, tuple[set[str], set[str]]] = {
-    "__init__": ({"*"}, set()),
+    "__init__": (set(), set()),
     "errors": (set(), set()),
+    "findings": (set(), set()),
     "config": (set(), {"pydantic"}),
     "core*": ({"core", "config"}, {"torch"}),
-    "model.huggingface": ({"model", "core", "config"}, {"torch", "safetensors", "transformers"}),
-    "model.onnx_*": (
-        {"model", "core", "config"},
-        {"torch", "safetensors", "numpy", "onnx", "onnxruntime"},
+    "files*": ({"files", "core", "config"}, {"torch", "safetensors"}),
+    "data.onnx_batches": ({"data", "onnx.ops", "core"}, {"torch", "numpy", "onnx"}),
+    "data*": ({"data", "files", "core", "config"}, {"torch", "safetensors", "numpy"}),
+    "walk*": ({"walk", "data", "files", "core", "config"}, {"torch"}),
+    "models.huggingface": ({"models", "core", "config"}, {"torch", "transformers"}),
+    "models*": (
+        {"models", "walk", "data", "core", "config"},
+        {"torch", "transformers"},
     ),
-    "model*": ({"model", "core", "config"}, {"torch", "safetensors", "numpy"}),
-    "sim.torch_*": ({"sim", "core", "model", "config"}, {"torch", "numpy", "aimet_torch"}),
-    "sim.onnx_*": (
-        {"sim", "core", "model", "config"},
+    "onnx*": (
+        {"onnx", "walk", "models", "data", "core", "config"},
+        {"torch", "numpy", "onnx", "onnxruntime"},
+    ),
+    "sim.torch*": (
+        {"sim.torch", "sim.protocol", "walk", "models", "data", "files", "core", "config"},
+        {"torch", "numpy", "aimet_torch"},
+    ),
+    "sim.onnx*": (
+        {"sim.onnx", "sim.protocol", "onnx", "walk", "models", "data", "files", "core", "config"},
         {"torch", "numpy", "aimet_onnx", "onnx", "onnx_ir", "onnxruntime"},
     ),
-    "sim*": ({"sim", "core", "model", "config"}, {"torch", "numpy"}),
-    "export*": ({"export", "core", "config"}, {"torch", "safetensors"}),
-    "algorithms*": (
-        {"algorithms", "core", "model", "sim.base", "export", "config"},
+    "sim*": ({"sim.protocol", "walk", "models", "data", "core", "config"}, {"torch"}),
+    "grids*": (
+        {"grids", "techniques", "sim", "models", "data", "core", "config"},
+        {"torch"},
+    ),
+    "techniques.lpbq": (
+        {"techniques", "grids", "sim.protocol", "data", "core", "config"},
+        {"torch"},
+    ),
+    "techniques*": (
+        {"techniques", "sim.protocol", "walk", "models", "data", "files", "core", "config"},
         {"torch", "tqdm"},
     ),
     "examples*": ({"examples"}, {"torch", "transformers", "tokenizers", "tqdm"}),
-    "lora*": ({"*"}, {"torch", "safetensors"}),
-    "workflow*": ({"*"}, {"*"}),
-    "integrations*": ({"*"}, {"*"}),
-    "cli*": ({"*"}, {"typer", "torch", "transformers"}),
+    "integrity*": (
+        {"integrity", "findings", "files", "core"},
+        {"torch", "numpy", "safetensors", "onnx"},
+    ),
+    "evaluation*": ({"evaluation", "sim", "models", "data"}, {"torch", "numpy"}),
+    "artifact*": (
+        {"artifact", "integrity", "grids", "sim", "onnx", "models", "data", "files", "core"},
+        {"torch", "numpy", "onnx", "safetensors"},
+    ),
+    "linting*": (
+        {"linting", "findings", "integrations.qnn_targets", "sim", "onnx", "models", "config"},
+        {"torch"},
+    ),
+    "verification*": (
+        {
+            *("verification", "findings", "linting", "integrity", "artifact", "integrations"),
+            *("sim", "models", "data", "files", "core"),
+        },
+        {"torch", "numpy"},
+    ),
+    "lora*": (
+        {"lora", "artifact", "grids", "sim", "models", "data", "files", "core", "config"},
+        {"torch", "safetensors"},
+    ),
+    "integrations.olive*": (
+        {"integrations", "sim", "config", "public"},
+        {"olive", "numpy", "onnx", "onnxruntime", "pydantic", "aimet_onnx"},
+    ),
+    "integrations.qnn*": (
+        {"integrations", "onnx", "files"},
+        {"numpy", "onnx", "onnxruntime", "onnxruntime_qnn", "safetensors"},
+    ),
+    "cli*": (
+        {"cli", "verification", "lora", "artifact", "integrations", "files", "config", "public"},
+        {"typer", "torch", "transformers"},
+    ),
+    "integrations": (set(), set()),
 }
 
 
 def rule_of(module: str) -> tuple[set[str], set[str]]:
-    """Return the rule of a module, named without the package: ``sim.torch_sim``."""
+    """Return the rule of a module, named without the package: ``sim.torch.adaptor``."""
     return next(rule for name, rule in RULES.items() if fnmatch.fnmatchcase(module, name))
 
 
@@ -75,7 +127,7 @@ def imported(source: str, module: str, is_package: bool) -> Iterator[str]:
             if base == "aimet_ext":
                 yield from (f"aimet_ext.{alias.name}" for alias in node.names)
             elif base.startswith("aimet_ext."):
-                # `from aimet_ext.sim import torch_sim` imports the module, not a name of it.
+                # `from aimet_ext.sim.torch import adaptor` imports the module, not a name of it.
                 yield from (f"{base}.{alias.name}" for alias in node.names)
             else:
                 yield base
@@ -89,9 +141,11 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
         top, _, rest = name.partition(".")
         if top == "aimet_ext":
             allowed = ours | {"errors", "__version__"}
-            if "*" in allowed or any(f"{rest}.".startswith(f"{package}.") for package in allowed):
+            if any(f"{rest}.".startswith(f"{package}.") for package in allowed):
                 continue
-        elif top in STDLIB or "*" in outside or top in outside:
+            if "public" in ours and (not rest or rest in aimet_ext.__all__):
+                continue
+        elif top in STDLIB or top in outside:
             continue
         found.append(f"aimet_ext.{module} imports {name}")
     return found
@@ -118,17 +172,19 @@ def test_imports_follow_the_rules(module: str, path: pathlib.Path) -> None:
     ("module", "source"),
     [
         ("core.affine", "import numpy"),
-        ("core.affine", "from aimet_ext.model import topology"),
-        ("core.affine", "from ..model.topology import find_blocks"),
-        ("model.capture", "def f():\n    import transformers"),
-        ("model.capture", "import onnx"),
-        ("sim.torch_sim", "import onnxruntime"),
-        ("sim.onnx_sim", "import aimet_torch"),
-        ("model.onnx_graph", "import aimet_onnx"),
-        ("sim.base", "from aimet_torch import QuantizationSimModel"),
-        ("export.scales", "from aimet_ext.sim.protocol import adapt"),
-        ("algorithms.omniquant", "from aimet_ext.sim import torch_sim"),
-        ("algorithms.omniquant", "import aimet_torch.quantsim"),
+        ("core.affine", "from aimet_ext.models import topology"),
+        ("core.affine", "from ..models.topology import find_blocks"),
+        ("walk.capture", "def f():\n    import transformers"),
+        ("walk.capture", "import onnx"),
+        ("sim.torch.adaptor", "import onnxruntime"),
+        ("sim.torch.adaptor", "from aimet_ext.sim.onnx import adaptor"),
+        ("sim.onnx.adaptor", "import aimet_torch"),
+        ("onnx.graph", "import aimet_onnx"),
+        ("sim.protocol", "from aimet_torch import QuantizationSimModel"),
+        ("files.scales", "from aimet_ext.sim.protocol import adapt"),
+        ("techniques.omniquant", "from aimet_ext.sim.torch import adaptor"),
+        ("techniques.omniquant", "import aimet_torch.quantsim"),
+        ("cli.jobs", "from aimet_ext.techniques import omniquant"),
         ("config", "from aimet_ext import core"),
     ],
 )

@@ -90,7 +90,7 @@ class CachedCausalLM(nn.Module):
     """A causal LM as a function of ids, mask, positions and caches, all of static shape.
 
     The Hugging Face model is the submodule ``model``, the very object and not a copy, as in
-    :class:`aimet_ext.models.huggingface.PreparedCausalLM`, so that names stay those of a simulation.
+    :class:`~aimet_ext.models.huggingface.PreparedCausalLM`, so names stay those of a simulation.
     Cosine and sine of the positions are looked up in tables: as functions of a position they would
     be lost on a grid of 16 bits.
 

@@ -30,7 +30,7 @@ class OnnxWalk:
     """A walk that runs parts of a graph in onnxruntime, each node once per stream and batch.
 
     Between two stages, only values that a later node reads are kept; see
-    :mod:`aimet_ext.onnx.walk.schedule`. A session holds the weights of its part and lives as long as
+    :mod:`.schedule`. A session holds the weights of its part and lives as long as
     that runs. See :class:`aimet_ext.walk.protocol.Walk`. Quantizers are seen through.
 
     A layer whose weight several nodes apply has its stage at the first of them. The stage then
