@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 from aimet_ext.files.folders import replace_file
 from aimet_ext.findings import Finding
 
-__all__ = ["LayerCheck", "Measures", "Status", "Step", "Thresholds", "VerifyReport"]
+__all__ = ["LayerCheck", "Measures", "Status", "StepResult", "Thresholds", "VerifyReport"]
 
 Status: TypeAlias = Literal["passed", "failed", "not run"]
 
@@ -61,7 +61,7 @@ class Thresholds:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class StepResult:
     """One step of a verification.
 
     :param name: of the step.
@@ -146,7 +146,7 @@ class VerifyReport:
     target: str
     backend: str = "none"
     data: str = ""
-    steps: tuple[Step, ...] = ()
+    steps: tuple[StepResult, ...] = ()
     findings: tuple[Finding, ...] = ()
     hints: tuple[Finding, ...] = ()
     measures: Measures = field(default_factory=Measures)

@@ -11,11 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from aimet_ext.core.objective import sqnr_db
 from aimet_ext.errors import require
 from aimet_ext.sim.protocol import adapt
 from aimet_ext.verification.data import Feed, token_ids, token_weights
 
-__all__ = ["CpuSession", "Session", "float_outputs", "perplexity", "sim_outputs", "top1_agreement"]
+__all__ = [
+    "CpuSession",
+    "Session",
+    "array_sqnr",
+    "float_outputs",
+    "perplexity",
+    "sim_outputs",
+    "top1_agreement",
+]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -107,6 +116,17 @@ def _module_outputs(model: nn.Module, feeds: Sequence[Feed]) -> list[Array]:
         logits = logits if isinstance(logits, Tensor) else logits[0]
         found.append(logits.as_subclass(Tensor).float().cpu().numpy())
     return found
+
+
+def array_sqnr(value: Any, target: Any) -> float:
+    """Signal to noise ratio in dB of an array or a list of arrays, against the same of a target."""
+    values, targets = ([a] if isinstance(a, np.ndarray) else list(a) for a in (value, target))
+    signal = noise = 0.0
+    for one, two in zip(values, targets, strict=True):
+        wide = two.astype(np.float64)
+        signal += float(np.square(wide).sum())
+        noise += float(np.square(one.astype(np.float64) - wide).sum())
+    return -np.inf if np.isnan(noise) else sqnr_db(signal, noise)
 
 
 def top1_agreement(

@@ -20,15 +20,15 @@ from aimet_ext.integrations.qnn_process import HtpCrashed, HtpProcess
 from aimet_ext.integrations.qnn_runtime import is_available
 from aimet_ext.integrations.qnn_targets import HtpTarget
 from aimet_ext.verification import run as runs
-from aimet_ext.verification.causes import (
+from aimet_ext.verification.data import Feed
+from aimet_ext.verification.layers import (
     Cause,
-    array_sqnr,
+    LayerFacts,
     culprit,
+    find_layers,
     known_cause,
     pattern_cause,
 )
-from aimet_ext.verification.data import Feed
-from aimet_ext.verification.layers import LayerFacts, find_layers
 from aimet_ext.verification.report import LayerCheck, Measures, Thresholds
 
 __all__ = ["CPU", "HTP", "MIXED", "Verification"]
@@ -94,7 +94,7 @@ class Verification:
         self.sim = load(self.folder)
         self.expected = runs.sim_outputs(self.sim, self.windows)
         floats = runs.float_outputs(self.sim, self.reference, self.windows)
-        ratio = array_sqnr(self.expected, floats)
+        ratio = runs.array_sqnr(self.expected, floats)
         self._measure(sim_float_db=ratio)
         if self.real:
             self._measure(
@@ -187,10 +187,11 @@ class Verification:
             self.hints.append(Finding("context binary", self.context.name, message, remedy))
             return
         if not all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True)):
+            ratio = runs.array_sqnr(found, expected)
             self._fault(
                 "context binary",
                 self.context.name,
-                f"it must compute what was compiled, but is {array_sqnr(found, expected):.1f} dB",
+                f"it must compute what was compiled, but is {ratio:.1f} dB",
                 "compile it again, with another version of onnxruntime-qnn if that does not help",
             )
 
@@ -199,10 +200,10 @@ class Verification:
         assert self.session is not None
         found = [self.session.run(feed)[0] for feed in self.windows]
         onnx_sim = runs.sim_outputs(self._hand().sim, self.windows)
-        ratio = array_sqnr(found, self.expected)
+        ratio = runs.array_sqnr(found, self.expected)
         self._measure(
             device_sim_db=ratio,
-            device_onnx_db=array_sqnr(found, onnx_sim),
+            device_onnx_db=runs.array_sqnr(found, onnx_sim),
             top1=runs.top1_agreement(found, self.expected, self.windows),
         )
         if self.real:
@@ -372,6 +373,6 @@ def _check(
         name=layer.name,
         node=layer.nodes[-1],
         op_type=layer.op_type,
-        sqnr_db=array_sqnr(device, sim),
+        sqnr_db=runs.array_sqnr(device, sim),
         error_steps=steps,
     )

@@ -19,7 +19,7 @@ from aimet_ext.findings import Finding
 from aimet_ext.integrations.qnn_targets import HtpTarget, find_target
 from aimet_ext.integrity.check import check_integrity
 from aimet_ext.verification.data import Feed, graph_inputs, random_feeds, window_feeds
-from aimet_ext.verification.report import Status, Step, Thresholds, VerifyReport
+from aimet_ext.verification.report import Status, StepResult, Thresholds, VerifyReport
 from aimet_ext.verification.steps import Verification
 
 __all__ = ["REPORT", "verify"]
@@ -134,7 +134,7 @@ def verify(
         return _finish(work, report) if output is not None else report
 
 
-def _files(folder: Path) -> tuple[Step, list[Finding]]:
+def _files(folder: Path) -> tuple[StepResult, list[Finding]]:
     """The step that compares the files with each other."""
     start = time.perf_counter()
     kind = _kind(folder)
@@ -156,7 +156,7 @@ def _kind(folder: Path) -> str | None:
         return None
 
 
-def _run_all(run: Verification) -> Iterator[Step]:
+def _run_all(run: Verification) -> Iterator[StepResult]:
     for number, (name, action) in enumerate(_STEPS):
         start, before = time.perf_counter(), len(run.findings)
         try:
@@ -175,13 +175,13 @@ def _run_all(run: Verification) -> Iterator[Step]:
             return
 
 
-def _step(name: str, start: float, failed: bool, detail: str) -> Step:
+def _step(name: str, start: float, failed: bool, detail: str) -> StepResult:
     status: Status = "failed" if failed else "passed"
-    return Step(name=name, status=status, detail=detail, seconds=time.perf_counter() - start)
+    return StepResult(name=name, status=status, detail=detail, seconds=time.perf_counter() - start)
 
 
-def _not_run(steps: Any) -> list[Step]:
-    return [Step(name=name, status="not run") for name, _ in steps]
+def _not_run(steps: Any) -> list[StepResult]:
+    return [StepResult(name=name, status="not run") for name, _ in steps]
 
 
 def _feeds(folder: Path, dataloader: Any, windows: int) -> tuple[list[Feed], str]:

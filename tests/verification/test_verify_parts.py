@@ -13,28 +13,28 @@ import pytest
 import torch
 
 from aimet_ext.findings import Finding
-from aimet_ext.verification.causes import (
-    array_sqnr,
-    culprit,
-    dropped_bias,
-    known_cause,
-    pattern_cause,
-)
 from aimet_ext.verification.data import (
     exported_length,
     graph_inputs,
     random_feeds,
     window_feeds,
 )
-from aimet_ext.verification.layers import LayerFacts, find_layers
+from aimet_ext.verification.layers import (
+    LayerFacts,
+    culprit,
+    dropped_bias,
+    find_layers,
+    known_cause,
+    pattern_cause,
+)
 from aimet_ext.verification.report import (
     LayerCheck,
     Measures,
-    Step,
+    StepResult,
     Thresholds,
     VerifyReport,
 )
-from aimet_ext.verification.run import CpuSession, perplexity, top1_agreement
+from aimet_ext.verification.run import CpuSession, array_sqnr, perplexity, top1_agreement
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -325,10 +325,10 @@ def report(**fields: Any) -> VerifyReport:
 
 
 def test_one_failed_or_skipped_step_or_finding_is_a_failure() -> None:
-    steps = (Step(name="files", status="passed"), Step(name="outputs", status="passed"))
+    steps = (StepResult(name="files", status="passed"), StepResult(name="outputs", status="passed"))
     finding = Finding("output", "logits", "low", "look")
     assert report(steps=steps).passed
-    assert not report(steps=(*steps, Step(name="layers", status="not run"))).passed
+    assert not report(steps=(*steps, StepResult(name="layers", status="not run"))).passed
     failed = report(steps=steps, findings=(finding,))
     assert not failed.passed
     assert str(failed).endswith("FAILED: 1 fault")
