@@ -61,7 +61,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"techniques", "sim.protocol", "walk", "models", "data", "files", "core", "config"},
         {"torch", "tqdm"},
     ),
-    "examples*": ({"examples"}, {"torch", "transformers", "tokenizers", "tqdm"}),
+    "examples*": ({"examples"}, set()),
     "integrity*": (
         {"integrity", "findings", "files", "core"},
         {"torch", "numpy", "safetensors", "onnx"},

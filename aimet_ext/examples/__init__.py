@@ -1,7 +1,7 @@
 """A small trained language model and its text, for examples and tests without a download.
 
 The model is a Llama of 1.8 million parameters with grouped-query attention, trained by
-:mod:`aimet_ext.examples.train` on the documentation that comes with Python. Importing this package
+``benchmarks/train_example.py`` on the documentation that comes with Python. Importing this package
 imports neither torch nor transformers::
 
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,8 +1,9 @@
-"""Train the packaged model from scratch.
+"""Train the packaged model, from scratch or further.
 
-``python -m aimet_ext.examples.train --output DIR`` writes the config, the weights (safetensors),
-the tokenizer and ``training.json`` (settings, loss curve, figures) to DIR. A run is seeded: on the
-same machine, with the same versions and number of threads, it gives the same weights.
+``python benchmarks/train_example.py --output DIR`` writes the config, the weights (safetensors),
+the tokenizer and ``training.json`` (settings, loss curve, figures) to DIR; ``--start DIR`` trains
+the model of a folder further. A run is seeded: on the same machine, with the same versions and
+number of threads, it gives the same weights.
 """
 
 import argparse
@@ -311,21 +312,32 @@ def figures(
     return {name: round(value, 4) for name, value in found.items()}
 
 
-def run(settings: Settings, output: pathlib.Path) -> dict[str, Any]:
+def run(
+    settings: Settings, output: pathlib.Path, start: pathlib.Path | None = None
+) -> dict[str, Any]:
     """Train tokenizer and model, write them to a folder and return the content of training.json.
 
     :param settings: the run
     :param output: folder of the model; files of the same names are replaced
+    :param start: folder of an earlier run, whose model is trained further with its tokenizer
     """
     started = time.perf_counter()
     documents = {name: examples.documents(name) for name in examples.corpus.SPLITS}
-    tokenizer = train_tokenizer(documents["train"], settings.vocabulary, settings.positions)
+    if start is None:
+        tokenizer = train_tokenizer(documents["train"], settings.vocabulary, settings.positions)
+    else:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(start, local_files_only=True)
+        earlier = json.loads((start / "training.json").read_text("utf-8"))
     tokens = {name: encode(tokenizer, texts) for name, texts in documents.items()}
     held_out = pack(tokens["calibration"], settings.window)[:CURVE_WINDOWS]
     evaluation = pack(tokens["evaluation"], settings.window)[: settings.evaluation_windows]
     with repeatable(settings):
-        model = new_model(settings)
-        untrained = perplexity(model, evaluation)
+        if start is None:
+            model = new_model(settings)
+            untrained = perplexity(model, evaluation)
+        else:
+            model = transformers.AutoModelForCausalLM.from_pretrained(start, local_files_only=True)
+            untrained = earlier["evaluation_perplexity"]["untrained"]
         begun = time.perf_counter()
         curve = fit(model, tokens["train"], held_out, settings)
         fitted = time.perf_counter()
@@ -352,6 +364,8 @@ def run(settings: Settings, output: pathlib.Path) -> dict[str, Any]:
                 "tokenizers": tokenizers.__version__,
             },
         }
+        if start is not None:
+            report["earlier"] = earlier
     save(model, tokenizer, report, output)
     return report
 
@@ -386,8 +400,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     :param arguments: the command line without the program's name; None takes the process's own
     """
-    parser = argparse.ArgumentParser(prog="python -m aimet_ext.examples.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python benchmarks/train_example.py", description=__doc__)
     parser.add_argument("--output", type=pathlib.Path, required=True, help="folder of the model")
+    parser.add_argument("--start", type=pathlib.Path, help="folder of a model to train further")
     defaults = Settings()
     for name, text in (
         ("steps", "optimizer steps"),
@@ -400,11 +415,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default = getattr(defaults, name)
         parser.add_argument(option, type=int, default=default, help=f"{text} (default {default})")
     chosen = vars(parser.parse_args(arguments))
-    output = chosen.pop("output")
+    output, start = chosen.pop("output"), chosen.pop("start")
     for name, value in chosen.items():
         if value < (0 if name == "seed" else 1):
             parser.error(f"{name} must be positive; got {value}")
-    report = run(Settings(**chosen), output)
+    report = run(Settings(**chosen), output, start)
     LOGGER.info("wrote %s: perplexity %s", output, report["evaluation_perplexity"])
     return 0
 
