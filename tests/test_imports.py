@@ -41,14 +41,20 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "numpy", "onnx", "onnxruntime"},
     ),
     "sim.torch*": (
-        {"sim.torch", "sim.protocol", "walk", "models", "data", "files", "core", "config"},
+        {
+            *("sim.torch", "sim.facts", "sim.protocol"),
+            *("walk", "models", "data", "files", "core", "config"),
+        },
         {"torch", "numpy", "aimet_torch"},
     ),
     "sim.onnx*": (
-        {"sim.onnx", "sim.protocol", "onnx", "walk", "models", "data", "files", "core", "config"},
+        {
+            *("sim.onnx", "sim.facts", "sim.protocol", "onnx"),
+            *("walk", "models", "data", "files", "core", "config"),
+        },
         {"torch", "numpy", "aimet_onnx", "onnx", "onnx_ir", "onnxruntime"},
     ),
-    "sim*": ({"sim.protocol", "walk", "models", "data", "core", "config"}, {"torch"}),
+    "sim*": ({"sim.protocol", "sim.facts", "walk", "models", "data", "core", "config"}, {"torch"}),
     "grids*": (
         {"grids", "techniques", "sim", "models", "data", "core", "config"},
         {"torch"},
@@ -72,8 +78,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "numpy", "onnx", "safetensors"},
     ),
     "linting*": (
-        {"linting", "findings", "integrations.qnn_targets", "sim", "onnx", "models", "config"},
-        {"torch"},
+        {"linting", "findings", "integrations.qnn_targets", "sim.protocol", "sim.facts", "config"},
+        set(),
     ),
     "verification*": (
         {

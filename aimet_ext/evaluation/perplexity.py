@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from aimet_ext.data.batches import call_model, iterate_batches, token_mask
 from aimet_ext.data.text import calibration_batches
-from aimet_ext.evaluation.sessions import SessionModel, session_of
+from aimet_ext.evaluation.sessions import SessionModel
+from aimet_ext.sim.protocol import adapt
 
 __all__ = ["calibration_batches", "evaluate_perplexity"]
 
@@ -58,15 +59,16 @@ def _batches(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
 
 
 def _model_of(model_or_sim: Any) -> nn.Module:
-    session = session_of(model_or_sim)
-    if session is not None:
-        return SessionModel(session)
-    is_module = isinstance(model_or_sim, nn.Module)
-    model = model_or_sim if is_module else getattr(model_or_sim, "model", None)
+    model = model_or_sim
+    if not isinstance(model, nn.Module) and not hasattr(model, "get_inputs"):  # no session either
+        try:
+            model = adapt(model_or_sim).runner
+        except TypeError as error:
+            raise TypeError(
+                f"a model or a QuantizationSimModel is required, got {type(model_or_sim).__name__}"
+            ) from error
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"a model or a QuantizationSimModel is required, got {type(model_or_sim).__name__}"
-        )
+        return SessionModel(model)
     if hasattr(model, "get_output_embeddings"):  # transformers' own: for its padding on the left
         from aimet_ext.models.huggingface import prepare_model
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SessionModel", "session_of"]
+__all__ = ["SessionModel"]
 
 _TYPES = {
     "tensor(int64)": np.int64,
@@ -19,12 +19,6 @@ _TYPES = {
     "tensor(float16)": np.float16,
 }
 _IDS, _MASK, _POSITIONS = "input_ids", "attention_mask", "position_ids"
-
-
-def session_of(model_or_sim: Any) -> Any | None:
-    """The session of an aimet_onnx simulation, or a session itself; None for anything else."""
-    session = getattr(model_or_sim, "session", model_or_sim)
-    return session if hasattr(session, "get_inputs") and hasattr(session, "run") else None
 
 
 class SessionModel(nn.Module):

@@ -8,17 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["FIXED_RANGES", "LIMITS", "MASK_LIMIT", "HtpLimits"]
-
-# Largest value and smallest that these operators have, on which their outputs have to be
-# quantized: where a grid of 16 bits ends earlier, HTP's values go on beyond it.
-FIXED_RANGES: dict[str, tuple[float, float]] = {
-    "Cos": (-1.0, 1.0),
-    "Sigmoid": (0.0, 1.0),
-    "Sin": (-1.0, 1.0),
-    "Softmax": (0.0, 1.0),
-    "Tanh": (-1.0, 1.0),
-}
+__all__ = ["LIMITS", "MASK_LIMIT", "HtpLimits"]
 
 #: Masked scores below this leave the others less than 40 dB, even at 16 bits.
 MASK_LIMIT = -1e4

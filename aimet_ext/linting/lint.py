@@ -1,17 +1,24 @@
-"""What a chip will refuse, or compute otherwise, found before anything is exported."""
+"""The rules that a chip sets for a simulation, and their findings before anything is exported."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
+from aimet_ext.config import LPBQ, Blockwise, PerTensor
 from aimet_ext.findings import Finding
 from aimet_ext.integrations.qnn_targets import HtpTarget, find_target
-from aimet_ext.linting.facts import SimFacts
-from aimet_ext.linting.limits import LIMITS
-from aimet_ext.linting.rules import RULES
+from aimet_ext.linting.limits import LIMITS, MASK_LIMIT, HtpLimits
+from aimet_ext.sim.facts import FIXED_RANGES, Activation, LintLayer, SimFacts
 from aimet_ext.sim.protocol import adapt
 
 __all__ = ["lint"]
+
+_Rule: TypeAlias = Callable[[SimFacts, HtpLimits], Iterator[Finding]]
+
+# Lookup tables are no factors: their values are activations.
+_TABLE_WIDTHS: dict[str, set[int]] = {"embedding": {8, 16}, "linear": set(), "conv": set()}
 
 
 def lint(sim: Any, target: str | HtpTarget = "htp_v79") -> list[Finding]:
@@ -33,16 +40,342 @@ def lint(sim: Any, target: str | HtpTarget = "htp_v79") -> list[Finding]:
     ...     print(finding)
     """
     limits = LIMITS[find_target(target).arch]
-    facts = _facts(sim)
-    return [finding for rule in RULES for finding in rule(facts, limits)]
+    facts = adapt(sim).lint_facts()
+    return [finding for rule in _RULES for finding in rule(facts, limits)]
 
 
-def _facts(sim: Any) -> SimFacts:
-    adaptor = adapt(sim)
-    if hasattr(adaptor, "graph"):
-        from aimet_ext.linting.onnx import onnx_facts
+@dataclass(frozen=True)
+class _LayerRule:
+    """What must not be said of a layer.
 
-        return onnx_facts(adaptor)
-    from aimet_ext.linting.torch import torch_facts
+    :param check: name of the rule.
+    :param fault: what is wrong with a layer, None if nothing is.
+    :param remedy: what to do, of the same layer.
+    """
 
-    return torch_facts(adaptor)
+    check: str
+    fault: Callable[[LintLayer, HtpLimits], str | None]
+    remedy: Callable[[LintLayer, HtpLimits], str]
+
+
+def _weight_width(layer: LintLayer, limits: HtpLimits) -> str | None:
+    taken = sorted({weight for weight, _ in limits.widths} | _TABLE_WIDTHS[layer.kind])
+    if layer.weight is None or layer.weight.bitwidth in taken:
+        return None
+    return f"weights of {_or(taken)} bits are required, got {layer.weight.bitwidth}"
+
+
+def _widths(layer: LintLayer, limits: HtpLimits) -> str | None:
+    if layer.weight is None or layer.kind == "embedding" or _weight_width(layer, limits):
+        return None
+    for activation in (layer.reads, layer.makes):
+        if activation is None:
+            continue
+        taken = sorted(bits for weight, bits in limits.widths if weight == layer.weight.bitwidth)
+        if activation.bitwidth not in taken:
+            return (
+                f"activations of {_or(taken)} bits are required beside weights of "
+                f"{layer.weight.bitwidth}, got {activation.bitwidth} of {activation.name}"
+            )
+    return None
+
+
+def _change(layer: LintLayer, limits: HtpLimits) -> str | None:
+    reads, makes = layer.reads, layer.makes
+    if layer.weight is None or layer.kind == "embedding" or reads is None or makes is None:
+        return None
+    if reads.bitwidth == makes.bitwidth:
+        return None
+    return (
+        f"input and output of one width are required, got {reads.bitwidth} bits of {reads.name} "
+        f"and {makes.bitwidth} of {makes.name}"
+    )
+
+
+def _symmetry(layer: LintLayer, limits: HtpLimits) -> str | None:
+    if layer.weight is None or layer.weight.symmetric or layer.kind == "embedding":
+        return None
+    return "a symmetric weight is required, got one with an offset"
+
+
+def _blockwise(layer: LintLayer, limits: HtpLimits) -> str | None:
+    if layer.weight is None or not isinstance(layer.weight.granularity, Blockwise):
+        return None
+    return (
+        "LPBQ or a scale for each channel is required, got a float scale for every block: such "
+        "weights are computed in float if at all, and beside a bias wrongly"
+    )
+
+
+def _lpbq_bits(layer: LintLayer, limits: HtpLimits) -> str | None:
+    if layer.weight is None or not isinstance(layer.weight.granularity, LPBQ):
+        return None
+    bits = (layer.weight.bitwidth, layer.weight.granularity.scale_bits)
+    if bits in limits.lpbq or _weight_width(layer, limits):
+        return None
+    taken = " or ".join(f"{w} bits with scales of {s}" for w, s in sorted(limits.lpbq))
+    return f"LPBQ weights of {taken} are required, got {bits[0]} with {bits[1]}"
+
+
+def _lpbq_block(layer: LintLayer, limits: HtpLimits) -> str | None:
+    if layer.weight is None or not isinstance(layer.weight.granularity, LPBQ):
+        return None
+    block, conv = layer.weight.granularity.block_size, layer.kind == "conv"
+    if limits.takes_block(block, layer.width, conv=conv):
+        return None
+    multiple = 8 if conv else limits.block_multiple
+    small = (
+        f" (or of {limits.small_block} where {multiple} divides the input width)"
+        if limits.small_block and not conv
+        else ""
+    )
+    return (
+        f"LPBQ blocks of a multiple of {multiple}{small} are required, got {block} at an input "
+        f"width of {layer.width}: such weights are refused, or accepted and computed wrongly"
+    )
+
+
+def _block_remedy(layer: LintLayer, limits: HtpLimits) -> str:
+    sizes = limits.blocks(layer.width, conv=layer.kind == "conv")
+    if sizes:
+        return f"call set_lpbq with a block size of {_or(sizes)} for it"
+    return (
+        'give it a scale for each channel (set_lpbq with on_indivisible="per_channel"), or widen '
+        'an MLP with create_sim and on_indivisible="pad"'
+    )
+
+
+def _lpbq_conv(layer: LintLayer, limits: HtpLimits) -> str | None:
+    if layer.weight is None or not isinstance(layer.weight.granularity, LPBQ):
+        return None
+    if layer.kind != "conv":
+        return None
+    if not limits.lpbq_conv:
+        return f"v{limits.arch} takes no convolution with LPBQ"
+    if any(size != 1 for size in layer.kernel):
+        kernel = " x ".join(map(str, layer.kernel))
+        return f"LPBQ is for convolutions with a kernel of 1, got {kernel}"
+    if layer.reads is not None and layer.reads.bitwidth != 16:
+        return f"LPBQ of a convolution is for inputs of 16 bits, got {layer.reads.bitwidth}"
+    return None
+
+
+def _lpbq_bias(layer: LintLayer, limits: HtpLimits) -> str | None:
+    if layer.weight is None or not isinstance(layer.weight.granularity, LPBQ):
+        return None
+    if layer.fused is None:
+        return None
+    if layer.fused == "Conv":
+        return "an int32 bias is required beside an LPBQ weight, got a float one: it is dropped"
+    return (
+        "a MatMul, and an Add for its bias, are required where the weight is LPBQ, got "
+        f"{layer.fused}: its bias is dropped without an error, or it is refused"
+    )
+
+
+def _bias_remedy(layer: LintLayer, limits: HtpLimits) -> str:
+    if layer.fused == "Conv":
+        return "write the model with sim.to_onnx_qdq(export_int32_bias=True)"
+    if layer.fused == "Gemm":
+        return "export the model with 3-dimensional inputs to its linear layers, or use 8 bits"
+    return 'build the simulation with a config_file that has no "MatmulAdd" in supergroup_pass_list'
+
+
+def _table(layer: LintLayer, limits: HtpLimits) -> str | None:
+    if layer.kind != "embedding" or layer.weight is None or layer.tied:
+        return None
+    if isinstance(layer.weight.granularity, PerTensor):
+        return None
+    return "a lookup table with one scale is required, got a scale for each row"
+
+
+def _float_weight(layer: LintLayer, limits: HtpLimits) -> str | None:
+    if layer.weight is not None:
+        return None
+    where = "in float16" if limits.float16 else "not at all"
+    return f"a quantized weight is required, got a float one: the layer is computed {where}"
+
+
+def _float_side(layer: LintLayer, limits: HtpLimits) -> str | None:
+    if layer.weight is None or layer.kind == "embedding" or not layer.floats:
+        return None
+    return (
+        f"quantizers around a quantized weight are required, got none of its {_and(layer.floats)}"
+    )
+
+
+_LAYER_RULES = (
+    _LayerRule("weight width", _weight_width, lambda *_: "use 4 or 8 bits"),
+    _LayerRule("widths", _widths, lambda *_: "use 16 bits for activations, 4 or 8 for weights"),
+    _LayerRule("width change", _change, lambda *_: "give both quantizers the same bitwidth"),
+    _LayerRule("symmetry", _symmetry, lambda *_: "set symmetric=True, and calibrate its weight"),
+    _LayerRule("blockwise", _blockwise, lambda *_: "call set_lpbq with the same block size"),
+    _LayerRule("LPBQ bits", _lpbq_bits, lambda *_: "use LPBQ of 4 bits with scale_bits=4"),
+    _LayerRule("LPBQ block", _lpbq_block, _block_remedy),
+    _LayerRule("LPBQ convolution", _lpbq_conv, lambda *_: "give it a scale for each channel"),
+    _LayerRule("LPBQ bias", _lpbq_bias, _bias_remedy),
+    _LayerRule(
+        "lookup table",
+        _table,
+        lambda *_: "use QSpec(granularity=PerTensor()) for the embedding",
+    ),
+    _LayerRule("float layer", _float_weight, lambda *_: "quantize it, to 8 bits for example"),
+    _LayerRule("float activation", _float_side, lambda *_: "enable the quantizer there"),
+)
+
+
+def _layers(facts: SimFacts, limits: HtpLimits) -> Iterator[Finding]:
+    """The rules of single layers; where all activations are float that is said once instead."""
+    for layer in facts.layers:
+        for rule in _LAYER_RULES:
+            if rule.check == "float activation" and not facts.activations:
+                continue
+            message = rule.fault(layer, limits)
+            if message is not None:
+                yield Finding(rule.check, layer.name, message, rule.remedy(layer, limits))
+
+
+def _activations(facts: SimFacts, limits: HtpLimits) -> Iterator[Finding]:
+    """Widths that there are, and ranges that there have to be."""
+    if not facts.activations:
+        yield Finding(
+            "float activation",
+            "the simulation",
+            "integer activations are required, got none: layers with quantized weights and float "
+            "activations are refused",
+            "build the simulation with activations of 16 bits, and calibrate them",
+        )
+        return
+    taken = sorted({bits for _, bits in limits.widths})
+    for activation in facts.activations:
+        if activation.bitwidth not in taken:
+            yield Finding(
+                "activation width",
+                activation.name,
+                f"{_or(taken)} bits are required, got {activation.bitwidth}",
+                "set its bitwidth to 8 or 16",
+            )
+
+
+def _ranges(facts: SimFacts, limits: HtpLimits) -> Iterator[Finding]:
+    # Fixed ranges are there before calibration.
+    fixed = {activation.name for _, activation in facts.fixed}
+    unset = [activation.name for activation in facts.activations if not activation.has_range]
+    remedy = "run sim.compute_encodings on calibration data that reaches it"
+    if unset and all(not a.has_range or a.name in fixed for a in facts.activations):
+        message = f"calibrated activations are required, all {len(unset)} quantizers have no range"
+        yield Finding("range", "the simulation", message, "run sim.compute_encodings")
+        unset = []
+    for name in (*facts.unset, *unset):
+        yield Finding("range", name, "a range is required, the quantizer has none", remedy)
+
+
+def _fixed(facts: SimFacts, limits: HtpLimits) -> Iterator[Finding]:
+    for operator, activation in facts.fixed:
+        low, high = FIXED_RANGES[operator]
+        if activation.low is None or activation.high is None:
+            continue
+        slack = (high - low) / (2**activation.bitwidth - 1)
+        if activation.low > low + slack or activation.high < high - slack:
+            yield Finding(
+                "fixed range",
+                activation.name,
+                f"the output of a {operator} needs the range {low:g} to {high:g}, got "
+                f"{activation.low:.4g} to {activation.high:.4g}: values beyond it are not clipped",
+                f"write the range {low:g} to {high:g} into its quantizer and freeze it",
+            )
+
+
+def _masks(facts: SimFacts, limits: HtpLimits) -> Iterator[Finding]:
+    remedy = "build the simulation of prepare_model(model, mask_value=-100.0), or of its export"
+    if facts.mask is not None and facts.mask < MASK_LIMIT and facts.activations:
+        yield Finding(
+            "mask",
+            "the attention mask",
+            f"a mask of {MASK_LIMIT:g} or nearer to 0 is required where scores are integers, got "
+            f"{facts.mask:.3g}, beside which a grid holds no score",
+            remedy,
+        )
+    for activation in facts.masked:
+        if activation.low is not None and activation.low < MASK_LIMIT:
+            yield Finding(
+                "mask",
+                activation.name,
+                f"a range from {MASK_LIMIT:g} or nearer to 0 is required of masked scores, got "
+                f"{activation.low:.3g}: their step is {activation.step:.3g}",
+                remedy,
+            )
+
+
+def _operands(facts: SimFacts, limits: HtpLimits) -> Iterator[Finding]:
+    for activation in () if limits.wide_operands else facts.operands:
+        if activation.bitwidth > 8:
+            yield Finding(
+                "operand width",
+                activation.name,
+                "8 bits are required of the second operand of a product of two activations, got "
+                f"{activation.bitwidth}: v{limits.arch} rounds it to 8",
+                "take a target from v73 on, or set its bitwidth to 8 (kv_bitwidth=8 for what is "
+                "kept between calls), so that the simulation shows what that costs",
+            )
+
+
+def _tied(facts: SimFacts, limits: HtpLimits) -> Iterator[Finding]:
+    for given, made, name, source in facts.tied:
+        if given is not None and made is not None and given.grid() == made.grid():
+            continue
+        if given is None and made is None:
+            continue
+        yield Finding(
+            "tied encodings",
+            name,
+            f"the encoding of {source} is required, which becomes it at the next call: "
+            f"{_shown(made)}, got {_shown(given)}",
+            f"let both have one quantizer (sim.set_quantizers), or freeze the range of {source} "
+            "in both",
+        )
+
+
+def _conversions(facts: SimFacts, limits: HtpLimits) -> Iterator[Finding]:
+    for one, other in facts.conversions:
+        yield Finding(
+            "width change",
+            other.name,
+            f"one width for a tensor is required, got {other.bitwidth} bits where {one.name} has "
+            f"quantized it to {one.bitwidth}: an export keeps one of them",
+            "give both quantizers the same bitwidth, or remove one",
+        )
+
+
+def _shown(activation: Activation | None) -> str:
+    if activation is None:
+        return "float"
+    if not activation.has_range:
+        return f"{activation.bitwidth} bits without a range"
+    return f"{activation.bitwidth} bits from {activation.low:.4g} to {activation.high:.4g}"
+
+
+def _or(values: list[int]) -> str:
+    return _joined([str(value) for value in values], "or")
+
+
+def _and(values: tuple[str, ...]) -> str:
+    return _joined(list(values), "and")
+
+
+def _joined(values: list[str], word: str) -> str:
+    if len(values) < 2:
+        return "".join(values)
+    return f"{', '.join(values[:-1])} {word} {values[-1]}"
+
+
+_RULES: tuple[_Rule, ...] = (
+    _layers,
+    _activations,
+    _ranges,
+    _fixed,
+    _masks,
+    _operands,
+    _tied,
+    _conversions,
+)

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from aimet_ext.data.batches import ForwardFn
 from aimet_ext.models.topology import BlockTopology, TopologyDescription
 from aimet_ext.walk.protocol import Streams, Walk
 from aimet_ext.walk.stream import BlockStream
+
+if TYPE_CHECKING:
+    from aimet_ext.sim.facts import SimFacts
 
 __all__ = ["Range", "SimAdaptor", "WeightQuantizer", "adapt", "moved_ranges"]
 
@@ -241,6 +244,17 @@ class SimAdaptor(Protocol):
 
     def preserved_state(self) -> AbstractContextManager[None]:
         """Context that restores training flags, ``requires_grad`` and ``use_cache``."""
+
+    @property
+    def framework(self) -> Literal["torch", "onnx"]:
+        """The framework that the simulation runs in."""
+
+    @property
+    def runner(self) -> Any:
+        """The object that computes outputs: the module, or the session of onnxruntime."""
+
+    def lint_facts(self) -> SimFacts:
+        """Return the facts of the simulation that a lint judges."""
 
 
 def adapt(sim: object) -> SimAdaptor:

@@ -79,9 +79,10 @@ class CpuSession:
 
 def sim_outputs(sim: Any, feeds: Sequence[Feed]) -> list[Array]:
     """First output of a simulation of either kind, for each feed."""
-    if hasattr(sim, "session"):
-        return [sim.session.run(None, dict(feed))[0] for feed in feeds]
-    return _module_outputs(sim.model, feeds)
+    runner = adapt(sim).runner
+    if isinstance(runner, nn.Module):
+        return _module_outputs(runner, feeds)
+    return [runner.run(None, dict(feed))[0] for feed in feeds]
 
 
 def float_outputs(sim: Any, reference: Any, feeds: Sequence[Feed]) -> list[Array]:

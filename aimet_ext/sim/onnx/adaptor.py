@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from aimet_onnx import QuantizationSimModel
@@ -19,6 +19,7 @@ from aimet_ext.onnx.graph import OnnxGraph
 from aimet_ext.onnx.layers import FoundLayers, OnnxLayer, find_layers, node_names
 from aimet_ext.onnx.shells import insert_module, module_tree, shell
 from aimet_ext.onnx.walk.walk import OnnxWalk
+from aimet_ext.sim.facts import SimFacts
 from aimet_ext.sim.onnx.parts import (
     FloatState,
     OnnxPart,
@@ -376,6 +377,22 @@ class OnnxSim:
         """
         yield
         self.refresh()
+
+    @property
+    def framework(self) -> Literal["onnx"]:
+        """The framework that the simulation runs in."""
+        return "onnx"
+
+    @property
+    def runner(self) -> Any:
+        """The session of onnxruntime with the quantizers that are on."""
+        return self.sim.session
+
+    def lint_facts(self) -> SimFacts:
+        """Return the facts of the simulation that a lint judges."""
+        from aimet_ext.sim.onnx.facts import read_facts
+
+        return read_facts(self)
 
     def _layer(self, name: str) -> OnnxLayer | None:
         """The layer of a module's name, by which a part may call it too."""

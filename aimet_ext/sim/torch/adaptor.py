@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from aimet_torch import QuantizationSimModel
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from aimet_ext.data.batches import ForwardFn, iterate_batches
 from aimet_ext.models.topology import BlockTopology, TopologyDescription, find_blocks
+from aimet_ext.sim.facts import SimFacts
 from aimet_ext.sim.protocol import Range, SimAdaptor, WeightQuantizer
 from aimet_ext.sim.torch.live_ranges import forwards, live, observer, widen
 from aimet_ext.sim.torch.quantizers import (
@@ -341,6 +342,22 @@ class TorchSim:
                 parameter.grad = gradient
             for config, cached in caches:
                 config.use_cache = cached
+
+    @property
+    def framework(self) -> Literal["torch"]:
+        """The framework that the simulation runs in."""
+        return "torch"
+
+    @property
+    def runner(self) -> nn.Module:
+        """The model with the quantizers that are on."""
+        return self.model
+
+    def lint_facts(self) -> SimFacts:
+        """Return the facts of the simulation that a lint judges."""
+        from aimet_ext.sim.torch.facts import read_facts
+
+        return read_facts(self)
 
     def _module(self, name: str) -> nn.Module:
         try:

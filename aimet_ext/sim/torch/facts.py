@@ -1,4 +1,4 @@
-"""What a lint looks at, read from a PyTorch simulation."""
+"""Facts of a PyTorch simulation that a lint judges."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from aimet_ext.linting.facts import Activation, LintLayer, SimFacts
-from aimet_ext.linting.limits import FIXED_RANGES
+from aimet_ext.sim.facts import FIXED_RANGES, Activation, LintLayer, SimFacts
 
-__all__ = ["torch_facts"]
+__all__ = ["read_facts"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _LAYERS = (nn.Linear, nn.Embedding, *_CONVOLUTIONS)
@@ -28,7 +27,7 @@ _FUSED = {
 }
 
 
-def torch_facts(adaptor: Any) -> SimFacts:
+def read_facts(adaptor: Any) -> SimFacts:
     """See :class:`SimFacts`.
 
     A torch simulation quantizes what modules read and make. What functions between them make has

@@ -1,4 +1,4 @@
-"""What a lint looks at, the same for simulations of either framework."""
+"""Facts of a simulation that a lint judges, the same for either framework."""
 
 from __future__ import annotations
 
@@ -7,9 +7,18 @@ from typing import Literal
 
 from aimet_ext.sim.protocol import WeightQuantizer
 
-__all__ = ["Activation", "LintLayer", "SimFacts"]
+__all__ = ["FIXED_RANGES", "Activation", "LintLayer", "SimFacts"]
 
 Kind = Literal["linear", "conv", "embedding"]
+
+#: Smallest and largest value that these operators make, whatever they read.
+FIXED_RANGES: dict[str, tuple[float, float]] = {
+    "Cos": (-1.0, 1.0),
+    "Sigmoid": (0.0, 1.0),
+    "Sin": (-1.0, 1.0),
+    "Softmax": (0.0, 1.0),
+    "Tanh": (-1.0, 1.0),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,19 +1,18 @@
-"""What a lint looks at, read from an ONNX simulation."""
+"""Facts of an ONNX simulation that a lint judges."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from aimet_ext.linting.facts import Activation, LintLayer, SimFacts
-from aimet_ext.linting.limits import FIXED_RANGES
 from aimet_ext.onnx.layers import OnnxLayer
 from aimet_ext.onnx.same_tensors import MOVES
+from aimet_ext.sim.facts import FIXED_RANGES, Activation, LintLayer, SimFacts
 from aimet_ext.sim.onnx.quantizer_state import is_integer
 from aimet_ext.sim.onnx.quantizers import OnnxWeightQuantizer
 from aimet_ext.sim.protocol import WeightQuantizer
 
-__all__ = ["onnx_facts"]
+__all__ = ["read_facts"]
 
 # Operators whose output holds values of their first input, so that its quantizer counts.
 _MOVES = MOVES | {"DepthToSpace", "Gather", "MaxPool", "SpaceToDepth"}
@@ -24,7 +23,7 @@ _ADDING = {"Add", "Max", "Min", "Sub", "Where"}
 _CACHES = (("past_key_values", "present"), ("past", "present"), ("past", "new"))
 
 
-def onnx_facts(adaptor: Any) -> SimFacts:
+def read_facts(adaptor: Any) -> SimFacts:
     """See :class:`SimFacts`.
 
     :param adaptor: of ``aimet_onnx.QuantizationSimModel``.
