@@ -17,7 +17,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from aimet_ext.artifact.hand_off import write_qdq
-from aimet_ext.onnx.rewrite.layer_forms import set_apart
+from aimet_ext.onnx.rewrite.htp import set_apart
 
 TOKENS, WIDTH, OUT = 16, 256, 64
 Array = np.ndarray[Any, Any]

@@ -21,11 +21,14 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_genai import genai_inputs, genai_llama
 from torch import nn
 
+from aimet_ext.onnx.values import infer_shapes
+
 __all__ = [
     "Exported",
     "conv_model",
     "exported_llama",
     "exported_module",
+    "float_nodes",
     "genai_inputs",
     "genai_llama",
     "mlp_model",
@@ -326,3 +329,28 @@ def exported_llama(
             if name in linears:
                 names[name] = node.name
     return Exported(own, module, names)
+
+
+def float_nodes(model: onnx.ModelProto) -> list[str]:
+    """Names of nodes with a float result that is not quantized next, which HTP has as float16.
+
+    Those that an output of the graph comes from directly are among them.
+    """
+    readers: dict[str, set[str]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, set()).add(node.op_type)
+    values = infer_shapes(model).graph.value_info
+    kinds = {value.name: value.type.tensor_type.elem_type for value in values}
+    outputs = {value.name for value in model.graph.output}
+    return [
+        node.name
+        for node in model.graph.node
+        if node.op_type not in ("Constant", "DequantizeLinear", "QuantizeLinear")
+        and any(
+            kinds.get(name, TensorProto.FLOAT) == TensorProto.FLOAT
+            and (name in outputs or readers.get(name, set()) != {"QuantizeLinear"})
+            for name in node.output
+            if name
+        )
+    ]

@@ -84,16 +84,16 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "verification*": (
         {
             *("verification", "findings", "linting", "integrity", "artifact", "integrations"),
-            *("sim", "models", "data", "files", "core"),
+            *("sim", "onnx", "models", "data", "files", "core"),
         },
-        {"torch", "numpy"},
+        {"torch", "numpy", "onnx"},
     ),
     "lora*": (
-        {"lora", "artifact", "grids", "sim", "models", "data", "files", "core", "config"},
+        {"lora", "artifact", "grids", "sim", "onnx", "models", "data", "files", "core", "config"},
         {"torch", "safetensors"},
     ),
     "integrations.olive*": (
-        {"integrations", "sim", "config", "public"},
+        {"integrations", "sim", "onnx.session", "config", "public"},
         {"olive", "numpy", "onnx", "onnxruntime", "pydantic", "aimet_onnx"},
     ),
     "integrations.qnn*": (

@@ -82,6 +82,7 @@ def hand_off(
     :raises CorruptFileError: ``path`` is no export, or a file was changed.
     """
     require("aimet_onnx", "onnx")
+    from aimet_ext.onnx.index import GraphIndex
     from aimet_ext.sim.onnx import target
 
     folder = Path(path)
@@ -91,7 +92,7 @@ def hand_off(
     prefix = manifest["prefix"]
     encoded = entries(load_encodings(folder / f"{prefix}.encodings"))
     model = require("onnx", "onnx").load(str(folder / f"{prefix}.onnx"))
-    batches = feeds(_inputs(model), dataloader)
+    batches = feeds(GraphIndex(model.graph).inputs.values(), dataloader)
     reference = _outputs(sim if sim is not None else load(folder), batches[0])
     settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["create_sim"] or {}
     model, kept = _prepared(model, encoded, batches[0], kv_bitwidth is not None)
@@ -155,8 +156,7 @@ def write_qdq(source: Any, path: str | Path) -> Path:
     :raises RuntimeError: a weight with a quantizer is still float.
     """
     require("aimet_onnx", "onnx")
-    from aimet_ext.onnx.rewrite.norms import fuse_rms_norms
-    from aimet_ext.onnx.rewrite.operands import sign_second_operands
+    from aimet_ext.onnx.rewrite.htp import fuse_rms_norms, sign_second_operands
     from aimet_ext.onnx.rewrite.qdq import drop_casts, float_weights
     from aimet_ext.sim.onnx import files as onnx_files
 
@@ -216,12 +216,6 @@ def feeds(inputs: Iterable[Any], dataloader: Any) -> list[dict[str, np.ndarray[A
     return found
 
 
-def _inputs(model: Any) -> list[Any]:
-    """Inputs of a model that are no stored values."""
-    stored = {proto.name for proto in model.graph.initializer}
-    return [value for value in model.graph.input if value.name not in stored]
-
-
 def _prepared(
     model: Any,
     encoded: Mapping[str, Mapping[str, Any]],
@@ -229,10 +223,9 @@ def _prepared(
     keep: bool,
 ) -> tuple[Any, list[str]]:
     """The float model in the forms that an NPU computes right, and its keys and values."""
-    from aimet_ext.onnx.rewrite.fold import bound_masks
-    from aimet_ext.onnx.rewrite.keys_values import keep_keys_and_values
-    from aimet_ext.onnx.rewrite.layer_forms import set_apart
-    from aimet_ext.onnx.rewrite.static import make_static
+    from aimet_ext.onnx.rewrite.htp import set_apart
+    from aimet_ext.onnx.rewrite.kv import keep_keys_and_values
+    from aimet_ext.onnx.rewrite.static import bound_masks, make_static
 
     model = make_static(model, {name: array.shape for name, array in sample.items()}, encoded)
     bound_masks(model)

@@ -21,6 +21,7 @@ from aimet_ext.files.scales import write_scales
 from aimet_ext.files.sealed import write_sealed
 from aimet_ext.files.tensors import hash_tensors
 from aimet_ext.integrity.fingerprints import write_fingerprints
+from aimet_ext.onnx.session import open_session
 from aimet_ext.sim.protocol import SimAdaptor
 
 __all__ = ["LEDGER", "LEDGER_SCHEMA", "QUANTIZERS", "SCHEMA", "SETTINGS", "export_onnx"]
@@ -183,7 +184,7 @@ class _Writer:
 
     def write_state(self, ledger: Ledger) -> None:
         """What only this package reads: quantizers, float weights, sample, ledger, settings."""
-        from aimet_ext.onnx.types import to_torch
+        from aimet_ext.onnx.values import to_torch
 
         ranges, described = self.state.quantizers_to_tensors(self.sim)
         tensors = {f"range.{name}": tensor for name, tensor in ranges.items()}
@@ -250,12 +251,7 @@ def _check_ranges(sim: Any) -> None:
 
 def _run(path: Path, sample: Arrays) -> list[Any]:
     """Outputs of an ONNX file in onnxruntime on the CPU, its nodes as they are."""
-    runtime = require("onnxruntime", "onnx")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return list(session.run(None, sample))
+    return list(open_session(path, optimize="none").run(None, sample))
 
 
 def _deviation(outputs: list[Any], expected: list[Any]) -> float:

@@ -24,7 +24,7 @@ def load_onnx(folder: Path, prefix: str, settings: dict[str, Any] | None, sim: A
     """
     require("aimet_onnx", "onnx")
     require("onnx", "onnx")
-    from aimet_ext.onnx.types import torch_array
+    from aimet_ext.onnx.values import torch_array
     from aimet_ext.sim.onnx import files as onnx_files
     from aimet_ext.sim.onnx import state as onnx_state
 

@@ -19,6 +19,7 @@ from aimet_ext.core.affine import fake_quantize
 from aimet_ext.data.batches import module_device
 from aimet_ext.errors import require
 from aimet_ext.files.encodings import Layout, entries, load_encodings, to_grid, to_version_1
+from aimet_ext.onnx.session import open_session
 
 __all__ = ["Inputs", "OnnxFile", "float32_model", "positional_inputs", "run_onnx", "write_onnx"]
 
@@ -159,27 +160,22 @@ class OnnxFile:
 
     def __init__(self, path: Path) -> None:
         self._onnx = require("onnx", "onnx")
+        from aimet_ext.onnx.index import GraphIndex
+
         self.path = path
-        graph = self._onnx.load(str(path), load_external_data=False).graph
-        self._protos = {proto.name: proto for proto in graph.initializer}
-        self._alias: dict[str, str] = {}
-        for node in graph.node:
-            if node.op_type == "Constant" and node.attribute[0].name == "value":
-                self._protos[node.output[0]] = node.attribute[0].t
-            elif node.op_type == "Identity" and node.input[0] in self:
-                self._alias[node.output[0]] = self._alias.get(node.input[0], node.input[0])
+        self._index = GraphIndex(self._onnx.load(str(path), load_external_data=False).graph)
         self.names: dict[str, Place] = {}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._protos or name in self._alias
+        return self._index.is_stored(self._index.source(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Dimensions of a constant."""
-        return tuple(self._protos[self._alias.get(name, name)].dims)
+        return tuple(self._index.stored[self._index.source(name)].dims)
 
     def tensor(self, name: str) -> Tensor:
         """Values of a constant."""
-        proto = self._protos[self._alias.get(name, name)]
+        proto = self._index.stored[self._index.source(name)]
         array = self._onnx.numpy_helper.to_array(proto, base_dir=str(self.path.parent))
         return torch.from_numpy(array.copy())
 
@@ -195,11 +191,12 @@ class OnnxFile:
         :raises RuntimeError: one of them is not there, or not with the encoding of its quantizer.
         """
         named: dict[tuple[Any, ...], list[str]] = {}
-        for name in self._protos:
+        for name in self._index.stored:
             named.setdefault(_content(self.tensor(name)), []).append(name)
         aliases: dict[str, list[str]] = {}
-        for alias, source in self._alias.items():
-            aliases.setdefault(source, []).append(alias)
+        for alias in self._index.producer:
+            if alias in self and not self._index.is_stored(alias):  # behind Identity nodes
+                aliases.setdefault(self._index.source(alias), []).append(alias)
         faults = []
         for name, (value, quantizer) in parameters.items():
             turned = [(False, value), (True, value.T)] if value.dim() == 2 else [(False, value)]
@@ -250,7 +247,7 @@ class OnnxFile:
 
     def missing(self, parameters: Mapping[str, Tensor]) -> list[str]:
         """Parameters whose float values are in no constant of the file, as they are or turned."""
-        content = {_content(self.tensor(name)) for name in self._protos}
+        content = {_content(self.tensor(name)) for name in self._index.stored}
         return [
             name
             for name, value in parameters.items()
@@ -267,11 +264,8 @@ class OnnxFile:
 
 
 def run_onnx(path: Path, inputs: Inputs) -> Tensor:
-    """First output of an ONNX file in onnxruntime on the CPU, its threads those of torch."""
-    runtime = require("onnxruntime", "onnx")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    """First output of an ONNX file in onnxruntime on the CPU."""
+    session = open_session(path)
     wanted = {value.name for value in session.get_inputs()}
     feed = {name: t.cpu().numpy() for name, t in inputs.tensors.items() if name in wanted}
     return torch.from_numpy(session.run(None, feed)[0])

@@ -26,7 +26,6 @@ for _module in ("olive", "aimet_onnx"):
 import aimet_onnx  # noqa: E402
 import numpy as np  # noqa: E402
 import onnx  # noqa: E402
-import onnxruntime  # noqa: E402
 from olive.common.config_utils import validate_config  # noqa: E402
 from olive.common.onnx_io import get_kv_info  # noqa: E402
 from olive.common.utils import StrEnumBase  # noqa: E402
@@ -47,6 +46,7 @@ from pydantic import field_validator  # noqa: E402
 import aimet_ext  # noqa: E402
 from aimet_ext.integrations.olive_config import PASS  # noqa: E402
 from aimet_ext.integrations.olive_techniques import check_techniques, reports_of, with_defaults  # noqa: E402
+from aimet_ext.onnx.session import open_session  # noqa: E402
 from aimet_ext.sim.onnx.files import name_nodes  # noqa: E402
 
 __all__ = ["FOLDER", "REPORT", "AimetQuantization", "Bias", "PassFailed"]
@@ -329,10 +329,8 @@ def _check_outputs(sim: Any, source: str, written: str, batch: dict[str, Any]) -
 
 
 def _run(path: str, batch: dict[str, Any]) -> list[np.ndarray]:
-    options = onnxruntime.SessionOptions()
     # Its optimizer would round float weights behind quantized activations, and their biases.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = open_session(path, optimize="none")
     return [np.asarray(output) for output in session.run(None, batch)]
 
 

@@ -26,6 +26,7 @@ from aimet_ext.integrations.qnn_runtime import (
     require_qnn,
 )
 from aimet_ext.integrations.qnn_targets import HtpTarget, find_target
+from aimet_ext.onnx.session import open_session
 
 if TYPE_CHECKING:
     import onnx
@@ -153,7 +154,7 @@ def compile_htp(
     :param context: ``*.onnx`` file to write beside which ``*_qnn.bin`` holds the compiled model
         for the device. Both are put in place once they are complete.
     :param extra_outputs: tensors that :meth:`HtpSession.run` returns too, after the graph's own
-        outputs; see :func:`aimet_ext.integrations.qnn_outputs.with_outputs`.
+        outputs; see :func:`aimet_ext.onnx.rewrite.qdq.with_outputs`.
     :param allow_fallback: let the CPU run what HTP does not take; :attr:`HtpSession.fallbacks`
         names it, and no context is written.
     :raises HtpRejected: HTP does not take the model, or not all of it; it names the nodes.
@@ -170,7 +171,7 @@ def compile_htp(
             "allow_fallback cannot be given together"
         )
     if extra_outputs:
-        from aimet_ext.integrations.qnn_outputs import with_outputs
+        from aimet_ext.onnx.rewrite.qdq import with_outputs
 
         source = _Source(with_outputs(model, extra_outputs), _folder_of(model))
     else:
@@ -228,32 +229,33 @@ def _compile(
     source: _Source, chip: HtpTarget, *, allow_fallback: bool = False, aside: Path | None = None
 ) -> HtpSession:
     """One session; with all nodes on HTP, or else an error, unless the CPU may help."""
-    onnxruntime = require_qnn()
+    require_qnn()
     device = hexagon_device()
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 2  # warnings name the nodes; they are read, not shown
     entries = {
         "session.record_ep_graph_assignment_info": "1",
         "session.disable_cpu_ep_fallback": "0" if allow_fallback else "1",
     }
-    if source.folder is not None and not source.from_file:
-        entries["session.model_external_initializers_file_folder_path"] = str(source.folder)
     if aside is not None:
         entries["ep.context_enable"] = "1"
         entries["ep.context_embed_mode"] = "0"
         entries["ep.context_file_path"] = str(aside)
-    for key, value in entries.items():
-        options.add_session_config_entry(key, value)
     settings = {
         "backend_path": str(htp_library()),
         "htp_arch": str(chip.arch),
         "soc_model": str(chip.soc_model),
     }
-    options.add_provider_for_devices([device], settings)
     start = time.perf_counter()
     with captured_output() as lines:
         try:
-            session = onnxruntime.InferenceSession(source.argument, options)
+            session = open_session(
+                source.argument,
+                threads=0,
+                folder=None if source.from_file else source.folder,
+                entries=entries,
+                extra="qnn",
+                device=(device, settings),
+                log_severity_level=2,  # warnings name the nodes; they are read, not shown
+            )
             failure = None
         except Exception as error:  # noqa: BLE001 - onnxruntime's have no class of their own
             failure = str(error)

@@ -18,6 +18,7 @@ from aimet_ext.core.affine import fake_quantize
 from aimet_ext.errors import MissingExtraError, require
 from aimet_ext.files.encodings import Layout, entries, load_encodings, to_grid, to_version_1
 from aimet_ext.lora.sim import LoraState, lora_state, switch
+from aimet_ext.onnx.session import open_session
 from aimet_ext.sim.protocol import adapt
 
 __all__ = ["LORA_NAMES", "AdapterGraph", "encodings_file", "write_adapter_graph"]
@@ -318,13 +319,9 @@ def _check(
     }
     checks: dict[str, Any] = {"base_weights_not_found_in_onnx": file.missing(weights)}
     try:
-        runtime = require("onnxruntime", "onnx")
+        session = open_session(file.path)
     except MissingExtraError:
         return {**checks, "onnxruntime": "not installed"}
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    session = runtime.InferenceSession(str(file.path), options, providers=["CPUExecutionProvider"])
     wanted = {value.name for value in session.get_inputs()}
     feed = {name: t.cpu().numpy() for name, t in inputs.tensors.items() if name in wanted}
     deviations = {}

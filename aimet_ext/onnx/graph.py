@@ -6,23 +6,54 @@ model that went into the simulation. Values of initializers stay where they are,
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from typing import Any, Literal
+import copy
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import onnx
-import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from aimet_ext.onnx.nodes import attribute, float_nodes, in_order, reads
-from aimet_ext.onnx.skeleton import is_large, large_constant, placeholder
-from aimet_ext.onnx.types import infer_types, read_array, to_torch, torch_array, write_array
+from aimet_ext.onnx.index import (
+    GraphIndex,
+    attribute,
+    bodies,
+    copied,
+    drop_unused,
+    in_order,
+    inner_nodes,
+    keep_where,
+    make_part,
+    reads,
+    stored_values,
+)
+from aimet_ext.onnx.session import open_session
+from aimet_ext.onnx.values import (
+    can_be_given,
+    infer_types,
+    is_large,
+    placeholder,
+    read_array,
+    to_torch,
+    torch_array,
+    without_large,
+    write_array,
+)
 
-__all__ = ["OnnxGraph"]
+if TYPE_CHECKING:
+    import torch
+
+    from aimet_ext.onnx.layers import OnnxLayer
+
+__all__ = ["OnnxGraph", "Part"]
+
+_QUANTIZER = "QcQuantizeOp"
+_FUSED = "aimet.supergroup"  # domain of the functions in which AIMET fuses patterns of nodes
+_WEIGHT_INPUT = {"MatMul": 1, "Gemm": 1, "Conv": 1, "Gather": 0}
 
 
-class OnnxGraph:
+class OnnxGraph(GraphIndex):
     """Float view of a model, made once: nodes that are added later are not seen.
 
     Values are read from the model and written to it at each call, nothing is kept.
@@ -35,24 +66,10 @@ class OnnxGraph:
     def __init__(self, model: onnx.ModelProto, *, base_dir: str = "") -> None:
         self.proto = model
         self.base_dir = base_dir
-        graph = model.graph
-        nodes, names, self.fused = float_nodes(model)
-        self.initializers: dict[str, TensorProto] = {t.name: t for t in graph.initializer}
-        self.inputs: dict[str, onnx.ValueInfoProto] = {
-            value.name: value for value in graph.input if value.name not in self.initializers
-        }
-        self.outputs: tuple[str, ...] = tuple(names.get(v.name, v.name) for v in graph.output)
-        self.nodes: tuple[NodeProto, ...] = in_order(nodes, {*self.inputs, *self.initializers})
-        self.producer: dict[str, int] = {
-            output: index
-            for index, node in enumerate(self.nodes)
-            for output in node.output
-            if output
-        }
-        self.consumers: dict[str, list[int]] = {}
-        for index, node in enumerate(self.nodes):
-            for name in dict.fromkeys(reads(node)):
-                self.consumers.setdefault(name, []).append(index)
+        nodes, names, self.fused = _without_quantizers(model)
+        given = {value.name for value in (*model.graph.input, *model.graph.initializer)}
+        super().__init__(model.graph, in_order(nodes, given))
+        self.outputs = tuple(names.get(name, name) for name in self.outputs)
         self.opset: dict[str, int] = {
             entry.domain: entry.version
             for entry in model.opset_import
@@ -61,15 +78,16 @@ class OnnxGraph:
         self._functions = {(f.domain, f.name) for f in model.functions}
         self._types: dict[str, int] | None = None
 
-    def constant(self, name: str) -> TensorProto | None:
-        """The stored value of a tensor: an initializer's or a Constant node's, None for others."""
-        if name in self.initializers:
-            return self.initializers[name]
-        index = self.producer.get(name)
-        if index is None or self.nodes[index].op_type != "Constant":
-            return None
-        value = attribute(self.nodes[index], "value", None)
-        return value if isinstance(value, TensorProto) else None
+    def with_nodes(self, nodes: Iterable[NodeProto], opset: Mapping[str, int]) -> OnnxGraph:
+        """Return a view with other nodes and the same stored values.
+
+        :param nodes: Nodes in order.
+        :param opset: Versions of operators by domain.
+        """
+        found = copy.copy(self)
+        found.set_nodes(nodes)
+        found.opset, found._types = dict(opset), None
+        return found
 
     def calls_function(self, node: NodeProto) -> bool:
         """Whether a node calls a function of the model, which is not looked into."""
@@ -101,13 +119,13 @@ class OnnxGraph:
 
     def tensor_dtype(self, name: str) -> torch.dtype:
         """Type of a stored value in torch's words."""
-        stored = self.constant(name) or self._stored(name)
+        stored = self.stored.get(name) or self._stored(name)
         empty = TensorProto(data_type=stored.data_type, dims=[0])
         return to_torch(read_array(empty, "")).dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a stored value."""
-        return tuple((self.constant(name) or self._stored(name)).dims)
+        return tuple((self.stored.get(name) or self._stored(name)).dims)
 
     def elem_type(self, name: str) -> int:
         """ONNX's type of any tensor, such as ``TensorProto.FLOAT``.
@@ -115,7 +133,17 @@ class OnnxGraph:
         :raises ValueError: there is no such tensor, or its type cannot be told.
         """
         if self._types is None:
-            self._types = infer_types(self._light(), self.nodes, self._known())
+            stored = self.initializers.values()
+            small = (t if is_large(t) else self._embedded(t) for t in stored)
+            outputs = [helper.make_empty_tensor_value_info(name) for name in self.outputs]
+            light = make_part(
+                self.proto,
+                *without_large(self.nodes, small),
+                self.inputs.values(),
+                outputs,
+                self.opset,
+            )
+            self._types = infer_types(light, self.nodes, self._known())
         if name not in self._types:
             raise ValueError(
                 f"the type of a tensor of the graph is asked for, got {name!r}, which is not in "
@@ -177,37 +205,17 @@ class OnnxGraph:
             elif dropped == "external":
                 kept.append(placeholder(tensor))
             else:
-                declared.append(_tensor_info(tensor))
-        graph = helper.make_graph(
-            part,
-            self.proto.graph.name or "part",
-            declared,
-            [self._value_info(name) for name in outputs],
-            kept,
-        )
-        return self._model(graph)
-
-    def _model(self, graph: onnx.GraphProto) -> onnx.ModelProto:
-        model = helper.make_model(
-            graph, opset_imports=[helper.make_opsetid(d, v) for d, v in self.opset.items()]
-        )
-        model.ir_version = self.proto.ir_version
-        kept = (f for f in self.proto.functions if not f.domain.startswith("aimet."))
-        model.functions.extend(kept)
-        return model
+                declared.append(
+                    helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+                )
+        infos = [self._value_info(name) for name in outputs]
+        return make_part(self.proto, part, kept, declared, infos, self.opset)
 
     def _stored(self, name: str) -> TensorProto:
         """The stored value in the model as it is now: AIMET may have put copies in its place."""
-        stored: Iterable[TensorProto] = self.proto.graph.initializer
-        for tensor in stored:
-            if tensor.name == name:
-                return tensor
-        for node in self.proto.graph.node:
-            if node.op_type == "Constant" and name in node.output:
-                value = attribute(node, "value", None)
-                if isinstance(value, TensorProto):
-                    return value
-        found = self.constant(name)  # inside of what AIMET fused
+        found = stored_values(self.proto.graph).get(name)
+        if found is None:
+            found = self.stored.get(name)  # inside of what AIMET fused
         if found is None:
             raise ValueError(
                 f"an initializer or the value of a Constant node is required, got {name!r}"
@@ -239,24 +247,169 @@ class OnnxGraph:
         stated.update({name: tensor.data_type for name, tensor in self.initializers.items()})
         return {name: kind for name, kind in stated.items() if kind}
 
-    def _light(self) -> onnx.ModelProto:
-        """The whole graph, large values left out: small enough whatever the model's size."""
-        initializers = self.initializers.values()
-        large = [t for t in initializers if is_large(t)]
-        small = [self._embedded(t) for t in initializers if not is_large(t)]
-        graph = helper.make_graph(
-            [node for node in self.nodes if large_constant(node) is None],
-            "types",
-            [*self.inputs.values(), *map(_tensor_info, large), *self._large_constants()],
-            [helper.make_empty_tensor_value_info(name) for name in self.outputs],
-            small,
+
+class Part:
+    """A session over a part of a graph. Large stored values lie in memory once, while it lives.
+
+    :param graph: what the part belongs to.
+    :param nodes: indices, in order.
+    :param inputs: tensors that are fed.
+    :param outputs: tensors that come out.
+    :param layers: layers whose weights are replaced, at least.
+    :param weights: weights ``[out, in, …]`` in place of those that are stored, by layer.
+    :param providers: of onnxruntime, the CPU's if None.
+    """
+
+    def __init__(
+        self,
+        graph: OnnxGraph,
+        nodes: Sequence[int],
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        *,
+        layers: Mapping[str, OnnxLayer],
+        weights: Mapping[str, Tensor],
+        providers: Sequence[Any] | None = None,
+    ) -> None:
+        read = {name for index in nodes for name in reads(graph.nodes[index])}
+        stored = ((name, graph.initializers.get(name)) for name in read)
+        large = {name for name, tensor in stored if tensor is not None and can_be_given(tensor)}
+        model = graph.model(nodes, inputs, outputs, drop=large)
+        fresh = _replace(model, sorted(nodes), layers, weights)
+        drop_unused(model.graph, inputs=True)
+        self._outputs = list(outputs)
+        self._session = open_session(
+            model.SerializeToString(),
+            # Weights in another layout beside the given ones would take their size once more.
+            optimize="basic",
+            given={
+                t.name: fresh[t.name] if t.name in fresh else graph.array(t.name)
+                for t in model.graph.initializer
+                if t.data_location == TensorProto.EXTERNAL
+            },
+            entries={
+                "session.disable_prepacking": "1",
+                "session.intra_op.allow_spinning": "0",
+            },
+            providers=providers,
+            inter_op_num_threads=1,
+            enable_cpu_mem_arena=False,
+            enable_mem_pattern=False,
         )
-        return self._model(graph)
+        self._inputs = [value.name for value in self._session.get_inputs()]
 
-    def _large_constants(self) -> list[onnx.ValueInfoProto]:
-        found = ((node, large_constant(node)) for node in self.nodes)
-        return [_tensor_info(value, node.output[0]) for node, value in found if value is not None]
+    def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs for these inputs, which may be more than are read."""
+        feeds = {name: torch_array(values[name].contiguous()) for name in self._inputs}
+        found = self._session.run(self._outputs, feeds)
+        return dict(zip(self._outputs, map(to_torch, found), strict=True))
 
 
-def _tensor_info(tensor: TensorProto, name: str = "") -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name or tensor.name, tensor.data_type, tensor.dims)
+def _replace(
+    model: onnx.ModelProto,
+    indices: Sequence[int],
+    layers: Mapping[str, OnnxLayer],
+    weights: Mapping[str, Tensor],
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Have nodes of a part read other weights, which are declared as external data.
+
+    :param indices: of the part's nodes in the graph.
+    :returns: the arrays by the names that these weights got.
+    """
+    places = dict(zip(indices, model.graph.node, strict=True))
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    for number, (name, weight) in enumerate(weights.items()):
+        for use in layers[name].uses:
+            node = places.get(use.node)
+            if node is None:
+                continue
+            turned = _is_turned(node)
+            own = f"replaced_weight_{number}{'_turned' if turned else ''}"
+            node.input[_WEIGHT_INPUT[node.op_type]] = own
+            if own not in arrays:
+                arrays[own] = torch_array((weight.T if turned else weight).contiguous().cpu())
+                model.graph.initializer.append(_declared(own, arrays[own]))
+    return arrays
+
+
+def _is_turned(node: NodeProto) -> bool:
+    """Whether a node reads its weight as ``[in, out]``."""
+    return node.op_type == "MatMul" or (node.op_type == "Gemm" and not attribute(node, "transB", 0))
+
+
+def _declared(name: str, array: np.ndarray[Any, Any]) -> TensorProto:
+    """An initializer whose value the session is given, or one that holds it where it is small."""
+    kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+    tensor = TensorProto(name=name, data_type=kind, dims=array.shape)
+    if can_be_given(tensor):
+        return placeholder(tensor)
+    return numpy_helper.from_array(array, name)
+
+
+def _without_quantizers(
+    model: onnx.ModelProto,
+) -> tuple[list[NodeProto], dict[str, str], dict[str, tuple[str, ...]]]:
+    """Nodes without AIMET's quantizers and without its fusions, and the names of tensors.
+
+    :returns: copies of the nodes that read the tensors themselves; from the output of each
+        quantizer, the tensor that it quantizes; from each fused node, the names of its nodes.
+    """
+    names = _seen_through(model.graph.node)
+    fused = {
+        (f.domain, f.name, f.overload): f for f in model.functions if f.domain.startswith(_FUSED)
+    }
+    nodes: list[NodeProto] = []
+    calls: dict[str, tuple[str, ...]] = {}
+    for node in model.graph.node:
+        if node.op_type == _QUANTIZER:
+            continue
+        # A Constant is not copied, it may be large.
+        seen = node if node.op_type == "Constant" else _plain(node, names)
+        function = fused.get((node.domain, node.op_type, node.overload))
+        if function is None:
+            nodes.append(seen)
+        else:
+            nodes += _inlined(seen, function)
+            calls[node.name] = tuple(inner.name for inner in function.node)
+    return nodes, names, calls
+
+
+def _inlined(call: NodeProto, function: onnx.FunctionProto) -> list[NodeProto]:
+    """The nodes of a fused pattern. AIMET keeps their names, each call has a function of its own.
+
+    :raises ValueError: the function has attributes, which no pattern of AIMET's has.
+    """
+    names = dict(zip(function.input, [*call.input] + [""] * len(function.input), strict=False))
+    names.update(zip(function.output, call.output, strict=True))
+    nodes = []
+    for inner in function.node:
+        if any(found.ref_attr_name for found in inner.attribute):
+            raise ValueError(
+                f"{call.name}: AIMET's fused nodes must not hand attributes on, {inner.name} of "
+                f"{function.name} takes one; build the simulation without fusing"
+            )
+        own = _plain(inner, names)
+        own.output[:] = [names.get(name, name) for name in own.output]
+        nodes.append(own)
+    return nodes
+
+
+def _seen_through(nodes: Iterable[NodeProto]) -> dict[str, str]:
+    """From the output of each quantizer to the tensor that it quantizes."""
+    every = (each for node in nodes for each in (node, *inner_nodes(node)))
+    direct = {node.output[0]: node.input[0] for node in every if node.op_type == _QUANTIZER}
+    found = {}
+    for name, source in direct.items():
+        while source in direct:
+            source = direct[source]
+        found[name] = source
+    return found
+
+
+def _plain(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
+    """A copy of a node that reads the tensors themselves, without quantizers in its subgraphs."""
+    found = copied(node, names)
+    for each in (found, *inner_nodes(found)):
+        for graph in bodies(each):
+            keep_where(graph.node, lambda inner: inner.op_type != _QUANTIZER)
+    return found

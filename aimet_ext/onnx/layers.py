@@ -6,19 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from onnx import NodeProto, TensorProto
+from onnx import NodeProto
 from torch import nn
 
 from aimet_ext.onnx.graph import OnnxGraph
-from aimet_ext.onnx.nodes import attribute, operators
+from aimet_ext.onnx.index import FLOATS, attribute, inner_nodes
 
 __all__ = ["FoundLayers", "OnnxLayer", "Use", "find_layers", "node_names"]
 
 Kind = Literal["linear", "conv", "embedding"]
 
-_FLOATS = frozenset(
-    (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
-)
 _TAKEN = frozenset(dir(nn.Linear(1, 1)))  # attributes of modules, which no child may be named
 _WEIGHTED = frozenset(("MatMul", "Gemm", "Conv", "ConvTranspose"))
 _UNSUPPORTED = {
@@ -149,7 +146,7 @@ def node_names(graph: OnnxGraph, layers: Mapping[str, OnnxLayer]) -> dict[str, s
 
 def _layer(graph: OnnxGraph, index: int, node: NodeProto) -> OnnxLayer | str | None:
     """The layer of one node, or why it is none, or None if it has no weight."""
-    if any(name in _WEIGHTED for name in operators(node)):
+    if any(inner.op_type in _WEIGHTED for inner in inner_nodes(node)):
         return "layers inside of its body are not supported, move them out of it"
     if graph.calls_function(node):
         weighted = any(_is_matrix(graph, name) for name in node.input)
@@ -184,7 +181,7 @@ def _matmul(graph: OnnxGraph, index: int, node: NodeProto) -> OnnxLayer | str | 
     add = _bias_add(graph, node.output[0], out)
     bias = None
     if add is not None:
-        bias = _same(graph, next(n for n in graph.nodes[add].input if n != node.output[0]))
+        bias = graph.source(next(n for n in graph.nodes[add].input if n != node.output[0]))
     return OnnxLayer(
         name=_name(node, weight),
         kind="linear",
@@ -272,7 +269,7 @@ def _weight(graph: OnnxGraph, name: str) -> tuple[str, bool] | None:
     while True:
         stored = graph.constant(name)
         if stored is not None:
-            return (name, flipped) if stored.data_type in _FLOATS else None
+            return (name, flipped) if stored.data_type in FLOATS else None
         index = graph.producer.get(name)
         if index is None:
             return None
@@ -322,26 +319,17 @@ def _bias_add(graph: OnnxGraph, output: str, width: int) -> int | None:
     if node.op_type != "Add" or len(set(node.input)) != 2:
         return None
     other = next(name for name in node.input if name != output)
-    return readers[0] if _is_vector(graph, _same(graph, other), width) else None
+    return readers[0] if _is_vector(graph, graph.source(other), width) else None
 
 
 def _bias_input(graph: OnnxGraph, node: NodeProto) -> str | None:
     """The tensor that a Gemm or Conv adds, None if there is none."""
-    return _same(graph, node.input[2]) if len(node.input) > 2 and node.input[2] else None
-
-
-def _same(graph: OnnxGraph, name: str) -> str:
-    """The tensor behind Identity nodes, by which exporters share equal biases."""
-    while (index := graph.producer.get(name)) is not None:
-        if graph.nodes[index].op_type != "Identity":
-            break
-        name = graph.nodes[index].input[0]
-    return name
+    return graph.source(node.input[2]) if len(node.input) > 2 and node.input[2] else None
 
 
 def _is_vector(graph: OnnxGraph, name: str, width: int) -> bool:
     stored = graph.constant(name)
-    return stored is not None and tuple(stored.dims) == (width,) and stored.data_type in _FLOATS
+    return stored is not None and tuple(stored.dims) == (width,) and stored.data_type in FLOATS
 
 
 def _joined(graph: OnnxGraph, first: OnnxLayer, more: OnnxLayer) -> OnnxLayer:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aimet_ext.errors import require
 from aimet_ext.verification.run import array_sqnr
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto, TensorProto
 
 __all__ = [
     "Cause",
     "LayerFacts",
+    "compared_layers",
     "culprit",
     "dropped_bias",
-    "find_layers",
     "known_cause",
     "pattern_cause",
 ]
@@ -72,38 +74,29 @@ class LayerFacts:
     fused: bool = False
 
 
-def find_layers(model: Any, names: Mapping[str, str] | None = None) -> list[LayerFacts]:
+def compared_layers(model: ModelProto, names: Mapping[str, str] | None = None) -> list[LayerFacts]:
     """Operators whose output is quantized, in the order of computation.
 
     Those with a stored weight or two quantized factors, sums, products, norms and softmax; what
     moves data alone is left out.
 
-    :param model: ModelProto with quantize and dequantize nodes, constants as integers.
+    :param model: with quantize and dequantize nodes, constants as integers.
     :param names: names of modules by the names of their weights in the ONNX file.
     """
     return _Reader(model, names or {}).layers()
 
 
 class _Reader:
-    """A QDQ graph with its nodes by what they read and write."""
+    """Facts of a QDQ graph."""
 
-    def __init__(self, model: Any, names: Mapping[str, str]) -> None:
-        self.onnx = require("onnx", "onnx")
-        self.graph = model.graph
-        self.names = names
-        self.stored = {tensor.name: tensor for tensor in self.graph.initializer}
-        self.producers = {name: node for node in self.graph.node for name in node.output}
-        for node in self.graph.node:
-            if node.op_type == "Constant" and node.attribute[0].name == "value":
-                self.stored[node.output[0]] = node.attribute[0].t
-        self.readers: dict[str, list[Any]] = {}
-        for node in self.graph.node:
-            for name in node.input:
-                self.readers.setdefault(name, []).append(node)
+    def __init__(self, model: ModelProto, names: Mapping[str, str]) -> None:
+        from aimet_ext.onnx.index import GraphIndex
+
+        self.index, self.names = GraphIndex(model.graph), names
 
     def layers(self) -> list[LayerFacts]:
         found, biases = [], set()
-        for node in self.graph.node:
+        for node in self.index.nodes:
             if node.op_type in _WITH_WEIGHT:
                 layer, add = self._layer(node)
                 biases.add(add)
@@ -125,7 +118,7 @@ class _Reader:
         compared = {layer.tensor for layer in layers}
         above: dict[str, set[str]] = {}  # all that is read for a compared tensor
         nearest: dict[str, set[str]] = {}
-        for node in self.graph.node:
+        for node in self.index.nodes:
             found: set[str] = set().union(*(nearest.get(name, ()) for name in node.input))
             for name in node.output:
                 above[name] = found
@@ -149,7 +142,7 @@ class _Reader:
         elif node.op_type == "MatMul":
             facts["factor_type"] = self._factor_type(node.input[1])
         if bias is not None:
-            facts["bias"], facts["bias_type"] = self._values(*bias), self._type(bias[0])
+            facts["bias"], facts["bias_type"] = self._values(*bias), _type(bias[0])
         layer = LayerFacts(
             nodes=(node.name,) if add is None else (node.name, add.name),
             op_type=node.op_type if add is None else f"{node.op_type}+Add",
@@ -160,9 +153,11 @@ class _Reader:
         return layer, None if add is None else add.name
 
     def _weight(self, node: Any, weight: Any, dequantize: Any) -> dict[str, Any]:
-        block = self._attribute(dequantize, "block_size")
-        integers = block is not None and dequantize.input[1] not in self.stored
-        kind = self._type(weight)
+        from aimet_ext.onnx.index import attribute
+
+        block = None if dequantize is None else attribute(dequantize, "block_size", 0) or None
+        integers = block is not None and not self.index.is_stored(dequantize.input[1])
+        kind = _type(weight)
         base = weight.name.removesuffix("_q").removesuffix("_qdq")
         return {
             "name": self.names.get(base, node.name),
@@ -174,17 +169,17 @@ class _Reader:
 
     def _factor_type(self, name: str) -> str | None:
         """Type of the integers that a dequantized tensor is made of, by its zero point."""
-        node = self.producers.get(name)
+        node = self.index.node(name)
         if node is None or node.op_type != "DequantizeLinear" or len(node.input) < 3:
             return None
-        zero = self.stored.get(node.input[2])
-        return None if zero is None else self._type(zero)
+        zero = self.index.constant(node.input[2])
+        return None if zero is None else _type(zero)
 
     def _added(self, output: str) -> tuple[Any, Any]:
         """The Add that alone reads a MatMul's output, and the stored vector that it adds."""
         quantizer = self._quantizer(output)
         seen = output if quantizer is None else quantizer
-        readers = self.readers.get(seen, [])
+        readers = self.index.readers(seen)
         if len(readers) != 1 or readers[0].op_type != "Add":
             return None, None
         other = [name for name in readers[0].input if name != seen]
@@ -196,55 +191,56 @@ class _Reader:
     def _stored(self, name: str) -> tuple[Any, Any] | None:
         """A stored tensor behind an input, and the node that dequantizes it, None for a float."""
         dequantize = None
-        while name not in self.stored:
-            node = self.producers.get(name)
+        while not self.index.is_stored(name):
+            node = self.index.node(name)
             if node is None or node.op_type not in (*_MOVING, "DequantizeLinear"):
                 return None
             if node.op_type == "DequantizeLinear" and dequantize is None:
                 dequantize = node
             name = node.input[0]
-        return self.stored[name], dequantize
+        return self.index.stored[name], dequantize
 
     def _quantizer(self, tensor: str) -> str | None:
         """What readers of a quantized tensor read, None if it is not quantized."""
-        for node in self.readers.get(tensor, []):
+        for node in self.index.readers(tensor):
             if node.op_type == "QuantizeLinear":
-                for reader in self.readers.get(node.output[0], []):
+                for reader in self.index.readers(node.output[0]):
                     if reader.op_type == "DequantizeLinear":
                         return str(reader.output[0])
         return None
 
     def _step(self, tensor: str) -> float | None:
         """The step of a quantized tensor's grid, None unless it is one stored number."""
-        for node in self.readers.get(tensor, []):
-            scale = self.stored.get(node.input[1]) if node.op_type == "QuantizeLinear" else None
+        from onnx.numpy_helper import to_array
+
+        for node in self.index.readers(tensor):
+            quantizes = node.op_type == "QuantizeLinear"
+            scale = self.index.constant(node.input[1]) if quantizes else None
             if scale is not None and not any(size > 1 for size in scale.dims):
-                return float(self.onnx.numpy_helper.to_array(scale).reshape(-1)[0])
+                return float(to_array(scale).reshape(-1)[0])
         return None
 
-    def _values(self, tensor: Any, dequantize: Any) -> np.ndarray[Any, Any] | None:
+    def _values(
+        self, tensor: TensorProto, dequantize: NodeProto | None
+    ) -> np.ndarray[Any, Any] | None:
         """A stored vector in float64, None where its values or scale are not at hand."""
-        array = self.onnx.numpy_helper.to_array
-        if tensor.data_location == self.onnx.TensorProto.EXTERNAL:
+        from onnx.numpy_helper import to_array
+
+        if tensor.data_location == tensor.EXTERNAL:
             return None
-        value = array(tensor).astype(np.float64)
+        value = to_array(tensor).astype(np.float64)
         if dequantize is None:
             return value.reshape(-1)
-        scale = self.stored.get(dequantize.input[1])
+        scale, *zero = (self.index.constant(name) for name in dequantize.input[1:])
         if scale is None:
             return None
-        zero = self.stored.get(dequantize.input[2]) if len(dequantize.input) > 2 else None
-        offset = 0.0 if zero is None else array(zero).astype(np.float64)
-        return ((value - offset) * array(scale).astype(np.float64)).reshape(-1)
+        offset = to_array(zero[0]).astype(np.float64) if zero and zero[0] is not None else 0.0
+        return ((value - offset) * to_array(scale).astype(np.float64)).reshape(-1)
 
-    def _type(self, tensor: Any) -> str:
-        name = self.onnx.TensorProto.DataType.Name(tensor.data_type).lower()
-        return "float32" if name == "float" else name
 
-    def _attribute(self, node: Any, name: str) -> int | None:
-        if node is None:
-            return None
-        return next((int(a.i) for a in node.attribute if a.name == name and a.i > 0), None)
+def _type(tensor: TensorProto) -> str:
+    name = str(tensor.DataType.Name(tensor.data_type)).lower()
+    return "float32" if name == "float" else name
 
 
 @dataclass(frozen=True)

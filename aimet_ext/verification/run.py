@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from aimet_ext.core.objective import sqnr_db
-from aimet_ext.errors import require
+from aimet_ext.onnx.session import open_session
 from aimet_ext.sim.protocol import adapt
 from aimet_ext.verification.data import Feed, token_ids, token_weights
 
@@ -50,22 +50,13 @@ class CpuSession:
     """
 
     def __init__(self, model: Path, extra_outputs: Sequence[str] = ()) -> None:
-        from aimet_ext.integrations.qnn_outputs import with_outputs
-
-        runtime = require("onnxruntime", "onnx")
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
-        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        source: str | bytes = str(model)
+        source: Path | bytes = model
         if extra_outputs:
+            from aimet_ext.onnx.rewrite.qdq import with_outputs
+
             source = with_outputs(model, extra_outputs).SerializeToString()
-            options.add_session_config_entry(
-                "session.model_external_initializers_file_folder_path", str(model.resolve().parent)
-            )
-        self._session = runtime.InferenceSession(
-            source, options, providers=["CPUExecutionProvider"]
-        )
+        folder = model.resolve().parent if extra_outputs else None
+        self._session = open_session(source, optimize="none", folder=folder)
         self.outputs = tuple(value.name for value in self._session.get_outputs())
 
     def run(self, feed: Mapping[str, Array]) -> list[Array]:

@@ -24,8 +24,8 @@ from aimet_ext.verification.data import Feed
 from aimet_ext.verification.layers import (
     Cause,
     LayerFacts,
+    compared_layers,
     culprit,
-    find_layers,
     known_cause,
     pattern_cause,
 )
@@ -148,8 +148,8 @@ class Verification:
             path = self.work / f"{self.prefix}{name}.encodings"
             onnx_files.write_encodings(sim, path, version, wider, int32_biases=False)
         model = onnx.load(str(self.qdq), load_external_data=False)
-        names = self.manifest.get("onnx_names", {})
-        self.facts = find_layers(model, {t: n.removesuffix(".weight") for n, t in names.items()})
+        names = self.manifest.get("onnx_names", {}).items()
+        self.facts = compared_layers(model, {t: n.removesuffix(".weight") for n, t in names})
         return f"{len(model.graph.node)} nodes, {len(self.facts)} operators to compare"
 
     def compile(self) -> str:

@@ -27,11 +27,11 @@ pytest.importorskip("aimet_torch")
 aimet_onnx = pytest.importorskip("aimet_onnx")
 
 from aimet_ext.integrations.qnn_runtime import is_available  # noqa: E402
-from aimet_ext.onnx.rewrite.qdq import float_nodes, float_weights  # noqa: E402
+from aimet_ext.onnx.rewrite.qdq import float_weights  # noqa: E402
 from aimet_ext.sim.onnx import files as onnx_files  # noqa: E402
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-from onnx_models import mlp_model  # noqa: E402
+from onnx_models import float_nodes, mlp_model  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -351,7 +351,7 @@ def test_an_onnx_simulation(bias: str, tmp_path: pathlib.Path) -> None:
 
 
 def test_blocks_of_convolutions_that_look_around_are_left_alone(tmp_path: pathlib.Path) -> None:
-    from aimet_ext.onnx.rewrite.layer_forms import set_apart
+    from aimet_ext.onnx.rewrite.htp import set_apart
 
     model = nn.Sequential(nn.Conv2d(32, 8, 3), nn.Conv2d(8, 4, 1, stride=2))
     path = tmp_path / "net.onnx"

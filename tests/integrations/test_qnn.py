@@ -16,8 +16,8 @@ from aimet_ext.core.objective import sqnr_db
 from aimet_ext.errors import MissingExtraError
 from aimet_ext.integrations import qnn_runtime
 from aimet_ext.integrations.qnn import HtpRejected, HtpSession, compile_htp, load_context
-from aimet_ext.integrations.qnn_outputs import output_names, with_outputs
 from aimet_ext.integrations.qnn_targets import find_target, target_names
+from aimet_ext.onnx.rewrite.qdq import output_names, with_outputs
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

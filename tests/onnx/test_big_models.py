@@ -12,14 +12,12 @@ import torch
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
-from onnx_models import exported_llama, finish, run_onnx  # noqa: E402
+from onnx_models import exported_llama, finish, float_nodes, run_onnx  # noqa: E402
 
 import aimet_ext  # noqa: E402
-from aimet_ext.onnx import types as onnx_types  # noqa: E402
-from aimet_ext.onnx.rewrite.fold import fold_constants  # noqa: E402
-from aimet_ext.onnx.rewrite.qdq import float_nodes  # noqa: E402
-from aimet_ext.onnx.rewrite.static import make_static  # noqa: E402
-from aimet_ext.onnx.skeleton import infer_shapes  # noqa: E402
+from aimet_ext.onnx import values as onnx_types  # noqa: E402
+from aimet_ext.onnx.rewrite.static import fold_constants, make_static  # noqa: E402
+from aimet_ext.onnx.values import infer_shapes  # noqa: E402
 
 LIMIT = 2**18
 WIDE = 512  # a weight of four times the limit

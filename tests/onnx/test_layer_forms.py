@@ -14,13 +14,12 @@ pytest.importorskip("onnxruntime")
 
 from onnx import TensorProto, helper  # noqa: E402
 
-from aimet_ext.onnx.rewrite.fold import bound_masks, fold_constants  # noqa: E402
-from aimet_ext.onnx.rewrite.norms import fuse_rms_norms  # noqa: E402
-from aimet_ext.onnx.rewrite.operands import sign_second_operands  # noqa: E402
-from aimet_ext.onnx.rewrite.qdq import drop_casts, float_nodes, float_weights  # noqa: E402
+from aimet_ext.onnx.rewrite.htp import fuse_rms_norms, sign_second_operands  # noqa: E402
+from aimet_ext.onnx.rewrite.qdq import drop_casts, float_weights  # noqa: E402
+from aimet_ext.onnx.rewrite.static import bound_masks, fold_constants  # noqa: E402
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-from onnx_models import finish, run_onnx  # noqa: E402
+from onnx_models import finish, float_nodes, run_onnx  # noqa: E402
 
 OPSETS = (("", 21),)
 X = np.random.default_rng(0).standard_normal((1, 4, 8)).astype(np.float32)

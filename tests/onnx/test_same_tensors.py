@@ -8,7 +8,7 @@ import pytest
 
 onnx = pytest.importorskip("onnx")
 
-from aimet_ext.onnx.same_tensors import moved_from, same_tensors  # noqa: E402
+from aimet_ext.onnx.rewrite.kv import moved_from, same_tensors  # noqa: E402
 
 VALUE = onnx.helper.make_tensor_value_info
 FLOAT = onnx.TensorProto.FLOAT

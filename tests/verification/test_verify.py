@@ -31,7 +31,7 @@ from aimet_ext.integrations.qnn_targets import find_target
 from aimet_ext.verification import run as verify_run
 from aimet_ext.verification import steps as verify_steps
 from aimet_ext.verification.data import graph_inputs, window_feeds
-from aimet_ext.verification.layers import find_layers
+from aimet_ext.verification.layers import compared_layers
 from aimet_ext.verification.report import Thresholds, VerifyReport
 from aimet_ext.verification.steps import Verification
 from aimet_ext.verification.verify import REPORT, verify
@@ -412,7 +412,7 @@ def test_a_bias_that_htp_drops_is_named(prepared: Callable[..., Verification]) -
     """HTP takes LPBQ weights with a float bias, fused, and leaves the bias out without a word."""
     run = prepared()
     run.qdq = doctored(run.qdq, lambda model: fuse(model, "layers.0/self_attn/q_proj"))
-    run.facts = find_layers(onnx.load(str(run.qdq)), {f"{Q0}.weight_0": Q0})
+    run.facts = compared_layers(onnx.load(str(run.qdq)), {f"{Q0}.weight_0": Q0})
     finish(run)
     assert run.backend == "HTP simulation", "accepted"
     assert run.first_divergence == Q0, "and wrong"

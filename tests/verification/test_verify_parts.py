@@ -21,9 +21,9 @@ from aimet_ext.verification.data import (
 )
 from aimet_ext.verification.layers import (
     LayerFacts,
+    compared_layers,
     culprit,
     dropped_bias,
-    find_layers,
     known_cause,
     pattern_cause,
 )
@@ -292,11 +292,11 @@ def qdq() -> Any:
 
 
 def test_layers_of_a_qdq_model(qdq: Any) -> None:
-    found = {layer.name: layer for layer in find_layers(qdq, {"w": "proj"})}
-    assert [layer.op_type for layer in find_layers(qdq, {})] == ["MatMul+Add", "MatMul", "Gemm"]
+    found = {layer.name: layer for layer in compared_layers(qdq, {"w": "proj"})}
+    assert [layer.op_type for layer in compared_layers(qdq, {})] == ["MatMul+Add", "MatMul", "Gemm"]
     linear, scores = found["proj"], found["scores"]
     assert linear.tensor == "g", "a name that two layers share is that of the last one"
-    apart = find_layers(qdq)[0]
+    apart = compared_layers(qdq)[0]
     assert (apart.nodes, apart.tensor, apart.bits, apart.fused) == (("mat", "add"), "a", 8, False)
     assert (apart.bias_type, apart.step) == ("int32", 0.5)
     assert apart.bias is not None

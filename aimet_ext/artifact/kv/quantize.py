@@ -14,7 +14,7 @@ from aimet_ext.artifact.kv.run import CacheFiles
 from aimet_ext.errors import require
 from aimet_ext.files.encodings import entries, load_encodings
 from aimet_ext.models.kv_cache import CacheShape
-from aimet_ext.onnx.same_tensors import moved_from, same_tensors
+from aimet_ext.onnx.rewrite.kv import moved_from, same_tensors, separate_outputs
 
 __all__ = ["Reference", "quantized_graph"]
 
@@ -33,7 +33,7 @@ class Reference:
     @classmethod
     def of(cls, found: HandOff) -> Reference:
         """The reference of a hand-off whose folder is still there."""
-        from aimet_ext.onnx.rewrite.fold import fold_constants
+        from aimet_ext.onnx.rewrite.static import fold_constants
 
         encoded = entries(load_encodings(found.folder / f"{found.prefix}.encodings"))
         model = require("onnx", "onnx").load(str(found.folder / f"{found.prefix}.onnx"))
@@ -61,7 +61,7 @@ def quantized_graph(
     :raises ValueError: a tensor is quantized that the reference does not have.
     """
     onnx = require("onnx", "onnx")
-    from aimet_ext.onnx.rewrite.fold import fold_constants
+    from aimet_ext.onnx.rewrite.static import fold_constants
     from aimet_ext.sim.onnx import copied_ranges as onnx_cache
     from aimet_ext.sim.onnx import target as onnx_hand_off
 
@@ -69,7 +69,7 @@ def quantized_graph(
     encoded = entries(load_encodings(path.with_suffix(".encodings")))
     model = fold_constants(onnx.load(str(path)), keep=encoded)
     if kv_bitwidth is not None:
-        _separate_present(model, files.shape)
+        separate_outputs(model, _cache_names(files.shape)[1])
     sources = _Sources(model, reference.graph, files.shape)
     ranges = reference.hand_off.sim.qc_quantize_op_dict
     widths = Counter(ranges[name].bitwidth for name in reference.hand_off.added)
@@ -173,23 +173,6 @@ class _Sources:
         while found is not None and found not in known:
             found = self._plain_moved.get(found)
         return found
-
-
-def _separate_present(model: Any, shape: CacheShape) -> None:
-    """Have the new keys and values be tensors of their own, which may have a width of their own."""
-    from onnx.helper import make_node
-
-    present = set(_cache_names(shape)[1])
-    nodes = []
-    for node in model.graph.node:
-        nodes.append(node)
-        for index, name in enumerate(node.output):
-            if name in present:
-                node.output[index] = f"{name}_wide"
-                label = f"{node.name}/narrow"
-                nodes.append(make_node("Identity", [f"{name}_wide"], [name], name=label))
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
 
 
 def _cache_names(shape: CacheShape) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aimet_ext.errors import CorruptFileError, require
+from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.manifest import read_manifest
 from aimet_ext.models.kv_cache import CacheShape, Run, TokenCache, run_with_cache
+from aimet_ext.onnx.session import open_session
 
 __all__ = ["FLOAT", "KIND", "QDQ", "CacheFiles", "CacheGraphs", "load_cache_graphs"]
 
@@ -106,13 +107,9 @@ def load_cache_graphs(path: str | Path, *, qdq: bool = False) -> CacheGraphs:
 
 
 def _onnx_call(path: Path, shape: CacheShape) -> Run:
-    """What runs a graph in onnxruntime on the CPU, its threads those of torch."""
-    runtime = require("onnxruntime", "onnx")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    """What runs a graph in onnxruntime on the CPU."""
     # The integers of 4-bit weights are multiplied by float32 activations, as in a simulation.
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = open_session(path, entries={"session.qdq_matmulnbits_accuracy_level": "1"})
     names = shape.output_names()
 
     def call(feed: Mapping[str, Tensor]) -> dict[str, Tensor]:

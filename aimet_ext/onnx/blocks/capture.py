@@ -13,9 +13,9 @@ from aimet_ext.errors import TransformRefused
 from aimet_ext.onnx.blocks.find import BlockPlan
 from aimet_ext.onnx.blocks.flow import Flow
 from aimet_ext.onnx.blocks.module import OnnxBlock
+from aimet_ext.onnx.graph import Part
 from aimet_ext.onnx.ops.translate import check_translation
-from aimet_ext.onnx.session import Part
-from aimet_ext.onnx.types import torch_array
+from aimet_ext.onnx.values import torch_array
 from aimet_ext.walk.stream import BlockCall, BlockStream
 
 __all__ = ["argument_names", "capture_blocks", "check_block"]

@@ -14,8 +14,8 @@ from aimet_ext.onnx.blocks.roles import MismatchError, attention_roles, mlp_role
 from aimet_ext.onnx.blocks.shared import SharedVector
 from aimet_ext.onnx.blocks.topology import block_topology
 from aimet_ext.onnx.graph import OnnxGraph
+from aimet_ext.onnx.index import reads
 from aimet_ext.onnx.layers import OnnxLayer
-from aimet_ext.onnx.nodes import reads
 
 __all__ = ["SHAPE_ARITHMETIC", "BlockPlan", "find_onnx_blocks"]
 
@@ -125,7 +125,7 @@ def find_onnx_blocks(
         for step in additions
         if step.after not in known
     ]
-    inner = _reached(flow, chain[0].before)
+    inner = flow.graph.beyond([chain[0].before])
     for number, (first, second) in enumerate(zip(chain[::2], chain[1::2], strict=False)):
         name = f"{stack}.{number}"
         try:
@@ -166,17 +166,6 @@ def _longest_chain(additions: Sequence[_Addition]) -> list[_Addition]:
         if len(chain) > len(best.get(step.after, ())):
             best[step.after] = chain
     return max(best.values(), key=len, default=[])
-
-
-def _reached(flow: Flow, tensor: str) -> set[str]:
-    """All tensors that depend on a tensor, itself too."""
-    found, todo = {tensor}, [tensor]
-    while todo:
-        for index in flow.graph.consumers.get(todo.pop(), ()):
-            fresh = [name for name in flow.graph.nodes[index].output if name and name not in found]
-            found.update(fresh)
-            todo += fresh
-    return found
 
 
 def _plan(
@@ -220,7 +209,8 @@ def _plan(
 def _region(flow: Flow, start: str, end: str) -> _Region:
     """What lies between two tensors: nodes that depend on the first, and what else they read."""
     graph = flow.graph
-    order = sorted({graph.producer[n] for n in _behind(flow, end, start)})
+    behind = graph.behind([end], lambda name, _: name != start)
+    order = sorted({graph.producer[n] for n in behind if n != start and n in graph.producer})
     depends: set[str] = {start}
     constant: set[str] = set()
     shapes: set[str] = set()  # small, and other than in the data for another batch size
@@ -229,11 +219,11 @@ def _region(flow: Flow, start: str, end: str) -> _Region:
         inputs = list(reads(node))
         if any(name in depends for name in inputs):
             depends.update(node.output)
-        elif all(name in constant or flow.is_constant(name) for name in inputs):
+        elif all(name in constant or flow.graph.is_stored(name) for name in inputs):
             constant.update(node.output)
         elif _counts(flow, node) or (
             node.op_type in SHAPE_ARITHMETIC
-            and all(name in shapes | constant or flow.is_constant(name) for name in inputs)
+            and all(name in shapes | constant or flow.graph.is_stored(name) for name in inputs)
         ):
             shapes.update(node.output)
     region = _Region()
@@ -254,7 +244,7 @@ def _region(flow: Flow, start: str, end: str) -> _Region:
         if layer is not None and layer not in region.layers:
             region.layers.append(layer)
         for name in reads(node):
-            known = name in depends or name in constant or flow.is_constant(name)
+            known = name in depends or name in constant or flow.graph.is_stored(name)
             if not known and name not in region.arguments:
                 region.arguments.append(name)
     return region
@@ -265,22 +255,6 @@ def _counts(flow: Flow, node: NodeProto) -> bool:
     if node.op_type == "ReduceSum":
         return flow.origin(node.input[0]) in flow.graph.inputs
     return node.op_type == "Shape"
-
-
-def _behind(flow: Flow, end: str, start: str) -> set[str]:
-    """Tensors made by nodes that an end depends on, shapes included, down to a start."""
-    seen, todo = {end}, [end]
-    made = set()
-    while todo:
-        name = todo.pop()
-        node = None if name == start else flow.node(name)
-        if node is None:
-            continue
-        made.add(name)
-        fresh = [other for other in reads(node) if other not in seen]
-        seen.update(fresh)
-        todo += fresh
-    return made
 
 
 def _mask(flow: Flow, added: str | None, arguments: Sequence[str]) -> str | None:

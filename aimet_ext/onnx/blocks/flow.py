@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from onnx import NodeProto, TensorProto, helper
+from onnx import NodeProto, helper
 
 from aimet_ext.onnx.graph import OnnxGraph
+from aimet_ext.onnx.index import FLOATS, attribute, elements
 from aimet_ext.onnx.layers import FoundLayers, OnnxLayer, find_layers
-from aimet_ext.onnx.nodes import attribute, reads
 
 __all__ = ["ATTENTION", "NORMS", "Flow", "Norm", "split_skips"]
 
@@ -23,6 +22,7 @@ _SKIPS = {
 _SUM = 3  # output of a skip normalization that holds the sum
 _SAME = frozenset(("Identity", "Cast", "Dropout"))
 _MOVES = _SAME | {"Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten"}
+_CUTS = _MOVES | {"Split", "Slice"}
 
 
 @dataclass(frozen=True)
@@ -69,43 +69,27 @@ class Flow:
             if use.add is not None
         }
 
-    def node(self, tensor: str) -> NodeProto | None:
-        """The node that makes a tensor, None for an input or a stored value."""
-        index = self.graph.producer.get(tensor)
-        return None if index is None else self.graph.nodes[index]
-
-    def is_constant(self, tensor: str) -> bool:
-        """Whether a tensor is a stored value."""
-        return self.graph.constant(tensor) is not None
-
     def origin(self, tensor: str) -> str:
         """The tensor whose values a tensor has, before casts and identities."""
-        node = self.node(tensor)
+        node = self.graph.node(tensor)
         while node is not None and node.op_type in _SAME and tensor not in self.made:
             tensor = node.input[0]
-            node = self.node(tensor)
+            node = self.graph.node(tensor)
         return tensor
 
     def operands(self, node: NodeProto) -> list[str]:
         """Inputs of a node that are no stored values."""
-        return [name for name in node.input if name and not self.is_constant(name)]
+        return [name for name in node.input if name and not self.graph.is_stored(name)]
 
     def behind(self, tensor: str, stop: Iterable[str] = ()) -> Iterator[str]:
         """Tensors that a tensor's values depend on, itself first; shapes do not count.
 
         :param stop: tensors behind which nothing is looked at.
         """
-        ends, seen, todo = set(stop), {tensor}, [tensor]
-        while todo:
-            name = todo.pop()
-            yield name
-            node = None if name in ends else self.node(name)
-            if node is None or node.op_type == "Shape":
-                continue
-            for other in reads(node):
-                if other not in seen:
-                    seen.add(other)
-                    todo.append(other)
+        ends = set(stop)
+        return self.graph.behind(
+            [tensor], lambda name, node: name not in ends and node.op_type != "Shape"
+        )
 
     def layers_behind(self, tensor: str, stop: Iterable[str] = ()) -> list[str]:
         """Linear layers whose outputs a tensor depends on through no other linear layer."""
@@ -131,7 +115,7 @@ class Flow:
         """Which half of a layer's output a tensor is made of, None if it is no half."""
         outputs = {use.output for use in self.layers[layer].uses}
         for name in self.behind(tensor, outputs):
-            node = None if name in outputs else self.node(name)
+            node = None if name in outputs else self.graph.node(name)
             if node is None or not outputs & {self.origin(other) for other in node.input}:
                 continue
             if node.op_type == "Split" and len(node.output) == 2:
@@ -145,15 +129,7 @@ class Flow:
 
     def moved(self, tensors: Iterable[str]) -> set[str]:
         """Tensors with the same values as others, or a part of them, those themselves too."""
-        found, todo = set(tensors), list(tensors)
-        while todo:
-            for index in self.graph.consumers.get(todo.pop(), ()):
-                node = self.graph.nodes[index]
-                if node.op_type in _MOVES | {"Split", "Slice"}:
-                    fresh = [name for name in node.output if name not in found]
-                    found.update(fresh)
-                    todo += fresh
-        return found
+        return self.graph.beyond(tensors, lambda node: node.op_type in _CUTS)
 
     def writer(self, tensor: str) -> str | None:
         """The linear layer that a tensor is the output of, a norm after it allowed for."""
@@ -166,7 +142,7 @@ class Flow:
     def norm(self, tensor: str, sources: Iterable[str]) -> Norm | None:
         """The norm that makes a tensor out of one of the sources, None if none does."""
         tensor, sources = self.origin(tensor), set(sources)
-        node = self.node(tensor)
+        node = self.graph.node(tensor)
         if node is None:
             return None
         if node.op_type in NORMS:
@@ -176,7 +152,7 @@ class Flow:
             stored, other = self._split(node)
             if stored is None or other is None:
                 return None
-            bias, node = stored, self.node(self.origin(other))
+            bias, node = stored, self.graph.node(self.origin(other))
         if node is None or node.op_type != "Mul":
             return None
         gain, other = self._split(node)
@@ -189,7 +165,7 @@ class Flow:
         """Shape that the last reshape between a tensor and one above it gives, as far as known."""
         stop = {above}
         for name in self.behind(tensor, stop):
-            node = self.node(name)
+            node = self.graph.node(name)
             if name == above or node is None or node.op_type != "Reshape":
                 continue
             if above in set(self._straight(node.input[0])):
@@ -201,7 +177,7 @@ class Flow:
         stored = self.graph.constant(tensor)
         if stored is not None:
             return [int(value) for value in self.graph.array(tensor).reshape(-1)]
-        node = self.node(tensor)
+        node = self.graph.node(tensor)
         if node is not None and node.op_type == "Concat":
             return [value for name in node.input for value in self.integers(name)]
         if node is not None and node.op_type in _MOVES:
@@ -213,8 +189,8 @@ class Flow:
         node: NodeProto | None = None
         while True:
             yield tensor
-            node = None if tensor in self.made else self.node(tensor)
-            if node is None or node.op_type not in _MOVES | {"Split", "Slice"}:
+            node = None if tensor in self.made else self.graph.node(tensor)
+            if node is None or node.op_type not in _CUTS:
                 return
             tensor = node.input[0]
 
@@ -228,11 +204,9 @@ class Flow:
 
     def _is_vector(self, tensor: str) -> bool:
         stored = self.graph.constant(tensor)
-        if stored is None or stored.data_type not in _FLOATS:
+        if stored is None or stored.data_type not in FLOATS:
             return False
-        return (
-            len(stored.dims) > 0 and max(stored.dims) > 1 and _elements(stored) == stored.dims[-1]
-        )
+        return len(stored.dims) > 0 and max(stored.dims) > 1 and elements(stored) == stored.dims[-1]
 
     def _fused_norm(self, node: NodeProto, sources: set[str]) -> Norm | None:
         gain = self.origin(node.input[1])
@@ -250,12 +224,12 @@ class Flow:
         :param end: what comes out of it.
         """
         for place, name in enumerate(node.input[:2]):
-            made = self.node(self.origin(name))
+            made = self.graph.node(self.origin(name))
             if made is None or made.op_type != "Add":
                 continue
             gain, other = self._split(made)
             stored = None if other is None else self.graph.constant(self.origin(other))
-            if gain is None or other is None or stored is None or _elements(stored) != 1:
+            if gain is None or other is None or stored is None or elements(stored) != 1:
                 continue
             if float(self.graph.array(self.origin(other)).reshape(-1)[0]) != 1.0:
                 continue
@@ -267,12 +241,12 @@ class Flow:
         """The one source that a tensor is a normalised form of."""
         ends, met, averaged = sources, set(), False
         for name in self.behind(tensor, ends):
-            node = self.node(name)
+            node = self.graph.node(name)
             if name in sources:
                 met.add(name)
             elif node is not None:
                 averaged |= node.op_type in ("ReduceMean", "LpNormalization", *NORMS)
-            elif not self.is_constant(name):
+            elif not self.graph.is_stored(name):
                 return None
             if name in self.made and name not in sources:
                 return None
@@ -282,16 +256,6 @@ class Flow:
         return next((name for name in (tensor, self.origin(tensor)) if name in sources), None)
 
 
-_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
-
-
-def _elements(tensor: TensorProto) -> int:
-    count = 1
-    for size in tensor.dims:
-        count *= size
-    return count
-
-
 def split_skips(graph: OnnxGraph) -> OnnxGraph:
     """The same graph with each skip normalization as an addition and a normalization.
 
@@ -299,17 +263,10 @@ def split_skips(graph: OnnxGraph) -> OnnxGraph:
     """
     if not any(node.op_type in _SKIPS for node in graph.nodes):
         return graph
-    nodes = tuple(part for node in graph.nodes for part in _parts(node))
-    found = copy.copy(graph)
-    found.nodes, found._types = nodes, None
-    found.producer = {name: i for i, node in enumerate(nodes) for name in node.output if name}
-    found.consumers = {}
-    for index, node in enumerate(nodes):
-        for name in dict.fromkeys(reads(node)):
-            found.consumers.setdefault(name, []).append(index)
-    if "com.microsoft" in found.opset:
-        found.opset = {**found.opset, "": found.opset.get("", found.opset.get("ai.onnx", 17))}
-    return found
+    opset = dict(graph.opset)
+    if "com.microsoft" in opset:
+        opset.setdefault("", opset.get("ai.onnx", 17))
+    return graph.with_nodes((part for node in graph.nodes for part in _parts(node)), opset)
 
 
 def _parts(node: NodeProto) -> Iterator[NodeProto]:

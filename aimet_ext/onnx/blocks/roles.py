@@ -9,7 +9,7 @@ from typing import Any
 from onnx import NodeProto
 
 from aimet_ext.onnx.blocks.flow import ATTENTION, Flow, Norm
-from aimet_ext.onnx.nodes import attribute
+from aimet_ext.onnx.index import attribute
 
 __all__ = [
     "AttentionRoles",
@@ -117,7 +117,7 @@ def attention_roles(flow: Flow, start: str, writer: str, members: Sequence[str])
 def mlp_roles(flow: Flow, start: str, writer: str, members: Sequence[str]) -> MlpRoles:
     """Roles in the second half of a block; parameters as for :func:`attention_roles`."""
     tensor = flow.origin(flow.layers[writer].uses[0].input)
-    node = flow.node(tensor)
+    node = flow.graph.node(tensor)
     gate: str | None = None
     sides = [] if node is None or node.op_type != "Mul" else flow.operands(node)
     direct = [side for side in sides if flow.straight_to_layer(side) is not None]
@@ -138,7 +138,7 @@ def _core(flow: Flow, start: str, end: str) -> NodeProto:
     """The one node of attention between the hidden states and the output projection."""
     found: dict[str, NodeProto] = {}
     for name in flow.behind(end, {start, *flow.made}):
-        node = flow.node(name)
+        node = flow.graph.node(name)
         if name not in flow.made and node is not None and node.op_type in ATTENTION:
             found[node.output[0]] = node
     if len(found) != 1:
@@ -153,7 +153,7 @@ def _explicit(flow: Flow, softmax: NodeProto) -> tuple[str, str, str, str | None
     tensor = softmax.input[0]
     while True:
         tensor = flow.origin(tensor)
-        node = flow.node(tensor)
+        node = flow.graph.node(tensor)
         operands = [] if node is None else flow.operands(node)
         if node is None or not operands:
             raise MismatchError(f"the scores of Softmax {softmax.name!r} come from no product")

@@ -107,8 +107,8 @@ def _has(flow: Flow, name: str, stored: str) -> bool:
     if not name:
         return False
     origin = flow.origin(name)
-    node = flow.node(origin)
+    node = flow.graph.node(origin)
     if origin == stored or node is None or node.op_type != "Add":
         return origin == stored
     sources = [flow.origin(other) for other in node.input]
-    return stored in sources and all(flow.is_constant(other) for other in sources)
+    return stored in sources and all(flow.graph.is_stored(other) for other in sources)

@@ -22,7 +22,7 @@ from aimet_ext.onnx.ops.common import DTYPES, Attributes, Inputs, Limit, Operato
 from aimet_ext.onnx.ops.contrib import CONTRIB
 from aimet_ext.onnx.ops.math import MATH, MATH_LIMITS
 from aimet_ext.onnx.ops.shape import SHAPE, SHAPE_LIMITS
-from aimet_ext.onnx.types import to_torch
+from aimet_ext.onnx.values import to_torch
 
 __all__ = [
     "OPERATORS",

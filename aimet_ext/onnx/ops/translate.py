@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from aimet_ext.errors import TransformRefused
-from aimet_ext.onnx.graph import OnnxGraph
+from aimet_ext.onnx.graph import OnnxGraph, Part
+from aimet_ext.onnx.index import reads
 from aimet_ext.onnx.layers import OnnxLayer
-from aimet_ext.onnx.nodes import reads
 from aimet_ext.onnx.ops.steps import Step, compute, find_steps, needed_steps
 from aimet_ext.onnx.ops.table import evaluate, unsupported
-from aimet_ext.onnx.session import Part
-from aimet_ext.onnx.types import to_torch
+from aimet_ext.onnx.values import to_torch
 
 __all__ = ["Translated", "TranslatedGraph", "check_translation", "opset_of"]
 

@@ -1,16 +1,144 @@
-"""An ONNX graph whose shapes are free, for one shape of its inputs."""
+"""An ONNX graph for one shape of its inputs: what depends on no input is computed and stored."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
+from onnx import NodeProto, TensorProto, numpy_helper
 
-from aimet_ext.onnx.rewrite.fold import fold_constants
-from aimet_ext.onnx.skeleton import infer_shapes
+from aimet_ext.onnx.index import (
+    attributes,
+    bodies,
+    drop_unused,
+    make_part,
+    reads,
+    replace_nodes,
+    stored_value,
+    stored_values,
+)
+from aimet_ext.onnx.session import open_session
+from aimet_ext.onnx.values import can_be_given, infer_shapes, placeholder, read_array, set_value
 
-__all__ = ["make_static"]
+__all__ = ["bound_masks", "fold_constants", "make_static", "run_nodes"]
+
+# Elements of a folded tensor at most: a causal mask of 8192 tokens.
+_LARGEST = 1 << 26
+_RANDOM = frozenset(
+    ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial")
+)
+
+
+def fold_constants(model: onnx.ModelProto, keep: Collection[str] = ()) -> onnx.ModelProto:
+    """A copy of a model in which tensors that depend on no input are stored values.
+
+    Cosines and sines of positions, causal masks and shapes become what they are; a device that
+    rounds every step of their computation would spoil them. An ``Identity`` of a constant becomes
+    a constant of its own, so that equal weights that an exporter merged have a name each. What
+    nothing reads any more is dropped.
+
+    :param model: left as it is; external data has to be loaded.
+    :param keep: constants that only ``Identity`` may turn into another: those with encodings.
+    :returns: the copy. Stored values keep the names of the tensors.
+    """
+    folded = onnx.ModelProto()
+    folded.CopyFrom(model)
+    graph = folded.graph
+    constants, kept = stored_values(graph), set(keep)
+    static = set(constants)
+    foldable: list[NodeProto] = []
+    for node in graph.node:
+        if stored_value(node) is None and _is_static(node, static, kept):
+            foldable.append(node)
+            static.update(node.output)
+    wanted = _boundary(graph, foldable)
+    values = {
+        name: value
+        for name, value in run_nodes(folded, foldable, constants, wanted).items()
+        if value.size <= _LARGEST
+    }
+    graph.initializer.extend(numpy_helper.from_array(value, n) for n, value in values.items())
+    replace_nodes(graph, lambda node: None if values.keys().isdisjoint(node.output) else ())
+    drop_unused(graph)
+    return folded
+
+
+def bound_masks(model: onnx.ModelProto, lowest: float = -100.0) -> list[str]:
+    """Raise what stands for minus infinity in stored values, in place.
+
+    An integer grid has to hold the masked scores; with a number such as -1e38 among them it holds
+    nothing else. ``exp(-100)`` is 0 beside any score that a softmax of 16 bits can tell apart.
+
+    :param lowest: put in the place of all values below -1e30.
+    :returns: names of the stored values that were changed.
+    """
+    changed = []
+    for name, proto in stored_values(model.graph).items():
+        if proto.data_type != TensorProto.FLOAT:
+            continue
+        values = numpy_helper.to_array(proto)
+        if values.size and values.min() < -1e30:
+            set_value(proto, np.where(values < -1e30, np.float32(lowest), values))
+            changed.append(name)
+    return changed
+
+
+def _is_static(node: onnx.NodeProto, static: Collection[str], keep: Collection[str]) -> bool:
+    """Whether a node's outputs are the same in every run, and may be stored in its place."""
+    if node.op_type in _RANDOM or node.domain not in ("", "ai.onnx") or not node.output:
+        return False
+    if any(True for _ in bodies(node)):
+        return False
+    read = [name for name in node.input if name]
+    if not all(name in static for name in read):
+        return False
+    return node.op_type == "Identity" or not any(name in keep for name in read)
+
+
+def _boundary(graph: onnx.GraphProto, foldable: Iterable[onnx.NodeProto]) -> list[str]:
+    """Static tensors that other nodes read; outputs of the graph stay computed."""
+    made = {name for node in foldable for name in node.output if name}
+    outputs = {value.name for value in graph.output}
+    read = {
+        name
+        for node in graph.node
+        if node.op_type != "Constant" and not made.intersection(node.output)
+        for name in reads(node)
+    }
+    return sorted((made & read) - outputs)
+
+
+def run_nodes(
+    model: onnx.ModelProto,
+    nodes: Iterable[NodeProto],
+    stored: Mapping[str, TensorProto],
+    wanted: Sequence[str],
+    feed: Mapping[str, np.ndarray[Any, Any]] | None = None,
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Values of tensors that some nodes of a model make, by onnxruntime.
+
+    :param stored: stored values of the model.
+    :param feed: float32 values of the other tensors that the nodes read.
+    """
+    if not wanted:
+        return {}
+    nodes, feed = list(nodes), feed or {}
+    used = sorted({name for node in nodes for name in node.input if name in stored})
+    # Beside the part, which is serialized: all weights may be more than that can hold.
+    given = {name: read_array(stored[name], "") for name in used if can_be_given(stored[name])}
+    protos = []
+    for name in used:
+        proto = TensorProto()
+        proto.CopyFrom(placeholder(stored[name]) if name in given else stored[name])
+        proto.name = name
+        protos.append(proto)
+    inputs = [onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in feed]
+    outputs = [onnx.ValueInfoProto(name=name) for name in wanted]
+    part = make_part(model, nodes, protos, inputs, outputs)
+    session = open_session(part.SerializeToString(), optimize="none", threads=1, given=given)
+    return dict(zip(wanted, session.run(list(wanted), dict(feed)), strict=True))
 
 
 def make_static(
@@ -22,7 +150,7 @@ def make_static(
 
     :param model: left as it is; external data has to be loaded.
     :param shapes: of all inputs.
-    :param keep: see :func:`aimet_ext.onnx.rewrite.fold.fold_constants`.
+    :param keep: see :func:`fold_constants`.
     """
     static = onnx.ModelProto()
     static.CopyFrom(model)
@@ -61,21 +189,19 @@ def _store_shapes(graph: onnx.GraphProto, inferred: onnx.GraphProto) -> int:
         kind = value.type.tensor_type
         if kind.HasField("shape") and all(dim.dim_value > 0 for dim in kind.shape.dim):
             known[value.name] = [dim.dim_value for dim in kind.shape.dim]
-    kept, stored = [], 0
-    for node in graph.node:
-        if node.op_type == "Shape" and node.input[0] in known:
-            given = {each.name: each.i for each in node.attribute}
-            sizes = known[node.input[0]][given.get("start", 0) : given.get("end")]
-            value = np.array(sizes, dtype=np.int64)
-            graph.initializer.append(onnx.numpy_helper.from_array(value, node.output[0]))
-            stored += 1
-            continue
-        copy = onnx.NodeProto()
-        copy.CopyFrom(node)
-        kept.append(copy)
-    del graph.node[:]
-    graph.node.extend(kept)
-    return stored
+    stored = []
+
+    def store(node: NodeProto) -> tuple[()] | None:
+        if node.op_type != "Shape" or node.input[0] not in known:
+            return None
+        given = attributes(node)
+        sizes = known[node.input[0]][given.get("start", 0) : given.get("end")]
+        stored.append(numpy_helper.from_array(np.array(sizes, dtype=np.int64), node.output[0]))
+        return ()
+
+    replace_nodes(graph, store)
+    graph.initializer.extend(stored)
+    return len(stored)
 
 
 def _name_outputs(model: onnx.ModelProto) -> None:

@@ -12,23 +12,20 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from onnx import NodeProto, TensorProto
+from onnx import NodeProto
 from torch import nn
+from torch.nn import functional
 
 from aimet_ext.data.moments import Geometry
 from aimet_ext.onnx.graph import OnnxGraph
+from aimet_ext.onnx.index import FLOATS, attribute, elements, reads
 from aimet_ext.onnx.layers import OnnxLayer
-from aimet_ext.onnx.nodes import reads
-from aimet_ext.onnx.walk.readers import activation_after, check_no_batch_norm
 from aimet_ext.walk.protocol import Activation
 
-__all__ = ["PlannedStage", "Section", "Step", "plan_stages", "plan_steps"]
+__all__ = ["PlannedStage", "Section", "Transition", "plan_stages", "plan_transitions"]
 
 _LARGE = 2**16  # elements of a stored value; what a node makes of a larger one is kept
 _AT_ONCE = 2**26  # elements of the weights that a section holds: 256 MiB of float32
-_FLOATS = frozenset(
-    (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
-)
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Step:
+class Transition:
     """The way from one stage to the next.
 
     :param sections: those of common tensors first.
@@ -95,7 +92,7 @@ def plan_stages(
     geometry: dict[str, Geometry] = {}
     for name in sorted(names, key=lambda name: layers[name].uses[0].node):
         layer = layers[name]
-        check_no_batch_norm(graph, layer)
+        _check_no_batch_norm(graph, layer)
         try:
             geometry[name] = Geometry.of(shells[name])
         except TypeError as error:
@@ -107,7 +104,7 @@ def plan_stages(
     for group in groups.values():
         first = layers[group[0]]
         source, *later = dict.fromkeys(use.input for use in first.uses)
-        relus = {name: activation_after(graph, layers[name]) for name in group}
+        relus = {name: _activation_after(graph, layers[name]) for name in group}
         found.append(
             PlannedStage(
                 layers=tuple(group),
@@ -121,12 +118,12 @@ def plan_stages(
     return tuple(found)
 
 
-def plan_steps(
+def plan_transitions(
     graph: OnnxGraph,
     layers: Mapping[str, OnnxLayer],
     stages: Sequence[PlannedStage],
     changed: Collection[str] | None,
-) -> list[Step]:
+) -> list[Transition]:
     """The way to each stage.
 
     :param layers: all of the graph.
@@ -138,7 +135,7 @@ def plan_steps(
     extras = [planner.needed(stage.later, set()) for stage in stages]
     done: set[int] = set()
     kept: set[str] = set()
-    steps = []
+    transitions = []
     for number, stage in enumerate(stages):
         part = planner.needed([stage.source], done)
         part |= planner.shapes(needed - done - part, done | part)
@@ -152,8 +149,8 @@ def plan_steps(
         if stage.source not in graph.inputs:
             keep.add(stage.source)
         sections = planner.sections(part, kept, keep)
-        steps.append(
-            Step(
+        transitions.append(
+            Transition(
                 sections=tuple(sections),
                 keep=frozenset(keep),
                 later=tuple(planner.sections(extra, keep, set(stage.later))),
@@ -161,11 +158,11 @@ def plan_steps(
             )
         )
         kept = keep
-    return steps
+    return transitions
 
 
 class _Planner:
-    """Questions about the nodes of a graph; see :func:`plan_steps`."""
+    """Questions about the nodes of a graph; see :func:`plan_transitions`."""
 
     def __init__(
         self, graph: OnnxGraph, layers: Mapping[str, OnnxLayer], changed: Collection[str] | None
@@ -262,7 +259,7 @@ class _Planner:
         if index not in self.weighted:
             return 0
         stored = [self.graph.constant(name) for name in reads(self.graph.nodes[index])]
-        return sum(_elements(tensor) for tensor in stored if tensor is not None)
+        return sum(elements(tensor) for tensor in stored if tensor is not None)
 
     def _section(
         self, part: set[int], outputs: Iterable[str], known: Collection[str], common: bool
@@ -293,7 +290,7 @@ class _Planner:
         if index in self.weighted:
             return True
         stored = [self.graph.constant(name) for name in reads(node)]
-        return any(t.data_type in _FLOATS and _elements(t) > _LARGE for t in stored if t)
+        return any(t.data_type in FLOATS and elements(t) > _LARGE for t in stored if t)
 
     def _tell_common(self, moved: Collection[int]) -> set[int]:
         """Nodes that depend on none of the nodes whose weights change."""
@@ -307,8 +304,57 @@ class _Planner:
         return common
 
 
-def _elements(tensor: TensorProto) -> int:
-    count = 1
-    for size in tensor.dims:
-        count *= size
-    return count
+def _activation_after(graph: OnnxGraph, layer: OnnxLayer) -> Activation | None:
+    """The ReLU that alone reads a layer's output, at each of its uses; None without one."""
+    found = {_relu(graph, _sole_reader(graph, use.output)) for use in layer.uses}
+    return found.pop() if len(found) == 1 else None
+
+
+def _check_no_batch_norm(graph: OnnxGraph, layer: OnnxLayer) -> None:
+    """Refuse a layer whose output goes through a batch norm first.
+
+    :raises ValueError: it does.
+    """
+    for use in layer.uses:
+        reader = _sole_reader(graph, use.output)
+        if reader is not None and reader.op_type == "BatchNormalization":
+            raise ValueError(
+                f"the batch norm {reader.name!r} after layer {layer.name!r} must be folded into "
+                "it before the simulation is built; call "
+                "aimet_onnx.batch_norm_fold.fold_all_batch_norms_to_weight(model)"
+            )
+
+
+def _sole_reader(graph: OnnxGraph, tensor: str) -> NodeProto | None:
+    """The one node that reads a tensor's values; its shape may be read by others."""
+    if tensor in graph.outputs:
+        return None
+    readers = [node for node in graph.readers(tensor) if node.op_type != "Shape"]
+    return readers[0] if len(readers) == 1 else None
+
+
+def _relu(graph: OnnxGraph, node: NodeProto | None) -> Activation | None:
+    if node is None:
+        return None
+    if node.op_type == "Relu":
+        return functional.relu
+    if node.op_type != "Clip":
+        return None
+    low, high = _bound(graph, node, 1), _bound(graph, node, 2)
+    if low != 0:
+        return None
+    return {6.0: functional.relu6, None: functional.relu}.get(high)
+
+
+def _bound(graph: OnnxGraph, node: NodeProto, place: int) -> float | None:
+    """Lower (1) or upper (2) bound of a Clip: an attribute up to opset 10, an input from 11 on.
+
+    NaN where it is computed.
+    """
+    name = node.input[place] if len(node.input) > place else ""
+    if not name:
+        value = attribute(node, ("min", "max")[place - 1], None)
+        return None if value is None else float(value)
+    if graph.constant(name) is None:
+        return float("nan")
+    return float(graph.array(name).reshape(-1)[0])

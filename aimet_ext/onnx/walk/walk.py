@@ -12,10 +12,9 @@ from torch.nn import functional
 
 from aimet_ext.data.onnx_batches import check_inputs
 from aimet_ext.data.values import ValueCache
-from aimet_ext.onnx.graph import OnnxGraph
+from aimet_ext.onnx.graph import OnnxGraph, Part
 from aimet_ext.onnx.layers import OnnxLayer
-from aimet_ext.onnx.session import Part
-from aimet_ext.onnx.walk.schedule import PlannedStage, Section, plan_stages, plan_steps
+from aimet_ext.onnx.walk.schedule import PlannedStage, Section, plan_stages, plan_transitions
 from aimet_ext.walk.layers import fit_mask, known
 from aimet_ext.walk.protocol import Inputs, ReadStage, Streams
 
@@ -91,7 +90,7 @@ class OnnxWalk:
         self._held: dict[str, set[str]] = {lane: set() for lane in lanes}
         self._stages = plan_stages(graph, layers, shells, names)
         changed = {*names, *self._effective} if streams == "both" else None
-        self._steps = plan_steps(graph, layers, self._stages, changed)
+        self._transitions = plan_transitions(graph, layers, self._stages, changed)
         self._open: frozenset[int] = frozenset()
         self._pending: set[str] = set()
         self._stage: PlannedStage | None = None
@@ -101,13 +100,13 @@ class OnnxWalk:
 
     def stages(self) -> Iterator[ReadStage]:
         """Each stage in turn, in the order of the layers' first nodes."""
-        for stage, step in zip(self._stages, self._steps, strict=True):
+        for stage, transition in zip(self._stages, self._transitions, strict=True):
             assert not self._pending, f"{sorted(self._pending)} must be decided first"
             self._stage = None
-            self._open = step.open
-            self._advance(step.sections, step.keep)
+            self._open = transition.open
+            self._advance(transition.sections, transition.keep)
             if stage.later:
-                self._advance(step.later, {*step.keep, *stage.later})
+                self._advance(transition.later, {*transition.keep, *stage.later})
                 self._later += stage.layers
             self._stage = stage
             if "quantized" in self._streams:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from aimet_ext.onnx.index import MOVES
 from aimet_ext.onnx.layers import OnnxLayer
-from aimet_ext.onnx.same_tensors import MOVES
 from aimet_ext.sim.facts import FIXED_RANGES, Activation, LintLayer, SimFacts
 from aimet_ext.sim.onnx.quantizer_state import is_integer
 from aimet_ext.sim.onnx.quantizers import OnnxWeightQuantizer

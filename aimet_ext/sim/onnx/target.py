@@ -19,8 +19,8 @@ from aimet_onnx.qc_quantize_op import QcQuantizeOp
 
 from aimet_ext.config import LPBQ, Blockwise, Granularity, PerChannel, PerTensor, QSpec
 from aimet_ext.core.affine import Grid, fake_quantize
+from aimet_ext.onnx.index import MOVES
 from aimet_ext.onnx.layers import OnnxLayer
-from aimet_ext.onnx.same_tensors import MOVES
 from aimet_ext.sim.onnx.quantizer_state import calibrate_on, load_scale, uninitialize
 from aimet_ext.sim.onnx.quantizers import OnnxWeightQuantizer
 from aimet_ext.sim.onnx.setup import aimet_spec
