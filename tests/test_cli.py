@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 import aimet_ext
 from aimet_ext import cli, examples
+from aimet_ext.cli.demo import WHERE
 from aimet_ext.errors import CorruptFileError, MissingExtraError, TransformRefused
 
 COMMANDS = ("quantize", "evaluate", "inspect", "demo", "olive-config", "verify")
@@ -322,5 +324,14 @@ def test_the_demo_compares_and_exports(tmp_path: pathlib.Path) -> None:
     output = tmp_path / "out"
     done = run("demo", "--output", output, "--num-iterations", "1")
     assert done.exit_code == 0, done.stderr
-    for name in ("float", "nearest", "omniquant", *(path.name for path in output.iterdir())):
+    labels = ("float", "rounding", "SeqMSE", "GPTQ", "AdaRound", "OmniQuant")
+    rows = dict(re.findall(rf"^({'|'.join(labels)})\s+([\d.]+ .*)$", done.stdout, re.MULTILINE))
+    assert tuple(rows) == labels
+    for place in (0, 1):  # at 4 bits, at 3 bits
+        found = {name: float(re.findall(r"\d+\.\d{3}", row)[place]) for name, row in rows.items()}
+        assert found["float"] == min(found.values())
+        assert found["rounding"] == max(found.values())
+    for name in (path.name for path in output.iterdir()):
         assert name in done.stdout
+    for name in re.findall(r"\w+\.\w+", "\n".join(name for name, _ in WHERE)):
+        assert (output / name).is_file(), name

@@ -5,19 +5,28 @@ Everything heavy is imported inside the commands, so that ``--help`` answers at 
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import aimet_ext
+from aimet_ext.cli.demo import EPILOG as DEMO_EPILOG
+from aimet_ext.cli.demo import demo
 from aimet_ext.cli.errors import EXIT_CODES_HELP, ErrorsAsCodes
 from aimet_ext.cli.lora import app as lora_app
-from aimet_ext.cli.specs import OnIndivisible, on_blocks, width, width_or_none
+from aimet_ext.cli.options import (
+    AsJson,
+    OnIndivisible,
+    Output,
+    Seed,
+    on_blocks,
+    stdout_for_results,
+    table,
+    width,
+    width_or_none,
+)
 from aimet_ext.cli.techniques import Technique, chosen
 from aimet_ext.cli.verify import EPILOG as VERIFY_EPILOG
 from aimet_ext.cli.verify import verify
@@ -51,18 +60,6 @@ app = typer.Typer(
 )
 
 
-@contextlib.contextmanager
-def _stdout_for_results() -> Iterator[None]:
-    """Send what libraries print to stderr: stdout carries results only."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
-
-
-def _table(rows: list[tuple[str, str]]) -> str:
-    longest = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{longest}}  {value}" for name, value in rows)
-
-
 def _summary(found: dict[str, Any]) -> str:
     """What ``inspect`` found, for people."""
     files = found.pop("files")
@@ -73,7 +70,7 @@ def _summary(found: dict[str, Any]) -> str:
         elif value and name not in _TOO_LONG:
             rows.append((name, value if isinstance(value, str) else json.dumps(value)))
     rows += [(name, f"{entry['bytes']} bytes") for name, entry in files.items()]
-    return _table(rows) + "\nEvery file agrees with its hash."
+    return table(rows) + "\nEvery file agrees with its hash."
 
 
 def _version(asked: bool) -> None:
@@ -97,14 +94,6 @@ Text = Annotated[
     typer.Option(exists=True, dir_okay=False, help="Text to calibrate on: .txt, or .jsonl."),
 ]
 SeqLength = Annotated[int, typer.Option(min=2, help="Tokens in a window of text.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
-Output = Annotated[
-    Path,
-    typer.Option(
-        help="Folder to write. One that this program wrote is replaced, any other must be empty."
-    ),
-]
 
 
 @app.command(
@@ -197,7 +186,7 @@ def quantize(
     techniques = chosen(
         technique or [Technique.OMNIQUANT], settings or [], num_iterations=num_iterations, seed=seed
     )
-    with _stdout_for_results():
+    with stdout_for_results():
         from aimet_ext.cli import jobs
 
         result = jobs.quantize(
@@ -217,7 +206,7 @@ def quantize(
         )
     for report in result.reports.values():
         typer.echo(str(report))
-    typer.echo(_table(result.files))
+    typer.echo(table(result.files))
 
 
 @app.command(
@@ -246,14 +235,14 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Print a model's perplexity on a text."""
-    with _stdout_for_results():
+    with stdout_for_results():
         from aimet_ext.cli import jobs
 
         result = jobs.evaluate(folder, text, seq_length=seq_length, num_windows=num_windows)
     if as_json:
         typer.echo(json.dumps(result))
     else:
-        typer.echo(_table([(name, str(value)) for name, value in result.items()]))
+        typer.echo(table([(name, str(value)) for name, value in result.items()]))
 
 
 @app.command(
@@ -271,7 +260,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Check an exported folder and list it."""
-    with _stdout_for_results():
+    with stdout_for_results():
         from aimet_ext.artifact.inspect import inspect_export
 
         found = inspect_export(folder)
@@ -279,32 +268,6 @@ def inspect(
         typer.echo(json.dumps(found, indent=2))
     else:
         typer.echo(_summary(found))
-
-
-@app.command(
-    epilog="""\b
-Example:
-  aimet-ext demo --output demo_output --num-iterations 400
-"""
-)
-def demo(
-    output: Output = Path("demo_output"),
-    num_iterations: Annotated[
-        int, typer.Option(min=1, help="Optimizer steps for each block.")
-    ] = 100,
-    seed: Seed = 0,
-) -> None:
-    """Try it on the packaged model: no download, a few minutes."""
-    with _stdout_for_results():
-        from aimet_ext.cli import jobs
-
-        result = jobs.demo(output, num_iterations=num_iterations, seed=seed)
-    rows = [(name, f"{value:.3f}") for name, value in result.perplexity.items()]
-    share = result.recovered
-    rows.append(("recovered", "–" if share is None else f"{share:.0%} of what rounding lost"))
-    typer.echo("Perplexity on held-out text, 4-bit weights\n" + _table(rows))
-    typer.echo(f"\n{output}:")
-    typer.echo(_table(result.files))
 
 
 @app.command(
@@ -340,6 +303,7 @@ def olive_config(
 
 
 app.command(epilog=VERIFY_EPILOG)(verify)
+app.command(epilog=DEMO_EPILOG)(demo)
 app.add_typer(lora_app)
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Report = OmniQuantReport | LayerwiseReport
 
-__all__ = ["Demo", "Quantized", "cut_batches", "demo", "evaluate", "quantize"]
+__all__ = ["Quantized", "cut_batches", "evaluate", "quantize"]
 
 PREFIX = "model"
 """Name of the exported files, before their endings."""
@@ -38,20 +38,6 @@ class Quantized:
 
     reports: dict[str, Report]
     files: list[tuple[str, str]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Demo:
-    """What ``demo`` made: perplexities by technique, and files with their sizes."""
-
-    perplexity: dict[str, float]
-    files: list[tuple[str, str]]
-
-    @property
-    def recovered(self) -> float | None:
-        """Share of the perplexity lost to rounding that OmniQuant won back; None if none was."""
-        best, worst = self.perplexity["float"], self.perplexity["nearest"]
-        return (worst - self.perplexity["omniquant"]) / (worst - best) if worst > best else None
 
 
 def quantize(
@@ -104,26 +90,6 @@ def evaluate(folder: Path, text: Path, *, seq_length: int, num_windows: int) -> 
         "seq_length": seq_length,
         "quantized": is_ours(folder),
     }
-
-
-def demo(output: Path, *, num_iterations: int, seed: int) -> Demo:
-    """Quantize the packaged model to 4 bits twice, by rounding and by OmniQuant, and compare.
-
-    Weights only, so that the figures show what happens to the weights.
-    """
-    check_output(output)
-    model, tokenizer = load_model(aimet_ext.examples.model_dir())
-    documents = aimet_ext.examples.documents
-    batches = cut_batches(tokenizer, documents("calibration"), 256, 16, batch_size=2)
-    held_out = cut_batches(tokenizer, documents("evaluation"), 256, 16, batch_size=8)
-    perplexity = {"float": aimet_ext.evaluate_perplexity(model, held_out)}
-    omniquant = aimet_ext.OmniQuantParams(num_iterations=num_iterations, seed=seed)
-    for name, techniques in {"nearest": {}, "omniquant": {"omniquant": omniquant}}.items():
-        sim = aimet_ext.create_sim(model, batches[0], activations=None)
-        _apply(sim, batches, techniques)
-        perplexity[name] = aimet_ext.evaluate_perplexity(sim, held_out)
-    aimet_ext.export(sim, output, PREFIX, batches[0][:1])
-    return Demo(perplexity, list_files(output))
 
 
 def cut_batches(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aimet_ext.cli.specs import width_or_none
+from aimet_ext.cli.options import AsJson, Output, stdout_for_results, width_or_none
 
 if TYPE_CHECKING:
     from aimet_ext.lora import Adapter
@@ -41,13 +39,6 @@ AdapterDir = Annotated[
     ),
 ]
 Name = Annotated[str | None, typer.Option(help="Only this one of several adapters.")]
-Output = Annotated[
-    Path,
-    typer.Option(
-        help="Folder to write. One that this program wrote is replaced, any other must be empty."
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
 
 
 @app.command(
@@ -84,7 +75,7 @@ def fold(
     as_json: AsJson = False,
 ) -> None:
     """Make an adapter of the original model fit the transformed one."""
-    with contextlib.redirect_stdout(sys.stderr):
+    with stdout_for_results():
         from aimet_ext.lora import fold_adapter, fold_adapters
 
         if name is None:
@@ -140,7 +131,7 @@ def quantize(
     as_json: AsJson = False,
 ) -> None:
     """Quantize adapters on a quantized base, which stays as it is, and export both."""
-    with contextlib.redirect_stdout(sys.stderr):
+    with stdout_for_results():
         from aimet_ext import lora
         from aimet_ext.cli import jobs
         from aimet_ext.files.folders import check_output

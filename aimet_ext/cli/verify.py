@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from aimet_ext.cli.options import AsJson, stdout_for_results
 
 __all__ = ["EPILOG", "FAILED", "verify"]
 
@@ -64,10 +64,10 @@ def verify(
             "must be empty."
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check an export down to the numbers that a Snapdragon's HTP computes."""
-    with contextlib.redirect_stdout(sys.stderr):
+    with stdout_for_results():
         from aimet_ext.cli import jobs
         from aimet_ext.verification.verify import verify as run
 
@@ -86,14 +86,10 @@ def verify(
 
 def _batches(folder: Path, text: Path, count: int) -> list[Any]:
     """Windows of the length that a folder's model was exported with, at most ``count``."""
-    import aimet_ext
     from aimet_ext.cli import jobs
     from aimet_ext.files.manifest import read_manifest
     from aimet_ext.verification.data import exported_length
 
     prefix = read_manifest(folder, verify=False)["prefix"]
-    tokenizer = jobs.load_tokenizer(folder)
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else None
     length = exported_length(folder / f"{prefix}.onnx")
-    batches = aimet_ext.calibration_batches(tokenizer, text, length, None, bos_token_id=start)
-    return batches[:count]
+    return jobs.cut_batches(jobs.load_tokenizer(folder), text, length, None, 1)[:count]

@@ -1,16 +1,53 @@
-"""Options that name a width or a grid, read into a :class:`aimet_ext.QSpec`."""
+"""Options and forms of output that commands share; widths and grids are read into a QSpec."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from aimet_ext.cli.errors import message_of
 from aimet_ext.config import LPBQ, Blockwise, QSpec
 
-__all__ = ["OnIndivisible", "on_blocks", "width", "width_or_none"]
+__all__ = [
+    "AsJson",
+    "OnIndivisible",
+    "Output",
+    "Seed",
+    "on_blocks",
+    "stdout_for_results",
+    "table",
+    "width",
+    "width_or_none",
+]
+
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Output = Annotated[
+    Path,
+    typer.Option(
+        help="Folder to write. One that this program wrote is replaced, any other must be empty."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
+
+
+@contextlib.contextmanager
+def stdout_for_results() -> Iterator[None]:
+    """Send what libraries print to stderr: stdout carries results only."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def table(rows: Sequence[tuple[str, str]]) -> str:
+    """Return rows of two columns as aligned lines."""
+    longest = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{longest}}  {value}" for name, value in rows)
 
 
 class OnIndivisible(str, enum.Enum):

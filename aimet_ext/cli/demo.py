@@ -1,0 +1,131 @@
+"""The ``demo`` command: all techniques on the packaged model, and the use of the exported files."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import aimet_ext
+from aimet_ext.cli.options import Output, Seed, stdout_for_results, table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["EPILOG", "WHERE", "Demo", "demo"]
+
+EPILOG = """\b
+Example:
+  aimet-ext demo --output demo_output --num-iterations 400
+"""
+
+BITWIDTHS = (4, 3)
+
+_LABELS = {
+    "nearest": "rounding",
+    "seq_mse": "SeqMSE",
+    "gptq": "GPTQ",
+    "adaround": "AdaRound",
+    "omniquant": "OmniQuant",
+}
+
+WHERE = (
+    ("model.onnx, model.encodings", "the target's converter, which takes both"),
+    ("the whole folder", "aimet-ext verify: QDQ graph and context binary, compared on the target"),
+    ("scales.safetensors", "aimet-ext lora fold: adapters trained for the float model"),
+    ("model.safetensors, config.json", "transformers: the float model with the rescaled weights"),
+    ("quantizers.safetensors, quantsim.json", "aimet_ext.load: the simulation, to go on with"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """Measurements of the demo.
+
+    :param float_perplexity: Perplexity of the float model.
+    :param perplexity: Perplexities by technique, one for each of :data:`BITWIDTHS`.
+    :param seconds: Processor seconds of each technique at all widths.
+    :param files: Exported files with their sizes.
+    """
+
+    float_perplexity: float
+    perplexity: dict[str, tuple[float, ...]]
+    seconds: dict[str, float]
+    files: list[tuple[str, str]]
+
+    def __str__(self) -> str:
+        head = "".join(f"{f'{bits} bits':>18}" for bits in BITWIDTHS)
+        lines = [
+            "Perplexity on held-out text, weights of the decoder blocks quantized per channel",
+            f"{'':<12}{head}{'processor':>14}",
+            f"{'float':<12}" + f"{self.float_perplexity:>9.3f}{'':9}" * len(BITWIDTHS),
+        ]
+        for name, values in self.perplexity.items():
+            cells = (f"{v:>9.3f} {v / self.float_perplexity - 1:>+7.1%} " for v in values)
+            lines.append(f"{_LABELS[name]:<12}{''.join(cells)}{self.seconds[name]:>12.1f} s")
+        return "\n".join(lines)
+
+
+def demo(
+    output: Output = Path("demo_output"),
+    num_iterations: Annotated[
+        int, typer.Option(min=1, help="OmniQuant's optimizer steps for each block.")
+    ] = 60,
+    seed: Seed = 0,
+) -> None:
+    """Compare the techniques on the packaged model: no download, two minutes of computing."""
+    with stdout_for_results():
+        result = run(output, num_iterations=num_iterations, seed=seed)
+    typer.echo(f"{result}\n\n{output}, of OmniQuant at {BITWIDTHS[0]} bits:")
+    typer.echo(table(result.files))
+    typer.echo(f"\nWhere the files go:\n{table(WHERE)}")
+
+
+def run(output: Path, *, num_iterations: int, seed: int) -> Demo:
+    """Quantize the packaged model with each technique at each width, and export one of the results.
+
+    Only weights are quantized, so that the figures show what happens to the weights.
+    """
+    from aimet_ext.cli import jobs
+    from aimet_ext.files.folders import check_output
+
+    check_output(output)
+    model, tokenizer = jobs.load_model(aimet_ext.examples.model_dir())
+    documents = aimet_ext.examples.documents
+    batches = jobs.cut_batches(tokenizer, documents("calibration"), 256, 8, batch_size=2)
+    held_out = jobs.cut_batches(tokenizer, documents("evaluation"), 256, 4, batch_size=8)
+    # Shorter than the defaults, so that all runs together take less than two minutes of one core.
+    settings: dict[str, dict[str, Any]] = {
+        "gptq": {"scale_candidates": 4, "refine_sweeps": 2},
+        "adaround": {"num_iterations": 60, "seed": seed},
+        "omniquant": {"num_iterations": num_iterations, "seed": seed},
+    }
+    perplexity: dict[str, tuple[float, ...]] = {}
+    seconds: dict[str, float] = {}
+    for name in _LABELS:
+        start, found = time.process_time(), []
+        for bits in BITWIDTHS:
+            sim = _quantized(model, batches, name, bits, settings.get(name, {}))
+            found.append(aimet_ext.evaluate_perplexity(sim, held_out))
+            if name == "omniquant" and bits == BITWIDTHS[0]:
+                aimet_ext.export(sim, output, jobs.PREFIX, batches[0][:1])
+        perplexity[name], seconds[name] = tuple(found), time.process_time() - start
+    float_perplexity = aimet_ext.evaluate_perplexity(model, held_out)
+    return Demo(float_perplexity, perplexity, seconds, jobs.list_files(output))
+
+
+def _quantized(
+    model: Any, batches: Sequence[Tensor], name: str, bits: int, settings: dict[str, Any]
+) -> Any:
+    """Return a simulation of the model with a technique applied, ready to evaluate."""
+    sim = aimet_ext.create_sim(
+        model, batches[0], weights=aimet_ext.QSpec(bitwidth=bits), activations=None
+    )
+    if name != "nearest":
+        getattr(aimet_ext, f"apply_{name}")(sim, batches, **settings)
+    sim.compute_encodings(lambda quantized: quantized(batches[0]))
+    return sim
