@@ -102,6 +102,55 @@ def test_a_machine_path_would_be_found(
         test_texts_name_no_machine()
 
 
+def readme_links(text: str) -> list[str]:
+    """Return the relative targets of a Markdown text's links, without their anchors."""
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    return [target.partition("#")[0] for target in targets if "://" not in target]
+
+
+def test_the_readme_is_one_screen_and_its_links_lead_somewhere() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert len(text.splitlines()) <= 66
+    links = readme_links(text)
+    assert [link for link in links if not (ROOT / link).exists()] == []
+    for page in ("omniquant", "seq_mse", "gptq", "adaround", "lpbq", "snapdragon", "installation"):
+        assert f"docs/{page}.rst" in links
+    for anchor in re.findall(r"\(docs/(\w+\.rst#[\w-]+)\)", text):
+        page, _, title = anchor.partition("#")
+        titles = re.findall(r"^(.+)\n[=#~-]{3,}$", (ROOT / "docs" / page).read_text("utf-8"), re.M)
+        assert title in [each.lower().replace(" ", "-") for each in titles], anchor
+
+
+def test_the_readme_names_what_there_is_to_run() -> None:
+    """Targets of the Makefile, commands, and the names that the import diff shows."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text("utf-8"), re.M)
+    named = re.findall(r"^\$ make (\w+)", text, re.M)
+    assert named == ["demo", "test"]
+    assert set(named) <= set(targets)
+    for command in re.findall(r"`aimet-ext ([\w-]+)", text):
+        assert command in get_command(cli.app).commands
+    (added,) = re.findall(r"^\+from aimet_ext import (.+)$", text, re.M)
+    assert set(added.split(", ")) <= set(aimet_ext.__all__)
+
+
+def undescribed(page: str) -> list[str]:
+    """Return the packages and top-level modules that a page's table of packages lacks."""
+    package = ROOT / "aimet_ext"
+    names = [path.parent for path in package.rglob("__init__.py") if path.parent != package]
+    names += [path.with_suffix("") for path in package.glob("*.py") if path.name != "__init__.py"]
+    dotted = (".".join(path.relative_to(ROOT).parts) for path in sorted(names))
+    rows = re.findall(r"^    \* - (``aimet_ext.+``)\n      - .*\w", page, re.M)
+    return [name for name in dotted if f"``{name}``" not in "".join(rows)]
+
+
+def test_every_package_is_described_in_the_architecture() -> None:
+    page = (ROOT / "docs/architecture.rst").read_text("utf-8")
+    assert undescribed(page) == []
+    without = page.replace("``aimet_ext.walk``", "``aimet_ext.wok``")
+    assert undescribed(without) == ["aimet_ext.walk"]
+
+
 def test_the_version_of_the_changelog() -> None:
     changes = (ROOT / "CHANGELOG.md").read_text("utf-8")
     assert f"## {aimet_ext.__version__}" in changes
