@@ -61,7 +61,7 @@ app = typer.Typer(
 
 
 def _summary(found: dict[str, Any]) -> str:
-    """What ``inspect`` found, for people."""
+    """Return the findings of ``inspect`` as text."""
     files = found.pop("files")
     rows = []
     for name, value in found.items():

@@ -1,4 +1,4 @@
-"""What the commands do, as functions that return their results."""
+"""The jobs of the commands, as functions that return their results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ REPORTS = "reports"
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """What ``quantize`` made: reports by technique, in order, and files with their sizes."""
+    """Result of ``quantize``: reports by technique, in order, and files with their sizes."""
 
     reports: dict[str, Report]
     files: list[tuple[str, str]]
@@ -57,8 +57,8 @@ def quantize(
 ) -> Quantized:
     """Quantize a model folder and export the result to another.
 
-    :param techniques: to apply, in order, with their settings; none for plain rounding.
-    :param outer: of the output head; the token embedding has as many bits.
+    :param techniques: Settings of the techniques to apply, in order; empty for plain rounding.
+    :param outer: Grid of the output head; the token embedding has as many bits.
     :param folders: ``checkpoint_dir``, ``cache_dir``.
     """
     check_output(output)

@@ -51,7 +51,7 @@ def table(rows: Sequence[tuple[str, str]]) -> str:
 
 
 class OnIndivisible(str, enum.Enum):
-    """What happens where no whole number of blocks fits."""
+    """Treatment of a layer whose width is not a whole number of blocks."""
 
     ERROR = "error"
     PER_CHANNEL = "per_channel"
@@ -75,7 +75,7 @@ def width_or_none(text: str) -> QSpec | str:
 def on_blocks(
     spec: QSpec, block_size: int | None, lpbq: int | None, otherwise: OnIndivisible
 ) -> QSpec:
-    """The spec with the blocks that were asked for."""
+    """Return the spec with the requested blocks."""
     if block_size is not None and lpbq is not None:
         raise typer.BadParameter("give --block-size or --lpbq, not both")
     try:

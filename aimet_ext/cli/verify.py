@@ -13,7 +13,7 @@ from aimet_ext.cli.options import AsJson, stdout_for_results
 __all__ = ["EPILOG", "FAILED", "verify"]
 
 FAILED = 1
-"""Exit code of a verification that found faults."""
+"""Exit code of a verification with findings."""
 
 EPILOG = """\b
 Examples:
@@ -85,7 +85,7 @@ def verify(
 
 
 def _batches(folder: Path, text: Path, count: int) -> list[Any]:
-    """Windows of the length that a folder's model was exported with, at most ``count``."""
+    """Return windows of the length that a folder's model was exported with, at most ``count``."""
     from aimet_ext.cli import jobs
     from aimet_ext.files.manifest import read_manifest
     from aimet_ext.verification.data import exported_length

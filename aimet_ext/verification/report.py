@@ -1,4 +1,4 @@
-"""What a verification found, for people and for files."""
+"""The report of a verification, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _LAYERS_SHOWN = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
-    """What a verification asks for; ratios in dB are of signal to noise, of sums of squares.
+    """Limits of a verification; ratios in dB are signal to noise, of sums of squares.
 
-    :param margin_db: the device must be nearer to the sim, by this, than the sim is to float …
-    :param enough_db: … or as near as this, whatever the sim loses.
-    :param same_db: the ONNX sim with the quantizers of the exported sim, against that sim; 30 dB
-        above sim against float is enough too.
-    :param layer_db: every layer on the device against the same layer of the ONNX sim; a layer that
-        is off by less than a step of its output's grid is near enough in any case.
-    :param top1: share of tokens whose largest logit is the sim's.
-    :param perplexity: largest relative difference from the sim's.
+    :param margin_db: Margin by which the device must be nearer to the sim than the sim to float …
+    :param enough_db: … or the ratio of the device to the sim that is enough in any case.
+    :param same_db: Ratio of the ONNX sim, with the quantizers of the exported sim, to that sim;
+        30 dB above sim against float is enough too.
+    :param layer_db: Ratio of every layer on the device to the same layer of the ONNX sim; a
+        difference of less than a step of the output's grid is accepted in any case.
+    :param top1: Share of tokens whose largest logit is the sim's.
+    :param perplexity: Largest relative difference from the sim's perplexity.
     """
 
     margin_db: float = 15.0
@@ -48,26 +48,26 @@ class Thresholds:
             raise ValueError(f"top1 must be a share from 0 to 1, got {self.top1!r}")
 
     def near_enough(self, sqnr_db: float, error_steps: float | None) -> bool:
-        """Whether a layer on the device is the sim's."""
+        """Return whether a layer on the device is near enough to the sim's."""
         return sqnr_db >= self.layer_db or (error_steps is not None and error_steps < 1)
 
     def output_db(self, sim_float_db: float) -> float:
-        """What the device's outputs must reach against the sim's."""
+        """Return the ratio that the device's outputs must reach against the sim's."""
         return min(self.enough_db, sim_float_db + self.margin_db)
 
     def hand_off_db(self, sim_float_db: float) -> float:
-        """What the ONNX sim's outputs must reach against those of the sim that was exported."""
+        """Return the ratio that the ONNX sim's outputs must reach against the exported sim's."""
         return min(self.same_db, sim_float_db + 30.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """One step of a verification.
+    """Result of one step of a verification.
 
-    :param name: of the step.
-    :param status: whether it passed; ``"not run"`` where an earlier one made it pointless.
-    :param detail: what was found, or why it was not run.
-    :param seconds: that it took.
+    :param name: Name of the step.
+    :param status: Result; ``"not run"`` if an earlier step left nothing to work with.
+    :param detail: Finding in a few words.
+    :param seconds: Duration.
     """
 
     name: str
@@ -80,11 +80,11 @@ class StepResult:
 class LayerCheck:
     """One layer on the device against the same one of the ONNX sim, on the first window.
 
-    :param name: of the module, or else of the operator.
-    :param node: name of the operator in the QDQ model.
-    :param op_type: of the operator.
-    :param sqnr_db: of its quantized output.
-    :param error_steps: root of the mean squared difference, in steps of that output's grid.
+    :param name: Name of the module, or else of the operator.
+    :param node: Name of the operator in the QDQ model.
+    :param op_type: Type of the operator.
+    :param sqnr_db: Signal to noise ratio of its quantized output.
+    :param error_steps: Root of the mean squared difference, in steps of that output's grid.
     """
 
     name: str
@@ -96,16 +96,16 @@ class LayerCheck:
 
 @dataclass(frozen=True, kw_only=True)
 class Measures:
-    """Numbers over all windows; None where there is nothing to measure.
+    """Measurements over all windows; None where there is nothing to measure.
 
-    :param device_sim_db: the device's outputs against those of the sim that was exported.
-    :param device_onnx_db: the same against the ONNX sim, which has the device's quantizers too.
-    :param sim_float_db: the sim against the float model.
-    :param same_numbers_db: the ONNX sim with exactly the sim's quantizers against the sim.
-    :param top1: share of tokens whose largest logit on the device is the sim's.
-    :param perplexity_device: on the windows, on the device.
-    :param perplexity_sim: the same of the sim.
-    :param perplexity_float: the same of the float model.
+    :param device_sim_db: Ratio of the device's outputs to those of the exported sim.
+    :param device_onnx_db: Ratio to the ONNX sim, which has the device's quantizers too.
+    :param sim_float_db: Ratio of the sim to the float model.
+    :param same_numbers_db: Ratio of the ONNX sim with exactly the sim's quantizers to the sim.
+    :param top1: Share of tokens whose largest logit on the device is the sim's.
+    :param perplexity_device: Perplexity on the windows, computed by the device.
+    :param perplexity_sim: Perplexity of the sim.
+    :param perplexity_float: Perplexity of the float model.
     """
 
     device_sim_db: float | None = None
@@ -120,26 +120,26 @@ class Measures:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
-    """What :func:`aimet_ext.verify` found; ``print`` shows a table.
+    """Result of :func:`aimet_ext.verify`; ``print`` shows a table.
 
-    :param folder: the export.
-    :param target: that was asked for, for example ``"htp_v75"``.
-    :param backend: what computed: ``"HTP simulation"`` or ``"onnxruntime CPU"``, and there nothing
-        is known about the target.
-    :param data: what it computed on.
-    :param steps: in order.
-    :param findings: all that is wrong, each with its remedy.
-    :param hints: what is worth a look and does not count.
-    :param measures: at the output.
-    :param layers: in the order of computation.
-    :param first_divergence: where the first layer that falls below the threshold loses most: that
-        layer or one upstream of it; None if no layer does.
-    :param cause: why it diverges, None if that is not known.
-    :param fallbacks: operators that the target did not take.
-    :param added: quantizers that only the device needs, calibrated on the data.
-    :param files: what was written to the output folder.
-    :param thresholds: that were asked for.
-    :param versions: of the packages that computed.
+    :param folder: Folder of the export.
+    :param target: Name of the target, for example ``"htp_v75"``.
+    :param backend: Backend of the comparison: ``"HTP simulation"``, or ``"onnxruntime CPU"``, which
+        says nothing about the target.
+    :param data: Description of the inputs.
+    :param steps: Results of the steps, in order.
+    :param findings: Faults, each with its remedy.
+    :param hints: Observations that are not faults.
+    :param measures: Measurements at the output.
+    :param layers: Comparisons of the layers, in the order of computation.
+    :param first_divergence: Name of the layer that loses most on the way to the first one below the
+        threshold: that layer or one upstream of it; None if no layer is below.
+    :param cause: Cause of the divergence, None if unknown.
+    :param fallbacks: Operators that the target did not take.
+    :param added: Quantizers that only the device needs, calibrated on the data.
+    :param files: Files that were written to the output folder.
+    :param thresholds: Limits of this verification.
+    :param versions: Versions of the packages that computed.
     """
 
     folder: str
@@ -161,16 +161,16 @@ class VerifyReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every step was taken and nothing was found."""
+        """True if every step passed and there is no finding."""
         return not self.findings and all(step.status == "passed" for step in self.steps)
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as plain JSON values, with ``passed``; infinite ratios are ``"inf"``."""
+        """Return all fields as JSON values, with ``passed``; infinite ratios are ``"inf"``."""
         found: dict[str, Any] = _plain({"passed": self.passed, **asdict(self)})
         return found
 
     def save(self, path: str | Path) -> None:
-        """Write it to a JSON file, atomically."""
+        """Write the report to a JSON file, atomically."""
         text = json.dumps(self.to_json(), indent=2, ensure_ascii=False)
         replace_file(path, (text + "\n").encode())
 
@@ -195,7 +195,7 @@ class VerifyReport:
 
     @property
     def verdict(self) -> str:
-        """One sentence."""
+        """Verdict in one sentence."""
         if not self.passed:
             count = len(self.findings)
             return f"FAILED: {count} {'fault' if count == 1 else 'faults'}"
@@ -235,7 +235,7 @@ def _number(value: float | None) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """JSON values only: tuples as lists, and numbers that JSON lacks as text."""
+    """Return JSON values only: tuples as lists, and numbers that JSON lacks as text."""
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What computes in a verification, the sim, the float model and the device, and their numbers."""
+"""Outputs of the sim, the float model and the device, and measures of their difference."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Session(Protocol):
     """A compiled model, on the device or on the CPU."""
 
     outputs: tuple[str, ...]
-    """Names of what :meth:`run` returns."""
+    """Names of the outputs of :meth:`run`."""
 
     def run(self, feed: Mapping[str, Array]) -> list[Array]:
-        """Outputs of one call."""
+        """Return the outputs of one call."""
 
     def close(self) -> None:
-        """Release it."""
+        """Release the model."""
 
 
 class CpuSession:
@@ -60,7 +60,7 @@ class CpuSession:
         self.outputs = tuple(value.name for value in self._session.get_outputs())
 
     def run(self, feed: Mapping[str, Array]) -> list[Array]:
-        """Outputs of one call."""
+        """Return the outputs of one call."""
         return list(self._session.run(None, dict(feed)))
 
     def close(self) -> None:
@@ -69,7 +69,7 @@ class CpuSession:
 
 
 def sim_outputs(sim: Any, feeds: Sequence[Feed]) -> list[Array]:
-    """First output of a simulation of either kind, for each feed."""
+    """Return the first output of a simulation of either kind, for each feed."""
     runner = adapt(sim).runner
     if isinstance(runner, nn.Module):
         return _module_outputs(runner, feeds)
@@ -77,9 +77,9 @@ def sim_outputs(sim: Any, feeds: Sequence[Feed]) -> list[Array]:
 
 
 def float_outputs(sim: Any, reference: Any, feeds: Sequence[Feed]) -> list[Array]:
-    """First output of the float model.
+    """Return the first output of the float model, for each feed.
 
-    :param reference: a module that takes the same inputs; None: the sim with its quantizers off.
+    :param reference: Module that takes the same inputs; None: the sim with its quantizers off.
     """
     if reference is None:
         with adapt(sim).disabled_quantizers():
@@ -111,7 +111,7 @@ def _module_outputs(model: nn.Module, feeds: Sequence[Feed]) -> list[Array]:
 
 
 def array_sqnr(value: Any, target: Any) -> float:
-    """Signal to noise ratio in dB of an array or a list of arrays, against the same of a target."""
+    """Return the signal to noise ratio in dB of an array or a list of arrays against a target."""
     values, targets = ([a] if isinstance(a, np.ndarray) else list(a) for a in (value, target))
     signal = noise = 0.0
     for one, two in zip(values, targets, strict=True):
@@ -124,7 +124,7 @@ def array_sqnr(value: Any, target: Any) -> float:
 def top1_agreement(
     outputs: Sequence[Array], targets: Sequence[Array], feeds: Sequence[Feed]
 ) -> float | None:
-    """Share of tokens whose largest logit is at the same place; those that a mask hides left out.
+    """Return the share of tokens whose largest logit is at the same place, masked tokens left out.
 
     None where the outputs are no logits ``[batch, seq, vocab]`` or ``[batch, classes]``.
     """
@@ -140,7 +140,7 @@ def top1_agreement(
 
 
 def perplexity(outputs: Sequence[Array], feeds: Sequence[Feed]) -> float | None:
-    """``exp`` of the mean negative log-likelihood of all tokens but the first of each window.
+    """Return ``exp`` of the mean negative log-likelihood of all tokens but each window's first.
 
     None where the inputs are no token ids or the outputs no logits ``[batch, seq, vocab]``.
     """

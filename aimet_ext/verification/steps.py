@@ -1,4 +1,4 @@
-"""The steps of a verification, each of which finds faults or leaves something for the next one."""
+"""The steps of a verification, each of which notes faults and leaves results for the next one."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ _WIDE_PRODUCTS = 73
 
 
 class Verification:
-    """What is known so far of an export, and the steps that find out more.
+    """State of a verification, and its steps as methods.
 
-    :param folder: the export.
-    :param work: where files are written to.
-    :param target: chip to compile for.
-    :param feeds: inputs of the exported graph, to calibrate with.
-    :param count: of these, how many to compare on.
-    :param real: whether they are data and not made up.
-    :param reference: float module, or None.
-    :param thresholds: what is asked for.
-    :param kv_bitwidth: see :func:`aimet_ext.artifact.hand_off.hand_off`.
+    :param folder: Folder of the export.
+    :param work: Folder for the files that are built.
+    :param target: Chip to compile for.
+    :param feeds: Inputs of the exported graph, to calibrate with.
+    :param count: Number of these to compare on.
+    :param real: True if they are data, false if they are generated.
+    :param reference: Float module, or None.
+    :param thresholds: Limits.
+    :param kv_bitwidth: See :func:`aimet_ext.artifact.hand_off.hand_off`.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Verification:
         self.expected: list[np.ndarray[Any, Any]] = []
 
     def rebuild(self) -> str:
-        """The sim, from its files alone, and what it and the float model compute."""
+        """Rebuild the sim from its files alone, and run it and the float model."""
         self.sim = load(self.folder)
         self.expected = runs.sim_outputs(self.sim, self.windows)
         floats = runs.float_outputs(self.sim, self.reference, self.windows)
@@ -106,7 +106,7 @@ class Verification:
         return f"{ratio:.1f} dB against float{note}"
 
     def same_numbers(self) -> str:
-        """The ONNX sim, which must compute what the sim does before more is quantized."""
+        """Build the ONNX sim, which must compute the same as the sim before more is quantized."""
         # Older chips have products of activations with 8 bits on one side, and so other quantizers.
         config = self.target.config if self.target.arch < _WIDE_PRODUCTS else None
         self.hand = hand_off(
@@ -129,7 +129,7 @@ class Verification:
         return f"{ratio:.1f} dB; {len(self.hand.added)} more quantizers for the target"
 
     def lint(self) -> str:
-        """What is known to go wrong, by the looks of the quantizers."""
+        """Check the quantizers for known faults of the target."""
         from aimet_ext.linting.lint import lint
 
         found = lint(self._hand().sim, target=self.target.config)
@@ -137,7 +137,7 @@ class Verification:
         return f"{len(found)} to look at" if found else "nothing known to go wrong"
 
     def write(self) -> str:
-        """The QDQ model and encodings of all its quantizers."""
+        """Write the QDQ model and encodings of all its quantizers."""
         onnx = require("onnx", "onnx")
         from aimet_ext.sim.onnx import files as onnx_files
 
@@ -153,7 +153,7 @@ class Verification:
         return f"{len(model.graph.node)} nodes, {len(self.facts)} operators to compare"
 
     def compile(self) -> str:
-        """The target's own model, with a proof that all of it runs there."""
+        """Compile the target's own model, of which every node must run there."""
         if not is_available():
             self.backend, self.session = CPU, runs.CpuSession(self.qdq)
             return f"onnxruntime-qnn is not there: nothing is known about {self.target.name}"
@@ -176,7 +176,7 @@ class Verification:
         return f"all {session.nodes} nodes in {session.seconds:.1f} s, {size / 1e6:.1f} MB"
 
     def _check_context(self, expected: list[np.ndarray[Any, Any]]) -> None:
-        """The compiled model as a device would open it, against the one at hand."""
+        """Compare the context binary, opened as a device opens it, with the compiled model."""
         try:
             with HtpProcess(self.context, self.target, load=True) as opened:
                 found = opened.run(self.windows[0])
@@ -196,7 +196,7 @@ class Verification:
             )
 
     def outputs(self) -> str:
-        """The device's outputs against those of the sim, of the ONNX sim and of the float model."""
+        """Compare the device's outputs with those of the sim and of the ONNX sim."""
         assert self.session is not None
         found = [self.session.run(feed)[0] for feed in self.windows]
         onnx_sim = runs.sim_outputs(self._hand().sim, self.windows)
@@ -226,7 +226,7 @@ class Verification:
         return f"{ratio:.1f} dB against the sim, {required:.1f} required"
 
     def compare_layers(self) -> str:
-        """Each operator on the device against the ONNX sim, on the first window."""
+        """Compare each operator on the device with the ONNX sim, on the first window."""
         self.close()
         if not self.facts:
             return "no operator has a quantized output"
@@ -256,7 +256,7 @@ class Verification:
         return f"{len(self.layers)} operators, the lowest {lowest.sqnr_db:.1f} dB ({lowest.name})"
 
     def close(self) -> None:
-        """Release what was compiled; closing twice does no harm."""
+        """Release the compiled model; closing twice is allowed."""
         if self.session is not None:
             self.session.close()
 
@@ -274,7 +274,7 @@ class Verification:
             return None
 
     def _diverges(self, place: int, wrong: list[int], cause: Cause | None) -> None:
-        """Note which layer is to blame for the first one that is too far from the sim."""
+        """Note the layer that causes the first one to be too far from the sim."""
         check, first = self.layers[place], self.layers[wrong[0]]
         self.first_divergence = check.name
         self.cause = None if cause is None else cause.message
@@ -290,7 +290,7 @@ class Verification:
         self._fault("layer", check.name, message, remedy)
 
     def _crashed(self, error: HtpCrashed) -> None:
-        """Name what may have ended QNN, and run the model on the CPU."""
+        """Name the operator that may have crashed QNN, and run the model on the CPU."""
         causes = ((layer, pattern_cause(layer)) for layer in self.facts)
         suspects = [(layer, cause) for layer, cause in causes if cause is not None]
         name, message = self.qdq.name, str(error)
@@ -305,7 +305,7 @@ class Verification:
         self.backend, self.session = CPU, runs.CpuSession(self.qdq)
 
     def _rejected(self, error: HtpRejected) -> None:
-        """Name what HTP refuses, and find something else to run the model on."""
+        """Name the operators that HTP refuses, and choose another backend."""
         by_node = {node: layer for layer in self.facts for node in layer.nodes}
         for node, op_type in error.nodes[:_NODES_NAMED]:
             layer = by_node.get(node)
@@ -345,7 +345,7 @@ class Verification:
         self._fault("perplexity", name, message, _ASK_AGAIN)
 
     def _ask(self, rule: str) -> float:
-        """What a rule of the thresholds asks for, given how near the sim is to float."""
+        """Return the limit of a rule of the thresholds, given the ratio of sim to float."""
         ratio = self.measures.sim_float_db
         assert ratio is not None
         return float(getattr(self.thresholds, rule)(ratio))

@@ -1,4 +1,4 @@
-"""Whether an export computes on the target's processor what it does in the simulation."""
+"""The call that verifies an export: its steps in order, and the report."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _STEPS: tuple[tuple[str, Callable[[Verification], str]], ...] = (
     ("outputs", Verification.outputs),
     ("layer by layer", Verification.compare_layers),
 )
-# After these the next ones have nothing to work with.
+# Without these the next steps have nothing to work with.
 _NEEDED = ("files", "sim rebuilt", "same numbers in ONNX", "QDQ model")
 
 
@@ -50,34 +50,34 @@ def verify(
     thresholds: Thresholds | None = None,
     kv_bitwidth: int | None = None,
 ) -> VerifyReport:
-    """Check an export down to the numbers that the target's processor computes.
+    """Compare an export with the numbers that the target's processor computes.
 
     The files are compared with each other; the sim is rebuilt from them and turned into an ONNX
     sim, which must compute the same; that is written as a QDQ model, compiled for the target,
     which must take every node, and run in simulation of the processor. Its outputs must be nearer
     to the sim's than those are to the float model's, and every operator is compared with the
-    ONNX sim's, to name the first one that diverges and, where it is known, the cause.
+    ONNX sim's, to name the first one that diverges and, if it is known, the cause.
 
     Where onnxruntime-qnn is not installed, the QDQ model runs in onnxruntime on the CPU, and
     the report's ``backend`` says so.
 
-    :param path: folder that :func:`aimet_ext.export` wrote.
-    :param dataloader: batches of token ids as :func:`aimet_ext.calibration_batches` makes them, or
+    :param path: Folder that :func:`aimet_ext.export` wrote.
+    :param dataloader: Batches of token ids as :func:`aimet_ext.calibration_batches` makes them, or
         of the model's inputs; cut to the length that the model was exported with. All of them
-        calibrate what only the target quantizes. None: made-up inputs, which say nothing about
-        perplexity.
-    :param target: an architecture (``"htp_v75"``) or a chip (``"sm8650"``).
-    :param output: folder for the QDQ model, the encodings of all its quantizers, the context
+        calibrate the quantizers that only the target has. None: generated inputs, on which
+        perplexity has no meaning.
+    :param target: Architecture (``"htp_v75"``) or chip (``"sm8650"``).
+    :param output: Folder for the QDQ model, the encodings of all its quantizers, the context
         binary and the report (``verify.json``); None: nothing is kept.
-    :param reference: the float model as it was before any technique, a module that takes the same
+    :param reference: Float model as it was before any technique, a module that takes the same
         inputs; None: the sim with its quantizers off.
-    :param windows: batches of the exported shape to compare on.
-    :param thresholds: what is asked for, :class:`Thresholds` as they are if None.
-    :param kv_bitwidth: bits of keys and values that are kept between calls; None: as the others.
-    :returns: the report; ``report.passed`` is the verdict.
+    :param windows: Number of batches of the exported shape to compare on.
+    :param thresholds: Limits; None: the defaults of :class:`Thresholds`.
+    :param kv_bitwidth: Bits of keys and values that are kept between calls; None: as the others.
+    :returns: The report; ``report.passed`` is the verdict.
     :raises FileNotFoundError: there is no export at ``path``.
     :raises CorruptFileError: the folder holds something else than an export.
-    :raises FileExistsError: ``output`` is a folder that is not ours.
+    :raises FileExistsError: ``output`` is not empty and was not written by aimet_ext.
     :raises ValueError: unknown target, or batches that do not fit.
 
     >>> report = aimet_ext.verify("llama-w4", batches, target="htp_v79", output="llama-htp")
@@ -135,7 +135,7 @@ def verify(
 
 
 def _files(folder: Path) -> tuple[StepResult, list[Finding]]:
-    """The step that compares the files with each other."""
+    """Compare the files with each other."""
     start = time.perf_counter()
     kind = _kind(folder)
     if kind not in (None, "export"):
@@ -149,7 +149,7 @@ def _files(folder: Path) -> tuple[StepResult, list[Finding]]:
 
 
 def _kind(folder: Path) -> str | None:
-    """What a folder says that it holds; None where its manifest is damaged."""
+    """Return the kind that a folder's manifest states; None if the manifest is damaged."""
     try:
         return str(read_manifest(folder, verify=False)["kind"])
     except CorruptFileError:
@@ -185,7 +185,7 @@ def _not_run(steps: Any) -> list[StepResult]:
 
 
 def _feeds(folder: Path, dataloader: Any, windows: int) -> tuple[list[Feed], str]:
-    """Inputs of the exported graph, and what they are."""
+    """Return inputs of the exported graph, and their description."""
     manifest = read_manifest(folder, verify=False)
     inputs = graph_inputs(folder / f"{manifest['prefix']}.onnx")
     if dataloader is not None:
@@ -197,7 +197,7 @@ def _feeds(folder: Path, dataloader: Any, windows: int) -> tuple[list[Feed], str
 
 
 def _vocabulary(folder: Path) -> int:
-    """How many tokens the model knows, two where nothing says so."""
+    """Return the number of tokens in the model's vocabulary, 2 if there is no config."""
     path = folder / "config.json"
     if not path.is_file():
         return 2
