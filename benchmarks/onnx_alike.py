@@ -59,7 +59,7 @@ class _Pairs:
 
     def note(self, problem: Any, quantizer: Any, decide: Any) -> Any:
         outcome = self.deploy(problem, quantizer, decide)
-        offset = None if quantizer.symmetric else quantizer.grid().offset
+        offset = None if quantizer.layout.symmetric else quantizer.grid().offset
         weight = quantizer.weight.detach().clone()
         found = _Decided(weight, quantizer.free_grid().scale, offset, _values(quantizer))
         self.decided.setdefault(problem.name, []).append(found)

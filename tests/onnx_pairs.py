@@ -31,7 +31,7 @@ MLP = (16, 32, 32, 8)
 
 
 def onnx_sim(model: Any, spec: Any, activations: QSpec | None = None, feed: Any = None) -> Any:
-    from aimet_ext.sim.onnx.setup import build_sim
+    from onnx_sims import build_sim
 
     return build_sim(model, spec, activations, dummy_input=feed)
 

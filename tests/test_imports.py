@@ -93,8 +93,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "safetensors"},
     ),
     "integrations.olive*": (
-        {"integrations", "sim", "onnx.session", "config", "public"},
-        {"olive", "numpy", "onnx", "onnxruntime", "pydantic", "aimet_onnx"},
+        {"integrations", "sim", "config", "public"},
+        {"olive", "onnx", "pydantic"},
     ),
     "integrations.qnn*": (
         {"integrations", "onnx", "files"},

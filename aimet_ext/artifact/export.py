@@ -12,13 +12,6 @@ import torch
 from torch import Tensor
 
 from aimet_ext.artifact.checkpoint import float_state, passing_buffers, rounded_state, write_model
-from aimet_ext.artifact.onnx_export import (
-    LEDGER,
-    LEDGER_SCHEMA,
-    QUANTIZERS,
-    SETTINGS,
-    export_onnx,
-)
 from aimet_ext.artifact.torch_onnx import (
     Inputs,
     OnnxFile,
@@ -31,6 +24,7 @@ from aimet_ext.errors import MissingExtraError, require
 from aimet_ext.files.folders import check_output, replace_folder
 from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.manifest import write_manifest
+from aimet_ext.files.names import LEDGER, LEDGER_SCHEMA, QUANTIZERS, QUANTIZERS_SCHEMA, SETTINGS
 from aimet_ext.files.scales import write_scales
 from aimet_ext.files.sealed import write_sealed
 from aimet_ext.files.tensors import hash_tensors
@@ -39,18 +33,9 @@ from aimet_ext.models.huggingface import causal_lm, original_name
 from aimet_ext.sim.protocol import SimAdaptor, adapt
 from aimet_ext.sim.torch.state import quantizers_to_tensors
 
-__all__ = [
-    "CHECKPOINT",
-    "LEDGER",
-    "LEDGER_SCHEMA",
-    "QUANTIZERS",
-    "QUANTIZERS_SCHEMA",
-    "SETTINGS",
-    "export",
-]
+__all__ = ["CHECKPOINT", "export"]
 
 CHECKPOINT = "checkpoint"
-QUANTIZERS_SCHEMA = "aimet_ext.quantizers/1"
 # Largest deviation of onnxruntime from the float model, relative to its largest logit.
 _TOLERANCE = 1e-4
 
@@ -134,7 +119,9 @@ def export(
     if filename_prefix in ("", "..") or Path(filename_prefix).name != filename_prefix:
         raise ValueError(f"filename_prefix must be a plain file name, got {filename_prefix!r}")
     check_output(path)
-    if type(adaptor).__name__ == "OnnxSim":
+    if adaptor.framework == "onnx":
+        from aimet_ext.artifact.onnx_export import export_onnx
+
         kept = {"opset_version": opset_version, "dynamic_axes": dynamic_axes}
         _refuse("an ONNX", {"hf_checkpoint": hf_checkpoint or None, **kept})
         return export_onnx(

@@ -9,23 +9,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor
 
 from aimet_ext.artifact.load import load
-from aimet_ext.artifact.onnx_export import SETTINGS
-from aimet_ext.core.affine import Grid
 from aimet_ext.core.objective import sqnr_db
-from aimet_ext.errors import CorruptFileError, require
-from aimet_ext.files.encodings import Layout, entries, load_encodings, to_grid
+from aimet_ext.data.onnx_batches import check_inputs, filled_values
+from aimet_ext.errors import CorruptFileError
+from aimet_ext.files.encodings import entries, load_encodings
 from aimet_ext.files.manifest import read_manifest
+from aimet_ext.files.names import SETTINGS
 from aimet_ext.files.tensors import atomic_path
+from aimet_ext.onnx.index import GraphIndex
+from aimet_ext.onnx.rewrite.htp import fuse_rms_norms, set_apart, sign_second_operands
+from aimet_ext.onnx.rewrite.kv import keep_keys_and_values
+from aimet_ext.onnx.rewrite.qdq import drop_casts, float_weights
+from aimet_ext.onnx.rewrite.static import bound_masks, make_static
+from aimet_ext.sim.onnx import files
+from aimet_ext.sim.onnx.build import build_target, multiplies_16_by_16
+from aimet_ext.sim.onnx.ranges import calibrate_added, put_encodings, quantize_activations
+from aimet_ext.sim.onnx.readback import run
+from aimet_ext.sim.onnx.state import enabled_quantizers, only_these
+from aimet_ext.sim.protocol import adapt
 
-__all__ = ["HandOff", "feeds", "hand_off", "put_encodings", "write_qdq"]
+__all__ = ["HandOff", "feeds", "hand_off", "write_qdq"]
 
 _CONFIG = "htp_v79"
-# AIMET's names of architectures without MatMuls of 16 by 16 bits.
-_EARLY = ("V66", "V68", "V69")
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,39 +91,30 @@ def hand_off(
     :raises ValueError: an encoding's tensor is not in the model, or batches do not fit it.
     :raises CorruptFileError: ``path`` is no export, or a file was changed.
     """
-    require("aimet_onnx", "onnx")
-    from aimet_ext.onnx.index import GraphIndex
-    from aimet_ext.sim.onnx import target
-
     folder = Path(path)
     manifest = read_manifest(folder)
     if manifest["kind"] != "export":
         raise CorruptFileError(f"{folder}: an export is required, got {manifest['kind']!r}")
     prefix = manifest["prefix"]
     encoded = entries(load_encodings(folder / f"{prefix}.encodings"))
-    model = require("onnx", "onnx").load(str(folder / f"{prefix}.onnx"))
+    model = onnx.load(str(folder / f"{prefix}.onnx"))
     batches = feeds(GraphIndex(model.graph).inputs.values(), dataloader)
     reference = _outputs(sim if sim is not None else load(folder), batches[0])
     settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["create_sim"] or {}
     model, kept = _prepared(model, encoded, batches[0], kv_bitwidth is not None)
-    built = target.build_target_sim(
+    built = build_target(
         model,
         config_file or settings.get("config_file") or _CONFIG,
         activation_bits=_activation_bits(encoded),
         sample=batches[0],
     )
     loaded = put_encodings(built, encoded)
-    with target.only_these(built, loaded.quantizers):
-        output = built.session.run(None, batches[0])[0]
+    with only_these(built, loaded.quantizers):
+        output = run(built, batches[0])[0]
     if kv_bitwidth is not None:
-        target.insert_quantizers(built, dict.fromkeys(kept, kv_bitwidth))
-    given = {*loaded.quantizers, *loaded.tables}
-    added = [
-        name
-        for name, quantizer in built.qc_quantize_op_dict.items()
-        if quantizer.enabled and name not in given
-    ]
-    target.calibrate_added(built, added, batches)
+        quantize_activations(built, dict.fromkeys(kept, kv_bitwidth))
+    added = loaded.others(built)
+    calibrate_added(built, added, batches)
     return HandOff(
         sim=built,
         folder=folder,
@@ -128,21 +129,6 @@ def hand_off(
     )
 
 
-def put_encodings(sim: Any, encoded: Mapping[str, Mapping[str, Any]]) -> Any:
-    """Give a simulation's quantizers the ranges of a file's entries.
-
-    See :func:`aimet_ext.sim.onnx.target.put_encodings`.
-    """
-    from aimet_ext.sim.onnx import target as onnx_hand_off
-
-    return onnx_hand_off.put_encodings(sim, encoded, _grid)
-
-
-def _grid(entry: Mapping[str, Any], shape: tuple[int, ...], axis: int) -> Grid:
-    scale_bits = entry["bw"] - entry["compressed_bw"] if "compressed_bw" in entry else None
-    return to_grid(entry, Layout(shape, axis, scale_bits))
-
-
 def write_qdq(source: Any, path: str | Path) -> Path:
     """Write the QDQ model that a compiler takes: what HTP computes as the simulation does.
 
@@ -155,32 +141,23 @@ def write_qdq(source: Any, path: str | Path) -> Path:
     :returns: the path.
     :raises RuntimeError: a weight with a quantizer is still float.
     """
-    require("aimet_onnx", "onnx")
-    from aimet_ext.onnx.rewrite.htp import fuse_rms_norms, sign_second_operands
-    from aimet_ext.onnx.rewrite.qdq import drop_casts, float_weights
-    from aimet_ext.sim.onnx import files as onnx_files
-
     path = Path(path)
     sim = source.sim if isinstance(source, HandOff) else source
     model = sim.to_onnx_qdq(prequantize_constants=True)
     drop_casts(model)
     fuse_rms_norms(model)
-    if sim._hw_version not in _EARLY:
+    if multiplies_16_by_16(sim):
         sign_second_operands(model)
-    onnx_files.name_nodes(model)
-    quantizers = sim.qc_quantize_op_dict
-    left = [
-        name
-        for name in float_weights(model)
-        if (stem := name.removesuffix("_qdq")) in quantizers and quantizers[stem].enabled
-    ]
+    files.name_nodes(model)
+    used = enabled_quantizers(sim)
+    left = [name for name in float_weights(model) if name.removesuffix("_qdq") in used]
     if left:
         raise RuntimeError(
             f"{path.name}: weights with a quantizer must be integers, but these are float: "
             f"{', '.join(left[:5])}"
         )
     with atomic_path(path) as temporary:
-        onnx_files.save_model(model, temporary, external=False)
+        files.save_model(model, temporary, external=False)
         weights = temporary.with_name(f"{path.name}.data")
         if weights.exists():  # which an older model must not be left with
             path.unlink(missing_ok=True)
@@ -196,8 +173,6 @@ def feeds(inputs: Iterable[Any], dataloader: Any) -> list[dict[str, np.ndarray[A
         ones and positions from 0 are filled in where the graph takes them.
     :raises ValueError: there is no batch, one lacks an input, or has another shape.
     """
-    from aimet_ext.data.onnx_batches import check_inputs, filled_values
-
     named = {value.name: value for value in inputs}
     found: list[dict[str, np.ndarray[Any, Any]]] = []
     for number, batch in enumerate(dataloader):
@@ -223,10 +198,6 @@ def _prepared(
     keep: bool,
 ) -> tuple[Any, list[str]]:
     """The float model in the forms that an NPU computes right, and its keys and values."""
-    from aimet_ext.onnx.rewrite.htp import set_apart
-    from aimet_ext.onnx.rewrite.kv import keep_keys_and_values
-    from aimet_ext.onnx.rewrite.static import bound_masks, make_static
-
     model = make_static(model, {name: array.shape for name, array in sample.items()}, encoded)
     bound_masks(model)
     set_apart(model, {name: entry["enc_type"] for name, entry in encoded.items()})
@@ -253,8 +224,8 @@ def _rows(tensors: dict[str, Tensor], inputs: Mapping[str, Any]) -> Iterable[dic
 @torch.no_grad()
 def _outputs(sim: Any, batch: Mapping[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     """First output of a simulation of either kind."""
-    if hasattr(sim, "session"):
-        first: np.ndarray[Any, Any] = sim.session.run(None, dict(batch))[0]
+    if adapt(sim).framework == "onnx":
+        first: np.ndarray[Any, Any] = run(sim, batch)[0]
         return first
     device = next((p.device for p in sim.model.parameters()), None)
     found = sim.model(**{name: torch.from_numpy(a).to(device) for name, a in batch.items()})

@@ -7,10 +7,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from aimet_ext.artifact.export import QUANTIZERS, QUANTIZERS_SCHEMA
-from aimet_ext.artifact.onnx_export import SCHEMA as ONNX_SCHEMA
 from aimet_ext.files.encodings import load_encodings
 from aimet_ext.files.manifest import read_manifest
+from aimet_ext.files.names import ONNX_SCHEMA, QUANTIZERS, QUANTIZERS_SCHEMA
 from aimet_ext.files.scales import SCALES_FILE, load_scales
 from aimet_ext.files.sealed import read_sealed
 

@@ -9,17 +9,10 @@ from typing import Any
 import torch
 
 from aimet_ext.artifact.checkpoint import load_weights
-from aimet_ext.artifact.export import (
-    LEDGER,
-    LEDGER_SCHEMA,
-    QUANTIZERS,
-    QUANTIZERS_SCHEMA,
-    SETTINGS,
-)
-from aimet_ext.artifact.onnx_load import load_onnx
 from aimet_ext.errors import CorruptFileError, require
 from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.manifest import read_manifest
+from aimet_ext.files.names import LEDGER, LEDGER_SCHEMA, QUANTIZERS, QUANTIZERS_SCHEMA, SETTINGS
 from aimet_ext.files.sealed import read_sealed
 from aimet_ext.models.huggingface import prepare_model
 from aimet_ext.sim.protocol import adapt
@@ -50,6 +43,8 @@ def load(path: str | Path, *, sim: Any = None) -> Any:
         raise CorruptFileError(f"{folder}: an export is required, got {manifest['kind']!r}")
     settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     if manifest.get("framework") == "onnx":
+        from aimet_ext.artifact.onnx_export import load_onnx
+
         return load_onnx(folder, manifest["prefix"], settings["create_sim"], sim)
     if sim is None:
         sim = _rebuild(folder, settings, manifest)

@@ -1,4 +1,4 @@
-"""An ONNX sim as a folder: float model, encodings, QDQ model, each read back and compared."""
+"""An ONNX sim written to a folder, each file read back and compared, and rebuilt from it."""
 
 from __future__ import annotations
 
@@ -9,25 +9,35 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import onnx
 import torch
 
-from aimet_ext.errors import require
 from aimet_ext.files.encodings import entries, load_encodings
 from aimet_ext.files.folders import replace_folder
 from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.manifest import write_manifest
-from aimet_ext.files.names import LEDGER, QUANTIZERS, SETTINGS
+from aimet_ext.files.names import LEDGER, LEDGER_SCHEMA, ONNX_SCHEMA, QUANTIZERS, SETTINGS
 from aimet_ext.files.scales import write_scales
-from aimet_ext.files.sealed import write_sealed
+from aimet_ext.files.sealed import read_sealed, write_sealed
 from aimet_ext.files.tensors import hash_tensors
 from aimet_ext.integrity.fingerprints import write_fingerprints
-from aimet_ext.onnx.session import open_session
-from aimet_ext.sim.protocol import SimAdaptor
+from aimet_ext.onnx.values import to_torch, torch_array
+from aimet_ext.sim.onnx import files
+from aimet_ext.sim.onnx.build import build_described, describe_sim
+from aimet_ext.sim.onnx.readback import (
+    deviation,
+    differences,
+    read_encodings,
+    read_qdq,
+    refresh,
+    run,
+    run_file,
+)
+from aimet_ext.sim.onnx.state import enabled_quantizers, restore_sim, sim_state, uncalibrated
+from aimet_ext.sim.protocol import SimAdaptor, adapt
 
-__all__ = ["LEDGER", "LEDGER_SCHEMA", "QUANTIZERS", "SCHEMA", "SETTINGS", "export_onnx"]
+__all__ = ["export_onnx", "load_onnx"]
 
-LEDGER_SCHEMA = "aimet_ext.ledger/1"
-SCHEMA = "aimet_ext.onnx_quantizers/1"
 # Deviation of outputs relative to their norm: of weights alone, and where activations are rounded,
 # of which another order of sums moves some by a step. In any case less than the sim's own
 # deviation from the float model.
@@ -49,12 +59,14 @@ def export_onnx(
     external_data: bool | None,
 ) -> dict[str, Any]:
     """Write an ONNX sim to a folder, see :func:`aimet_ext.export`."""
-    require("aimet_onnx", "onnx")
-    from aimet_ext.sim.onnx import files
-
     sim = adaptor.sim
     sample = _sample(adaptor, dummy_input)
-    _check_ranges(sim)
+    empty = uncalibrated(sim)
+    if empty:
+        raise ValueError(
+            f"every quantizer needs a range before export, but {_some(empty)} "
+            f"{'have' if len(empty) > 1 else 'has'} none; run sim.compute_encodings first"
+        )
     wider = files.containers(sim)
     unfit = files.unfit_for_qdq(sim, wider) if qdq else []
     if unfit:
@@ -84,10 +96,37 @@ def export_onnx(
             origin=ledger.origin,
             seeds={"torch": torch.initial_seed()},
             bias=bias,
-            containers={n: [sim.qc_quantize_op_dict[n].bitwidth, b] for n, b in wider.items()},
+            containers={n: [enabled_quantizers(sim)[n].bitwidth, b] for n, b in wider.items()},
             checks=writer.checks,
             **write_fingerprints(folder, prefix, {}),
         )
+
+
+def load_onnx(folder: Path, prefix: str, settings: dict[str, Any] | None, sim: Any = None) -> Any:
+    """Rebuild an ONNX sim, see :func:`aimet_ext.load`.
+
+    :param settings: Settings that the sim carries.
+    :param sim: Simulation of the same model, to be made what was exported.
+    :raises ValueError: the sim that was given is one of another model.
+    """
+    tensors, fields = read_sealed(folder / QUANTIZERS, ONNX_SCHEMA)
+    kinds: dict[str, dict[str, Any]] = {"range": {}, "sample": {}, "float": {}}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition(".")
+        kinds[kind][name] = tensor
+    floats = ((name, torch_array(tensor)) for name, tensor in kinds["float"].items())
+    model = files.load_with(folder / f"{prefix}.onnx", floats)
+    if sim is None:
+        sample = {name: tensor.numpy() for name, tensor in kinds["sample"].items()}
+        sim = build_described(model, json.loads(fields["sim"]), sample=sample)
+    else:
+        files.copy_constants(model, sim.model.model)
+    restore_sim(sim, kinds["range"], json.loads(fields["quantizers"]))
+    tensors, fields = read_sealed(folder / LEDGER, LEDGER_SCHEMA)
+    adaptor = adapt(sim)
+    adaptor.ledger = Ledger.from_tensors(tensors, json.loads(fields["ledger"]))
+    adaptor.settings = settings
+    return sim
 
 
 class _Writer:
@@ -101,40 +140,34 @@ class _Writer:
         sample: Arrays,
         wider: Mapping[str, int],
     ) -> None:
-        from aimet_ext.sim.onnx import files as onnx_files
-        from aimet_ext.sim.onnx import readback as onnx_readback
-        from aimet_ext.sim.onnx import state as onnx_state
-
-        self.onnx = require("onnx", "onnx")
-        self.files, self.back, self.state = onnx_files, onnx_readback, onnx_state
         self.adaptor, self.sim = adaptor, adaptor.sim
         self.folder, self.prefix, self.sample, self.wider = folder, prefix, sample, wider
         self.model_path = folder / f"{prefix}.onnx"
         self.newer = folder / f"{prefix}.2.0.0.encodings"
-        self.described = onnx_state.describe_sim(self.sim)
-        self.rounded = dict(onnx_files.quantized_constants(self.sim, wider)) if wider else {}
-        self.sim._rebuild_session()  # a technique, or the user, may have written to the weights
-        self.outputs = onnx_readback.run(self.sim, sample)
-        with onnx_state.disabled_quantizers(self.sim):
-            error = _deviation(self.outputs, onnx_readback.run(self.sim, sample))
-        used, constants = onnx_state.enabled_quantizers(self.sim), self._mine()
+        self.described = describe_sim(self.sim)
+        self.rounded = dict(files.quantized_constants(self.sim, wider)) if wider else {}
+        refresh(self.sim)  # a technique, or the user, may have written to the weights
+        self.outputs = run(self.sim, sample)
+        with adaptor.disabled_quantizers():
+            error = _deviation(self.outputs, run(self.sim, sample))
+        used, constants = enabled_quantizers(self.sim), self._mine()
         alone = all(name in constants for name in used)
         self.limit = max(_TOLERANCE if alone else _ROUNDED, error)
         self.checks: dict[str, Any] = {
             "quantization_error": error,
-            "float16_casts_only_in_1.0.0": onnx_files.float_tensors(self.sim),
-            "lpbq_as_blocks_in_2.0.0": onnx_files.lpbq_as_blocks(self.sim, wider),
+            "float16_casts_only_in_1.0.0": files.float_tensors(self.sim),
+            "lpbq_as_blocks_in_2.0.0": files.lpbq_as_blocks(self.sim, wider),
         }
 
     def write_float(self, external: bool | None) -> None:
         """The float model; weights of a width that ONNX lacks lie on their grid."""
-        self.files.save_float_model(self.sim, self.model_path, self.rounded, external=external)
+        files.save_float_model(self.sim, self.model_path, self.rounded, external=external)
         mine, written = self._mine(), self._constants()
         expected = {**mine, **self.rounded}
         faults = [
             name
             for name in mine
-            if name not in written or not self.files.same_value(written[name], expected[name])
+            if name not in written or not files.same_value(written[name], expected[name])
         ]
         if faults:
             raise RuntimeError(
@@ -147,20 +180,18 @@ class _Writer:
         """Encodings of both versions, loaded into a new sim of the float model each."""
         for version, name in (("1.0.0", ""), ("2.0.0", ".2.0.0")):
             path = self.folder / f"{self.prefix}{name}.encodings"
-            self.files.write_encodings(
-                self.sim, path, version, self.wider, int32_biases=int32_biases
-            )
+            files.write_encodings(self.sim, path, version, self.wider, int32_biases=int32_biases)
             encoded = entries(load_encodings(path))
-            if int32_biases and (missing := self.files.missing_int32_biases(self.sim, encoded)):
+            if int32_biases and (missing := files.missing_int32_biases(self.sim, encoded)):
                 raise ValueError(
                     'bias="int32" needs a layer\'s input quantized to integers, as the scale of a '
                     "bias is that of the input times that of the weight; it cannot be had for "
                     f'{_some(missing)}: quantize the inputs, or take bias="float"'
                 )
-            other = self.state.build_sim(
-                self.onnx.load(str(self.model_path)), self.described, sample=self.sample
+            other = build_described(
+                onnx.load(str(self.model_path)), self.described, sample=self.sample
             )
-            self.back.read_encodings(self.sim, path, other)
+            read_encodings(self.sim, path, other)
             self._compare(path.name, other)
             del other  # a second model in memory, before the next one is built
             self.checks[f"encodings_{version}"] = len(encoded)
@@ -168,54 +199,50 @@ class _Writer:
     def write_qdq(self, external: bool) -> None:
         """The QDQ model, loaded into a new sim, and run by onnxruntime as it is."""
         path = self.folder / f"{self.prefix}.qdq.onnx"
-        values = self.files.quantized_constants(self.sim)
-        model = self.files.load_with(self.model_path, values)
-        self.files.save_qdq_model(model, load_encodings(self.newer), path, external=external)
+        values = files.quantized_constants(self.sim)
+        model = files.load_with(self.model_path, values)
+        files.save_qdq_model(model, load_encodings(self.newer), path, external=external)
         del model
-        other = self.state.build_sim(
-            self.onnx.load(str(path)), self.described, sample=self.sample, qdq=True
-        )
-        self.back.read_qdq(self.sim, other)
-        self._compare(path.name, other, self.files.integer_scales(self.sim, self.wider))
+        other = build_described(onnx.load(str(path)), self.described, sample=self.sample, qdq=True)
+        read_qdq(self.sim, other)
+        self._compare(path.name, other, files.integer_scales(self.sim, self.wider))
         del other
-        deviation = self._check_deviation(f"{path.name} in onnxruntime", _run(path, self.sample))
+        deviation = self._check_deviation(
+            f"{path.name} in onnxruntime", run_file(path, self.sample)
+        )
         self.checks["onnxruntime"] = metadata.version("onnxruntime")
         self.checks["onnxruntime_relative_deviation"] = deviation
 
     def write_state(self, ledger: Ledger) -> None:
         """What only this package reads: quantizers, float weights, sample, ledger, settings."""
-        from aimet_ext.onnx.values import to_torch
-
-        ranges, described = self.state.quantizers_to_tensors(self.sim)
+        ranges, described = sim_state(self.sim)
         tensors = {f"range.{name}": tensor for name, tensor in ranges.items()}
         tensors.update({f"sample.{n}": torch.from_numpy(a) for n, a in self.sample.items()})
         mine = self._mine()
         for name, values in self.rounded.items():
-            value = self.onnx.numpy_helper.to_array(mine[name])
+            value = onnx.numpy_helper.to_array(mine[name])
             if not np.array_equal(value, values):
                 tensors[f"float.{name}"] = to_torch(value)
         fields = {"quantizers": described, "sim": self.described}
-        write_sealed(self.folder / QUANTIZERS, SCHEMA, tensors, fields)
+        write_sealed(self.folder / QUANTIZERS, ONNX_SCHEMA, tensors, fields)
         tensors, fields = ledger.to_tensors()
         write_sealed(self.folder / LEDGER, LEDGER_SCHEMA, tensors, {"ledger": fields})
         text = json.dumps({"create_sim": self.adaptor.settings}, indent=2)
         (self.folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
 
     def _mine(self) -> dict[str, Any]:
-        return self.files.constants(self.sim.model.model)
+        return files.constants(self.sim.model.model)
 
     def _constants(self) -> dict[str, Any]:
-        return self.files.constants(self.onnx.load(str(self.model_path)))
+        return files.constants(onnx.load(str(self.model_path)))
 
     def _compare(self, name: str, other: Any, last_bit: Collection[str] = ()) -> None:
-        faults = self.back.differences(self.sim, other, last_bit=last_bit)
+        faults = differences(self.sim, other, last_bit=last_bit)
         if faults:
             raise RuntimeError(
                 f"{name}, read back by AIMET, must quantize as the sim does, but {_some(faults)}"
             )
-        deviation = self._check_deviation(
-            f"{name}, read back by AIMET,", self.back.run(other, self.sample)
-        )
+        deviation = self._check_deviation(f"{name}, read back by AIMET,", run(other, self.sample))
         self.checks[f"{name}_relative_deviation"] = deviation
 
     def _check_deviation(self, name: str, outputs: list[Any]) -> float:
@@ -236,33 +263,10 @@ def _sample(adaptor: SimAdaptor, dummy_input: Any) -> Arrays:
     return {name: np.ascontiguousarray(tensor.cpu().numpy()) for name, tensor in batch.items()}
 
 
-def _check_ranges(sim: Any) -> None:
-    empty = [
-        name
-        for name, quantizer in sim.qc_quantize_op_dict.items()
-        if quantizer.enabled and not quantizer.is_initialized()
-    ]
-    if empty:
-        raise ValueError(
-            f"every quantizer needs a range before export, but {_some(empty)} "
-            f"{'have' if len(empty) > 1 else 'has'} none; run sim.compute_encodings first"
-        )
-
-
-def _run(path: Path, sample: Arrays) -> list[Any]:
-    """Outputs of an ONNX file in onnxruntime on the CPU, its nodes as they are."""
-    return list(open_session(path, optimize="none").run(None, sample))
-
-
 def _deviation(outputs: list[Any], expected: list[Any]) -> float:
-    """Norm of the difference of all float outputs relative to the norm of what is expected."""
-    difference = norm = 0.0
-    for one, two in zip(outputs, expected, strict=True):
-        if np.issubdtype(two.dtype, np.floating):
-            wide = two.astype(np.float64)
-            difference += float(np.square(one.astype(np.float64) - wide).sum())
-            norm += float(np.square(wide).sum())
-    return (difference / norm) ** 0.5 if difference else 0.0
+    """Return the relative deviation of the float outputs."""
+    floats = [i for i, two in enumerate(expected) if np.issubdtype(two.dtype, np.floating)]
+    return deviation([outputs[i] for i in floats], [expected[i] for i in floats])
 
 
 def _hash(adaptor: SimAdaptor) -> str:

@@ -22,8 +22,8 @@ from aimet_ext.techniques.layerwise.report import LayerwiseReport
 __all__ = ["GridReport", "lpbq_spec", "set_blockwise", "set_grids", "set_lpbq"]
 
 _TABLES = {
-    "TorchSim": ("aimet_ext.grids.torch_layers", "TorchTable"),
-    "OnnxSim": ("aimet_ext.grids.onnx_layers", "OnnxTable"),
+    "torch": ("aimet_ext.grids.torch_layers", "TorchTable"),
+    "onnx": ("aimet_ext.grids.onnx_layers", "OnnxTable"),
 }
 
 
@@ -226,7 +226,7 @@ def set_grids(
 
 def _table(adaptor: SimAdaptor) -> LayerTable:
     """The layers of a simulation of either kind."""
-    module, cls = _TABLES[type(adaptor).__name__]
+    module, cls = _TABLES[adaptor.framework]
     table: LayerTable = getattr(importlib.import_module(module), cls)(adaptor)
     return table
 

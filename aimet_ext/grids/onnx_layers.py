@@ -9,24 +9,23 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from aimet_ext.config import PerTensor, QSpec
 from aimet_ext.grids.fitting import WeightPlan, some
 from aimet_ext.grids.patterns import LayerTable
-from aimet_ext.sim.onnx.setup import (
-    QuantizerState,
-    bias_state,
-    calibrated_state,
-    is_per_channel,
+from aimet_ext.sim.onnx.grids import (
+    body_names,
+    is_fused,
     parameter_quantizers,
+    put_grids,
+    readers,
 )
 
 if TYPE_CHECKING:
     from aimet_ext.onnx.graph import OnnxGraph
     from aimet_ext.onnx.layers import FoundLayers, OnnxLayer
+    from aimet_ext.sim.onnx.adaptor import OnnxSim
 
 __all__ = ["OnnxTable", "output_layers"]
 
-_FUSED = "aimet.supergroup"  # domain of what AIMET makes of MatMul and Add
 _TYPES = ("MatMul", "Gemm", "Conv", "Gather", "ConvTranspose", "FusedMatMul", "Einsum")
 _SUFFIX = re.compile(rf"[/.]({'|'.join(_TYPES)})(_\d+)?$|\.weight$")
 
@@ -42,32 +41,22 @@ class OnnxTable(LayerTable):
     """
 
     def __init__(self, adaptor: Any) -> None:
+        self.sim: OnnxSim = adaptor
         self.graph: OnnxGraph = adaptor.graph
         self.found: FoundLayers = adaptor.layers
-        weights = {name: layer.weight for name, layer in self.found.items()}
-        self.parameters = parameter_quantizers(adaptor.sim, weights)
-        live = {name: q for name, q in self.parameters.items() if q.enabled}
+        quantizers = parameter_quantizers(adaptor)
+        live = {name: q for name, q in quantizers.items() if q.enabled}
         super().__init__(adaptor, {name: live.get(name) for name in self.found})
 
     @cached_property
     def nodes(self) -> dict[str, list[Any]]:
         """The simulation's own nodes that read a tensor, quantized or not, by its name."""
-        nodes = self.adaptor.sim.model.model.graph.node
-        through = {n.output[0]: n.input[0] for n in nodes if n.op_type == "QcQuantizeOp"}
-        readers: dict[str, list[Any]] = {}
-        for node in nodes:
-            for name in node.input if node.op_type != "QcQuantizeOp" else ():
-                readers.setdefault(through.get(name, name), []).append(node)
-        return readers
+        return readers(self.sim)
 
     @cached_property
     def aliases(self) -> dict[str, tuple[str, ...]]:
         """All names of each layer."""
-        bodies = {
-            function.domain: [node.name for node in function.node]
-            for function in self.adaptor.sim.model.model.functions
-        }
-        found = {}
+        bodies, found = body_names(self.sim), {}
         for name, layer in self.found.items():
             names = [name, layer.weight]
             for use in layer.uses:
@@ -111,7 +100,7 @@ class OnnxTable(LayerTable):
     def _types(self, layer: OnnxLayer) -> set[str]:
         types = {self.graph.nodes[use.node].op_type for use in layer.uses}
         for node in self.nodes.get(layer.weight, ()):
-            if node.domain.startswith(_FUSED):
+            if is_fused(node):
                 types |= {"MatMul", "Gemm"}
         return types
 
@@ -155,7 +144,7 @@ class OnnxTable(LayerTable):
         return repr(next(iter(self.found), ""))
 
     def apply(self, plan: WeightPlan, undo: ExitStack) -> dict[str, int]:
-        """Give each layer of a plan its grid; all states are made before any is put.
+        """Give each layer of a plan its grid; all quantizers are made before any is changed.
 
         :raises ValueError: MLPs are to be padded, which is for PyTorch simulations, or AIMET has no
             such grid for a layer.
@@ -166,34 +155,8 @@ class OnnxTable(LayerTable):
                 "an ONNX model must be widened before it is exported; use "
                 'on_indivisible="per_channel" or a block size that divides'
             )
-        made: dict[str, tuple[Any, QuantizerState]] = {}
-        for name, spec in plan.specs.items():
-            layer = self.found[name]
-            if layer.weight not in made:
-                made.update(self._states(name, layer, spec))
-        for quantizer, state in made.values():
-            undo.callback(QuantizerState.of(quantizer).put, quantizer)
-            state.put(quantizer)
+        put_grids(self.sim, plan.specs, undo)
         return {}
-
-    def _states(
-        self, name: str, layer: OnnxLayer, spec: QSpec | None
-    ) -> Iterator[tuple[str, tuple[Any, QuantizerState]]]:
-        """The new states of the quantizers of a layer's weight and bias, by tensor."""
-        quantizers = self.adaptor.sim.qc_quantize_op_dict
-        own = self.parameters.get(name)
-        stored = self.graph.array(layer.weight)
-        yield (
-            layer.weight,
-            (own, calibrated_state(name, own, spec, stored, int(layer.transposed))),
-        )
-        bias = None if layer.bias is None else quantizers.get(layer.bias)
-        if bias is None or spec is None or isinstance(spec.granularity, PerTensor):
-            return
-        if bias.tensor_quantizer_params is None:  # of a lone Add, which has one scale
-            return
-        if not is_per_channel(bias) and not bias.is_encoding_frozen():
-            yield layer.bias or "", (bias, bias_state(bias, self.graph.array(layer.bias or "")))
 
 
 def output_layers(graph: OnnxGraph, layers: Mapping[str, OnnxLayer]) -> set[str]:

@@ -20,11 +20,8 @@ from typing import Any, Literal
 
 from aimet_ext.errors import require
 
-for _module in ("olive", "aimet_onnx"):
-    require(_module, "olive")
+require("olive", "olive")
 
-import aimet_onnx  # noqa: E402
-import numpy as np  # noqa: E402
 import onnx  # noqa: E402
 from olive.common.config_utils import validate_config  # noqa: E402
 from olive.common.onnx_io import get_kv_info  # noqa: E402
@@ -46,8 +43,10 @@ from pydantic import field_validator  # noqa: E402
 import aimet_ext  # noqa: E402
 from aimet_ext.integrations.olive_config import PASS  # noqa: E402
 from aimet_ext.integrations.olive_techniques import check_techniques, reports_of, with_defaults  # noqa: E402
-from aimet_ext.onnx.session import open_session  # noqa: E402
+from aimet_ext.sim.onnx.build import build_with  # noqa: E402
 from aimet_ext.sim.onnx.files import name_nodes  # noqa: E402
+from aimet_ext.sim.onnx.readback import deviation, run, run_file  # noqa: E402
+from aimet_ext.sim.onnx.state import layer_biases, uncalibrated  # noqa: E402
 
 __all__ = ["FOLDER", "REPORT", "AimetQuantization", "Bias", "PassFailed"]
 
@@ -225,7 +224,7 @@ class _Batches:
 def _simulation(model: Any, settings: dict[str, Any], folder: str, batch: dict[str, Any]) -> Any:
     """The simulation that Olive's own pass builds.
 
-    :param batch: run where the types of tensors cannot be inferred, behind onnxruntime's operators.
+    :param batch: run where types cannot be inferred, behind onnxruntime's operators.
     """
     if model_has_adapters(model.model_path):
         raise PassFailed(
@@ -236,22 +235,16 @@ def _simulation(model: Any, settings: dict[str, Any], folder: str, batch: dict[s
     proto = onnx.load(model.model_path)
     if any(node.op_type == "DynamicQuantizeLinear" for node in proto.graph.node):
         raise PassFailed(f"{model.model_path}: a float model is required, it quantizes at run time")
-    build = aimet_onnx.QuantizationSimModel
-    if any(node.op_type == "DequantizeLinear" for node in proto.graph.node):
-        build = aimet_onnx.QuantizationSimModel._from_onnx_qdq
-    sim = build(
+    sim = build_with(
         proto,
+        batch,
         param_type=shipped.precision_to_qtype(settings["precision"]),
         activation_type=shipped.precision_to_qtype(settings["activation_type"]),
         config_file=settings["config_file"],
         quant_scheme=str(settings["quant_scheme"]),
         providers=settings["calibration_providers"],
-        dummy_input=batch,
         path=folder,
     )
-    for weight in proto.graph.initializer:  # which AIMET leaves out where it ran the batch
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(weight.data_type)
-        sim.activation_dtypes.setdefault(weight.name, dtype)
     shipped._apply_precision_overrides(sim, settings["tensor_precision_overrides"] or {})
     if settings["op_types_to_exclude"]:
         shipped._exclude_op_types(sim, settings["op_types_to_exclude"])
@@ -276,11 +269,7 @@ def _check_calibrated(sim: Any) -> None:
 
     :raises PassFailed: one has no range.
     """
-    empty = [
-        name
-        for name, quantizer in sim.qc_quantize_op_dict.items()
-        if quantizer.enabled and not quantizer.is_initialized()
-    ]
+    empty = uncalibrated(sim)
     if empty:
         raise PassFailed(
             f"every quantizer needs a range after calibration, but {', '.join(empty[:3])} of "
@@ -293,18 +282,9 @@ def _check_biases(sim: Any, qdq: onnx.ModelProto) -> None:
 
     :raises PassFailed: a bias of a quantized layer stays float.
     """
-    left = []
-    held = {i.name: i for i in qdq.graph.initializer}
-    for op in sim.connected_graph.get_all_ops().values():
-        if op.type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
-            continue
-        weight, bias = sim._get_weight_and_bias(op)
-        quantizer = None if weight is None else sim.qc_quantize_op_dict.get(weight.name)
-        if bias is None or quantizer is None or not quantizer.enabled:
-            continue
-        stored = held.get(bias.name)
-        if stored is not None and stored.data_type != onnx.TensorProto.INT32:
-            left.append(bias.name)
+    stored = {proto.name: proto.data_type for proto in qdq.graph.initializer}
+    int32 = onnx.TensorProto.INT32
+    left = [name for name, _ in layer_biases(sim) if stored.get(name, int32) != int32]
     if left:
         raise PassFailed(
             f"int32 biases were asked for, but {', '.join(left[:3])} of {len(left)} stay float: "
@@ -318,31 +298,14 @@ def _check_outputs(sim: Any, source: str, written: str, batch: dict[str, Any]) -
 
     :raises PassFailed: they differ by more than values that are rounded the other way explain.
     """
-    expected = sim.session.run(None, batch)
-    error = _deviation(_run(source, batch), expected)
-    deviation = _deviation(_run(written, batch), expected)
-    if not deviation <= max(_TOLERANCE, _FRACTION * error):
+    expected = run(sim, batch)
+    error = deviation(run_file(source, batch), expected)
+    found = deviation(run_file(written, batch), expected)
+    if not found <= max(_TOLERANCE, _FRACTION * error):
         raise PassFailed(
             f"the QDQ model must compute what the simulation does, which deviates from the float "
-            f"model by {error:.3g} of its outputs' norm, but deviates from it by {deviation:.3g}"
+            f"model by {error:.3g} of its outputs' norm, but deviates from it by {found:.3g}"
         )
-
-
-def _run(path: str, batch: dict[str, Any]) -> list[np.ndarray]:
-    # Its optimizer would round float weights behind quantized activations, and their biases.
-    session = open_session(path, optimize="none")
-    return [np.asarray(output) for output in session.run(None, batch)]
-
-
-def _deviation(outputs: list[np.ndarray], expected: list[np.ndarray]) -> float:
-    """Norm of the difference of all outputs, relative to the norm of what is expected."""
-    pairs = [
-        (one.astype(np.float64), two.astype(np.float64))
-        for one, two in zip(outputs, expected, strict=True)
-    ]
-    difference = sum(float(np.square(one - two).sum()) for one, two in pairs)
-    norm = sum(float(np.square(two).sum()) for _, two in pairs)
-    return (difference / norm) ** 0.5 if difference else 0.0
 
 
 def _add_files(folder: Path, sim: Any, handler: ONNXModelHandler, source: Any) -> None:

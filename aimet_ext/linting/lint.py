@@ -93,7 +93,7 @@ def _change(layer: LintLayer, limits: HtpLimits) -> str | None:
 
 
 def _symmetry(layer: LintLayer, limits: HtpLimits) -> str | None:
-    if layer.weight is None or layer.weight.symmetric or layer.kind == "embedding":
+    if layer.weight is None or layer.weight.layout.symmetric or layer.kind == "embedding":
         return None
     return "a symmetric weight is required, got one with an offset"
 

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aimet_ext.artifact.checkpoint import WEIGHTS
-from aimet_ext.artifact.export import QUANTIZERS, QUANTIZERS_SCHEMA
 from aimet_ext.artifact.load import load as load_base
 from aimet_ext.artifact.torch_onnx import positional_inputs
 from aimet_ext.errors import CorruptFileError, require
 from aimet_ext.files.folders import check_output, replace_folder
 from aimet_ext.files.manifest import MANIFEST, hash_file, read_manifest, write_manifest
+from aimet_ext.files.names import QUANTIZERS, QUANTIZERS_SCHEMA
 from aimet_ext.files.sealed import read_sealed, write_sealed
 from aimet_ext.lora.adapter import read_adapter
 from aimet_ext.lora.onnx_inputs import write_adapter_graph

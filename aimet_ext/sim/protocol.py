@@ -1,18 +1,20 @@
-"""What an algorithm needs of a quantization simulation, whatever it runs on."""
+"""The protocols of a quantization simulation, by concern, and the adaptor that meets them all."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from aimet_ext.config import Granularity, QSpec
+from aimet_ext.config import LPBQ, Blockwise, Granularity, PerChannel, PerTensor, QSpec
 from aimet_ext.core.affine import Grid
+from aimet_ext.core.clipping import GridLayout
 from aimet_ext.data.batches import ForwardFn
 from aimet_ext.models.topology import BlockTopology, TopologyDescription
 from aimet_ext.walk.protocol import Streams, Walk
@@ -21,7 +23,21 @@ from aimet_ext.walk.stream import BlockStream
 if TYPE_CHECKING:
     from aimet_ext.sim.facts import SimFacts
 
-__all__ = ["Range", "SimAdaptor", "WeightQuantizer", "adapt", "moved_ranges"]
+__all__ = [
+    "Activations",
+    "Blocks",
+    "CalibrationWalks",
+    "FloatWeights",
+    "Range",
+    "SimAdaptor",
+    "SimHandle",
+    "Snapshots",
+    "WeightQuantizer",
+    "WeightQuantizers",
+    "adapt",
+    "carried",
+    "moved_ranges",
+]
 
 Range: TypeAlias = tuple[float, float]
 
@@ -32,19 +48,37 @@ _ADAPTORS = {
 }
 
 
+def carried(name: str) -> Any:
+    """Return a property of an adaptor that AIMET's simulation carries, None before it is set.
+
+    So it follows the simulation through ``copy.deepcopy``.
+    """
+    return property(
+        lambda adaptor: getattr(adaptor.sim, name, None),
+        lambda adaptor, value: setattr(adaptor.sim, name, value),
+    )
+
+
 class WeightQuantizer(Protocol):
-    """The quantizer of one layer's weight, in AIMET's words; nothing is cached."""
+    """Quantizer of one layer's weight, as AIMET has it.
+
+    The kind of its grid is read once: ask the adaptor again after a grid was replaced. Ranges are
+    read anew each time.
+    """
+
+    name: str
+    """Name of the layer."""
 
     @property
-    def name(self) -> str:
-        """Name of the layer."""
+    def layout(self) -> GridLayout:
+        """The grid but its ranges, as that of a matrix ``[out, in]``."""
 
     @property
     def weight(self) -> Tensor:
-        """The layer's float weight, output channels first; to be read, see :meth:`set_weight`."""
+        """Float weight of the layer, output channels first; read only, see :meth:`set_weight`."""
 
     def set_weight(self, values: Tensor) -> None:
-        """Put values of the weight's shape in its place."""
+        """Replace the weight by values of its shape."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,93 +87,150 @@ class WeightQuantizer(Protocol):
     @property
     def bitwidth(self) -> int:
         """Bits of a quantized weight."""
-
-    @property
-    def symmetric(self) -> bool:
-        """Whether the offset is fixed."""
-
-    @property
-    def qmin(self) -> int:
-        """Smallest integer."""
-
-    @property
-    def qmax(self) -> int:
-        """Largest integer."""
-
-    @property
-    def zero_point_shift(self) -> float:
-        """0, or 0.5 where the values lie half a step off the integers."""
-
-    @property
-    def block_size(self) -> tuple[int, ...] | None:
-        """AIMET's block size along each dimension, None unless blockwise."""
-
-    @property
-    def block_grouping(self) -> tuple[int, ...] | None:
-        """Blocks that share a float scale along each dimension, None unless LPBQ."""
-
-    @property
-    def scale_bits(self) -> int | None:
-        """Bits of LPBQ's integer scales, None for any other grid."""
-
-    @property
-    def granularity(self) -> Granularity:
-        """The grid in the words of :mod:`aimet_ext.config`."""
+        return (self.layout.qmax - self.layout.qmin).bit_length()
 
     @property
     def frozen(self) -> bool:
-        """Whether ``sim.compute_encodings`` leaves the range alone."""
+        """True if ``sim.compute_encodings`` leaves the range alone."""
 
     @property
     def initialized(self) -> bool:
-        """Whether there is a range."""
+        """True if there is a range."""
+
+    @property
+    def granularity(self) -> Granularity:
+        """The nearest word of :mod:`aimet_ext.config` for the grid's shape."""
+        if self.layout.block_size is not None:
+            # Input channels of a block, whatever the kernel.
+            width, bits = self.weight.shape[1] // self.layout.shape[1], self.layout.scale_bits
+            return Blockwise(width) if bits is None else LPBQ(width, bits)
+        return PerTensor() if math.prod(self.shape) == 1 else PerChannel()
 
     def spec(self) -> QSpec:
-        """Width, symmetry and granularity in the words of :mod:`aimet_ext.config`."""
+        """Return width, symmetry and granularity in the words of :mod:`aimet_ext.config`."""
+        return QSpec(
+            bitwidth=self.bitwidth,
+            symmetric=self.layout.symmetric,
+            granularity=self.granularity,
+        )
 
     def grid(self) -> Grid:
-        """The grid as the simulation uses it, read back from the quantizer."""
+        """Return the grid that AIMET quantizes with, in float32.
+
+        :raises ValueError: the quantizer has no range yet.
+        """
 
     def free_grid(self) -> Grid:
-        """The same with LPBQ's raw float scale for every block."""
+        """Return the grid with LPBQ's raw float scale for every block."""
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
-        """Write the range of each cell, of the grid's ``shape`` or one that expands to it."""
+        """Write the range of each cell.
+
+        :param low: Smallest value, of the layout's shape, the grid's or one that expands to it.
+        :param high: Largest value.
+        :raises ValueError: a bound is not finite.
+        """
 
     def set_scale(self, scale: Tensor, offset: Tensor | None = None) -> None:
-        """Write the range that has this scale (raw, for LPBQ) and offset (None: symmetric)."""
+        """Write the range that has this scale and offset.
+
+        :param scale: Shaped as the bounds of :meth:`set_range`; for LPBQ the raw scale of each
+            block, which AIMET turns into an integer times its channel's scale.
+        :param offset: AIMET's offset (minus the zero point), None for a symmetric grid.
+        """
 
     def calibrate(self) -> None:
-        """Set the range from the weight, as ``sim.compute_encodings`` does; not if frozen."""
+        """Set the range from the weight, as ``sim.compute_encodings`` does, unless frozen."""
 
     def freeze(self, frozen: bool = True) -> None:
         """Have ``sim.compute_encodings`` leave the range alone, or no longer."""
 
+    def reset(self) -> None:
+        """Drop the range, frozen or not, for ``sim.compute_encodings`` to set it anew."""
 
-class SimAdaptor(Protocol):
-    """One simulation. Names are those of ``model.named_modules()``."""
+    def shaped(self, values: Tensor) -> Tensor:
+        """Return numbers of all cells in the grid's shape, from that of the layout or a smaller."""
+        own = values.numel() == math.prod(self.shape)
+        return values.reshape(self.shape) if own else values.expand(self.shape)
 
-    @property
-    def sim(self) -> Any:
-        """The simulation itself."""
+    def no_range(self) -> ValueError:
+        """Return the error for a grid that is read before there is one."""
+        return ValueError(
+            f"{self.name}: a weight quantizer with a range is required, got one without; "
+            "run sim.compute_encodings first"
+        )
+
+
+class SimHandle(Protocol):
+    """A simulation, its model, and the records that the simulation carries."""
+
+    ledger: Any = carried("aimet_ext_ledger")
+    """Record of transforms, None before the first."""
+
+    settings: Any = carried("aimet_ext_settings")
+    """Arguments of ``create_sim``, None for a simulation built by hand."""
+
+    sim: Any
+    """The simulation itself."""
 
     @property
     def model(self) -> nn.Module:
         """The model with its quantizers."""
 
-    ledger: Any
-    """The record of transforms that the simulation carries, None before the first."""
+    @property
+    def framework(self) -> Literal["torch", "onnx"]:
+        """The framework that the simulation runs in."""
 
-    settings: dict[str, Any] | None
-    """What ``create_sim`` was called with, None for a simulation built by hand."""
+    @property
+    def runner(self) -> Any:
+        """The object that computes outputs: the module, or the session of onnxruntime."""
+
+
+class WeightQuantizers(Protocol):
+    """The weight quantizers of a simulation by the names of their layers."""
+
+    how_to_quantize: str
+    """Advice for a layer without a weight quantizer, in messages."""
+
+    def layer_names(self) -> Iterable[str]:
+        """Return the names of all layers that may have a weight quantizer."""
 
     def weight_quantizer(self, name: str) -> WeightQuantizer | None:
-        """Weight quantizer of a layer, None if its weight stays float."""
+        """Return the weight quantizer of a layer, None if its weight stays float.
 
-    def weight_quantizers(
-        self, names: Iterable[str] | None = None
-    ) -> Mapping[str, WeightQuantizer]:
-        """Weight quantizers of the layers named, or of all that have one."""
+        :raises ValueError: there is no module of that name.
+        """
+
+    def weight_quantizers(self, names: Iterable[str] | None = None) -> dict[str, WeightQuantizer]:
+        """Return the weight quantizers of the layers named, or of all that have one.
+
+        :raises ValueError: a layer named has none.
+        """
+        wanted = self.layer_names() if names is None else names
+        every = {name: self.weight_quantizer(name) for name in wanted}
+        missing = [name for name, found in every.items() if found is None]
+        if missing and names is not None:
+            raise ValueError(
+                "each of these layers needs a weight quantizer and has none: "
+                f"{', '.join(missing)}; leave them out, or {self.how_to_quantize}"
+            )
+        return {name: found for name, found in every.items() if found is not None}
+
+    @contextmanager
+    def calibrated(self, names: Iterable[str]) -> Iterator[None]:
+        """Open a context in which these layers' weight quantizers have a range."""
+        new = [w for w in self.weight_quantizers(names).values() if not w.initialized]
+        try:
+            for quantizer in new:
+                quantizer.calibrate()
+            yield
+        finally:
+            for quantizer in new:
+                quantizer.reset()
+
+
+class Activations(Protocol):
+    """The quantizers of tensors, which are switched off and on, watched and calibrated."""
 
     def disabled_quantizers(
         self,
@@ -149,56 +240,86 @@ class SimAdaptor(Protocol):
         activations: bool = True,
         keep: Iterable[str] = (),
     ) -> AbstractContextManager[None]:
-        """Context in which a module computes in float; restored at the end whatever happens.
+        """Open a context in which a module computes in float; quantizers are on again after it.
 
-        Weights of the layers in ``keep`` stay quantized.
+        :param module: Name of the module, ``""`` for the whole model.
+        :param weights: True to switch off those of parameters, norm gains and biases among them.
+        :param activations: True to switch off those of all other tensors.
+        :param keep: Names of layers whose weight quantizers stay on.
         """
 
     def live_activations(self, module: str) -> AbstractContextManager[None]:
-        """Context in which inputs and outputs are quantized on the range of the tensor at hand."""
+        """Open a context in which activations are quantized on the range of the tensor at hand."""
+
+    def activation_quantizers(self, module: str = "") -> dict[str, Any]:
+        """Return input and output quantizers inside a module by their full names."""
+
+    def tensor_ranges(self, module: str, run: Callable[[], object]) -> dict[str, Range]:
+        """Return the range of what each quantizer of a module quantizes while ``run`` runs it.
+
+        Weights of layers are left out: they have :meth:`WeightQuantizer.calibrate`.
+
+        :param module: Name of the module to watch.
+        :param run: Function that runs it, as often as there are batches.
+        :returns: ``(min, max)`` by the names of the quantizers that saw something.
+        """
+
+    def reset_encodings(self, names: Iterable[str]) -> list[str]:
+        """Drop the ranges of these quantizers, frozen or not, for ``compute_encodings`` to fill.
+
+        :param names: Full names, as :meth:`tensor_ranges` gives them.
+        :returns: those that had a range.
+        """
+
+
+class FloatWeights(Protocol):
+    """The float model inside a simulation: its parameters, and the names of its layers."""
+
+    def float_state(self) -> Mapping[str, Tensor]:
+        """Return parameters and persistent buffers, tied ones under each name, read only."""
 
     def float_parameters(self, module: str) -> dict[str, nn.Parameter]:
-        """Parameters of a module, named within it, without those of quantizers."""
+        """Return the parameters of a module, named within it, without those of quantizers."""
+
+    def commit(self, module: str) -> None:
+        """Note that a module's parameters were changed in place, for all that holds copies."""
+
+    def preserved_state(self) -> AbstractContextManager[None]:
+        """Open a context that restores training flags, ``requires_grad`` and ``use_cache``."""
+
+    def full_name(self, name: str) -> str:
+        """Return the name in ``model`` of a layer that has several names, else the name itself."""
+
+    def unsupported_layers(self) -> Mapping[str, str]:
+        """Return what has a weight and is none of the layers, by name, and the reason."""
+
+    def shared_weights(self) -> dict[str, list[str]]:
+        """Return the names of all modules that hold the same weight, for each that shares one."""
+
+
+class Snapshots(Protocol):
+    """Copies of a part of a simulation, to put it back as it was."""
 
     def snapshot(
         self, module: str, *, weights: bool = True
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Copies of a module's weights and the whole state of its quantizers; plain JSON beside.
+        """Copy a module's weights and the whole state of its quantizers.
 
-        Without weights where these are not going to change.
+        :param weights: False where weights are not going to change.
+        :returns: tensors, and plain JSON values beside them.
         """
 
     def restore(self, module: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Put back what :meth:`snapshot` returned."""
 
-    def activation_quantizers(self, module: str = "") -> dict[str, Any]:
-        """Input and output quantizers inside a module by their full names."""
 
-    def tensor_ranges(self, module: str, run: Callable[[], object]) -> dict[str, Range]:
-        """Range of what each quantizer of a module quantizes, but weights, while ``run`` runs."""
-
-    def reset_encodings(self, names: Iterable[str]) -> list[str]:
-        """Drop the ranges of these quantizers, frozen or not, for ``compute_encodings`` to fill."""
-
-    def calibrated(self, names: Iterable[str]) -> AbstractContextManager[None]:
-        """Context in which these layers' weight quantizers have a range, if only for the while."""
-
-    def float_state(self) -> Mapping[str, Tensor]:
-        """Parameters and persistent buffers, tied ones under each name, without quantizers'."""
-
-    def full_name(self, name: str) -> str:
-        """The name in ``model`` of a layer that goes by several names, else the name itself."""
-
-    def unsupported_layers(self) -> Mapping[str, str]:
-        """What has a weight and is none of the layers, by name, and why."""
-
-    def shared_weights(self) -> dict[str, list[str]]:
-        """Names of all modules that hold the same weight, for each that shares one."""
+class CalibrationWalks(Protocol):
+    """Calibration data on its way past the layers of a simulation."""
 
     def batches(self, dataloader: Any, *, opaque: bool = False) -> list[Any]:
-        """The batches of a dataloader, each one checked.
+        """Return the batches of a dataloader, each one checked.
 
-        :param opaque: batches are of the user's own type, for the user's ``forward_fn``.
+        :param opaque: True if batches are of the user's own type, for the user's ``forward_fn``.
         """
 
     def walk(
@@ -212,20 +333,9 @@ class SimAdaptor(Protocol):
         cache_dir: str | Path | None,
         device: torch.device | str | None,
     ) -> Walk:
-        """A walk to layers, with the quantizers off; see :mod:`aimet_ext.walk.protocol`.
+        """Start a walk to layers, with the quantizers off; see :mod:`aimet_ext.walk.protocol`.
 
-        :param effective: weights that the quantized stream uses from the start, by layer.
-        """
-
-    def find_blocks(self, description: TopologyDescription | None) -> list[BlockTopology]:
-        """Decoder blocks, see :func:`aimet_ext.models.topology.find_blocks`."""
-
-    def own_parameters(
-        self, kinds: Collection[str], description: TopologyDescription | None
-    ) -> AbstractContextManager[None]:
-        """Context in which what pairs of these kinds rescale is stored for each block alone.
-
-        It stays so afterwards; an exception puts the model back as it was.
+        :param effective: Weights that the quantized stream uses from the start, by layer.
         """
 
     def capture(
@@ -237,28 +347,42 @@ class SimAdaptor(Protocol):
         cache_dir: str | Path | None,
         device: torch.device | str | None,
     ) -> BlockStream:
-        """What the first block receives, see :mod:`aimet_ext.walk.capture`."""
+        """Record the inputs of the first block, with the quantizers that are on."""
 
-    def commit(self, module: str) -> None:
-        """Note that a module's parameters were changed in place, for all that holds copies."""
 
-    def preserved_state(self) -> AbstractContextManager[None]:
-        """Context that restores training flags, ``requires_grad`` and ``use_cache``."""
+class Blocks(Protocol):
+    """The decoder blocks of a simulation."""
 
-    @property
-    def framework(self) -> Literal["torch", "onnx"]:
-        """The framework that the simulation runs in."""
+    def find_blocks(self, description: TopologyDescription | None) -> list[BlockTopology]:
+        """Find the decoder blocks, see :func:`aimet_ext.models.topology.find_blocks`."""
 
-    @property
-    def runner(self) -> Any:
-        """The object that computes outputs: the module, or the session of onnxruntime."""
+    def own_parameters(
+        self, kinds: Collection[str], description: TopologyDescription | None
+    ) -> AbstractContextManager[None]:
+        """Open a context in which what pairs of these kinds rescale is stored once a block.
+
+        It stays so afterwards; an exception puts the model back as it was.
+        """
+
+
+class SimAdaptor(
+    SimHandle,
+    WeightQuantizers,
+    Activations,
+    FloatWeights,
+    Snapshots,
+    CalibrationWalks,
+    Blocks,
+    Protocol,
+):
+    """One simulation, of either framework. Names are those of ``model.named_modules()``."""
 
     def lint_facts(self) -> SimFacts:
         """Return the facts of the simulation that a lint judges."""
 
 
 def adapt(sim: object) -> SimAdaptor:
-    """The adaptor for a simulation, by its type.
+    """Return the adaptor for a simulation, by its type.
 
     :param sim: ``aimet_torch.QuantizationSimModel`` or ``aimet_onnx.QuantizationSimModel``.
     :raises TypeError: another type.
@@ -277,10 +401,10 @@ def adapt(sim: object) -> SimAdaptor:
 def moved_ranges(
     before: Mapping[str, Range], after: Mapping[str, Range], tolerance: float = 1e-3
 ) -> list[str]:
-    """Names whose range moved by more than ``tolerance`` times its larger bound.
+    """Return the names whose range moved by more than ``tolerance`` times its larger bound.
 
-    :param before: ranges by name, see :meth:`SimAdaptor.tensor_ranges`.
-    :param after: the same after a transform.
+    :param before: Ranges by name, see :meth:`SimAdaptor.tensor_ranges`.
+    :param after: Ranges after a transform.
     """
     moved = []
     for name, (low, high) in before.items():

@@ -118,10 +118,11 @@ def is_rounded(quantizer: WeightQuantizer) -> bool:
     weight = quantizer.weight.detach()
     if quantizer.initialized:
         return bool(torch.equal(fake_quantize(weight, quantizer.grid()), weight))
-    levels = quantizer.qmax - quantizer.qmin + 1
-    matrix = weight.flatten(1)
-    cells = (1,) * (2 - len(quantizer.shape)) + tuple(quantizer.shape)[:2]
-    blocks = to_blocks(matrix, cells).transpose(1, 2).flatten(2).flatten(0, 1)  # [cells, elements]
+    layout = quantizer.layout
+    levels = layout.qmax - layout.qmin + 1
+    blocks = (
+        to_blocks(weight.flatten(1), layout.shape).transpose(1, 2).flatten(2).flatten(0, 1)
+    )  # [cells, elements]
     if blocks.shape[1] < 4 * levels:
         return False
     return all(_distinct(row) <= levels for row in blocks[:8])

@@ -230,7 +230,7 @@ class Verification:
         self.close()
         if not self.facts:
             return "no operator has a quantized output"
-        from aimet_ext.sim.onnx.tensors import tensor_values
+        from aimet_ext.sim.onnx.readback import tensor_values
 
         tensors = [layer.tensor for layer in self.facts]
         targets = tensor_values(self._hand().sim, self.windows[0], tensors)

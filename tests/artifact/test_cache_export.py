@@ -281,7 +281,7 @@ def test_arguments_that_do_not_fit(
 
 def test_onnx_sims_are_refused(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("aimet_onnx")
-    from aimet_ext.sim.onnx.setup import build_sim
+    from onnx_sims import build_sim
 
     value = onnx.helper.make_tensor_value_info
     weight = onnx.numpy_helper.from_array(torch.ones(2, 2).numpy(), "w")

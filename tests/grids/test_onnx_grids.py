@@ -15,8 +15,8 @@ import aimet_ext
 from aimet_ext.config import LPBQ, Blockwise, PerChannel, PerTensor, QSpec
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.files.ledger import Ledger
-from aimet_ext.grids import onnx_layers as onnx_grids
 from aimet_ext.grids.blockwise import set_blockwise, set_lpbq
+from aimet_ext.sim.onnx import grids as onnx_grids
 from aimet_ext.sim.protocol import adapt
 
 aimet_onnx = pytest.importorskip("aimet_onnx")
@@ -408,7 +408,7 @@ class TestWhatIsRefused:
     def test_a_change_that_fails_leaves_nothing_behind(self, monkeypatch, call):
         sim = cnn()
         before, output = state_of(sim), run(sim)
-        original, calls = onnx_grids.QuantizerState.put, []
+        original, calls = onnx_grids.restore_quantizer, []
 
         def failing(*args: Any) -> Any:
             calls.append(args)
@@ -416,7 +416,7 @@ class TestWhatIsRefused:
                 raise KeyboardInterrupt
             return original(*args)
 
-        monkeypatch.setattr(onnx_grids.QuantizerState, "put", failing)
+        monkeypatch.setattr(onnx_grids, "restore_quantizer", failing)
         with pytest.raises(KeyboardInterrupt):
             set_lpbq(sim, 8, modules_to_exclude="deep")
         assert state_of(sim) == before and np.array_equal(run(sim), output)

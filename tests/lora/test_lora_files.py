@@ -194,13 +194,14 @@ def test_a_baked_adapter_is_the_simulation_in_onnx(
 ) -> None:
     """The graph with exactly the simulation's quantizers gives its numbers, not the base's."""
     pytest.importorskip("aimet_onnx")
-    from aimet_ext.artifact.hand_off import put_encodings
-    from aimet_ext.sim.onnx.target import build_target_sim, only_these
+    from aimet_ext.sim.onnx.build import build_target
+    from aimet_ext.sim.onnx.ranges import put_encodings
+    from aimet_ext.sim.onnx.state import only_these
 
     model, encoded = lora.bake_adapter(folder, name)
     assert [value.name for value in model.graph.input] == ["input_ids"]
     feed = {"input_ids": lora_ids.numpy()}
-    built = build_target_sim(model, "htp_v79", activation_bits=16, sample=feed)
+    built = build_target(model, "htp_v79", activation_bits=16, sample=feed)
     loaded = put_encodings(built, encoded)
     with only_these(built, loaded.quantizers):
         output = torch.from_numpy(built.session.run(None, feed)[0])

@@ -64,17 +64,16 @@ def run_on_htp(
     model: Any, encoded: Any, feeds: Mapping[str, Mapping[str, Any]], path: pathlib.Path
 ) -> dict[str, Tensor]:
     """Compile once, with every node on HTP, and run with each feed."""
-    from aimet_ext.artifact.hand_off import put_encodings, write_qdq
+    from aimet_ext.artifact.hand_off import write_qdq
     from aimet_ext.integrations.qnn import compile_htp
-    from aimet_ext.sim.onnx.target import build_target_sim, calibrate_added
+    from aimet_ext.sim.onnx.build import build_target
+    from aimet_ext.sim.onnx.ranges import calibrate_added, put_encodings
 
     ids = {"input_ids": IDS.numpy()}
     every = {name: {**ids, **feed} for name, feed in feeds.items()}
-    built = build_target_sim(model, "htp_v79", sample=next(iter(every.values())))
+    built = build_target(model, "htp_v79", sample=next(iter(every.values())))
     loaded = put_encodings(built, encoded)
-    known = {*loaded.quantizers, *loaded.tables}
-    added = [n for n, q in built.qc_quantize_op_dict.items() if q.enabled and n not in known]
-    calibrate_added(built, added, list(every.values()))
+    calibrate_added(built, loaded.others(built), list(every.values()))
     write_qdq(built, path)
     with compile_htp(path, TARGET) as session:
         assert not session.fallbacks

@@ -174,23 +174,23 @@ def test_shapes_are_those_of_the_weight_output_channels_first(kind, granularity)
     assert quantizer.granularity == granularity
     assert quantizer.spec() == QSpec(bitwidth=4, granularity=granularity)
     blockwise = isinstance(granularity, Blockwise | LPBQ)
-    assert quantizer.block_size == ((1, 8, *kernel) if blockwise else None)
+    assert quantizer.layout.block_size == ((1, 8, *kernel) if blockwise else None)
     lpbq = isinstance(granularity, LPBQ)
-    assert quantizer.block_grouping == ((1, -1, *tail) if lpbq else None)
-    assert quantizer.scale_bits == (4 if lpbq else None)
+    assert quantizer.layout.block_grouping == ((1, -1) if lpbq else None)
+    assert quantizer.layout.scale_bits == (4 if lpbq else None)
 
 
 def test_integers_of_symmetric_and_free_grids() -> None:
     sim = simulation()
     quantizer = with_spec(sim, QSpec(bitwidth=4))
-    assert (quantizer.qmin, quantizer.qmax, quantizer.bitwidth) == (-8, 7, 4)
+    assert (quantizer.layout.qmin, quantizer.layout.qmax, quantizer.bitwidth) == (-8, 7, 4)
     quantizer.calibrate()
     assert not quantizer.grid().offset.any()
     quantizer = with_spec(sim, QSpec(bitwidth=3, symmetric=False))
-    assert (quantizer.qmin, quantizer.qmax, quantizer.bitwidth) == (0, 7, 3)
+    assert (quantizer.layout.qmin, quantizer.layout.qmax, quantizer.bitwidth) == (0, 7, 3)
     quantizer = with_spec(sim, QSpec(bitwidth=4))
     quantizer.quantizer.use_strict_symmetric = True
-    assert (quantizer.qmin, quantizer.qmax, quantizer.bitwidth) == (-7, 7, 4)
+    assert (quantizer.layout.qmin, quantizer.layout.qmax, quantizer.bitwidth) == (-7, 7, 4)
     quantizer.calibrate()
     weight = quantizer.weight
     assert not quantizer.grid().offset.any()

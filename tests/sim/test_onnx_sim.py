@@ -16,8 +16,9 @@ from onnx_models import exported_llama, mlp_model, run_onnx  # noqa: E402
 
 import aimet_ext  # noqa: E402
 from aimet_ext.core.affine import fake_quantize  # noqa: E402
+from aimet_ext.onnx.shells import insert_module  # noqa: E402
 from aimet_ext.sim.onnx.adaptor import OnnxSim  # noqa: E402
-from aimet_ext.sim.onnx.parts import OnnxPart, live_quantizer  # noqa: E402
+from aimet_ext.sim.onnx.blocks import OnnxPart, live_quantizer  # noqa: E402
 from aimet_ext.sim.protocol import adapt  # noqa: E402
 
 WIDTHS = (8, 16, 16, 4)
@@ -272,16 +273,13 @@ class _Doubled(nn.Module):
 def test_a_part_has_parameters_and_is_watched(calibrated_sim) -> None:
     adaptor = adapt(calibrated_sim)
     block, calls = _Doubled(), []
-    adaptor.add_part(
-        "blocks.0",
-        block,
-        OnnxPart(
-            layers={"role": adaptor.layers["fc2"]},
-            stored=["fc2.weight"],
-            tensors=["relu0_out"],
-            commit=lambda: calls.append("commit"),
-            reload=lambda: calls.append("reload"),
-        ),
+    insert_module(adaptor.model, "blocks.0", block)
+    adaptor.parts["blocks.0"] = OnnxPart(
+        layers={"role": adaptor.layers["fc2"]},
+        stored=["fc2.weight"],
+        tensors=["relu0_out"],
+        commit=lambda: calls.append("commit"),
+        reload=lambda: calls.append("reload"),
     )
     assert adaptor.model.get_submodule("blocks.0") is block
     assert list(adaptor.float_parameters("blocks.0")) == ["weight"]

@@ -93,7 +93,7 @@ class TestEveryGrid:
             quantizer.calibrate()
             with torch.no_grad():
                 aimet = layer.param_quantizers["weight"](layer.weight).as_subclass(torch.Tensor)
-            assert quantizer.zero_point_shift == quantizer.grid().zero_point_shift == shift
+            assert quantizer.layout.zero_point_shift == quantizer.grid().zero_point_shift == shift
             assert torch.equal(fake_quantize(layer.weight, quantizer.grid()), aimet)
             assert quantizer.spec() == spec
 
@@ -105,10 +105,12 @@ class TestEveryGrid:
         scale = torch.rand(quantizer.shape, generator=generator) + 0.01
         offset = None
         if not spec.symmetric:
-            offset = -torch.randint(0, quantizer.qmax + 1, quantizer.shape, generator=generator)
+            offset = -torch.randint(
+                0, quantizer.layout.qmax + 1, quantizer.shape, generator=generator
+            )
         quantizer.set_scale(scale, offset)
         grid = quantizer.grid()
-        if quantizer.scale_bits is None:
+        if quantizer.layout.scale_bits is None:
             torch.testing.assert_close(grid.scale, scale, rtol=2e-7, atol=0)
             if parameters == "scale_offset":
                 assert torch.equal(grid.scale, scale)
@@ -116,7 +118,7 @@ class TestEveryGrid:
             quantizer.set_scale(grid.scale, grid.offset)
             torch.testing.assert_close(quantizer.grid().scale, grid.scale, rtol=2e-7, atol=0)
         else:
-            ratio = grid.scale / (scale.amax(1, keepdim=True) / 2**quantizer.scale_bits)
+            ratio = grid.scale / (scale.amax(1, keepdim=True) / 2**quantizer.layout.scale_bits)
             torch.testing.assert_close(ratio, ratio.round().clamp(1, 16), rtol=1e-5, atol=0)
         if offset is not None:
             assert torch.equal(grid.offset, offset.float())

@@ -54,9 +54,10 @@ class Case:
 
     def sim(self, spec: QSpec | None = None, activations: QSpec | None = None) -> Any:
         """An ONNX simulation, 4-bit weights in the blocks, all else float."""
+        from onnx_sims import build_sim
+
         from aimet_ext.onnx.graph import OnnxGraph
         from aimet_ext.onnx.layers import find_layers
-        from aimet_ext.sim.onnx.setup import build_sim
 
         layers = find_layers(OnnxGraph(self.model))
         linears = [n for n, layer in layers.items() if layer.kind == "linear" and "head" not in n]
@@ -595,7 +596,7 @@ def test_forward_fn_is_refused(case: Callable[..., Case]) -> None:
 
 
 def test_model_without_blocks_is_refused() -> None:
-    from aimet_ext.sim.onnx.setup import build_sim
+    from onnx_sims import build_sim
 
     sim = build_sim(onnx_models.mlp_model((16, 32, 8)), QSpec(bitwidth=4), None)
     with pytest.raises(ValueError, match="no decoder block"):

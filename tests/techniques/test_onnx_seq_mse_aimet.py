@@ -47,7 +47,7 @@ def test_the_same_ranges_as_aimet(model: Any, grid: str) -> None:
     integers; these are what ours were before AIMET put them on integers. Where quantizers have
     ranges already it starts from integer ones there.
     """
-    from aimet_ext.sim.onnx.setup import build_sim
+    from onnx_sims import build_sim
 
     graph, data = model()
     sims = [build_sim(graph, GRIDS[grid], None) for _ in range(2)]

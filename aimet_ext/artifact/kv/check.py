@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from aimet_ext.artifact.hand_off import HandOff
 from aimet_ext.artifact.kv.run import QDQ, CacheFiles
 from aimet_ext.core.objective import sqnr_db
 from aimet_ext.errors import MissingExtraError, require
 from aimet_ext.models.huggingface import prepare_model
 from aimet_ext.models.kv_cache import CachedCausalLM
 from aimet_ext.sim.protocol import adapt
+
+if TYPE_CHECKING:
+    from aimet_ext.artifact.hand_off import HandOff
 
 __all__ = ["check_float", "check_quantized"]
 
@@ -85,6 +87,6 @@ def check_quantized(
 
 
 def _prompt(files: CacheFiles) -> int:
-    """Ids of a prompt: some calls, the last of which is not full where the context has room."""
+    """Return the length of a prompt: some calls, the last one not full where there is room."""
     longest, context = max(files.lengths.values()), files.shape.context_length
     return longest + longest // 2 if context >= 2 * longest else longest

@@ -6,15 +6,13 @@ import contextlib
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from aimet_ext.artifact.export import export
-from aimet_ext.artifact.hand_off import hand_off, write_qdq
 from aimet_ext.artifact.kv.check import check_float, check_quantized
-from aimet_ext.artifact.kv.quantize import Reference, quantized_graph
 from aimet_ext.artifact.kv.run import KIND, QDQ, CacheFiles
 from aimet_ext.artifact.kv.shared_weights import share_weights
 from aimet_ext.artifact.load import load
@@ -23,6 +21,9 @@ from aimet_ext.files.folders import replace_folder
 from aimet_ext.files.manifest import write_manifest
 from aimet_ext.models.kv_cache import CachedCausalLM
 from aimet_ext.sim.protocol import adapt
+
+if TYPE_CHECKING:
+    from aimet_ext.artifact.kv.quantize import Reference
 
 __all__ = ["export_with_cache"]
 
@@ -69,7 +70,7 @@ def export_with_cache(
 
     :param sim: of a causal LM of transformers, made by ``create_sim`` or by hand around
         ``prepare_model``, with ranges in all its quantizers; or the folder of its export.
-    :param path: folder; one of ours is replaced in one step, one with other files is refused.
+    :param path: Folder; an earlier export is replaced in one step, other files are refused.
     :param prefill_length: tokens that the graph for prompts takes at once, at least 2.
     :param context_length: tokens that a query sees at most, those of its own call included.
     :param dataloader: batches of ids ``[batch, seq]``, all of one length, which calibrate what the
@@ -116,7 +117,7 @@ def export_with_cache(
 def _check_arguments(
     sim: Any, prefill_length: int, context_length: int, dataloader: Any, kv_bitwidth: int | None
 ) -> None:
-    if not isinstance(adapt(sim).sim.model, torch.nn.Module):
+    if adapt(sim).framework != "torch":
         raise TypeError(
             "graphs with a cache are traced from torch sims, got an ONNX sim; export the torch sim "
             "that its model was made of"
@@ -144,6 +145,9 @@ def _check_arguments(
 
 def _hand_off(sim: Any, source: Path | None, dataloader: Any) -> Reference:
     """The simulation without a cache, as an NPU computes it."""
+    from aimet_ext.artifact.hand_off import hand_off
+    from aimet_ext.artifact.kv.quantize import Reference
+
     if source is not None:
         return Reference.of(hand_off(source, dataloader, sim=sim))
     batches = list(dataloader)
@@ -189,6 +193,9 @@ def _write_graph(sim: Any, files: CacheFiles, name: str, length: int, opset_vers
 def _write_quantized(
     sim: Any, files: CacheFiles, reference: Reference, kv_bitwidth: int | None
 ) -> None:
+    from aimet_ext.artifact.hand_off import write_qdq
+    from aimet_ext.artifact.kv.quantize import quantized_graph
+
     config = (adapt(sim).settings or {}).get("config_file") or _CONFIG
     for name in files.lengths:
         built = quantized_graph(files, name, reference, config_file=config, kv_bitwidth=kv_bitwidth)

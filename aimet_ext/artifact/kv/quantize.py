@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+import onnx
+from onnx.numpy_helper import to_array
 
-from aimet_ext.artifact.hand_off import HandOff, put_encodings
+from aimet_ext.artifact.hand_off import HandOff
 from aimet_ext.artifact.kv.run import CacheFiles
-from aimet_ext.errors import require
 from aimet_ext.files.encodings import entries, load_encodings
 from aimet_ext.models.kv_cache import CacheShape
 from aimet_ext.onnx.rewrite.kv import moved_from, same_tensors, separate_outputs
+from aimet_ext.onnx.rewrite.static import fold_constants
+from aimet_ext.sim.onnx.build import build_target
+from aimet_ext.sim.onnx.files import constants
+from aimet_ext.sim.onnx.ranges import put_encodings, quantize_activations, take_ranges
+from aimet_ext.sim.onnx.state import enabled_quantizers
 
 __all__ = ["Reference", "quantized_graph"]
 
@@ -33,10 +38,8 @@ class Reference:
     @classmethod
     def of(cls, found: HandOff) -> Reference:
         """The reference of a hand-off whose folder is still there."""
-        from aimet_ext.onnx.rewrite.static import fold_constants
-
         encoded = entries(load_encodings(found.folder / f"{found.prefix}.encodings"))
-        model = require("onnx", "onnx").load(str(found.folder / f"{found.prefix}.onnx"))
+        model = onnx.load(str(found.folder / f"{found.prefix}.onnx"))
         return cls(found, fold_constants(model, keep=encoded))
 
 
@@ -50,9 +53,9 @@ def quantized_graph(
 ) -> Any:
     """An ``aimet_onnx`` simulation of a graph with a cache.
 
-    What its encodings file says is taken from there. All other ranges are those of the same tensors
-    of ``reference``; caches have the range of the keys and values that are put into them, the mask
-    and the tables of positions the range of what they hold. Nothing is calibrated.
+    What its encodings file says is taken from there. All other ranges are those of the same
+    tensors of ``reference``; caches have the range of the keys and values that are put into them,
+    the mask and the tables of positions the range of what they hold. Nothing is calibrated.
 
     :param name: of the graph, its encodings beside it.
     :param reference: the same simulation without a cache.
@@ -60,20 +63,15 @@ def quantized_graph(
     :param kv_bitwidth: bits of the cache; None: those of the keys and values.
     :raises ValueError: a tensor is quantized that the reference does not have.
     """
-    onnx = require("onnx", "onnx")
-    from aimet_ext.onnx.rewrite.static import fold_constants
-    from aimet_ext.sim.onnx import copied_ranges as onnx_cache
-    from aimet_ext.sim.onnx import target as onnx_hand_off
-
     path = files.path(name)
     encoded = entries(load_encodings(path.with_suffix(".encodings")))
     model = fold_constants(onnx.load(str(path)), keep=encoded)
     if kv_bitwidth is not None:
         separate_outputs(model, _cache_names(files.shape)[1])
     sources = _Sources(model, reference.graph, files.shape)
-    ranges = reference.hand_off.sim.qc_quantize_op_dict
+    ranges = enabled_quantizers(reference.hand_off.sim)
     widths = Counter(ranges[name].bitwidth for name in reference.hand_off.added)
-    sim = onnx_hand_off.build_target_sim(
+    sim = build_target(
         model,
         config_file,
         activation_bits=max(widths, key=widths.__getitem__, default=16),
@@ -81,12 +79,9 @@ def quantized_graph(
     )
     loaded = put_encodings(sim, encoded)
     narrow = {} if kv_bitwidth is None else dict.fromkeys(sources.cache_names(), kv_bitwidth)
-    onnx_cache.insert_quantizers(sim, narrow)
-    given = {*loaded.quantizers, *loaded.tables}
-    added = [n for n, q in sim.qc_quantize_op_dict.items() if q.enabled and n not in given]
-    known = {n for n, q in ranges.items() if q.enabled}
-    same, fixed = sources.ranges(added, known, files.mask_value)
-    onnx_cache.take_ranges(sim, reference.hand_off.sim, same, fixed, bitwidths=narrow)
+    quantize_activations(sim, dict.fromkeys(narrow))
+    same, fixed = sources.ranges(loaded.others(sim), ranges.keys(), files.mask_value)
+    take_ranges(sim, reference.hand_off.sim, same, fixed, bitwidths=narrow)
     return sim
 
 
@@ -98,8 +93,6 @@ class _Sources:
     """
 
     def __init__(self, model: Any, plain: Any, shape: CacheShape) -> None:
-        from aimet_ext.sim.onnx import files as onnx_files
-
         self._moved, self._plain_moved = moved_from(model), moved_from(plain)
         past, self._present = _cache_names(shape)
         inputs = {value.name for value in model.graph.input}
@@ -115,19 +108,17 @@ class _Sources:
             for node in model.graph.node
             if node.op_type == "Gather" and node.input[1] == "position_ids"
         }
-        self._constants = onnx_files.constants(model)
+        self._constants = constants(model)
         self._same = same_tensors(plain, model, frozenset({*self._joined, *self._tables}))
 
     def ranges(
-        self, names: list[str], known: set[str], mask_value: float
+        self, names: list[str], known: Collection[str], mask_value: float
     ) -> tuple[dict[str, str], dict[str, tuple[float, float]]]:
-        """Tensor of the reference for each name, and ``(min, max)`` for what is known by itself.
+        """Return each name's tensor of the reference, or ``(min, max)`` where that is known.
 
         :param known: tensors of the reference with a quantizer in use.
         :raises ValueError: neither is there for a name; all such are named.
         """
-        from onnx.numpy_helper import to_array
-
         same: dict[str, str] = {}
         fixed: dict[str, tuple[float, float]] = {}
         missing = []
@@ -137,7 +128,7 @@ class _Sources:
             if origin == "attention_mask":
                 fixed[name] = (mask_value, 0.0)
             elif origin in self._constants:
-                values: np.ndarray[Any, Any] = to_array(self._constants[origin])
+                values = to_array(self._constants[origin])
                 fixed[name] = (float(values.min()), float(values.max()))
             elif source is not None:
                 same[name] = source
@@ -168,7 +159,7 @@ class _Sources:
             else:
                 return name
 
-    def _reference(self, origin: str, known: set[str]) -> str | None:
+    def _reference(self, origin: str, known: Collection[str]) -> str | None:
         found = self._same.get(origin)
         while found is not None and found not in known:
             found = self._plain_moved.get(found)

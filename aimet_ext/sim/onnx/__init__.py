@@ -1,1 +1,5 @@
-"""The adaptor to aimet_onnx."""
+"""Simulations of ``aimet_onnx``, which has to be installed."""
+
+from aimet_ext.errors import require
+
+require("aimet_onnx", "onnx")

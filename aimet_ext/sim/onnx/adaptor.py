@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from aimet_onnx import QuantizationSimModel
@@ -16,35 +16,36 @@ from aimet_ext.data.batches import ForwardFn
 from aimet_ext.data.onnx_batches import onnx_batches
 from aimet_ext.models.topology import BlockTopology, TopologyDescription
 from aimet_ext.onnx.graph import OnnxGraph
+from aimet_ext.onnx.index import FLOATS
 from aimet_ext.onnx.layers import FoundLayers, OnnxLayer, find_layers, node_names
-from aimet_ext.onnx.shells import insert_module, module_tree, shell
+from aimet_ext.onnx.shells import module_tree, shell
 from aimet_ext.onnx.walk.walk import OnnxWalk
 from aimet_ext.sim.facts import SimFacts
-from aimet_ext.sim.onnx.parts import (
-    FloatState,
+from aimet_ext.sim.onnx.blocks import (
     OnnxPart,
-    carried,
+    add_blocks,
+    capture,
+    copy_shared,
     live_quantizer,
-    no_forward_fn,
     observed,
     observed_ranges,
-    switched_off,
 )
 from aimet_ext.sim.onnx.quantizer_state import (
     is_integer,
     quantizer_state,
     restore_quantizer,
+    switched_off,
     uninitialize,
 )
 from aimet_ext.sim.onnx.quantizers import OnnxWeightQuantizer
-from aimet_ext.sim.protocol import Range, SimAdaptor, WeightQuantizer
+from aimet_ext.sim.protocol import Range, SimAdaptor, carried
 from aimet_ext.walk.protocol import Streams, Walk
 from aimet_ext.walk.stream import BlockStream
 
 __all__ = ["OnnxSim"]
 
 
-class OnnxSim:
+class OnnxSim(SimAdaptor):
     """See :class:`aimet_ext.sim.protocol.SimAdaptor`.
 
     The graph is looked at once, when it is first needed. Its layers are named after their nodes;
@@ -54,8 +55,7 @@ class OnnxSim:
     :param sim: built by ``create_sim`` or by hand.
     """
 
-    ledger: Any = carried("aimet_ext_ledger")
-    settings: Any = carried("aimet_ext_settings")
+    how_to_quantize = "enable the quantizers of their weights"
     _stale: Any = carried("aimet_ext_stale_session")
 
     def __init__(self, sim: QuantizationSimModel) -> None:
@@ -96,24 +96,9 @@ class OnnxSim:
             return None
         return OnnxWeightQuantizer(layer.name, self.graph, layer, quantizer, self.touch)
 
-    def weight_quantizers(
-        self, names: Iterable[str] | None = None
-    ) -> dict[str, OnnxWeightQuantizer]:
-        """Weight quantizers of the layers named, or of all layers that have one.
-
-        :raises ValueError: a layer named has none.
-        """
-        if names is None:
-            every = {name: self.weight_quantizer(name) for name in self.layers}
-            return {name: found for name, found in every.items() if found is not None}
-        wanted = {name: self.weight_quantizer(name) for name in names}
-        missing = [name for name, found in wanted.items() if found is None]
-        if missing:
-            raise ValueError(
-                "each of these layers needs a weight quantizer and has none: "
-                f"{', '.join(missing)}; leave them out, or enable the quantizers of their weights"
-            )
-        return {name: found for name, found in wanted.items() if found is not None}
+    def layer_names(self) -> Iterator[str]:
+        """Return the names of all layers."""
+        return iter(self.layers)
 
     @contextmanager
     def disabled_quantizers(
@@ -126,10 +111,7 @@ class OnnxSim:
     ) -> Iterator[None]:
         """Context in which the session computes in float; restored at the end whatever happens.
 
-        :param module: name; ``""`` for the whole model. Activations are not told apart by module.
-        :param weights: quantizers of parameters, norm gains and biases among them.
-        :param activations: quantizers of all other tensors.
-        :param keep: names of layers whose weight quantizers stay on.
+        Activations are not told apart by module.
         """
         layers = (self._layer(name) for name in keep)
         kept = {layer.weight for layer in layers if layer is not None}
@@ -161,11 +143,7 @@ class OnnxSim:
     def snapshot(
         self, module: str, *, weights: bool = True
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Copies of a module's stored values and the whole state of its quantizers.
-
-        :param weights: false where weights are not going to change.
-        :returns: tensors, and plain JSON values beside them.
-        """
+        """Copies of a module's stored values and the whole state of its quantizers."""
         stored = self._stored_in(module)
         tensors = {f"{name}/value": self.graph.tensor(name) for name in stored if weights}
         meta: dict[str, Any] = {}
@@ -207,14 +185,7 @@ class OnnxSim:
 
     @torch.no_grad()
     def tensor_ranges(self, module: str, run: Callable[[], object]) -> dict[str, Range]:
-        """Range of what each quantizer of a block quantizes while ``run`` runs it.
-
-        Layers' weights are left out: they have their own :meth:`OnnxWeightQuantizer.calibrate`.
-
-        :param module: name of the block to watch.
-        :param run: runs it, as often as there are batches.
-        :returns: ``(min, max)`` by the names of the tensors that were seen.
-        """
+        """Range of what each quantizer of a block quantizes while ``run`` runs it."""
         weights = {layer.weight for layer in self.layers.values()}
         every = self.sim.qc_quantize_op_dict
         watched = [n for n, q in every.items() if n not in weights and is_integer(q)]
@@ -222,34 +193,19 @@ class OnnxSim:
             return observed_ranges(self._module(module), run, watched)
 
     def reset_encodings(self, names: Iterable[str]) -> list[str]:
-        """Drop the ranges of these quantizers, frozen or not, for ``compute_encodings`` to fill.
-
-        :param names: of tensors, as :meth:`tensor_ranges` gives them.
-        :returns: those that had a range.
-        """
+        """Drop the ranges of these quantizers, frozen or not, for ``compute_encodings`` to fill."""
         every = self.sim.qc_quantize_op_dict
         had = [name for name in names if every[name].is_initialized()]
         for name in had:
             uninitialize(every[name], parameter=self._is_parameter(name))
         return had
 
-    @contextmanager
-    def calibrated(self, names: Iterable[str]) -> Iterator[None]:
-        """Context in which these layers' weight quantizers have a range, if only for the while."""
-        new = [w for w in self.weight_quantizers(names).values() if not w.initialized]
-        try:
-            for quantizer in new:
-                quantizer.calibrate()
-            yield
-        finally:
-            self.reset_encodings(quantizer.layer.weight for quantizer in new)
-
     def float_state(self) -> Mapping[str, Tensor]:
         """Float initializers by name, read when they are asked for."""
-        return FloatState(self.graph, without=self.copied)
+        return _FloatState(self.graph, without=self.copied)
 
     def full_name(self, name: str) -> str:
-        """The layer of a node's name, one that AIMET or the addition of a bias gave it too."""
+        """Return the layer of a node's name, also of one that fusing or a bias gave it."""
         return node_names(self.graph, self.layers).get(name, name)
 
     def unsupported_layers(self) -> dict[str, str]:
@@ -261,9 +217,9 @@ class OnnxSim:
         return self.layers.shared_weights()
 
     def batches(self, dataloader: Any, *, opaque: bool = False) -> list[Any]:
-        """Inputs of the model by name, see :func:`aimet_ext.data.onnx_batches.onnx_batches`."""
+        """Return inputs of the model, see :func:`aimet_ext.data.onnx_batches.onnx_batches`."""
         if opaque:
-            raise no_forward_fn()
+            raise _no_forward_fn()
         return list(onnx_batches(dataloader, self.graph.inputs))
 
     def walk(
@@ -279,7 +235,7 @@ class OnnxSim:
     ) -> Walk:
         """By the graph, in onnxruntime."""
         if forward_fn is not None:
-            raise no_forward_fn()
+            raise _no_forward_fn()
         return OnnxWalk(
             self.graph,
             self.layers,
@@ -294,8 +250,6 @@ class OnnxSim:
 
     def find_blocks(self, description: TopologyDescription | None) -> list[BlockTopology]:
         """Decoder blocks, see :mod:`aimet_ext.sim.onnx.blocks`; they are added as parts."""
-        from aimet_ext.sim.onnx.blocks import add_blocks
-
         return add_blocks(self, description)
 
     @contextmanager
@@ -306,8 +260,6 @@ class OnnxSim:
 
         They stay copied after it, unless it is left by an exception.
         """
-        from aimet_ext.sim.onnx.blocks import copy_shared
-
         session, stale = self.sim.session, self._stale
         copies = copy_shared(self, kinds, description)
         try:
@@ -339,10 +291,8 @@ class OnnxSim:
         device: torch.device | str | None,
     ) -> BlockStream:
         """What the first block receives, with the weight quantizers that are on."""
-        from aimet_ext.sim.onnx.blocks import capture
-
         if forward_fn is not None:
-            raise no_forward_fn()
+            raise _no_forward_fn()
         return capture(self, first_block, batches, cache_dir=cache_dir, device=device)
 
     def commit(self, module: str) -> None:
@@ -350,14 +300,6 @@ class OnnxSim:
         if module in self.parts:
             self.parts[module].commit()
             self.touch()
-
-    def add_part(self, name: str, module: nn.Module, part: OnnxPart) -> None:
-        """Put a module with parameters of its own, copies of stored values, into the model.
-
-        :param name: its full name; its layers are called by that and their names within it.
-        """
-        insert_module(self.model, name, module)
-        self.parts[name] = part
 
     def touch(self) -> None:
         """Note that values of the model changed, which the session does not see by itself."""
@@ -441,7 +383,32 @@ class OnnxSim:
         return name in self.sim.param_names
 
 
-if TYPE_CHECKING:  # the protocols are met, says the type checker
+class _FloatState(Mapping[str, Tensor]):
+    """Float initializers of a model by name, each one read when it is asked for.
 
-    def _adaptor(sim: OnnxSim, _: OnnxWeightQuantizer) -> tuple[SimAdaptor, WeightQuantizer]:
-        return sim, _
+    :param without: names that are left out.
+    """
+
+    def __init__(self, graph: OnnxGraph, without: Collection[str] = ()) -> None:
+        self._graph = graph
+        stored = graph.initializers.items()
+        self._names = [n for n, t in stored if t.data_type in FLOATS and n not in without]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._graph.initializers:
+            raise KeyError(name)
+        return self._graph.tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _no_forward_fn() -> TypeError:
+    """The error for a ``forward_fn``, which has no model to call."""
+    return TypeError(
+        "forward_fn must be left out for an ONNX simulation, whose model is called with its "
+        "inputs by name; got one"
+    )

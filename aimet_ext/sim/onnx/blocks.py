@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from aimet_ext.core.affine import fake_quantize
+from aimet_ext.core.affine import Grid, fake_quantize, minmax_range, scale_offset
 from aimet_ext.models.families import TopologyDescription
 from aimet_ext.models.topology import BlockTopology
 from aimet_ext.onnx.blocks.capture import argument_names, capture_blocks, check_block
@@ -25,19 +26,46 @@ from aimet_ext.onnx.blocks.module import (
     write_back,
 )
 from aimet_ext.onnx.blocks.shared import to_copy
+from aimet_ext.onnx.layers import OnnxLayer
 from aimet_ext.onnx.shells import insert_module
-from aimet_ext.sim.onnx.parts import OnnxPart
 from aimet_ext.sim.onnx.split import Copies
+from aimet_ext.sim.protocol import Range
 from aimet_ext.walk.stream import BlockStream
 
 if TYPE_CHECKING:
     from aimet_ext.sim.onnx.adaptor import OnnxSim
 
-__all__ = ["add_blocks", "capture", "copy_shared"]
+__all__ = [
+    "OnnxPart",
+    "add_blocks",
+    "capture",
+    "copy_shared",
+    "live_quantizer",
+    "observed",
+    "observed_ranges",
+]
 
 _STACK = "model.layers"  # as checkpoints name it, so that one scales file fits both
 _OTHER_STACK = "decoder.blocks"  # where nodes of the graph have such names
 _CHECKED_ROWS = 2  # sequences of the first batch that blocks are checked on
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class OnnxPart:
+    """A block of a model as a torch module, which holds copies of stored values.
+
+    :param layers: layers by their names within the block.
+    :param stored: names of all values that the block has copies of, weights of layers among them.
+    :param tensors: names of the tensors that it computes or reads.
+    :param commit: writes its parameters back.
+    :param reload: reads them again.
+    """
+
+    layers: Mapping[str, OnnxLayer]
+    stored: Collection[str]
+    tensors: Collection[str]
+    commit: Callable[[], None]
+    reload: Callable[[], None]
 
 
 class BlockStack(nn.Module):
@@ -229,3 +257,62 @@ def capture(
         stream.close()
         raise
     return stream
+
+
+@contextmanager
+def observed(module: nn.Module, observer: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    """Context in which every tensor of a block passes through a function.
+
+    :param observer: from a tensor's name and value to what takes its place.
+    :raises ValueError: the module is not a block that can be watched.
+    """
+    block: Any = module
+    if not hasattr(block, "observer"):
+        raise ValueError(
+            "a decoder block of the ONNX model is required to watch tensors, got a module that "
+            "computes nothing by itself; call find_blocks first"
+        )
+    before = block.observer
+    block.observer = observer
+    try:
+        yield
+    finally:
+        block.observer = before
+
+
+def observed_ranges(
+    module: nn.Module, run: Callable[[], object], names: Collection[str]
+) -> dict[str, Range]:
+    """Range of each named tensor of a block that is seen while ``run`` runs it."""
+    ranges: dict[str, Range] = {}
+    wanted = frozenset(names)
+
+    def observe(name: str, tensor: Tensor) -> Tensor:
+        if name in wanted and tensor.numel() and tensor.is_floating_point():
+            low, high = ranges.get(name, (float("inf"), -float("inf")))
+            ranges[name] = (min(low, float(tensor.min())), max(high, float(tensor.max())))
+        return tensor
+
+    with observed(module, observe):
+        run()
+    return ranges
+
+
+def live_quantizer(quantizer: Any) -> Callable[[Tensor], Tensor]:
+    """What an activation quantizer does once its range is that of the tensor at hand.
+
+    Gradients pass straight through the rounding; the range counts as a constant.
+    """
+    symmetric = bool(quantizer.use_symmetric_encodings)
+    steps = 2 ** int(quantizer.bitwidth) - 1
+    low_int = -(steps + 1) // 2 if symmetric else 0
+    integers = (low_int, low_int + steps, symmetric)
+
+    def quantize(tensor: Tensor) -> Tensor:
+        if not tensor.numel() or not tensor.is_floating_point():
+            return tensor
+        low, high = minmax_range(tensor.detach(), (1,), *integers)
+        scale, offset = scale_offset(low.float(), high.float(), *integers)
+        return fake_quantize(tensor, Grid(scale, offset, *integers[:2], half_up=True))
+
+    return quantize

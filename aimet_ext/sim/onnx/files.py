@@ -11,8 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx_ir
+from aimet_onnx import ir_utils
+from aimet_onnx._encoding import AffineEncoding, EncodingBase, LPBQEncoding
+from aimet_onnx.common.onnx._utils import to_array
+from aimet_onnx.graph_passes.fusions import inline_all_supergroups
+from aimet_onnx.quantsim import encodings_to_onnx_qdq
 
-from aimet_ext.sim.onnx.state import enabled_quantizers
+from aimet_ext.sim.onnx.quantizer_state import rounds_to_integers
+from aimet_ext.sim.onnx.state import enabled_quantizers, layer_biases
 
 __all__ = [
     "EXTERNAL_LIMIT",
@@ -21,7 +29,6 @@ __all__ = [
     "copy_constants",
     "float_tensors",
     "integer_scales",
-    "is_integer",
     "load_with",
     "lpbq_as_blocks",
     "missing_int32_biases",
@@ -74,16 +81,14 @@ def containers(sim: Any) -> dict[str, int]:
     return {
         name: next(width for width in _WIDTHS if width >= quantizer.bitwidth)
         for name, quantizer in enabled_quantizers(sim).items()
-        if name in found and is_integer(quantizer) and quantizer.bitwidth not in _WIDTHS
+        if name in found and rounds_to_integers(quantizer) and quantizer.bitwidth not in _WIDTHS
     }
 
 
 def quantize_constant(quantizer: Any, proto: Any) -> Any:
     """What a quantizer makes of a constant, by AIMET's own arithmetic."""
-    from aimet_onnx.common.onnx._utils import to_array
-
     value = to_array(proto)
-    if not is_integer(quantizer) and quantizer.bitwidth == 16:
+    if not rounds_to_integers(quantizer) and quantizer.bitwidth == 16:
         return value.astype(np.float16).astype(value.dtype)
     return quantizer.quantize_dequantize(value)
 
@@ -114,8 +119,6 @@ def load_with(path: Path, values: Iterable[tuple[str, Any]]) -> Any:
 
     Of external data only the rest is read: protobuf keeps the room of a value that is replaced.
     """
-    import onnx
-
     model = onnx.load(str(path), load_external_data=False)
     overwrite(model, values)
     onnx.load_external_data_for_model(model, str(path.parent))
@@ -127,8 +130,6 @@ def copy_constants(model: Any, target: Any) -> None:
 
     :raises ValueError: a name, a shape or a type differs; all such are named and nothing changes.
     """
-    from aimet_onnx.common.onnx._utils import to_array
-
     source, found = constants(model), constants(target)
     faults = [f"{name} is missing" for name in found if name not in source]
     for name, proto in source.items():
@@ -144,8 +145,6 @@ def copy_constants(model: Any, target: Any) -> None:
 
 def same_value(proto: Any, expected: Any) -> bool:
     """Whether a constant holds the bytes of an array or of another constant."""
-    from aimet_onnx.common.onnx._utils import to_array
-
     values = expected if isinstance(expected, np.ndarray) else to_array(expected)
     read = to_array(proto)
     return bool(read.shape == values.shape and read.tobytes() == values.tobytes())
@@ -157,20 +156,16 @@ def save_float_model(
     """Write the model without its quantizers, as ``sim.export`` does.
 
     :param rounded: values by constant that stand in the place of the float ones.
-    :param external: write weights to ``{name}.data`` beside it; None: if they are too large.
+    :param external: write weights to ``{name}.data``; None: if they are too large.
     """
-    import onnx_ir
-    from aimet_onnx import ir_utils
-    from aimet_onnx.graph_passes.fusions import inline_all_supergroups
-
     model = onnx_ir.from_proto(sim.model.model)
     ir_utils.remove_aimet_quantizers(model)
     inline_all_supergroups(model)
-    for value in [*model.graph.initializers.values(), *_constant_outputs(model)]:
+    outputs = [node.outputs[0] for node in model.graph if node.op_type == "Constant"]
+    for value in [*model.graph.initializers.values(), *outputs]:
         if value.name in rounded:
             ir_utils.set_static_tensor(value, rounded[value.name])
-    size = sum(_bytes(proto) for proto in constants(sim.model.model).values())
-    if external or (external is None and size > EXTERNAL_LIMIT):
+    if external or (external is None and _is_large(sim.model.model)):
         onnx_ir.save(model, path, external_data=f"{path.name}.data")
     else:
         onnx_ir.save(model, path)
@@ -180,7 +175,6 @@ def write_encodings(
     sim: Any, path: Path, version: str, wider: Mapping[str, int], *, int32_biases: bool
 ) -> None:
     """Write encodings, those of ``wider`` in their containers, by AIMET's own exporter."""
-    from aimet_onnx._encoding import EncodingBase
 
     def get_encodings(names: Collection[str], version: str) -> list[dict[str, Any]]:
         found = []
@@ -232,7 +226,7 @@ def unfit_for_qdq(sim: Any, wider: Mapping[str, int]) -> list[str]:
     """What a QDQ model cannot hold, each tensor with the reason."""
     found, faults = constants(sim.model.model), []
     for name, quantizer in enabled_quantizers(sim).items():
-        if not is_integer(quantizer):
+        if not rounds_to_integers(quantizer):
             continue
         if quantizer.bitwidth not in _WIDTHS and name not in wider:
             faults.append(f"{name} ({quantizer.bitwidth} bits, and it is no constant)")
@@ -245,17 +239,7 @@ def unfit_for_qdq(sim: Any, wider: Mapping[str, int]) -> list[str]:
 
 def missing_int32_biases(sim: Any, encoded: Collection[str]) -> list[str]:
     """Biases of layers with a quantized weight that are in none of the encodings."""
-    missing = []
-    for op in sim.connected_graph.get_all_ops().values():
-        if op.type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
-            continue
-        weight, bias = sim._get_weight_and_bias(op)
-        if weight is None or bias is None or bias.name in encoded:
-            continue
-        quantizer = sim.qc_quantize_op_dict.get(weight.name)
-        if quantizer is not None and quantizer.enabled and is_integer(quantizer):
-            missing.append(bias.name)
-    return missing
+    return [n for n, q in layer_biases(sim) if n not in encoded and rounds_to_integers(q)]
 
 
 def save_qdq_model(model: Any, encodings: Mapping[str, Any], path: Path, *, external: bool) -> None:
@@ -264,8 +248,6 @@ def save_qdq_model(model: Any, encodings: Mapping[str, Any], path: Path, *, exte
     :param model: ModelProto whose quantized constants are on their grids.
     :param encodings: of version 2.0.0.
     """
-    from aimet_onnx.quantsim import encodings_to_onnx_qdq
-
     converted = encodings_to_onnx_qdq(model, dict(encodings), prequantize_constants=True)
     name_nodes(converted)
     save_model(converted, path, external=external)
@@ -290,10 +272,7 @@ def name_nodes(model: Any) -> None:
 
 def save_model(model: Any, path: Path, *, external: bool) -> None:
     """Write a ModelProto, with the weights beside it if asked for or if they are too large."""
-    import onnx
-
-    size = sum(_bytes(proto) for proto in constants(model).values())
-    if external or size > EXTERNAL_LIMIT:
+    if external or _is_large(model):
         onnx.save_model(model, str(path), save_as_external_data=True, location=f"{path.name}.data")
     else:
         onnx.save_model(model, str(path))
@@ -301,8 +280,6 @@ def save_model(model: Any, path: Path, *, external: bool) -> None:
 
 def _portable(encoding: Any, width: int | None, version: str) -> Any:
     """An encoding in the words of other readers; the points of its grid stay."""
-    from aimet_onnx._encoding import AffineEncoding, LPBQEncoding
-
     if not isinstance(encoding, AffineEncoding):
         return encoding
     dtype, kind = encoding.dtype, encoding.dtype.rstrip("0123456789")
@@ -332,18 +309,12 @@ def _portable(encoding: Any, width: int | None, version: str) -> Any:
     )
 
 
-def _constant_outputs(model: Any) -> list[Any]:
-    return [node.outputs[0] for node in model.graph if node.op_type == "Constant"]
-
-
-def is_integer(quantizer: Any) -> bool:
-    """Whether a quantizer rounds to integers."""
-    return quantizer.data_type.name == "int"
+def _is_large(model: onnx.ModelProto) -> bool:
+    """Return True for a model whose constants do not fit into its file."""
+    return sum(_bytes(proto) for proto in constants(model).values()) > EXTERNAL_LIMIT
 
 
 def _bytes(proto: Any) -> int:
-    import onnx
-
     count = int(np.prod(proto.dims, dtype=np.int64))
     if proto.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
         return count // 2

@@ -1,16 +1,22 @@
-"""What a quantizer of aimet_onnx holds: read, written, calibrated, dropped, kept and put back."""
+"""One quantizer of aimet_onnx: grid and range are read, written, calibrated and restored."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import aimet_onnx
 import numpy as np
 import torch
 from aimet_onnx.common import libpymo
-from aimet_onnx.common.defs import QuantizationDataType
-from aimet_onnx.qc_quantize_op import LPBQScaleQuantizer, QcQuantizeOp
+from aimet_onnx.common.defs import QuantizationDataType, QuantScheme
+from aimet_onnx.qc_quantize_op import (
+    LPBQScaleQuantizer,
+    OpMode,
+    QcQuantizeOp,
+    TensorQuantizerParams,
+)
 from torch import Tensor
 
 __all__ = [
@@ -22,22 +28,38 @@ __all__ = [
     "quantizer_state",
     "read_encodings",
     "restore_quantizer",
+    "rounds_to_integers",
     "stored_cells",
+    "switched_off",
     "uninitialize",
 ]
 
 # Attribute of AIMET's quantizer: LPBQ's scale of each block as it was before AIMET put the scales
 # of a channel on integers, which is all that AIMET keeps.
 RAW_SCALE = "aimet_ext_raw_scale"
+_FLOAT_FIELDS = ("exponent_bits", "mantissa_bits", "finite", "unsigned_zero")
+
+
+def rounds_to_integers(quantizer: QcQuantizeOp) -> bool:
+    """Return True for a quantizer of an integer type, on or off."""
+    return bool(quantizer.data_type == QuantizationDataType.int)
 
 
 def is_integer(quantizer: QcQuantizeOp | None) -> bool:
-    """Whether a quantizer is there, is on, and rounds to integers."""
-    return (
-        quantizer is not None
-        and bool(quantizer.enabled)
-        and quantizer.data_type == QuantizationDataType.int
-    )
+    """Return True for a quantizer that is there, is on, and rounds to integers."""
+    return quantizer is not None and bool(quantizer.enabled) and rounds_to_integers(quantizer)
+
+
+@contextmanager
+def switched_off(quantizers: Sequence[QcQuantizeOp]) -> Iterator[None]:
+    """Open a context in which these quantizers, which are on, do nothing."""
+    try:
+        for quantizer in quantizers:
+            quantizer.enabled = False
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.enabled = True
 
 
 def calibrate_on(quantizer: QcQuantizeOp, values: np.ndarray[Any, Any]) -> None:
@@ -56,33 +78,55 @@ def uninitialize(quantizer: QcQuantizeOp, *, parameter: bool = True) -> None:
     """Drop a quantizer's range, frozen or not: it is as AIMET built it, waiting for calibration."""
     quantizer._is_encoding_frozen = False
     quantizer.reset_encoding_stats()
-    modes = libpymo.TensorQuantizerOpMode
-    quantizer.op_mode = modes.oneShotQuantizeDequantize if parameter else modes.updateStats
+    quantizer.op_mode = OpMode.oneShotQuantizeDequantize if parameter else OpMode.updateStats
 
 
 def quantizer_state(quantizer: QcQuantizeOp) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Copies of a quantizer's range, and as JSON values what kind of grid it has."""
-    info = quantizer.quant_info
-    dtype = quantizer.precision().to_legacy_repr()
+    """Return copies of a quantizer's range, and the kind of its grid as JSON values.
+
+    :returns: ``encodings``, a row of delta, offset, min and max for each cell, and LPBQ's
+        ``raw_scale``, where there are such; all else that makes the quantizer.
+    """
+    info, params = quantizer.quant_info, quantizer.tensor_quantizer_params
+    precision, scales = quantizer.precision(), quantizer._scale_quantizer
+    fixed = quantizer._encoding_min_max_fixed_vals
     meta = {
-        "integer": dtype[0] == QuantizationDataType.int,
-        "bitwidth": int(dtype[1]),
-        "enabled": bool(quantizer.enabled),
-        "frozen": bool(quantizer.is_encoding_frozen()),
-        "initialized": bool(quantizer.is_initialized()),
-        "op_mode": int(quantizer.op_mode),
-        "symmetric": bool(info.useSymmetricEncoding),
-        "strict": bool(quantizer.use_strict_symmetric),
-        "unsigned": bool(quantizer.use_unsigned_symmetric),
-        "shift": float(quantizer.get_zero_point_shift()),
-        "per_channel": bool(info.usePerChannelMode),
-        "axes": [int(info.channelAxis), int(info.blockAxis), int(info.blockSize)],
-        "scale_bits": getattr(quantizer._scale_quantizer, "scale_bits", None),
+        "dtype": quantizer.data_type.name,
+        "bitwidth": quantizer.bitwidth,
+        "format": (
+            None
+            if rounds_to_integers(quantizer)
+            else {field: getattr(precision, field) for field in _FLOAT_FIELDS}
+        ),
+        "symmetric": quantizer.use_symmetric_encodings,
+        "strict_symmetric": quantizer.use_strict_symmetric,
+        "unsigned_symmetric": quantizer.use_unsigned_symmetric,
+        "zero_point_shift": quantizer.get_zero_point_shift(),
+        "per_channel": info.usePerChannelMode,
+        "channel_axis": info.channelAxis,
+        "block_axis": info.blockAxis,
+        "block_size": info.blockSize,
+        "scale_bits": None if scales is None else scales.scale_bits,
+        "layout": None
+        if params is None
+        else {
+            "tensor_shape": [int(size) for size in params.tensor_shape],
+            "channel_axis": params.channel_axis,
+            "block_axis": params.block_axis,
+        },
+        "quant_scheme": quantizer.quant_scheme.name,
+        "op_mode": quantizer.op_mode.name,
+        "fixed_range": None if fixed is None else list(fixed),
+        "state": {
+            "enabled": quantizer.enabled,
+            "frozen": quantizer.is_encoding_frozen(),
+            "initialized": quantizer.is_initialized(),
+        },
     }
     tensors: dict[str, Tensor] = {}
     encodings = quantizer.get_encodings()
     if encodings is not None:
-        rows = [(e.min, e.max, e.delta, e.offset) for e in encodings]
+        rows = [(e.delta, e.offset, e.min, e.max) for e in encodings]
         tensors["encodings"] = torch.tensor(rows, dtype=torch.float64)
     raw = getattr(quantizer, RAW_SCALE, None)
     if raw is not None:
@@ -93,45 +137,46 @@ def quantizer_state(quantizer: QcQuantizeOp) -> tuple[dict[str, Tensor], dict[st
 def restore_quantizer(
     quantizer: QcQuantizeOp, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
 ) -> None:
-    """Put back what :func:`quantizer_state` returned, the kind of grid too."""
+    """Give a quantizer the state that :func:`quantizer_state` returned, of this or another one."""
     quantizer._is_encoding_frozen = False
-    if quantizer_state(quantizer)[1] != {**meta, "frozen": False}:
-        _restore_grid(quantizer, meta)
-    quantizer.reset_encoding_stats()
-    if "encodings" in tensors:
-        found = [
-            _encoding(meta["bitwidth"], *row) for row in tensors["encodings"].double().tolist()
-        ]
-        quantizer._tensor_quantizer.setEncodings(found)
-    setattr(quantizer, RAW_SCALE, tensors.get("raw_scale"))
-    quantizer.op_mode = libpymo.TensorQuantizerOpMode(meta["op_mode"])
-    quantizer.enabled = meta["enabled"]
-    quantizer._is_encoding_frozen = meta["frozen"]
-
-
-def _restore_grid(quantizer: QcQuantizeOp, meta: Mapping[str, Any]) -> None:
+    layout, form, fixed = meta["layout"], meta["format"], meta["fixed_range"]
+    quantizer.tensor_quantizer_params = None if layout is None else TensorQuantizerParams(**layout)
     info = quantizer.quant_info
-    info.useSymmetricEncoding = meta["symmetric"]
     info.usePerChannelMode = meta["per_channel"]
-    info.channelAxis, info.blockAxis, info.blockSize = meta["axes"]
+    info.channelAxis, info.blockAxis = meta["channel_axis"], meta["block_axis"]
+    info.blockSize = meta["block_size"]
+    quantizer.data_type = QuantizationDataType[meta["dtype"]]
+    quantizer.quant_scheme = QuantScheme[meta["quant_scheme"]]
+    quantizer.use_symmetric_encodings = meta["symmetric"]
+    qtype = aimet_onnx.qtype
+    inner = quantizer._build_tensor_quantizer(
+        qtype.float(**form) if form else qtype.int(meta["bitwidth"])
+    )
+    inner.setStrictSymmetric(meta["strict_symmetric"])
+    inner.setUnsignedSymmetric(meta["unsigned_symmetric"])
+    inner.setZeroPointShift(meta["zero_point_shift"])
+    quantizer._tensor_quantizer = inner
     bits = meta["scale_bits"]
     quantizer._scale_quantizer = None if bits is None else LPBQScaleQuantizer(bits)
-    if meta["integer"]:
-        quantizer.set_precision(aimet_onnx.qtype.int(meta["bitwidth"]))
-    quantizer._tensor_quantizer = quantizer._build_tensor_quantizer()
-    quantizer.use_strict_symmetric = meta["strict"]
-    quantizer.use_unsigned_symmetric = meta["unsigned"]
-    quantizer.set_zero_point_shift(meta["shift"])
+    quantizer._encoding_min_max_fixed_vals = None if fixed is None else tuple(fixed)
+    if "encodings" in tensors:
+        # As they are: AIMET's own setter would compress LPBQ's scales once more.
+        rows = tensors["encodings"].double().tolist()
+        inner.setEncodings([_encoding(meta["bitwidth"], *row) for row in rows])
+    setattr(quantizer, RAW_SCALE, tensors.get("raw_scale"))
+    quantizer.op_mode = OpMode.__members__[meta["op_mode"]]
+    quantizer.enabled = meta["state"]["enabled"]
+    quantizer._is_encoding_frozen = meta["state"]["frozen"]
 
 
 def is_blockwise(quantizer: QcQuantizeOp) -> bool:
-    """Whether a quantizer has cells along the input dimension."""
+    """Return True for a quantizer with cells along the input dimension."""
     info = quantizer.quant_info
     return bool(info.usePerChannelMode) and info.blockSize > 0
 
 
 def stored_cells(quantizer: QcQuantizeOp, dims: int) -> tuple[int, ...]:
-    """Cells along each dimension of the weight as it is stored."""
+    """Return the number of cells along each dimension of the weight as it is stored."""
     info = quantizer.quant_info
     cells = [1] * dims
     if info.usePerChannelMode:
@@ -143,7 +188,7 @@ def stored_cells(quantizer: QcQuantizeOp, dims: int) -> tuple[int, ...]:
 
 
 def read_encodings(quantizer: QcQuantizeOp) -> tuple[Tensor, Tensor]:
-    """Scale and first value in steps of every cell, in AIMET's order, float64 ``[cells]``."""
+    """Return scale and first value in steps of every cell, as AIMET orders them, in float64."""
     rows = [(e.delta, e.offset) for e in quantizer.get_encodings()]
     scale, first = torch.tensor(rows, dtype=torch.float64).unbind(1)
     return scale, first
@@ -155,7 +200,7 @@ def load_scale(
     """Write the encodings of all cells, frozen or not; LPBQ's scales are put on integers there."""
     bits = int(quantizer.bitwidth)
     found = [
-        _encoding(bits, s * f, s * (f + steps), s, f) for s, f in zip(scale, first, strict=True)
+        _encoding(bits, s, f, s * f, s * (f + steps)) for s, f in zip(scale, first, strict=True)
     ]
     frozen = quantizer._is_encoding_frozen
     try:
@@ -165,8 +210,8 @@ def load_scale(
         quantizer._is_encoding_frozen = frozen
 
 
-def _encoding(bits: int, low: float, high: float, delta: float, offset: float) -> Any:
+def _encoding(bits: int, delta: float, offset: float, low: float, high: float) -> Any:
     encoding = libpymo.TfEncoding()
     encoding.bw = bits
-    encoding.min, encoding.max, encoding.delta, encoding.offset = low, high, delta, offset
+    encoding.delta, encoding.offset, encoding.min, encoding.max = delta, offset, low, high
     return encoding

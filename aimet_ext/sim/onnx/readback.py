@@ -1,17 +1,30 @@
-"""Simulations made of files that were written, and how they differ from the first one."""
+"""Simulations and files run, read back, and compared with the simulation they come from."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+from aimet_onnx.quantsim import load_encodings_to_sim
 
-from aimet_ext.sim.onnx.files import constants, float_tensors, is_integer, quantize_constant
+from aimet_ext.onnx.session import open_session
+from aimet_ext.sim.onnx.files import constants, float_tensors, quantize_constant
+from aimet_ext.sim.onnx.quantizer_state import rounds_to_integers
 from aimet_ext.sim.onnx.state import enabled_quantizers
 
-__all__ = ["differences", "read_encodings", "read_qdq", "run"]
+__all__ = [
+    "deviation",
+    "differences",
+    "read_encodings",
+    "read_qdq",
+    "refresh",
+    "run",
+    "run_file",
+    "tensor_values",
+]
 
 
 def read_encodings(sim: Any, path: Path, other: Any) -> None:
@@ -20,8 +33,6 @@ def read_encodings(sim: Any, path: Path, other: Any) -> None:
     :param sim: the first simulation, of which the casts to float16 are taken.
     :param other: new, of the float model that was written.
     """
-    from aimet_onnx.quantsim import load_encodings_to_sim
-
     # AIMET may tie quantizers anew that the first simulation has apart, and then loads two
     # encodings into one.
     own = {name: quantizer._copy() for name, quantizer in other.qc_quantize_op_dict.items()}
@@ -48,13 +59,35 @@ def _match_casts(sim: Any, other: Any) -> None:
         if name in casts:
             quantizer.set_precision(sim.qc_quantize_op_dict[name].precision())
             quantizer.enabled = True
-        elif quantizer.enabled and not is_integer(quantizer) and quantizer.bitwidth >= 16:
+        elif quantizer.enabled and not rounds_to_integers(quantizer) and quantizer.bitwidth >= 16:
             quantizer.enabled = False
+
+
+def refresh(sim: Any) -> None:
+    """Rebuild the session from the model, whose values may have been changed in place."""
+    sim._rebuild_session()
 
 
 def run(sim: Any, feed: Mapping[str, Any]) -> list[Any]:
     """Outputs of a simulation as arrays."""
     return list(sim.session.run(None, dict(feed)))
+
+
+def run_file(path: str | Path, feed: Mapping[str, Any]) -> list[Any]:
+    """Return the outputs of an ONNX file in onnxruntime on the CPU, its nodes as they are."""
+    # Its optimizer would round float weights behind quantized activations, and their biases.
+    session = open_session(path, optimize="none")
+    return [np.asarray(output) for output in session.run(None, dict(feed))]
+
+
+def deviation(outputs: Sequence[Any], expected: Sequence[Any]) -> float:
+    """Return the norm of the difference of all outputs, relative to that of the expected ones."""
+    difference = norm = 0.0
+    for one, two in zip(outputs, expected, strict=True):
+        wide = two.astype(np.float64)
+        difference += float(np.square(one.astype(np.float64) - wide).sum())
+        norm += float(np.square(wide).sum())
+    return (difference / norm) ** 0.5 if difference else 0.0
 
 
 def differences(sim: Any, other: Any, *, last_bit: Collection[str] = ()) -> list[str]:
@@ -121,3 +154,33 @@ def _grid(quantizer: Any) -> tuple[Any, ...]:
 
 def _shown(grid: tuple[Any, ...]) -> str:
     return f"{grid[0]}, {', '.join(map(str, grid[1:3]))}"
+
+
+def tensor_values(sim: Any, feed: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return values of tensors as arrays, after their quantizers, for one batch of inputs.
+
+    :param names: Outputs of operators; those that the simulation does not have are left out.
+    """
+    nodes, outputs = sim.model.model.graph.node, sim.model.model.graph.output
+    quantized = {node.input[0]: node.output[0] for node in nodes if node.op_type == "QcQuantizeOp"}
+    known = {name for node in nodes for name in node.output}
+    found = {name: quantized.get(name, name) for name in names if name in known}
+    if not found:
+        return {}
+    count, there = len(outputs), {value.name for value in outputs}
+    try:
+        for name in dict.fromkeys(found.values()):
+            if name not in there:
+                outputs.append(
+                    onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+                )
+        session = type(sim.session)(
+            sim.model.model,
+            sim.providers,
+            session_options=sim._ort_session_options,
+            path=sim._path,
+            save_as_external_data=sim._use_external_data,
+        )
+        return dict(zip(found, session.run([*found.values()], dict(feed)), strict=True))
+    finally:
+        del outputs[count:]

@@ -59,7 +59,7 @@ class Copies:
         self.names.clear()
 
     def _reader(self, stored: str, reading: Reading) -> tuple[NodeProto, int] | None:
-        """The node of the model that a node of the float view is in, and its one such input."""
+        """Return the model's node that holds a node of the float view, and its one such input."""
         names = {stored, *(node.output[0] for node in self._quantizers(stored))}
         for node in self._nodes():
             if node.op_type == _QUANTIZER or not names.intersection(node.input):

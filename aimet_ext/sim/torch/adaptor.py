@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from aimet_torch import QuantizationSimModel
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from aimet_ext.data.batches import ForwardFn, iterate_batches
 from aimet_ext.models.topology import BlockTopology, TopologyDescription, find_blocks
 from aimet_ext.sim.facts import SimFacts
-from aimet_ext.sim.protocol import Range, SimAdaptor, WeightQuantizer
+from aimet_ext.sim.protocol import Range, SimAdaptor
 from aimet_ext.sim.torch.live_ranges import forwards, live, observer, widen
 from aimet_ext.sim.torch.quantizers import (
     TorchWeightQuantizer,
@@ -32,16 +32,14 @@ from aimet_ext.walk.traced import walk_graph
 
 __all__ = ["TorchSim"]
 
-# Attributes on AIMET's simulation: they follow it through copy.deepcopy.
-_LEDGER = "aimet_ext_ledger"
-_SETTINGS = "aimet_ext_settings"
 
-
-class TorchSim:
+class TorchSim(SimAdaptor):
     """See :class:`aimet_ext.sim.protocol.SimAdaptor`. It holds no state of its own.
 
     :param sim: built by ``create_sim`` or by hand.
     """
+
+    how_to_quantize = "set param_quantizers['weight']"
 
     def __init__(self, sim: QuantizationSimModel) -> None:
         self.sim = sim
@@ -50,24 +48,6 @@ class TorchSim:
     def model(self) -> nn.Module:
         """The model with its quantizers."""
         return self.sim.model
-
-    @property
-    def ledger(self) -> Any:
-        """The record of transforms that the simulation carries, None before the first."""
-        return getattr(self.sim, _LEDGER, None)
-
-    @ledger.setter
-    def ledger(self, ledger: Any) -> None:
-        setattr(self.sim, _LEDGER, ledger)
-
-    @property
-    def settings(self) -> dict[str, Any] | None:
-        """What ``create_sim`` was called with, None for a simulation built by hand."""
-        return getattr(self.sim, _SETTINGS, None)
-
-    @settings.setter
-    def settings(self, settings: dict[str, Any] | None) -> None:
-        setattr(self.sim, _SETTINGS, settings)
 
     def weight_quantizer(self, name: str) -> TorchWeightQuantizer | None:
         """Weight quantizer of a layer, None if its weight stays float.
@@ -81,24 +61,9 @@ class TorchSim:
             return None
         return TorchWeightQuantizer(name, module)
 
-    def weight_quantizers(
-        self, names: Iterable[str] | None = None
-    ) -> dict[str, TorchWeightQuantizer]:
-        """Weight quantizers of the layers named, or of all modules that have one.
-
-        :raises ValueError: a layer named has none.
-        """
-        if names is None:
-            every = {name: self.weight_quantizer(name) for name, _ in self._quantized("")}
-            return {name: found for name, found in every.items() if found is not None}
-        wanted = {name: self.weight_quantizer(name) for name in names}
-        missing = [name for name, found in wanted.items() if found is None]
-        if missing:
-            raise ValueError(
-                "each of these layers needs a weight quantizer and has none: "
-                f"{', '.join(missing)}; leave them out, or set param_quantizers['weight']"
-            )
-        return {name: found for name, found in wanted.items() if found is not None}
+    def layer_names(self) -> Iterator[str]:
+        """Return the names of all quantized modules."""
+        return (name for name, _ in self._quantized(""))
 
     @contextmanager
     def disabled_quantizers(
@@ -225,17 +190,6 @@ class TorchSim:
             uninitialize(quantizers[name])
             quantizers[name].allow_overwrite(True)
         return had
-
-    @contextmanager
-    def calibrated(self, names: Iterable[str]) -> Iterator[None]:
-        """Context in which these layers' weight quantizers have a range, if only for the while."""
-        new = [w for w in self.weight_quantizers(names).values() if not w.initialized]
-        try:
-            for quantizer in new:
-                quantizer.calibrate()
-            yield
-        finally:
-            self.reset_encodings(f"{quantizer.name}.param_quantizers.weight" for quantizer in new)
 
     def float_state(self) -> dict[str, Tensor]:
         """Parameters and persistent buffers of the model without those of its quantizers.
@@ -408,12 +362,3 @@ def _named_quantizers(root: nn.Module) -> Iterator[tuple[str, QuantizerBase]]:
 
 def _is_activation(quantizer: str) -> bool:
     return ".param_quantizers." not in f".{quantizer}"
-
-
-if TYPE_CHECKING:  # the protocols are met, says the type checker
-
-    def _adaptor(sim: TorchSim) -> SimAdaptor:
-        return sim
-
-    def _weight_quantizer(quantizer: TorchWeightQuantizer) -> WeightQuantizer:
-        return quantizer

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from aimet_torch.quantization.affine import AffineQuantizerBase, GroupedBlockQuantizeDequantize
 from torch import Tensor, nn
 
-from aimet_ext.config import LPBQ, Blockwise, Granularity, PerChannel, PerTensor, QSpec
 from aimet_ext.core.affine import Grid, symmetric_offset
+from aimet_ext.core.clipping import GridLayout
+from aimet_ext.sim.protocol import WeightQuantizer
 
 __all__ = ["TorchWeightQuantizer", "quantizer_state", "restore_quantizer", "uninitialize"]
 
 
-class TorchWeightQuantizer:
+class TorchWeightQuantizer(WeightQuantizer):
     """See :class:`aimet_ext.sim.protocol.WeightQuantizer`.
 
     Both of AIMET's parametrisations are known, ``min`` and ``max`` and ``scale`` and ``offset``.
@@ -50,62 +52,25 @@ class TorchWeightQuantizer:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Cells of the grid along each dimension."""
+        """Cells of the grid along each dimension of the weight."""
         return tuple(self.quantizer.shape)
 
-    @property
-    def bitwidth(self) -> int:
-        """Bits of a quantized weight."""
-        return (self.qmax - self.qmin).bit_length()
-
-    @property
-    def symmetric(self) -> bool:
-        """Whether the offset is fixed."""
-        return self.quantizer.symmetric
-
-    @property
-    def qmin(self) -> int:
-        """Smallest integer."""
-        return int(self.quantizer.qmin)
-
-    @property
-    def qmax(self) -> int:
-        """Largest integer."""
-        return int(self.quantizer.qmax)
-
-    @property
-    def zero_point_shift(self) -> float:
-        """0, or 0.5 where the values lie half a step off the integers."""
-        return self.quantizer.zero_point_shift
-
-    @property
-    def block_size(self) -> tuple[int, ...] | None:
-        """AIMET's block size along each dimension, None unless blockwise."""
-        size = self.quantizer.block_size
-        return None if size is None else tuple(int(n) for n in size)
-
-    @property
-    def block_grouping(self) -> tuple[int, ...] | None:
-        """Blocks that share a float scale along each dimension, None unless LPBQ."""
-        return tuple(self.quantizer.block_grouping) if self.scale_bits is not None else None
-
-    @property
-    def scale_bits(self) -> int | None:
-        """Bits of LPBQ's integer scales, None for any other grid."""
-        if not isinstance(self.quantizer, GroupedBlockQuantizeDequantize):
-            return None
-        return self.quantizer.decompressed_bw - self.bitwidth
-
-    @property
-    def granularity(self) -> Granularity:
-        """The nearest word of :mod:`aimet_ext.config` for the grid's shape."""
-        cells = (1,) * (self.weight.dim() - len(self.shape)) + self.shape
-        if self.block_size is not None:
-            width = self.weight.shape[1] // cells[1]  # input channels, whatever the kernel
-            if self.scale_bits:
-                return LPBQ(width, self.scale_bits)
-            return Blockwise(width)
-        return PerTensor() if torch.Size(cells).numel() == 1 else PerChannel()
+    @cached_property
+    def layout(self) -> GridLayout:
+        """The grid but its ranges, as that of a matrix ``[out, in]``."""
+        own, qmin, qmax = self.quantizer, int(self.quantizer.qmin), int(self.quantizer.qmax)
+        lpbq = isinstance(own, GroupedBlockQuantizeDequantize)
+        size = own.block_size
+        return GridLayout(
+            shape=((1,) * (2 - len(self.shape)) + self.shape)[:2],
+            qmin=qmin,
+            qmax=qmax,
+            symmetric=own.symmetric,
+            zero_point_shift=own.zero_point_shift,
+            block_size=None if size is None else tuple(int(n) for n in size),
+            block_grouping=tuple(own.block_grouping)[:2] if lpbq else None,
+            scale_bits=own.decompressed_bw - (qmax - qmin).bit_length() if lpbq else None,
+        )
 
     @property
     def frozen(self) -> bool:
@@ -117,52 +82,43 @@ class TorchWeightQuantizer:
         """Whether there is a range."""
         return self.quantizer.is_initialized()
 
-    def spec(self) -> QSpec:
-        """Width, symmetry and granularity in the words of :mod:`aimet_ext.config`."""
-        return QSpec(bitwidth=self.bitwidth, symmetric=self.symmetric, granularity=self.granularity)
-
     @torch.no_grad()
     def grid(self) -> Grid:
-        """The grid that AIMET quantizes with, in float32.
+        """Return the grid that AIMET quantizes with, in float32.
 
         :raises ValueError: the quantizer has no range yet.
         """
         if not self.initialized:
-            raise ValueError(
-                f"{self.name}: a weight quantizer with a range is required, got one without; "
-                "run sim.compute_encodings first"
-            )
+            raise self.no_range()
         return Grid(
             scale=self.quantizer.get_scale(dtype=torch.float32).clone(),
             offset=self.quantizer.get_offset(dtype=torch.float32).clone(),
-            qmin=self.qmin,
-            qmax=self.qmax,
-            block_size=self.block_size,
-            zero_point_shift=self.zero_point_shift,
+            qmin=self.layout.qmin,
+            qmax=self.layout.qmax,
+            block_size=self.layout.block_size,
+            zero_point_shift=self.layout.zero_point_shift,
         )
 
     def free_grid(self) -> Grid:
-        """The same with LPBQ's raw float scale for every block: no integers, no channel's scale.
+        """Return the grid with LPBQ's raw float scale for every block, without its integers.
 
         :raises ValueError: the quantizer has no range yet.
         """
         grid = self.grid()
-        if self.scale_bits is None:
+        if self.layout.scale_bits is None:
             return grid
         low, high = self.quantizer.min.detach().float(), self.quantizer.max.detach().float()
-        return replace(grid, scale=(high - low) / (self.qmax - self.qmin))
+        return replace(grid, scale=(high - low) / (grid.qmax - grid.qmin))
 
     @torch.no_grad()
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Write the range of each cell.
 
-        :param low: smallest value, of the grid's ``shape`` or one that expands to it.
-        :param high: largest value.
         :raises ValueError: a bound is not finite.
         """
         if not (low.isfinite().all() and high.isfinite().all()):
             raise ValueError(f"{self.name}: a finite range is required, got NaN or infinity")
-        self.quantizer.set_range(low.expand(self.shape), high.expand(self.shape))
+        self.quantizer.set_range(self.shaped(low), self.shaped(high))
 
     @torch.no_grad()
     def set_scale(self, scale: Tensor, offset: Tensor | None = None) -> None:
@@ -170,26 +126,23 @@ class TorchWeightQuantizer:
 
         AIMET keeps ``min`` and ``max`` in float32 and divides their difference again, so the last
         bit of the scale may differ: use what is read back.
-
-        :param scale: of the grid's ``shape``; for LPBQ the raw scale of each block, which AIMET
-            turns into an integer times its channel's scale.
-        :param offset: AIMET's offset (minus the zero point), None for a symmetric grid.
         """
-        quantizer, steps = self.quantizer, self.qmax - self.qmin
+        quantizer, layout = self.quantizer, self.layout
+        steps = layout.qmax - layout.qmin
         if offset is None:
-            offset = torch.full_like(scale, symmetric_offset(self.qmin, self.qmax))
+            offset = torch.full_like(scale, symmetric_offset(layout.qmin, layout.qmax))
         if "scale" in dict(quantizer.named_parameters(recurse=False)):
-            quantizer.scale.copy_(scale)
-            if not self.symmetric:
-                quantizer.offset.copy_(offset)
+            quantizer.scale.copy_(self.shaped(scale))
+            if not layout.symmetric:
+                quantizer.offset.copy_(self.shaped(offset))
             return
-        if self.scale_bits is not None:
+        if layout.scale_bits is not None:
             # AIMET's exporter makes a range of the scale and a scale of that again, in float32:
             # one that comes out as it went in is needed for encodings that are the sim's.
             scale = scale.float()
-            scale = (scale * self.qmax - scale * self.qmin) / steps
+            scale = (scale * layout.qmax - scale * layout.qmin) / steps
         scale = scale.double()
-        low = (scale * (offset.double() + self.qmin)).float()
+        low = (scale * (offset.double() + layout.qmin)).float()
         high = (low.double() + scale * steps).float()
         best = high
         for candidate in _neighbours(high):
@@ -204,6 +157,12 @@ class TorchWeightQuantizer:
     def freeze(self, frozen: bool = True) -> None:
         """Have ``sim.compute_encodings`` leave the range alone, or no longer."""
         self.quantizer.allow_overwrite(not frozen)
+
+    def reset(self) -> None:
+        """Drop the range, frozen or not."""
+        if self.initialized:
+            uninitialize(self.quantizer)
+            self.quantizer.allow_overwrite(True)
 
 
 def quantizer_state(quantizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -18,7 +18,7 @@ from aimet_ext.data.cache import TensorCache
 from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer
 from aimet_ext.walk.stream import BlockCall, BlockStream
 
-__all__ = ["Block", "BlockState", "layout_of"]
+__all__ = ["Block", "BlockState"]
 
 Params = dict[str, Tensor]
 
@@ -33,22 +33,6 @@ class BlockState:
 
     smooth: Mapping[str, Tensor] = field(default_factory=dict)
     grids: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-
-def layout_of(quantizer: WeightQuantizer) -> GridLayout:
-    """All of a weight quantizer's grid but its ranges, as that of a matrix ``[out, in]``."""
-    cells = (1,) * (2 - len(quantizer.shape)) + tuple(quantizer.shape)
-    grouping = quantizer.block_grouping  # of the kernel's dimensions too, which have one block
-    return GridLayout(
-        shape=cells[:2],
-        qmin=quantizer.qmin,
-        qmax=quantizer.qmax,
-        symmetric=quantizer.symmetric,
-        zero_point_shift=quantizer.zero_point_shift,
-        block_size=quantizer.block_size,
-        block_grouping=None if grouping is None else grouping[:2],
-        scale_bits=quantizer.scale_bits,
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +75,7 @@ class Block:
 
     def layout(self, layer: str) -> GridLayout:
         """Grid of a layer's weight as a matrix."""
-        return layout_of(self.quantizers[layer])
+        return self.quantizers[layer].layout
 
     def chosen(self, smooth: Mapping[str, Tensor]) -> list[tuple[ScalePair, Tensor]]:
         """The pairs that have a scale, with it, in the order they are folded in."""
@@ -203,9 +187,6 @@ class Block:
         self.adaptor.commit(self.name)
         for layer, (scale, offset) in state.grids.items():
             quantizer = self.quantizers[layer]
-            symmetric = quantizer.symmetric
-            shape = quantizer.shape
-            quantizer.set_scale(
-                scale.float().reshape(shape), None if symmetric else offset.float().reshape(shape)
-            )
+            symmetric = quantizer.layout.symmetric
+            quantizer.set_scale(scale.float(), None if symmetric else offset.float())
             quantizer.freeze()

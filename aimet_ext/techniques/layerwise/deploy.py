@@ -12,7 +12,6 @@ from aimet_ext.core.affine import Grid, dequantize, fake_quantize, quantize, sho
 from aimet_ext.core.clipping import GridLayout
 from aimet_ext.core.objective import SecondMoment, moment_product, row_errors
 from aimet_ext.sim.protocol import WeightQuantizer
-from aimet_ext.techniques.blockwise.block import layout_of
 from aimet_ext.techniques.layerwise.samples import SampleSum
 
 __all__ = ["Decision", "Outcome", "Problem", "deploy"]
@@ -58,7 +57,7 @@ class Problem:
             stored=stored,
             weight=weight,
             bias=None if bias is None else bias.detach().to(weight),
-            layout=layout_of(quantizer),
+            layout=quantizer.layout,
             frozen=_read(quantizer, weight) if quantizer.frozen else None,
             moment=moment,
             pull=moment.pull(weight),
@@ -122,8 +121,7 @@ def deploy(
     decision = decide(problem)
     judge = decision.judge or problem.errors
     if decision.range is not None:
-        shape = quantizer.shape
-        quantizer.set_range(*(bound.float().reshape(shape) for bound in decision.range))
+        quantizer.set_range(*(bound.float() for bound in decision.range))
     elif decision.scale is not None:
         _write(quantizer, decision.scale, decision.offset)
     elif problem.frozen is None:
@@ -172,14 +170,13 @@ def _give_back(
 
 
 def _write(quantizer: WeightQuantizer, scale: Tensor, offset: Tensor | None) -> None:
-    shape = quantizer.shape
-    own = None if quantizer.symmetric or offset is None else offset.float().reshape(shape)
-    quantizer.set_scale(short_scale(scale.float()).reshape(shape), own)
+    own = None if quantizer.layout.symmetric or offset is None else offset.float()
+    quantizer.set_scale(short_scale(scale.float()), own)
 
 
 def _read(quantizer: WeightQuantizer, weight: Tensor) -> Grid:
     """The simulation's grid as that of a matrix."""
-    grid, shape = quantizer.grid(), layout_of(quantizer).shape
+    grid, shape = quantizer.grid(), quantizer.layout.shape
     scale, offset = (t.reshape(shape).to(weight.device) for t in (grid.scale, grid.offset))
     return replace(grid, scale=scale, offset=offset)
 

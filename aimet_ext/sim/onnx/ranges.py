@@ -1,44 +1,36 @@
-"""A quantization simulation of an ONNX file, with the ranges that an encodings file gives it."""
+"""Ranges of a simulation, from an encodings file, from another simulation or from batches."""
 
 from __future__ import annotations
 
-import json
-import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import aimet_onnx
 import numpy as np
-import onnx
 import torch
-from aimet_onnx.common.quantsim_config.quantsim_config import _get_config_file
 from aimet_onnx.qc_quantize_op import QcQuantizeOp
 
 from aimet_ext.config import LPBQ, Blockwise, Granularity, PerChannel, PerTensor, QSpec
 from aimet_ext.core.affine import Grid, fake_quantize
+from aimet_ext.files.encodings import Layout, to_grid
 from aimet_ext.onnx.index import MOVES
 from aimet_ext.onnx.layers import OnnxLayer
-from aimet_ext.sim.onnx.quantizer_state import calibrate_on, load_scale, uninitialize
+from aimet_ext.sim.onnx.grids import aimet_spec
+from aimet_ext.sim.onnx.quantizer_state import (
+    calibrate_on,
+    load_scale,
+    quantizer_state,
+    restore_quantizer,
+    uninitialize,
+)
 from aimet_ext.sim.onnx.quantizers import OnnxWeightQuantizer
-from aimet_ext.sim.onnx.setup import aimet_spec
-from aimet_ext.sim.onnx.state import enabled_quantizers
-from aimet_ext.sim.protocol import adapt
+from aimet_ext.sim.onnx.state import absent_tensors, enabled_quantizers, insert_quantizers, untie
+from aimet_ext.sim.protocol import Range, adapt
 
-__all__ = [
-    "Loaded",
-    "build_target_sim",
-    "calibrate_added",
-    "insert_quantizers",
-    "only_these",
-    "put_encodings",
-]
+__all__ = ["Loaded", "calibrate_added", "put_encodings", "quantize_activations", "take_ranges"]
 
 Entry = Mapping[str, Any]
-# Of an entry, its tensor's shape (none for a single range) and the axis of its channels.
-GridOf = Callable[[Entry, tuple[int, ...], int], Grid]
 
 # Widths that a QDQ model has types for.
 _WIDTHS = (4, 8, 16)
@@ -48,9 +40,9 @@ _WIDTHS = (4, 8, 16)
 class Loaded:
     """Where encodings went.
 
-    :param quantizers: tensors that have a quantizer with a range of the file.
-    :param moved: encoded outputs of nodes that only move values, whose source has that range.
-    :param tables: lookup tables that lie on their grid in the graph, row by row; their quantizer
+    :param quantizers: Tensors that have a quantizer with a range of the file.
+    :param moved: Encoded outputs of nodes that only move values, whose source has that range.
+    :param tables: Lookup tables that lie on their grid in the graph, row by row; their quantizer
         has one scale of 16 bits, which adds next to nothing.
     """
 
@@ -58,58 +50,21 @@ class Loaded:
     moved: tuple[str, ...]
     tables: tuple[str, ...]
 
-
-def build_target_sim(
-    model: onnx.ModelProto,
-    config: str | Mapping[str, Any],
-    *,
-    activation_bits: int = 16,
-    sample: Mapping[str, Any] | None = None,
-) -> Any:
-    """A simulation with quantizers wherever a target has them; ranges are still to be set.
-
-    MatMul and the Add of a bias stay apart: HTP drops the float bias of an LPBQ layer that AIMET
-    took for one operator.
-
-    :param model: float model; it becomes part of the simulation.
-    :param config: AIMET's alias or the content of a configuration.
-    :param sample: inputs as arrays, to find types with.
-    """
-    content = _content(config)
-    fusions = [each for each in content.get("supergroup_pass_list", ()) if each != "MatmulAdd"]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.json"
-        content = {**content, "supergroup_pass_list": fusions}
-        path.write_text(json.dumps(content), encoding="utf-8")
-        return aimet_onnx.QuantizationSimModel(
-            model,
-            config_file=str(path),
-            param_type="int8",
-            activation_type=f"int{activation_bits}",
-            dummy_input=None if sample is None else dict(sample),
-            providers=["CPUExecutionProvider"],
-        )
+    def others(self, sim: Any) -> list[str]:
+        """Return the tensors whose quantizers are in use and have no range of the file."""
+        return [n for n in enabled_quantizers(sim) if n not in (*self.quantizers, *self.tables)]
 
 
-def _content(config: str | Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a configuration, also of one that AIMET has an alias for."""
-    if not isinstance(config, str):
-        return dict(config)
-    content: dict[str, Any] = json.loads(Path(_get_config_file(config)).read_text("utf-8"))
-    return content
-
-
-def put_encodings(sim: Any, encoded: Mapping[str, Entry], grid_of: GridOf) -> Loaded:
-    """Give a simulation's quantizers the ranges of a file, and its weights their quantized values.
+def put_encodings(sim: Any, encoded: Mapping[str, Entry]) -> Loaded:
+    """Give a simulation's quantizers the ranges of a file's entries, and constants their values.
 
     Quantizers of other tensors are left as they are. A range that is shared by what the file knows
     and what it does not is no longer shared.
 
-    :param encoded: entries of encodings 1.0.0 by tensor.
-    :param grid_of: the grid of an entry, of the tensor's shape and the axis of its channels.
+    :param encoded: Entries of encodings 1.0.0 by tensor.
     :raises ValueError: the model lacks a tensor; all such are named and nothing changes.
     """
-    return _Loader(sim, encoded, grid_of).load()
+    return _Loader(sim, encoded).load()
 
 
 def calibrate_added(
@@ -122,38 +77,64 @@ def calibrate_added(
     sim.compute_encodings([dict(batch) for batch in batches])
 
 
-def insert_quantizers(sim: Any, bitwidths: Mapping[str, int]) -> None:
-    """Have these activations be quantized, each by a quantizer of its own without a range yet."""
+def quantize_activations(sim: Any, bitwidths: Mapping[str, int | None]) -> None:
+    """Quantize these activations, to a width where one is given; they need ranges next."""
+    insert_quantizers(sim, bitwidths)
     for name, bits in bitwidths.items():
-        if name not in sim.qc_quantize_op_dict:
-            sim._insert_quantizer(name, is_param=False)
-            sim.activation_names.append(name)
         quantizer = sim.qc_quantize_op_dict[name]
         quantizer.enabled = True
-        quantizer.set_precision(aimet_onnx.qtype.int(bits))
+        if bits is not None:
+            quantizer.set_precision(aimet_onnx.qtype.int(bits))
     sim._rebuild_session()
 
 
-@contextmanager
-def only_these(sim: Any, names: Collection[str]) -> Iterator[None]:
-    """Context in which no quantizer but these is in use."""
-    off = [q for name, q in enabled_quantizers(sim).items() if name not in names]
-    kept = {id(q) for name, q in enabled_quantizers(sim).items() if name in names}
-    off = [q for q in off if id(q) not in kept]
-    try:
-        for quantizer in off:
-            quantizer.enabled = False
-        yield
-    finally:
-        for quantizer in off:
-            quantizer.enabled = True
+def take_ranges(
+    sim: Any,
+    reference: Any,
+    same: Mapping[str, str],
+    fixed: Mapping[str, Range],
+    *,
+    bitwidths: Mapping[str, int],
+) -> None:
+    """Give quantizers of activations ranges, and freeze them. Those that were shared no longer are.
+
+    :param sim: Simulation to change.
+    :param reference: Simulation with all ranges.
+    :param same: Tensor of ``reference`` whose range each tensor gets.
+    :param fixed: ``(min, max)`` of further tensors.
+    :param bitwidths: Widths of tensors that get another one than they have.
+    """
+    names, quantizers = [*same, *fixed], sim.qc_quantize_op_dict
+    untie(sim, names)
+    for name, source in same.items():
+        shape = quantizers[name].tensor_quantizer_params
+        state = quantizer_state(reference.qc_quantize_op_dict[source])
+        restore_quantizer(quantizers[name], *state)
+        quantizers[name].tensor_quantizer_params = shape
+        quantizers[name].enabled = True
+    for name, (low, high) in fixed.items():
+        _put_range(quantizers[name], low, high)
+    for name, bits in bitwidths.items():
+        (encoding,) = quantizers[name].get_encodings()
+        uninitialize(quantizers[name], parameter=False)  # a frozen one keeps its width
+        quantizers[name].set_precision(aimet_onnx.qtype.int(bits))
+        _put_range(quantizers[name], encoding.min, encoding.max)
+    for name in names:
+        quantizers[name].freeze_encodings()
+    sim._rebuild_session()
+
+
+def _put_range(quantizer: QcQuantizeOp, low: float, high: float) -> None:
+    uninitialize(quantizer, parameter=False)
+    quantizer.enabled = True
+    calibrate_on(quantizer, np.array([low, high], dtype=np.float32))
 
 
 class _Loader:
     """Puts the entries of one file into one simulation."""
 
-    def __init__(self, sim: Any, encoded: Mapping[str, Entry], grid_of: GridOf) -> None:
-        self.sim, self.encoded, self.grid_of = sim, encoded, grid_of
+    def __init__(self, sim: Any, encoded: Mapping[str, Entry]) -> None:
+        self.sim, self.encoded = sim, encoded
         adaptor: Any = adapt(sim)
         self.adaptor, self.graph = adaptor, adaptor.graph
         self.layers = {layer.weight: layer for layer in adaptor.layers.values()}
@@ -162,12 +143,7 @@ class _Loader:
         self.tables: list[str] = []
 
     def load(self) -> Loaded:
-        products = self.sim.connected_graph.get_all_products()
-        absent = [
-            name
-            for name in self.encoded
-            if name not in products and name not in self.sim.qc_quantize_op_dict
-        ]
+        absent = absent_tensors(self.sim, self.encoded)
         if absent:
             raise ValueError(
                 "an ONNX file with every tensor of its encodings is required, but it has none "
@@ -176,8 +152,8 @@ class _Loader:
         places = {name: self._place(name) for name in self.encoded}
         targets = {name: place for name, place in places.items() if place is not None}
         self.moved = [name for name, place in places.items() if place != name]
-        self._insert(set(targets.values()))
-        self._untie(set(targets.values()))
+        insert_quantizers(self.sim, sorted(set(targets.values())))
+        untie(self.sim, set(targets.values()))
         for name, place in targets.items():
             if self.graph.constant(place) is not None:
                 self._put_constant(place, self.encoded[name])
@@ -206,33 +182,13 @@ class _Loader:
         node = self.graph.nodes[index]
         return node if node.op_type in MOVES else None
 
-    def _insert(self, names: Collection[str]) -> None:
-        for name in sorted(names):
-            if name not in self.sim.qc_quantize_op_dict:
-                self.sim._insert_quantizer(name, is_param=False)
-                self.sim.qc_quantize_op_dict[name].enabled = False
-                self.sim.activation_names.append(name)
-
-    def _untie(self, names: set[str]) -> None:
-        """Give each loaded tensor a quantizer of its own."""
-        users: dict[int, list[str]] = {}
-        for name, quantizer in self.sim.qc_quantize_op_dict.items():
-            users.setdefault(id(quantizer), []).append(name)
-        own = {}
-        for shared in users.values():
-            if len(shared) > 1:
-                for name in names & set(shared):
-                    own[name] = self.sim.qc_quantize_op_dict[name]._copy()
-        if own:
-            self.sim._set_quantizers(own, rebuild_session=False)
-
     def _put_constant(self, name: str, entry: Entry) -> None:
         """Put a stored value on its grid, and set its quantizer."""
         value = self.graph.tensor(name)
         layer = self.layers.get(name)
         single = entry["enc_type"] == "PER_TENSOR"
         axis = int(layer is not None and layer.transposed)
-        grid = self.grid_of(entry, () if single else tuple(value.shape), axis)
+        grid = _grid(entry, () if single else tuple(value.shape), axis)
         self.graph.set_tensor(name, fake_quantize(value, grid))
         quantizer = self.sim.qc_quantize_op_dict[name]
         if grid.scale.numel() == 1:
@@ -248,7 +204,7 @@ class _Loader:
     def _put_tensor(self, name: str, entry: Entry) -> None:
         """One range for a whole tensor."""
         quantizer = self.sim.qc_quantize_op_dict[name]
-        grid = _contained(self.grid_of(entry, (), 0))
+        grid = _contained(_grid(entry, (), 0))
         uninitialize(quantizer, parameter=False)
         quantizer.quant_info.usePerChannelMode = False
         quantizer._scale_quantizer = None
@@ -274,9 +230,21 @@ class _Loader:
         scale, offset = grid.scale, grid.offset
         if layer.transposed:
             scale, offset = scale.transpose(0, 1), offset.transpose(0, 1)
-        first = offset + grid.qmin - weight.qmin  # AIMET's own smallest integer may be another
+        first = (
+            offset + grid.qmin - weight.layout.qmin
+        )  # AIMET's own smallest integer may be another
         weight.set_scale(scale, None if spec.symmetric else first)
         weight.freeze()
+
+
+def _grid(entry: Entry, shape: tuple[int, ...], axis: int) -> Grid:
+    """Return the grid of an entry.
+
+    :param shape: Shape of its tensor, empty for a single range.
+    :param axis: Dimension of its channels.
+    """
+    scale_bits = entry["bw"] - entry["compressed_bw"] if "compressed_bw" in entry else None
+    return to_grid(entry, Layout(shape, axis, scale_bits))
 
 
 def _put_table(quantizer: QcQuantizeOp, values: np.ndarray[Any, Any]) -> None:
