@@ -130,13 +130,13 @@ def hand_off(
 
 
 def write_qdq(source: Any, path: str | Path) -> Path:
-    """Write the QDQ model that a compiler takes: what HTP computes as the simulation does.
+    """Write the QDQ model that a compiler takes, in forms that HTP computes as the simulation does.
 
     Weights are integers, norms one operator each, second operands of MatMuls between activations
     signed; nodes have names of their own.
 
     :param source: a :class:`HandOff`, or an ``aimet_onnx`` simulation with all ranges.
-    :param path: of the ONNX file; weights of more than 2 GiB go to ``{name}.data`` beside it. If
+    :param path: ONNX file; weights of more than 2 GiB go to ``{name}.data`` beside it. If
         writing fails, what was there before stays.
     :returns: the path.
     :raises RuntimeError: a weight with a quantizer is still float.
@@ -166,7 +166,7 @@ def write_qdq(source: Any, path: str | Path) -> Path:
 
 
 def feeds(inputs: Iterable[Any], dataloader: Any) -> list[dict[str, np.ndarray[Any, Any]]]:
-    """Batches as arrays by input, each of the batch size that the graph has, or of 1 if it is free.
+    """Return batches as arrays by input, of the graph's batch size, or of 1 if that is free.
 
     :param inputs: ``ValueInfoProto`` of the graph's inputs.
     :param dataloader: batches of ids, tuples in the order of the inputs, or mappings. A mask of
@@ -197,7 +197,7 @@ def _prepared(
     sample: Mapping[str, np.ndarray[Any, Any]],
     keep: bool,
 ) -> tuple[Any, list[str]]:
-    """The float model in the forms that an NPU computes right, and its keys and values."""
+    """Return the float model in forms that an NPU computes right, and its keys and values."""
     model = make_static(model, {name: array.shape for name, array in sample.items()}, encoded)
     bound_masks(model)
     set_apart(model, {name: entry["enc_type"] for name, entry in encoded.items()})
@@ -205,7 +205,7 @@ def _prepared(
 
 
 def _rows(tensors: dict[str, Tensor], inputs: Mapping[str, Any]) -> Iterable[dict[str, Tensor]]:
-    """A batch cut into ones of the graph's size, where that divides it."""
+    """Cut a batch into ones of the graph's size, where that divides it."""
     sizes = {
         value.type.tensor_type.shape.dim[0].dim_value if value.type.tensor_type.shape.dim else 0
         for value in inputs.values()
@@ -223,7 +223,7 @@ def _rows(tensors: dict[str, Tensor], inputs: Mapping[str, Any]) -> Iterable[dic
 
 @torch.no_grad()
 def _outputs(sim: Any, batch: Mapping[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
-    """First output of a simulation of either kind."""
+    """Return the first output of a simulation of either framework."""
     if adapt(sim).framework == "onnx":
         first: np.ndarray[Any, Any] = run(sim, batch)[0]
         return first
@@ -235,7 +235,7 @@ def _outputs(sim: Any, batch: Mapping[str, np.ndarray[Any, Any]]) -> np.ndarray[
 
 
 def _activation_bits(encoded: Mapping[str, Mapping[str, Any]]) -> int:
-    """The most frequent width of the tensors that have one range."""
+    """Return the most frequent width of the tensors that have one range."""
     bits = [entry["bw"] for entry in encoded.values() if entry["enc_type"] == "PER_TENSOR"]
     return max(set(bits), key=bits.count) if bits else 16
 

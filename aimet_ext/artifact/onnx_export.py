@@ -130,7 +130,7 @@ def load_onnx(folder: Path, prefix: str, settings: dict[str, Any] | None, sim: A
 
 
 class _Writer:
-    """Writes the files of one export, each compared with the sim before the next one."""
+    """Writer of the files of one export, each compared with the sim before the next one."""
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ class _Writer:
         }
 
     def write_float(self, external: bool | None) -> None:
-        """The float model; weights of a width that ONNX lacks lie on their grid."""
+        """Write the float model; weights of a width that ONNX lacks lie on their grid."""
         files.save_float_model(self.sim, self.model_path, self.rounded, external=external)
         mine, written = self._mine(), self._constants()
         expected = {**mine, **self.rounded}
@@ -177,7 +177,7 @@ class _Writer:
         self.checks["constants_equal"] = len(mine)
 
     def write_encodings(self, int32_biases: bool) -> None:
-        """Encodings of both versions, loaded into a new sim of the float model each."""
+        """Write encodings of both versions, and load each into a new sim of the float model."""
         for version, name in (("1.0.0", ""), ("2.0.0", ".2.0.0")):
             path = self.folder / f"{self.prefix}{name}.encodings"
             files.write_encodings(self.sim, path, version, self.wider, int32_biases=int32_biases)
@@ -197,7 +197,7 @@ class _Writer:
             self.checks[f"encodings_{version}"] = len(encoded)
 
     def write_qdq(self, external: bool) -> None:
-        """The QDQ model, loaded into a new sim, and run by onnxruntime as it is."""
+        """Write the QDQ model, load it into a new sim, and run it in onnxruntime as it is."""
         path = self.folder / f"{self.prefix}.qdq.onnx"
         values = files.quantized_constants(self.sim)
         model = files.load_with(self.model_path, values)
@@ -214,7 +214,7 @@ class _Writer:
         self.checks["onnxruntime_relative_deviation"] = deviation
 
     def write_state(self, ledger: Ledger) -> None:
-        """What only this package reads: quantizers, float weights, sample, ledger, settings."""
+        """Write quantizers, float weights, sample, ledger and settings, for this package alone."""
         ranges, described = sim_state(self.sim)
         tensors = {f"range.{name}": tensor for name, tensor in ranges.items()}
         tensors.update({f"sample.{n}": torch.from_numpy(a) for n, a in self.sample.items()})
@@ -256,7 +256,7 @@ class _Writer:
 
 
 def _sample(adaptor: SimAdaptor, dummy_input: Any) -> Arrays:
-    """A batch as arrays by input name."""
+    """Return a batch as arrays by input name."""
     if dummy_input is None:
         raise TypeError("dummy_input must be a batch of the model's inputs by name, got None")
     (batch,) = adaptor.batches([dummy_input])
@@ -270,7 +270,7 @@ def _deviation(outputs: list[Any], expected: list[Any]) -> float:
 
 
 def _hash(adaptor: SimAdaptor) -> str:
-    """Hash of the weights of a sim that no technique of ours has touched."""
+    """Return a hash of the weights of a sim that no technique has changed."""
     state = adaptor.float_state()
     return hash_tensors((name, state[name]) for name in sorted(state))
 

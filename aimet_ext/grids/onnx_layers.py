@@ -37,7 +37,7 @@ class OnnxTable(LayerTable):
     that of its weight; also without the type at the end, and with dots in place of slashes:
     ``/layers.0/up_proj/MatMul`` is ``layers.0.up_proj`` as well.
 
-    :param adaptor: of ``aimet_onnx.QuantizationSimModel``.
+    :param adaptor: Adaptor of an ONNX simulation.
     """
 
     def __init__(self, adaptor: Any) -> None:
@@ -69,7 +69,7 @@ class OnnxTable(LayerTable):
         return found
 
     def matching(self, pattern: str) -> list[str]:
-        """Names of the layers that fit a pattern under any of their names."""
+        """Return the layers that fit a pattern under any of their names."""
         return [
             name
             for name, aliases in self.aliases.items()
@@ -77,7 +77,7 @@ class OnnxTable(LayerTable):
         ]
 
     def of_type(self, word: str, excluded: Collection[str]) -> list[str] | None:
-        """Names of the quantized layers of an ONNX type; a biased MatMul is a Gemm as well.
+        """Return the quantized layers of an ONNX type; a biased MatMul is a Gemm as well.
 
         :raises ValueError: nodes of that type have weights that can have no such grid.
         """
@@ -105,7 +105,7 @@ class OnnxTable(LayerTable):
         return types
 
     def excluded(self, pattern: str) -> set[str] | None:
-        """Names of the layers that fit a pattern, or are in what does; None if nothing does."""
+        """Return the layers that fit a pattern, or are in what does; None if nothing does."""
         found = {
             name
             for name, aliases in self.aliases.items()
@@ -118,16 +118,16 @@ class OnnxTable(LayerTable):
         return fitting or None
 
     def is_name(self, pattern: str, name: str) -> bool:
-        """Whether a pattern is one of the names of a layer."""
+        """Return True if a pattern is one of the names of a layer."""
         return pattern in self.aliases[name]
 
     def ends_with_name(self, pattern: str, name: str) -> bool:
-        """Whether a pattern ends with the last part of a layer's name, types left out."""
+        """Return True if a pattern ends with the last part of a layer's name, types left out."""
         ends = {re.split(r"[/.]", _SUFFIX.sub("", alias))[-1] for alias in self.aliases[name]}
         return _SUFFIX.sub("", pattern).endswith(tuple(end for end in ends if end))
 
     def is_frozen(self, name: str) -> bool:
-        """Whether an earlier technique froze the range of a layer's weight."""
+        """Return True if an earlier technique froze the range of a layer's weight."""
         quantizer = self.quantizers[name]
         return quantizer is not None and quantizer.is_encoding_frozen()
 
@@ -140,7 +140,7 @@ class OnnxTable(LayerTable):
         return embeddings
 
     def example(self) -> str:
-        """What names look like."""
+        """Return an example of a name."""
         return repr(next(iter(self.found), ""))
 
     def apply(self, plan: WeightPlan, undo: ExitStack) -> dict[str, int]:
@@ -160,7 +160,7 @@ class OnnxTable(LayerTable):
 
 
 def output_layers(graph: OnnxGraph, layers: Mapping[str, OnnxLayer]) -> set[str]:
-    """The linear layer that makes the logits, by name; none if something else makes them.
+    """Find the linear layer that makes the logits, by name; none if something else makes them.
 
     Logits are the output of that name, else the first output. Between layer and output may stand
     nodes that read nothing else but stored values, as a type cast or a soft cap does.
@@ -184,7 +184,7 @@ def output_layers(graph: OnnxGraph, layers: Mapping[str, OnnxLayer]) -> set[str]
 
 
 def _scopes(name: str) -> Iterator[str]:
-    """A name and the names of what it is in: ``/a/b/MatMul``, ``/a/b`` and ``/a``."""
+    """Yield a name and the names of what it is in: ``/a/b/MatMul``, ``/a/b`` and ``/a``."""
     yield name
     for found in re.finditer(r"[/.]", name):
         if found.start():

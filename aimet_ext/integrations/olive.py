@@ -1,7 +1,7 @@
 """Olive's ``AimetQuantization`` pass with the techniques of this package.
 
-Importing this module puts :class:`AimetQuantization` in the place of the pass that Olive ships, for
-the workflows of this process. ``olive run --package-config`` does so with the file that
+Importing this module replaces the pass that Olive ships by :class:`AimetQuantization`, for the
+workflows of this process. ``olive run --package-config`` does so with the file that
 ``aimet-ext olive-config`` writes, and so does a data config's ``user_script`` that imports it. A
 workflow is written as for Olive's own pass; see :mod:`aimet_ext.integrations.olive_techniques`.
 
@@ -68,7 +68,7 @@ class PassFailed(ValueError):
 
 
 class Bias(StrEnumBase):
-    """How the QDQ model holds biases."""
+    """Form of biases in the QDQ model."""
 
     AUTO = "auto"
     FLOAT = "float"
@@ -188,7 +188,7 @@ class AimetQuantization(shipped.AimetQuantization):
         return handler
 
     def _int32_biases(self, bias: Any) -> bool:
-        """Whether biases are to be int32."""
+        """Return True if biases are to be int32."""
         if bias == Bias.AUTO:
             target = self.accelerator_spec
             return (
@@ -199,7 +199,7 @@ class AimetQuantization(shipped.AimetQuantization):
 
 
 class _Batches:
-    """What a data config gives, anew each time it is iterated over."""
+    """Batches of a data config, made anew each time they are iterated over."""
 
     def __init__(self, data_config: Any, model: Any) -> None:
         self.data_config = validate_config(data_config, DataConfig)
@@ -222,9 +222,9 @@ class _Batches:
 
 
 def _simulation(model: Any, settings: dict[str, Any], folder: str, batch: dict[str, Any]) -> Any:
-    """The simulation that Olive's own pass builds.
+    """Build the simulation that Olive's own pass builds.
 
-    :param batch: run where types cannot be inferred, behind onnxruntime's operators.
+    :param batch: Inputs, run where types cannot be inferred, behind onnxruntime's operators.
     """
     if model_has_adapters(model.model_path):
         raise PassFailed(

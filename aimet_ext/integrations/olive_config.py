@@ -18,7 +18,7 @@ _MODULE_PATH = f"aimet_ext.integrations.olive.{PASS}"
 
 
 def package_config(base: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Olive's package configuration with this package's pass in the place of its own.
+    """Return Olive's package configuration, with this package's pass instead of its own.
 
     Olive reads such a file instead of its own one, and so it holds all passes.
 
@@ -52,7 +52,7 @@ def package_config(base: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def _of_olive() -> dict[str, Any]:
-    """Olive's own configuration, without importing Olive, which takes its time."""
+    """Return Olive's own configuration, without the slow import of Olive."""
     found = importlib.util.find_spec("olive")
     if found is None or found.origin is None:
         raise MissingExtraError(

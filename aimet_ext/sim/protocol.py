@@ -143,7 +143,7 @@ class WeightQuantizer(Protocol):
         """Set the range from the weight, as ``sim.compute_encodings`` does, unless frozen."""
 
     def freeze(self, frozen: bool = True) -> None:
-        """Have ``sim.compute_encodings`` leave the range alone, or no longer."""
+        """Make ``sim.compute_encodings`` leave the range alone, or set it again."""
 
     def reset(self) -> None:
         """Drop the range, frozen or not, for ``sim.compute_encodings`` to set it anew."""

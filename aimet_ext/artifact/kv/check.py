@@ -28,7 +28,7 @@ _SAME_NUMBERS = 40.0
 def check_float(files: CacheFiles, model: CachedCausalLM, sim: Any) -> dict[str, Any]:
     """Run a text through the float graphs and through the float model; results for the manifest.
 
-    :param model: what the graphs were traced from, at present the model of ``sim``.
+    :param model: Model that the graphs were traced from, at present the model of ``sim``.
     :raises RuntimeError: they differ.
     """
     runtime: Any

@@ -43,7 +43,7 @@ def export_with_cache(
     kv_bitwidth: int | None = None,
     opset_version: int = _OPSET,
 ) -> dict[str, Any]:
-    """Write a torch sim as graphs that are handed a cache: one for prompts, one for a token.
+    """Write a torch sim as two graphs that take a cache: one for prompts, one for a token.
 
     ====================================  ==========================================================
     ``prefill.onnx``, ``decode.onnx``     ``prefill_length`` tokens a call, and one
@@ -68,19 +68,19 @@ def export_with_cache(
     in :func:`aimet_ext.export`; where onnxruntime is installed, a text is run through both, a part
     as a prompt and the rest token by token, and compared with the float model.
 
-    :param sim: of a causal LM of transformers, made by ``create_sim`` or by hand around
+    :param sim: Simulation of a causal LM of transformers, made by ``create_sim`` or by hand around
         ``prepare_model``, with ranges in all its quantizers; or the folder of its export.
     :param path: Folder; an earlier export is replaced in one step, other files are refused.
-    :param prefill_length: tokens that the graph for prompts takes at once, at least 2.
-    :param context_length: tokens that a query sees at most, those of its own call included.
-    :param dataloader: batches of ids ``[batch, seq]``, all of one length, which calibrate what the
+    :param prefill_length: Tokens that the graph for prompts takes at once, at least 2.
+    :param context_length: Tokens that a query sees at most, those of its own call included.
+    :param dataloader: Batches of ids ``[batch, seq]``, all of one length, which calibrate what the
         sim leaves float and an NPU does not: scores, rotary embeddings, sums. That is done once, on
         the graph without a cache (see :func:`aimet_ext.artifact.hand_off.hand_off`), from which
         both graphs get their ranges tensor by tensor; a cache that comes in has the range of the
         keys and values that go out. Needs aimet-onnx.
-    :param kv_bitwidth: bits of the cache in the quantized graphs, 8 or 16; None: those of the keys
+    :param kv_bitwidth: Bits of the cache in the quantized graphs, 8 or 16; None: those of the keys
         and values.
-    :param opset_version: of the ONNX files.
+    :param opset_version: Opset of the ONNX files.
     :returns: the manifest.
     :raises ValueError: lengths that do not fit the model, or layers that look back less far.
     :raises TypeError: no torch sim of a causal LM.
@@ -144,7 +144,7 @@ def _check_arguments(
 
 
 def _hand_off(sim: Any, source: Path | None, dataloader: Any) -> Reference:
-    """The simulation without a cache, as an NPU computes it."""
+    """Build the simulation without a cache, as an NPU computes it."""
     from aimet_ext.artifact.hand_off import hand_off
     from aimet_ext.artifact.kv.quantize import Reference
 
@@ -165,7 +165,7 @@ def _hand_off(sim: Any, source: Path | None, dataloader: Any) -> Reference:
 
 @contextlib.contextmanager
 def _with_cache(sim: Any, context_length: int) -> Iterator[CachedCausalLM]:
-    """Context in which a sim's model, in float32, takes and returns a cache."""
+    """Open a context in which a sim's model, in float32, takes and returns a cache."""
     own = sim.model
     with float32_model(own), torch.no_grad():
         model = CachedCausalLM(own, context_length).train(own.training)

@@ -28,8 +28,8 @@ __all__ = ["Reference", "quantized_graph"]
 class Reference:
     """A simulation without a cache, as an NPU computes it.
 
-    :param hand_off: with all ranges.
-    :param graph: its float model, what hangs on constants alone folded.
+    :param hand_off: Hand-off with all ranges.
+    :param graph: Its float model, constant parts folded.
     """
 
     hand_off: HandOff
@@ -37,7 +37,7 @@ class Reference:
 
     @classmethod
     def of(cls, found: HandOff) -> Reference:
-        """The reference of a hand-off whose folder is still there."""
+        """Return the reference of a hand-off whose folder is still there."""
         encoded = entries(load_encodings(found.folder / f"{found.prefix}.encodings"))
         model = onnx.load(str(found.folder / f"{found.prefix}.onnx"))
         return cls(found, fold_constants(model, keep=encoded))
@@ -51,16 +51,16 @@ def quantized_graph(
     config_file: str | Mapping[str, Any],
     kv_bitwidth: int | None = None,
 ) -> Any:
-    """An ``aimet_onnx`` simulation of a graph with a cache.
+    """Build an ``aimet_onnx`` simulation of a graph with a cache.
 
-    What its encodings file says is taken from there. All other ranges are those of the same
+    Ranges of its encodings file are taken from there. All other ranges are those of the same
     tensors of ``reference``; caches have the range of the keys and values that are put into them,
     the mask and the tables of positions the range of what they hold. Nothing is calibrated.
 
-    :param name: of the graph, its encodings beside it.
-    :param reference: the same simulation without a cache.
-    :param config_file: AIMET's configuration, that of ``reference``.
-    :param kv_bitwidth: bits of the cache; None: those of the keys and values.
+    :param name: Name of the graph, its encodings beside it.
+    :param reference: The same simulation without a cache.
+    :param config_file: Configuration of AIMET, that of ``reference``.
+    :param kv_bitwidth: Bits of the cache; None: those of the keys and values.
     :raises ValueError: a tensor is quantized that the reference does not have.
     """
     path = files.path(name)
@@ -88,8 +88,8 @@ def quantized_graph(
 class _Sources:
     """Tensors of a graph with a cache in the graph without one.
 
-    :param model: graph with a cache, its constants folded.
-    :param plain: graph without one, its constants folded.
+    :param model: Graph with a cache, its constants folded.
+    :param plain: Graph without one, its constants folded.
     """
 
     def __init__(self, model: Any, plain: Any, shape: CacheShape) -> None:
@@ -116,7 +116,7 @@ class _Sources:
     ) -> tuple[dict[str, str], dict[str, tuple[float, float]]]:
         """Return each name's tensor of the reference, or ``(min, max)`` where that is known.
 
-        :param known: tensors of the reference with a quantizer in use.
+        :param known: Tensors of the reference with a quantizer in use.
         :raises ValueError: neither is there for a name; all such are named.
         """
         same: dict[str, str] = {}
@@ -142,11 +142,11 @@ class _Sources:
         return same, fixed
 
     def cache_names(self) -> tuple[str, ...]:
-        """What comes in, what is added to it, and both joined."""
+        """Return the names of caches that come in, of what is added to them, and of both joined."""
         return (*self._past, *self._present, *self._joined)
 
     def _origin(self, name: str) -> str:
-        """The tensor whose values these are, or which they are joined with."""
+        """Return the tensor whose values these are, or which they are joined with."""
         while True:
             if name in self._moved:
                 name = self._moved[name]
@@ -167,5 +167,5 @@ class _Sources:
 
 
 def _cache_names(shape: CacheShape) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Caches that come in, and what is added to each of them."""
+    """Return the names of the caches that come in, and of what is added to each of them."""
     return shape.past_names(1), shape.output_names()[1:]

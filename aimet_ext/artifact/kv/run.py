@@ -25,9 +25,9 @@ FLOAT, QDQ = ".onnx", ".qdq.onnx"
 class CacheGraphs:
     """Graphs of one model that share a cache.
 
-    :param shape: of the cache.
-    :param mask_value: what their masks hold for tokens that are not seen.
-    :param calls: what runs a call, by the number of its tokens.
+    :param shape: Shape of the cache.
+    :param mask_value: Value of their masks for tokens that are not seen.
+    :param calls: Function that runs a call, by the number of its tokens.
     """
 
     shape: CacheShape
@@ -35,25 +35,25 @@ class CacheGraphs:
     calls: Mapping[int, Run]
 
     def cache(self) -> TokenCache:
-        """An empty cache for these graphs."""
+        """Return an empty cache for these graphs."""
         return TokenCache(self.shape, mask_value=self.mask_value)
 
     def logits(self, ids: Tensor, prompt: int | None = None) -> Tensor:
-        """Logits ``[1, seq, vocab]`` of ids ``[1, seq]``, on an empty cache.
+        """Return logits ``[1, seq, vocab]`` of ids ``[1, seq]``, on an empty cache.
 
-        :param prompt: how many of the ids are taken by the longer graph; None: all.
+        :param prompt: Number of ids that the longer graph takes; None: all.
         """
         return run_with_cache(self.calls, self.cache(), ids, prompt)
 
 
 @dataclass(frozen=True)
 class CacheFiles:
-    """Where the graphs are, and what they take.
+    """Files of the graphs, and the shapes of their inputs.
 
-    :param folder: theirs.
-    :param lengths: tokens of a call by the graph's name.
-    :param shape: of the cache.
-    :param mask_value: what their masks hold for tokens that are not seen.
+    :param folder: Folder of the graphs.
+    :param lengths: Tokens of a call by the graph's name.
+    :param shape: Shape of the cache.
+    :param mask_value: Value of their masks for tokens that are not seen.
     """
 
     folder: Path
@@ -62,16 +62,16 @@ class CacheFiles:
     mask_value: float
 
     def path(self, name: str, ending: str = FLOAT) -> Path:
-        """File of a graph."""
+        """Return the file of a graph."""
         return self.folder / f"{name}{ending}"
 
     def feed(self, length: int) -> dict[str, Tensor]:
-        """Inputs of a call of ``length`` tokens, all of them 0, on an empty cache."""
+        """Return the inputs of a call of ``length`` tokens, all of them 0, on an empty cache."""
         ids = torch.zeros(1, length, dtype=torch.long)
         return TokenCache(self.shape, mask_value=self.mask_value).feed(ids, length)
 
     def in_onnxruntime(self, ending: str = FLOAT) -> CacheGraphs:
-        """The graphs, ready to run in onnxruntime on the CPU."""
+        """Return the graphs, ready to run in onnxruntime on the CPU."""
         calls = {
             length: _onnx_call(self.path(name, ending), self.shape)
             for name, length in self.lengths.items()
@@ -80,10 +80,10 @@ class CacheFiles:
 
 
 def load_cache_graphs(path: str | Path, *, qdq: bool = False) -> CacheGraphs:
-    """The graphs that :func:`aimet_ext.export_with_cache` wrote, ready to run.
+    """Load the graphs that :func:`aimet_ext.export_with_cache` wrote, ready to run.
 
-    :param path: the folder, every file of which is compared with its hash.
-    :param qdq: the quantized graphs instead of the float ones.
+    :param path: Folder, every file of which is compared with its hash.
+    :param qdq: True for the quantized graphs instead of the float ones.
     :raises CorruptFileError: a file was changed, is absent, or the folder holds something else.
     :raises ValueError: there are no quantized graphs.
 
@@ -107,7 +107,7 @@ def load_cache_graphs(path: str | Path, *, qdq: bool = False) -> CacheGraphs:
 
 
 def _onnx_call(path: Path, shape: CacheShape) -> Run:
-    """What runs a graph in onnxruntime on the CPU."""
+    """Return a function that runs a graph in onnxruntime on the CPU."""
     # The integers of 4-bit weights are multiplied by float32 activations, as in a simulation.
     session = open_session(path, entries={"session.qdq_matmulnbits_accuracy_level": "1"})
     names = shape.output_names()

@@ -20,7 +20,7 @@ def share_weights(paths: Sequence[Path], name: str) -> int:
     Files of external data that a model had before are removed.
 
     :param paths: ONNX files of one folder.
-    :param name: of the file for their weights.
+    :param name: Name of the file for their weights.
     :returns: bytes of that file.
     """
     onnx = require("onnx", "onnx")

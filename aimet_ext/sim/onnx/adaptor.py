@@ -48,7 +48,7 @@ __all__ = ["OnnxSim"]
 class OnnxSim(SimAdaptor):
     """See :class:`aimet_ext.sim.protocol.SimAdaptor`.
 
-    The graph is looked at once, when it is first needed. Its layers are named after their nodes;
+    The graph is indexed once, when it is first needed. Its layers are named after their nodes;
     ``model`` is a tree of modules that stand for them and hold no weights. Activation quantizers
     are named after their tensors.
 
@@ -109,7 +109,7 @@ class OnnxSim(SimAdaptor):
         activations: bool = True,
         keep: Iterable[str] = (),
     ) -> Iterator[None]:
-        """Context in which the session computes in float; restored at the end whatever happens.
+        """Open a context in which the session computes in float; quantizers are on again after it.
 
         Activations are not told apart by module.
         """
@@ -129,21 +129,21 @@ class OnnxSim(SimAdaptor):
 
     @contextmanager
     def live_activations(self, module: str) -> Iterator[None]:
-        """Context in which a block's tensors are quantized on the range of the tensor at hand."""
+        """Open a context in which a block's tensors are quantized on the range at hand."""
         found = self.activation_quantizers(module)
         live = {name: live_quantizer(quantizer) for name, quantizer in found.items()}
         with observed(self._module(module), lambda name, t: live[name](t) if name in live else t):
             yield
 
     def float_parameters(self, module: str) -> dict[str, nn.Parameter]:
-        """Parameters of a block, named within it; a layer holds none of its own."""
+        """Return the parameters of a block, named within it; a layer holds none of its own."""
         return dict(self._module(module).named_parameters())
 
     @torch.no_grad()
     def snapshot(
         self, module: str, *, weights: bool = True
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Copies of a module's stored values and the whole state of its quantizers."""
+        """Copy a module's stored values and the whole state of its quantizers."""
         stored = self._stored_in(module)
         tensors = {f"{name}/value": self.graph.tensor(name) for name in stored if weights}
         meta: dict[str, Any] = {}
@@ -173,7 +173,7 @@ class OnnxSim(SimAdaptor):
             self.parts[module].reload()
 
     def activation_quantizers(self, module: str = "") -> dict[str, Any]:
-        """Quantizers of tensors, by the tensor's name: those in and around a module."""
+        """Return the quantizers of tensors in and around a module, by the tensor's name."""
         tensors = self._tensors_of(module) if module else None
         return {
             name: quantizer
@@ -185,7 +185,7 @@ class OnnxSim(SimAdaptor):
 
     @torch.no_grad()
     def tensor_ranges(self, module: str, run: Callable[[], object]) -> dict[str, Range]:
-        """Range of what each quantizer of a block quantizes while ``run`` runs it."""
+        """Return the range of what each quantizer of a block quantizes while ``run`` runs it."""
         weights = {layer.weight for layer in self.layers.values()}
         every = self.sim.qc_quantize_op_dict
         watched = [n for n, q in every.items() if n not in weights and is_integer(q)]
@@ -201,7 +201,7 @@ class OnnxSim(SimAdaptor):
         return had
 
     def float_state(self) -> Mapping[str, Tensor]:
-        """Float initializers by name, read when they are asked for."""
+        """Return the float initializers by name, each read when it is asked for."""
         return _FloatState(self.graph, without=self.copied)
 
     def full_name(self, name: str) -> str:
@@ -209,11 +209,11 @@ class OnnxSim(SimAdaptor):
         return node_names(self.graph, self.layers).get(name, name)
 
     def unsupported_layers(self) -> dict[str, str]:
-        """Nodes with a weight that are no layer, and why."""
+        """Return the nodes with a weight that are no layer, and the reason."""
         return self.layers.skipped
 
     def shared_weights(self) -> dict[str, list[str]]:
-        """Names of all layers that have the same weight, for each that shares one."""
+        """Return the names of all layers that have the same weight, for each that shares one."""
         return self.layers.shared_weights()
 
     def batches(self, dataloader: Any, *, opaque: bool = False) -> list[Any]:
@@ -233,7 +233,7 @@ class OnnxSim(SimAdaptor):
         cache_dir: str | Path | None,
         device: torch.device | str | None,
     ) -> Walk:
-        """By the graph, in onnxruntime."""
+        """Start a walk through the graph, in onnxruntime."""
         if forward_fn is not None:
             raise _no_forward_fn()
         return OnnxWalk(
@@ -249,14 +249,14 @@ class OnnxSim(SimAdaptor):
         )
 
     def find_blocks(self, description: TopologyDescription | None) -> list[BlockTopology]:
-        """Decoder blocks, see :mod:`aimet_ext.sim.onnx.blocks`; they are added as parts."""
+        """Find the decoder blocks and add them as parts, see :mod:`aimet_ext.sim.onnx.blocks`."""
         return add_blocks(self, description)
 
     @contextmanager
     def own_parameters(
         self, kinds: Collection[str], description: TopologyDescription | None
     ) -> Iterator[None]:
-        """Context in which gains and biases that pairs of these kinds rescale have one reader.
+        """Open a context in which what pairs of these kinds rescale has one reader.
 
         They stay copied after it, unless it is left by an exception.
         """
@@ -273,7 +273,7 @@ class OnnxSim(SimAdaptor):
             raise
 
     def _look_again(self, copied: Sequence[str]) -> None:
-        """Forget what is known of the graph: some of its nodes read copies now, or do no longer."""
+        """Drop the index of the graph, some of whose nodes read other tensors now."""
         self.copied = tuple(copied)
         self.parts.clear()
         for name in ("graph", "layers", "shells", "model"):
@@ -290,7 +290,7 @@ class OnnxSim(SimAdaptor):
         cache_dir: str | Path | None,
         device: torch.device | str | None,
     ) -> BlockStream:
-        """What the first block receives, with the weight quantizers that are on."""
+        """Record the inputs of the first block, with the weight quantizers that are on."""
         if forward_fn is not None:
             raise _no_forward_fn()
         return capture(self, first_block, batches, cache_dir=cache_dir, device=device)
@@ -313,7 +313,7 @@ class OnnxSim(SimAdaptor):
 
     @contextmanager
     def preserved_state(self) -> Iterator[None]:
-        """Context at whose end the session computes with the weights as they are then.
+        """Open a context at whose end the session computes with the weights as they are then.
 
         Not after an exception: first the weights have to be put back, in a context of their own.
         """
@@ -337,7 +337,7 @@ class OnnxSim(SimAdaptor):
         return read_facts(self)
 
     def _layer(self, name: str) -> OnnxLayer | None:
-        """The layer of a module's name, by which a part may call it too."""
+        """Return the layer of a module's name, also of its name within a part."""
         if name in self.layers:
             return self.layers[name]
         for part_name, part in self.parts.items():
@@ -357,7 +357,7 @@ class OnnxSim(SimAdaptor):
             ) from error
 
     def _stored_in(self, module: str) -> list[str]:
-        """Stored values of a module, the biases too."""
+        """Return the names of a module's stored values, biases among them."""
         if module in self.parts:
             return list(self.parts[module].stored)
         self._module(module)
@@ -367,12 +367,12 @@ class OnnxSim(SimAdaptor):
         return list(dict.fromkeys(name for name in names if name is not None))
 
     def _quantized_in(self, module: str) -> list[str]:
-        """Stored values of a module, and what a block computes beside."""
+        """Return the names of a module's stored values and of what a block computes."""
         tensors = self.parts[module].tensors if module in self.parts else ()
         return [*self._stored_in(module), *tensors]
 
     def _tensors_of(self, module: str) -> set[str]:
-        """Tensors that a module reads or makes."""
+        """Return the tensors that a module reads or makes."""
         if module in self.parts:
             return set(self.parts[module].tensors)
         layer = self._layer(module)
@@ -407,7 +407,7 @@ class _FloatState(Mapping[str, Tensor]):
 
 
 def _no_forward_fn() -> TypeError:
-    """The error for a ``forward_fn``, which has no model to call."""
+    """Return the error for a ``forward_fn``, which has no model to call."""
     return TypeError(
         "forward_fn must be left out for an ONNX simulation, whose model is called with its "
         "inputs by name; got one"

@@ -54,11 +54,11 @@ _CHECKED_ROWS = 2  # sequences of the first batch that blocks are checked on
 class OnnxPart:
     """A block of a model as a torch module, which holds copies of stored values.
 
-    :param layers: layers by their names within the block.
-    :param stored: names of all values that the block has copies of, weights of layers among them.
-    :param tensors: names of the tensors that it computes or reads.
-    :param commit: writes its parameters back.
-    :param reload: reads them again.
+    :param layers: Layers by their names within the block.
+    :param stored: Names of all values that the block has copies of, weights of layers among them.
+    :param tensors: Names of the tensors that it computes or reads.
+    :param commit: Function that writes its parameters back.
+    :param reload: Function that reads them again.
     """
 
     layers: Mapping[str, OnnxLayer]
@@ -73,8 +73,8 @@ class BlockStack(nn.Module):
 
     One at a time is kept: the parameters of a block are copies of what the model stores.
 
-    :param adaptor: of the simulation.
-    :param flow: the graph that the plans speak of.
+    :param adaptor: Adaptor of the simulation.
+    :param flow: Graph of the plans.
     """
 
     def __init__(self, adaptor: OnnxSim, flow: Flow, plans: Sequence[BlockPlan]) -> None:
@@ -86,12 +86,12 @@ class BlockStack(nn.Module):
         self.checked = False
 
     def __getattr__(self, name: str) -> Any:
-        """A block by its number, or what every module has."""
+        """Return a block by its number, or an attribute of every module."""
         plans = self.__dict__.get("plans", {})
         return self.block(name) if name in plans else super().__getattr__(name)
 
     def block(self, number: str) -> OnnxBlock:
-        """A block; the one that was asked for before is forgotten."""
+        """Return a block; the one before it is dropped."""
         if self.open is None or self.open[0] != number:
             block = OnnxBlock(self.flow, self.plans[number], self.arguments)
             for role, layer in block.plan.layers.items():
@@ -132,7 +132,7 @@ class BlockStack(nn.Module):
         self.checked = True
 
     def part(self, number: str) -> OnnxPart:
-        """A block as the adaptor knows it."""
+        """Return a block in the form that the adaptor keeps."""
         plan = self.plans[number]
         nodes = [self.flow.graph.nodes[index] for index in plan.nodes]
         return OnnxPart(
@@ -145,9 +145,9 @@ class BlockStack(nn.Module):
 
 
 class _Quantize:
-    """From a layer's weight to what the simulation makes of it; computed once for its own.
+    """Function from a layer's weight to its quantized weight, which is kept for its own weight.
 
-    :param name: of the layer in the graph.
+    :param name: Name of the layer in the graph.
     """
 
     def __init__(self, adaptor: OnnxSim, name: str, layer: OnnxLinear) -> None:
@@ -171,7 +171,7 @@ class _Quantize:
 
 
 def _forget(block: OnnxBlock) -> None:
-    """Have a block's weights be quantized anew: they or their ranges were changed."""
+    """Drop a block's quantized weights, because weights or ranges were changed."""
     for module in block.modules():
         if isinstance(module, OnnxLinear) and isinstance(module.quantize, _Quantize):
             module.quantize.known = None
@@ -180,7 +180,7 @@ def _forget(block: OnnxBlock) -> None:
 def add_blocks(adaptor: OnnxSim, description: TopologyDescription | None) -> list[BlockTopology]:
     """Find the decoder blocks of a simulation's model and put them into the adaptor's.
 
-    :param description: names for the roles of layers, Llama's if None.
+    :param description: Names for the roles of layers, Llama's if None.
     :raises ValueError: there are no blocks, or they are not as required.
     """
     name = _stack_name(adaptor)
@@ -228,7 +228,7 @@ def capture(
     cache_dir: str | Path | None,
     device: torch.device | str | None,
 ) -> BlockStream:
-    """What the first block receives, with the weight quantizers that are on.
+    """Record the inputs of the first block, with the weight quantizers that are on.
 
     The first time, all blocks are checked on it.
 
@@ -261,9 +261,9 @@ def capture(
 
 @contextmanager
 def observed(module: nn.Module, observer: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
-    """Context in which every tensor of a block passes through a function.
+    """Open a context in which every tensor of a block passes through a function.
 
-    :param observer: from a tensor's name and value to what takes its place.
+    :param observer: Function from a tensor's name and value to its new value.
     :raises ValueError: the module is not a block that can be watched.
     """
     block: Any = module
@@ -283,7 +283,7 @@ def observed(module: nn.Module, observer: Callable[[str, Tensor], Tensor]) -> It
 def observed_ranges(
     module: nn.Module, run: Callable[[], object], names: Collection[str]
 ) -> dict[str, Range]:
-    """Range of each named tensor of a block that is seen while ``run`` runs it."""
+    """Return the range of each named tensor of a block that is seen while ``run`` runs it."""
     ranges: dict[str, Range] = {}
     wanted = frozenset(names)
 
@@ -299,7 +299,7 @@ def observed_ranges(
 
 
 def live_quantizer(quantizer: Any) -> Callable[[Tensor], Tensor]:
-    """What an activation quantizer does once its range is that of the tensor at hand.
+    """Return a function that quantizes a tensor on its own range, as an activation quantizer would.
 
     Gradients pass straight through the rounding; the range counts as a constant.
     """

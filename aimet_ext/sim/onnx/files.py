@@ -58,7 +58,7 @@ _FIELDS = (  # of a TensorProto, in place of raw_data
 
 
 def constants(model: Any) -> dict[str, Any]:
-    """Initializers and values of Constant nodes of a ModelProto by name; nothing is copied."""
+    """Return initializers and values of Constant nodes of a ModelProto by name, uncopied."""
     found = {proto.name: proto for proto in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "Constant" and node.attribute[0].name == "value":
@@ -67,7 +67,7 @@ def constants(model: Any) -> dict[str, Any]:
 
 
 def float_tensors(sim: Any) -> list[str]:
-    """Tensors that the simulation casts to float16, which encodings 2.0.0 and QDQ do not say."""
+    """Return the tensors cast to float16, for which encodings 2.0.0 and QDQ have no entry."""
     return [
         name
         for name, quantizer in enabled_quantizers(sim).items()
@@ -76,7 +76,7 @@ def float_tensors(sim: Any) -> list[str]:
 
 
 def containers(sim: Any) -> dict[str, int]:
-    """Quantized constants whose width ONNX has no type for: the width that they travel in."""
+    """Return the next wider ONNX type of each quantized constant whose width ONNX lacks."""
     found = constants(sim.model.model)
     return {
         name: next(width for width in _WIDTHS if width >= quantizer.bitwidth)
@@ -86,7 +86,7 @@ def containers(sim: Any) -> dict[str, int]:
 
 
 def quantize_constant(quantizer: Any, proto: Any) -> Any:
-    """What a quantizer makes of a constant, by AIMET's own arithmetic."""
+    """Return a constant as a quantizer rounds it, by AIMET's own arithmetic."""
     value = to_array(proto)
     if not rounds_to_integers(quantizer) and quantizer.bitwidth == 16:
         return value.astype(np.float16).astype(value.dtype)
@@ -94,9 +94,9 @@ def quantize_constant(quantizer: Any, proto: Any) -> Any:
 
 
 def quantized_constants(sim: Any, names: Collection[str] | None = None) -> Iterator[Any]:
-    """``(name, quantized values)`` of constants, one at a time.
+    """Yield ``(name, quantized values)`` of constants, one at a time.
 
-    :param names: only these; None: all with a quantizer in use, int32 biases left out.
+    :param names: Names of constants; None: all with a quantizer in use, int32 biases left out.
     """
     found = constants(sim.model.model)
     for name, quantizer in enabled_quantizers(sim).items():
@@ -105,7 +105,7 @@ def quantized_constants(sim: Any, names: Collection[str] | None = None) -> Itera
 
 
 def overwrite(model: Any, values: Iterable[tuple[str, Any]]) -> None:
-    """Put values in the place of a ModelProto's constants of these names."""
+    """Replace the values of a ModelProto's constants of these names."""
     found = constants(model)
     for name, value in values:
         proto = found[name]
@@ -115,7 +115,7 @@ def overwrite(model: Any, values: Iterable[tuple[str, Any]]) -> None:
 
 
 def load_with(path: Path, values: Iterable[tuple[str, Any]]) -> Any:
-    """A ModelProto from a file with values in the place of its constants of these names.
+    """Load a ModelProto from a file, with values in the place of its constants of these names.
 
     Of external data only the rest is read: protobuf keeps the room of a value that is replaced.
     """
@@ -126,7 +126,7 @@ def load_with(path: Path, values: Iterable[tuple[str, Any]]) -> Any:
 
 
 def copy_constants(model: Any, target: Any) -> None:
-    """Put a ModelProto's constants in the place of those of another one.
+    """Copy a ModelProto's constants into another one.
 
     :raises ValueError: a name, a shape or a type differs; all such are named and nothing changes.
     """
@@ -144,7 +144,7 @@ def copy_constants(model: Any, target: Any) -> None:
 
 
 def same_value(proto: Any, expected: Any) -> bool:
-    """Whether a constant holds the bytes of an array or of another constant."""
+    """Return True if a constant holds the bytes of an array or of another constant."""
     values = expected if isinstance(expected, np.ndarray) else to_array(expected)
     read = to_array(proto)
     return bool(read.shape == values.shape and read.tobytes() == values.tobytes())
@@ -155,8 +155,8 @@ def save_float_model(
 ) -> None:
     """Write the model without its quantizers, as ``sim.export`` does.
 
-    :param rounded: values by constant that stand in the place of the float ones.
-    :param external: write weights to ``{name}.data``; None: if they are too large.
+    :param rounded: Values by constant that stand in the place of the float ones.
+    :param external: True to write weights to ``{name}.data``; None: if they are too large.
     """
     model = onnx_ir.from_proto(sim.model.model)
     ir_utils.remove_aimet_quantizers(model)
@@ -199,9 +199,9 @@ def write_encodings(
 
 
 def lpbq_as_blocks(sim: Any, wider: Mapping[str, int]) -> list[str]:
-    """LPBQ weights that encodings 2.0.0 and QDQ hold as blocks with float scales.
+    """Return the LPBQ weights that encodings 2.0.0 and QDQ hold as blocks with float scales.
 
-    They say integer scales of as many bits as the weight only. The scales' values are the same.
+    Both have integer scales only of as many bits as the weight. The scales' values are the same.
     """
     return [
         name
@@ -212,7 +212,7 @@ def lpbq_as_blocks(sim: Any, wider: Mapping[str, int]) -> list[str]:
 
 
 def integer_scales(sim: Any, wider: Mapping[str, int]) -> list[str]:
-    """LPBQ weights with integer scales in a QDQ model too.
+    """Return the LPBQ weights that have integer scales in a QDQ model too.
 
     There a block's scale is the product of float32 numbers, where AIMET has the channel's scale in
     float64: quantized weights are the same integers, and may differ in the last bit as floats.
@@ -223,7 +223,7 @@ def integer_scales(sim: Any, wider: Mapping[str, int]) -> list[str]:
 
 
 def unfit_for_qdq(sim: Any, wider: Mapping[str, int]) -> list[str]:
-    """What a QDQ model cannot hold, each tensor with the reason."""
+    """Return the tensors that a QDQ model cannot hold, each with the reason."""
     found, faults = constants(sim.model.model), []
     for name, quantizer in enabled_quantizers(sim).items():
         if not rounds_to_integers(quantizer):
@@ -238,15 +238,15 @@ def unfit_for_qdq(sim: Any, wider: Mapping[str, int]) -> list[str]:
 
 
 def missing_int32_biases(sim: Any, encoded: Collection[str]) -> list[str]:
-    """Biases of layers with a quantized weight that are in none of the encodings."""
+    """Return the biases of layers with a quantized weight that have no encoding."""
     return [n for n, q in layer_biases(sim) if n not in encoded and rounds_to_integers(q)]
 
 
 def save_qdq_model(model: Any, encodings: Mapping[str, Any], path: Path, *, external: bool) -> None:
     """Write the QDQ model of a float model and its encodings, constants as integers.
 
-    :param model: ModelProto whose quantized constants are on their grids.
-    :param encodings: of version 2.0.0.
+    :param model: Float model whose quantized constants are on their grids.
+    :param encodings: Encodings of version 2.0.0.
     """
     converted = encodings_to_onnx_qdq(model, dict(encodings), prequantize_constants=True)
     name_nodes(converted)
@@ -279,7 +279,7 @@ def save_model(model: Any, path: Path, *, external: bool) -> None:
 
 
 def _portable(encoding: Any, width: int | None, version: str) -> Any:
-    """An encoding in the words of other readers; the points of its grid stay."""
+    """Return an encoding in the form that other readers take; the points of its grid stay."""
     if not isinstance(encoding, AffineEncoding):
         return encoding
     dtype, kind = encoding.dtype, encoding.dtype.rstrip("0123456789")

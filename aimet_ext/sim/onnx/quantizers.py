@@ -40,8 +40,8 @@ class OnnxWeightQuantizer(WeightQuantizer):
     ``x̂ = (q + first) · scale`` with halves rounded up, whatever type the weight has. A
     :class:`Grid` with ``half_up`` is that, to the last bit.
 
-    :param name: name of the layer, for messages.
-    :param changed: to be called when the weight was changed, which the session does not see.
+    :param name: Name of the layer, for messages.
+    :param changed: Function to call when the weight was changed, which the session does not see.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class OnnxWeightQuantizer(WeightQuantizer):
 
     @torch.no_grad()
     def set_weight(self, values: Tensor) -> None:
-        """Put values in the weight's place, in the model."""
+        """Replace the weight in the model."""
         self.graph.set_tensor(self.layer.weight, self._turned(values))
         self._changed()
 
@@ -104,12 +104,12 @@ class OnnxWeightQuantizer(WeightQuantizer):
 
     @property
     def frozen(self) -> bool:
-        """Whether ``sim.compute_encodings`` leaves the range alone."""
+        """True if ``sim.compute_encodings`` leaves the range alone."""
         return bool(self.quantizer.is_encoding_frozen())
 
     @property
     def initialized(self) -> bool:
-        """Whether there is a range."""
+        """True if there is a range."""
         return bool(self.quantizer.is_initialized())
 
     def grid(self) -> Grid:
@@ -199,7 +199,7 @@ class OnnxWeightQuantizer(WeightQuantizer):
         setattr(self.quantizer, RAW_SCALE, raw)
 
     def freeze(self, frozen: bool = True) -> None:
-        """Have ``sim.compute_encodings`` leave the range alone, or no longer."""
+        """Make ``sim.compute_encodings`` leave the range alone, or set it again."""
         self.quantizer._is_encoding_frozen = frozen
 
     def reset(self) -> None:
@@ -218,5 +218,5 @@ class OnnxWeightQuantizer(WeightQuantizer):
         return (shape[1], shape[0], *shape[2:]) if self.layer.transposed else tuple(shape)
 
     def _cells(self, stored: Tensor) -> Tensor:
-        """Numbers of all cells, in AIMET's order, as the grid's shape."""
+        """Return numbers of all cells, which are in AIMET's order, in the grid's shape."""
         return self._turned(stored.reshape(stored_cells(self.quantizer, self._dims))).contiguous()

@@ -131,7 +131,7 @@ def _put_range(quantizer: QcQuantizeOp, low: float, high: float) -> None:
 
 
 class _Loader:
-    """Puts the entries of one file into one simulation."""
+    """Loader of the entries of one file into one simulation."""
 
     def __init__(self, sim: Any, encoded: Mapping[str, Entry]) -> None:
         self.sim, self.encoded = sim, encoded
@@ -165,7 +165,7 @@ class _Loader:
         return Loaded(tuple(self.quantizers), tuple(self.moved), tuple(self.tables))
 
     def _place(self, name: str) -> str | None:
-        """Tensor whose quantizer does what an encoding says; None if another one already does."""
+        """Return the tensor whose quantizer an encoding sets; None if another encoding sets it."""
         source, alone = name, True
         while (node := self._mover(source)) is not None:
             source = node.input[0]
@@ -175,7 +175,7 @@ class _Loader:
         return source if alone else name
 
     def _mover(self, name: str) -> Any:
-        """The node that makes a tensor by moving values, None for any other."""
+        """Return the node that makes a tensor by moving values, None if another one makes it."""
         index = self.graph.producer.get(name)
         if index is None:
             return None
@@ -183,7 +183,7 @@ class _Loader:
         return node if node.op_type in MOVES else None
 
     def _put_constant(self, name: str, entry: Entry) -> None:
-        """Put a stored value on its grid, and set its quantizer."""
+        """Round a stored value to its grid, and set its quantizer."""
         value = self.graph.tensor(name)
         layer = self.layers.get(name)
         single = entry["enc_type"] == "PER_TENSOR"
@@ -202,7 +202,7 @@ class _Loader:
             self.quantizers.append(name)
 
     def _put_tensor(self, name: str, entry: Entry) -> None:
-        """One range for a whole tensor."""
+        """Give a whole tensor one range."""
         quantizer = self.sim.qc_quantize_op_dict[name]
         grid = _contained(_grid(entry, (), 0))
         uninitialize(quantizer, parameter=False)
@@ -248,7 +248,7 @@ def _grid(entry: Entry, shape: tuple[int, ...], axis: int) -> Grid:
 
 
 def _put_table(quantizer: QcQuantizeOp, values: np.ndarray[Any, Any]) -> None:
-    """One scale of 16 bits for a table that lies on a grid of its own, row by row."""
+    """Give a table that lies on a grid of its own, row by row, one scale of 16 bits."""
     uninitialize(quantizer, parameter=False)
     quantizer.set_precision(aimet_onnx.qtype.int(16))
     quantizer.use_symmetric_encodings = False
@@ -267,7 +267,7 @@ def _granularity(entry: Entry) -> Granularity:
 
 
 def _contained(grid: Grid) -> Grid:
-    """A grid of a width that ONNX has a type for, with all points of the one given."""
+    """Return a grid of a width that ONNX has a type for, with all points of the one given."""
     bits = _bits(grid)
     if bits in _WIDTHS and not grid.zero_point_shift:
         return grid

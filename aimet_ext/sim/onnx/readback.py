@@ -30,8 +30,8 @@ __all__ = [
 def read_encodings(sim: Any, path: Path, other: Any) -> None:
     """Load an encodings file into another simulation of the model, by AIMET's own reader.
 
-    :param sim: the first simulation, of which the casts to float16 are taken.
-    :param other: new, of the float model that was written.
+    :param sim: The first simulation, of which the casts to float16 are taken.
+    :param other: A new simulation of the float model that was written.
     """
     # AIMET may tie quantizers anew that the first simulation has apart, and then loads two
     # encodings into one.
@@ -42,10 +42,10 @@ def read_encodings(sim: Any, path: Path, other: Any) -> None:
 
 
 def read_qdq(sim: Any, other: Any) -> None:
-    """Put out of use what AIMET's reader of QDQ models leaves without a range.
+    """Switch off quantizers that AIMET's reader of QDQ models leaves without a range.
 
-    :param sim: the first simulation, of which the casts to float16 are taken.
-    :param other: new, of the QDQ model that was written.
+    :param sim: The first simulation, of which the casts to float16 are taken.
+    :param other: A new simulation of the QDQ model that was written.
     """
     for quantizer in enabled_quantizers(other).values():
         if not quantizer.is_initialized():
@@ -69,7 +69,7 @@ def refresh(sim: Any) -> None:
 
 
 def run(sim: Any, feed: Mapping[str, Any]) -> list[Any]:
-    """Outputs of a simulation as arrays."""
+    """Return the outputs of a simulation as arrays."""
     return list(sim.session.run(None, dict(feed)))
 
 
@@ -91,13 +91,13 @@ def deviation(outputs: Sequence[Any], expected: Sequence[Any]) -> float:
 
 
 def differences(sim: Any, other: Any, *, last_bit: Collection[str] = ()) -> list[str]:
-    """How the quantizers in use of a simulation read back differ from those of the first.
+    """Return how the quantizers of a simulation that was read back differ from those of the first.
 
     Constants are compared by what their quantizers make of them, bit by bit, other tensors by the
     grid: width, scale as float32, and offset. AIMET's QDQ models call an integer constant's value
     ``{name}_qdq``, and one behind an Identity node after that node's output.
 
-    :param last_bit: constants of which one bit of float32 may differ.
+    :param last_bit: Constants of which one bit of float32 may differ.
     """
     mine, theirs = enabled_quantizers(sim), enabled_quantizers(other)
     found = constants(sim.model.model)
@@ -131,7 +131,7 @@ def differences(sim: Any, other: Any, *, last_bit: Collection[str] = ()) -> list
 
 
 def _aliases(model: Any, names: Collection[str]) -> dict[str, list[str]]:
-    """Each constant's own name, and what it is called behind Identity nodes."""
+    """Return each constant's own name and its names behind Identity nodes."""
     found = {name: [name] for name in names}
     origin = {name: name for name in names}
     for node in model.graph.node:
@@ -144,7 +144,7 @@ def _aliases(model: Any, names: Collection[str]) -> dict[str, list[str]]:
 
 
 def _grid(quantizer: Any) -> tuple[Any, ...]:
-    """What two quantizers of one tensor must have in common."""
+    """Return the precision and the cells of a quantizer, which two of one tensor share."""
     encodings = quantizer.get_encodings()
     if encodings is None:
         return (quantizer.precision(), "no range")

@@ -1,4 +1,4 @@
-"""Copies of stored vectors in an ONNX simulation, one for each reader, and the way back."""
+"""Copies of stored vectors in an ONNX simulation, one for each reader, and their removal."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _QUANTIZER = "QcQuantizeOp"
 
 
 class Copies:
-    """Vectors of a simulation that were copied, each with what undoes it.
+    """Copied vectors of a simulation, each with its removal.
 
     A reader that is given a copy reads it through a quantizer like that of the original, with the
     same range. AIMET's own view of the graph is told as well. The session is not.
 
-    :param sim: of aimet_onnx.
-    :param graph: the float view of its model.
+    :param sim: ``aimet_onnx.QuantizationSimModel``.
+    :param graph: Float view of its model.
     """
 
     def __init__(self, sim: Any, graph: OnnxGraph) -> None:
@@ -84,7 +84,7 @@ class Copies:
         tensor.name = name
 
     def _add_quantizer(self, stored: str, name: str) -> dict[str, str]:
-        """What takes the place of each tensor that the original is read as."""
+        """Copy a vector's quantizer; return the new output by the output of the original one."""
         sim, nodes = self.sim, self.sim.model.model.graph.node
         through = {}
         for node in list(self._quantizers(stored)):
@@ -114,7 +114,7 @@ class Copies:
         return through
 
     def _add_product(self, stored: str, name: str, reader: str) -> None:
-        """Have AIMET's graph know the copy, as what the reader reads."""
+        """Add the copy to AIMET's graph, as an input of the reader."""
         products = self.sim.connected_graph.get_all_products()
         op = self.sim.connected_graph.get_all_ops()[reader]
         old = products[stored]
@@ -143,7 +143,7 @@ class Copies:
         )
 
     def _rewire(self, output: str, place: int, name: str) -> None:
-        """Have a node read another tensor, in the model and where AIMET holds copies of nodes."""
+        """Connect a node to another tensor, in the model and where AIMET holds copies of nodes."""
 
         def nodes() -> Iterator[NodeProto]:
             for node in self._nodes():
@@ -173,7 +173,7 @@ class Copies:
         return nodes
 
     def _unused(self, name: str) -> str:
-        """The name, or one like it that no tensor has."""
+        """Return the name, or one like it that no tensor has."""
         taken = self.sim.connected_graph.get_all_products()
         number, found = 0, name
         while found in taken:
