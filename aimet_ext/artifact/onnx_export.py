@@ -21,6 +21,7 @@ from aimet_ext.files.scales import write_scales
 from aimet_ext.files.sealed import read_sealed, write_sealed
 from aimet_ext.files.tensors import hash_tensors
 from aimet_ext.integrity.fingerprints import write_fingerprints
+from aimet_ext.onnx.index import stored_values
 from aimet_ext.onnx.values import to_torch, torch_array
 from aimet_ext.sim.onnx import files
 from aimet_ext.sim.onnx.build import build_described, describe_sim
@@ -34,7 +35,7 @@ from aimet_ext.sim.onnx.readback import (
     run_file,
 )
 from aimet_ext.sim.onnx.state import enabled_quantizers, restore_sim, sim_state, uncalibrated
-from aimet_ext.sim.protocol import SimAdaptor, adapt
+from aimet_ext.sim.protocol import CalibrationWalks, FloatWeights, SimAdaptor, adapt
 
 __all__ = ["export_onnx", "load_onnx"]
 
@@ -162,7 +163,7 @@ class _Writer:
     def write_float(self, external: bool | None) -> None:
         """Write the float model; weights of a width that ONNX lacks lie on their grid."""
         files.save_float_model(self.sim, self.model_path, self.rounded, external=external)
-        mine, written = self._mine(), self._constants()
+        mine, written = self._mine(), stored_values(onnx.load(str(self.model_path)).graph)
         expected = {**mine, **self.rounded}
         faults = [
             name
@@ -231,10 +232,7 @@ class _Writer:
         (self.folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
 
     def _mine(self) -> dict[str, Any]:
-        return files.constants(self.sim.model.model)
-
-    def _constants(self) -> dict[str, Any]:
-        return files.constants(onnx.load(str(self.model_path)))
+        return stored_values(self.sim.model.model.graph)
 
     def _compare(self, name: str, other: Any, last_bit: Collection[str] = ()) -> None:
         faults = differences(self.sim, other, last_bit=last_bit)
@@ -255,7 +253,7 @@ class _Writer:
         return deviation
 
 
-def _sample(adaptor: SimAdaptor, dummy_input: Any) -> Arrays:
+def _sample(adaptor: CalibrationWalks, dummy_input: Any) -> Arrays:
     """Return a batch as arrays by input name."""
     if dummy_input is None:
         raise TypeError("dummy_input must be a batch of the model's inputs by name, got None")
@@ -269,7 +267,7 @@ def _deviation(outputs: list[Any], expected: list[Any]) -> float:
     return deviation([outputs[i] for i in floats], [expected[i] for i in floats])
 
 
-def _hash(adaptor: SimAdaptor) -> str:
+def _hash(adaptor: FloatWeights) -> str:
     """Return a hash of the weights of a sim that no technique has changed."""
     state = adaptor.float_state()
     return hash_tensors((name, state[name]) for name in sorted(state))

@@ -12,7 +12,7 @@ from torch import Tensor
 from aimet_ext.config import LayerwiseParams, OmniQuantParams
 from aimet_ext.core.affine import fake_quantize, to_blocks
 from aimet_ext.models.topology import BlockTopology
-from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer
+from aimet_ext.sim.protocol import SimAdaptor, SimHandle, WeightQuantizer
 
 __all__ = ["frozen_by", "is_rounded", "layers_to_quantize", "merge_params", "refuse"]
 
@@ -96,7 +96,7 @@ def layers_to_quantize(
     return quantizers
 
 
-def frozen_by(adaptor: SimAdaptor, layer: str) -> str:
+def frozen_by(adaptor: SimHandle, layer: str) -> str:
     """What froze the range of a layer, as far as the ledger knows."""
     runs = adaptor.ledger.runs if adaptor.ledger is not None else ()
     return next((r.technique for r in reversed(runs) if layer in r.modules), "an earlier technique")

@@ -145,9 +145,9 @@ def on_htp(folder: pathlib.Path, prompt: int) -> Tensor:
 def quantizers(path: pathlib.Path) -> dict[str, tuple[float, int, int]]:
     """Scale, zero point and type of each graph input and output."""
     model = onnx.load(str(path))
-    from aimet_ext.sim.onnx.files import constants
+    from aimet_ext.onnx.index import stored_values
 
-    known = {n: onnx.numpy_helper.to_array(p) for n, p in constants(model).items()}
+    known = {n: onnx.numpy_helper.to_array(p) for n, p in stored_values(model.graph).items()}
     names = {value.name for value in (*model.graph.input, *model.graph.output)}
     found = {}
     for node in model.graph.node:

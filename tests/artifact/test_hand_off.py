@@ -27,6 +27,7 @@ pytest.importorskip("aimet_torch")
 aimet_onnx = pytest.importorskip("aimet_onnx")
 
 from aimet_ext.integrations.qnn_runtime import is_available  # noqa: E402
+from aimet_ext.onnx.index import stored_values  # noqa: E402
 from aimet_ext.onnx.rewrite.qdq import float_weights  # noqa: E402
 from aimet_ext.sim.onnx import files as onnx_files  # noqa: E402
 
@@ -133,7 +134,7 @@ def test_ranges_of_the_file_stay_when_others_are_calibrated(case: tuple[Any, Han
 def test_weights_are_bit_identical(case: tuple[Any, HandOff]) -> None:
     sim, found = case
     names = read_manifest(found.folder)["onnx_names"]
-    stored = onnx_files.constants(found.sim.model.model)
+    stored = stored_values(found.sim.model.model.graph)
     for module, layer in sim.named_qmodules():
         for key, quantizer in layer.param_quantizers.items():
             if quantizer is None:

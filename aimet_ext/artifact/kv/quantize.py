@@ -14,10 +14,10 @@ from aimet_ext.artifact.hand_off import HandOff
 from aimet_ext.artifact.kv.run import CacheFiles
 from aimet_ext.files.encodings import entries, load_encodings
 from aimet_ext.models.kv_cache import CacheShape
+from aimet_ext.onnx.index import stored_values
 from aimet_ext.onnx.rewrite.kv import moved_from, same_tensors, separate_outputs
 from aimet_ext.onnx.rewrite.static import fold_constants
 from aimet_ext.sim.onnx.build import build_target
-from aimet_ext.sim.onnx.files import constants
 from aimet_ext.sim.onnx.ranges import put_encodings, quantize_activations, take_ranges
 from aimet_ext.sim.onnx.state import enabled_quantizers
 
@@ -108,7 +108,7 @@ class _Sources:
             for node in model.graph.node
             if node.op_type == "Gather" and node.input[1] == "position_ids"
         }
-        self._constants = constants(model)
+        self._constants = stored_values(model.graph)
         self._same = same_tensors(plain, model, frozenset({*self._joined, *self._tables}))
 
     def ranges(

@@ -19,12 +19,12 @@ from aimet_onnx.common.onnx._utils import to_array
 from aimet_onnx.graph_passes.fusions import inline_all_supergroups
 from aimet_onnx.quantsim import encodings_to_onnx_qdq
 
+from aimet_ext.onnx.index import stored_values
 from aimet_ext.sim.onnx.quantizer_state import rounds_to_integers
 from aimet_ext.sim.onnx.state import enabled_quantizers, layer_biases
 
 __all__ = [
     "EXTERNAL_LIMIT",
-    "constants",
     "containers",
     "copy_constants",
     "float_tensors",
@@ -57,15 +57,6 @@ _FIELDS = (  # of a TensorProto, in place of raw_data
 )
 
 
-def constants(model: Any) -> dict[str, Any]:
-    """Return initializers and values of Constant nodes of a ModelProto by name, uncopied."""
-    found = {proto.name: proto for proto in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            found[node.output[0]] = node.attribute[0].t
-    return found
-
-
 def float_tensors(sim: Any) -> list[str]:
     """Return the tensors cast to float16, for which encodings 2.0.0 and QDQ have no entry."""
     return [
@@ -77,7 +68,7 @@ def float_tensors(sim: Any) -> list[str]:
 
 def containers(sim: Any) -> dict[str, int]:
     """Return the next wider ONNX type of each quantized constant whose width ONNX lacks."""
-    found = constants(sim.model.model)
+    found = stored_values(sim.model.model.graph)
     return {
         name: next(width for width in _WIDTHS if width >= quantizer.bitwidth)
         for name, quantizer in enabled_quantizers(sim).items()
@@ -98,7 +89,7 @@ def quantized_constants(sim: Any, names: Collection[str] | None = None) -> Itera
 
     :param names: Names of constants; None: all with a quantizer in use, int32 biases left out.
     """
-    found = constants(sim.model.model)
+    found = stored_values(sim.model.model.graph)
     for name, quantizer in enabled_quantizers(sim).items():
         if name in found and quantizer.bitwidth < 32 and (names is None or name in names):
             yield name, quantize_constant(quantizer, found[name])
@@ -106,7 +97,7 @@ def quantized_constants(sim: Any, names: Collection[str] | None = None) -> Itera
 
 def overwrite(model: Any, values: Iterable[tuple[str, Any]]) -> None:
     """Replace the values of a ModelProto's constants of these names."""
-    found = constants(model)
+    found = stored_values(model.graph)
     for name, value in values:
         proto = found[name]
         for field in _FIELDS:
@@ -130,7 +121,7 @@ def copy_constants(model: Any, target: Any) -> None:
 
     :raises ValueError: a name, a shape or a type differs; all such are named and nothing changes.
     """
-    source, found = constants(model), constants(target)
+    source, found = stored_values(model.graph), stored_values(target.graph)
     faults = [f"{name} is missing" for name in found if name not in source]
     for name, proto in source.items():
         kind, shape = proto.data_type, tuple(proto.dims)
@@ -224,7 +215,7 @@ def integer_scales(sim: Any, wider: Mapping[str, int]) -> list[str]:
 
 def unfit_for_qdq(sim: Any, wider: Mapping[str, int]) -> list[str]:
     """Return the tensors that a QDQ model cannot hold, each with the reason."""
-    found, faults = constants(sim.model.model), []
+    found, faults = stored_values(sim.model.model.graph), []
     for name, quantizer in enabled_quantizers(sim).items():
         if not rounds_to_integers(quantizer):
             continue
@@ -311,7 +302,7 @@ def _portable(encoding: Any, width: int | None, version: str) -> Any:
 
 def _is_large(model: onnx.ModelProto) -> bool:
     """Return True for a model whose constants do not fit into its file."""
-    return sum(_bytes(proto) for proto in constants(model).values()) > EXTERNAL_LIMIT
+    return sum(_bytes(proto) for proto in stored_values(model.graph).values()) > EXTERNAL_LIMIT
 
 
 def _bytes(proto: Any) -> int:

@@ -10,8 +10,9 @@ import numpy as np
 import onnx
 from aimet_onnx.quantsim import load_encodings_to_sim
 
+from aimet_ext.onnx.index import stored_values
 from aimet_ext.onnx.session import open_session
-from aimet_ext.sim.onnx.files import constants, float_tensors, quantize_constant
+from aimet_ext.sim.onnx.files import float_tensors, quantize_constant
 from aimet_ext.sim.onnx.quantizer_state import rounds_to_integers
 from aimet_ext.sim.onnx.state import enabled_quantizers
 
@@ -100,14 +101,14 @@ def differences(sim: Any, other: Any, *, last_bit: Collection[str] = ()) -> list
     :param last_bit: Constants of which one bit of float32 may differ.
     """
     mine, theirs = enabled_quantizers(sim), enabled_quantizers(other)
-    found = constants(sim.model.model)
+    found = stored_values(sim.model.model.graph)
     names = {name: [name] for name in mine if name not in found}
     for name, aliases in _aliases(sim.model.model, [n for n in mine if n in found]).items():
         names[name] = [n for alias in aliases for n in (alias, f"{alias}_qdq") if n in theirs]
     known = {other for name in mine for other in names[name]}
     faults = [f"{n} has no quantizer" for n in mine if not any(o in theirs for o in names[n])]
     faults += [f"{name} has a quantizer" for name in theirs if name not in known]
-    read = constants(other.model.model)
+    read = stored_values(other.model.model.graph)
     pairs = [(name, twin) for name in mine for twin in names[name] if twin in theirs]
     for name, twin in pairs:
         one, two = _grid(mine[name]), _grid(theirs[twin])
