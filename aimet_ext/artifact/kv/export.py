@@ -13,8 +13,7 @@ from torch import Tensor
 
 from aimet_ext.artifact.export import export
 from aimet_ext.artifact.kv.check import check_float, check_quantized
-from aimet_ext.artifact.kv.run import KIND, QDQ, CacheFiles
-from aimet_ext.artifact.kv.shared_weights import share_weights
+from aimet_ext.artifact.kv.run import KIND, QDQ, CacheFiles, share_weights
 from aimet_ext.artifact.load import load
 from aimet_ext.artifact.torch_onnx import Inputs, float32_model, write_onnx
 from aimet_ext.files.folders import replace_folder

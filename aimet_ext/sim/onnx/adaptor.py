@@ -80,14 +80,9 @@ class OnnxSim(SimAdaptor):
 
     @cached_property
     def model(self) -> nn.Module:
-        """All shells under their names, and the parts that were added."""
         return module_tree(self.shells)
 
     def weight_quantizer(self, name: str) -> OnnxWeightQuantizer | None:
-        """Weight quantizer of a layer, None if its weight stays float.
-
-        :raises ValueError: there is no module of that name.
-        """
         layer = self._layer(name)
         if layer is None or layer.weight not in self.sim.param_names:
             return None
@@ -97,7 +92,6 @@ class OnnxSim(SimAdaptor):
         return OnnxWeightQuantizer(layer.name, self.graph, layer, quantizer, self.touch)
 
     def layer_names(self) -> Iterator[str]:
-        """Return the names of all layers."""
         return iter(self.layers)
 
     @contextmanager
@@ -109,13 +103,10 @@ class OnnxSim(SimAdaptor):
         activations: bool = True,
         keep: Iterable[str] = (),
     ) -> Iterator[None]:
-        """Open a context in which the session computes in float; quantizers are on again after it.
-
-        Activations are not told apart by module.
-        """
         layers = (self._layer(name) for name in keep)
         kept = {layer.weight for layer in layers if layer is not None}
         every = self.sim.qc_quantize_op_dict
+        # Activations are not told apart by module.
         names = every if not module else self._stored_in(module)
         off = [
             quantizer
@@ -129,7 +120,6 @@ class OnnxSim(SimAdaptor):
 
     @contextmanager
     def live_activations(self, module: str) -> Iterator[None]:
-        """Open a context in which a block's tensors are quantized on the range at hand."""
         found = self.activation_quantizers(module)
         live = {name: live_quantizer(quantizer) for name, quantizer in found.items()}
         with observed(self._module(module), lambda name, t: live[name](t) if name in live else t):
@@ -143,7 +133,6 @@ class OnnxSim(SimAdaptor):
     def snapshot(
         self, module: str, *, weights: bool = True
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Copy a module's stored values and the whole state of its quantizers."""
         stored = self._stored_in(module)
         tensors = {f"{name}/value": self.graph.tensor(name) for name in stored if weights}
         meta: dict[str, Any] = {}
@@ -156,7 +145,6 @@ class OnnxSim(SimAdaptor):
 
     @torch.no_grad()
     def restore(self, module: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Put back what :meth:`snapshot` returned."""
         for name in self._stored_in(module):
             if f"{name}/value" in tensors:
                 self.graph.set_tensor(name, tensors[f"{name}/value"])
@@ -185,7 +173,6 @@ class OnnxSim(SimAdaptor):
 
     @torch.no_grad()
     def tensor_ranges(self, module: str, run: Callable[[], object]) -> dict[str, Range]:
-        """Return the range of what each quantizer of a block quantizes while ``run`` runs it."""
         weights = {layer.weight for layer in self.layers.values()}
         every = self.sim.qc_quantize_op_dict
         watched = [n for n, q in every.items() if n not in weights and is_integer(q)]
@@ -193,7 +180,6 @@ class OnnxSim(SimAdaptor):
             return observed_ranges(self._module(module), run, watched)
 
     def reset_encodings(self, names: Iterable[str]) -> list[str]:
-        """Drop the ranges of these quantizers, frozen or not, for ``compute_encodings`` to fill."""
         every = self.sim.qc_quantize_op_dict
         had = [name for name in names if every[name].is_initialized()]
         for name in had:
@@ -201,7 +187,6 @@ class OnnxSim(SimAdaptor):
         return had
 
     def float_state(self) -> Mapping[str, Tensor]:
-        """Return the float initializers by name, each read when it is asked for."""
         return _FloatState(self.graph, without=self.copied)
 
     def full_name(self, name: str) -> str:
@@ -209,11 +194,9 @@ class OnnxSim(SimAdaptor):
         return node_names(self.graph, self.layers).get(name, name)
 
     def unsupported_layers(self) -> dict[str, str]:
-        """Return the nodes with a weight that are no layer, and the reason."""
         return self.layers.skipped
 
     def shared_weights(self) -> dict[str, list[str]]:
-        """Return the names of all layers that have the same weight, for each that shares one."""
         return self.layers.shared_weights()
 
     def batches(self, dataloader: Any, *, opaque: bool = False) -> list[Any]:
@@ -249,7 +232,6 @@ class OnnxSim(SimAdaptor):
         )
 
     def find_blocks(self, description: TopologyDescription | None) -> list[BlockTopology]:
-        """Find the decoder blocks and add them as parts, see :mod:`aimet_ext.sim.onnx.blocks`."""
         return add_blocks(self, description)
 
     @contextmanager
@@ -322,16 +304,13 @@ class OnnxSim(SimAdaptor):
 
     @property
     def framework(self) -> Literal["onnx"]:
-        """The framework that the simulation runs in."""
         return "onnx"
 
     @property
     def runner(self) -> Any:
-        """The session of onnxruntime with the quantizers that are on."""
         return self.sim.session
 
     def lint_facts(self) -> SimFacts:
-        """Return the facts of the simulation that a lint judges."""
         from aimet_ext.sim.onnx.facts import read_facts
 
         return read_facts(self)

@@ -65,18 +65,15 @@ class OnnxWeightQuantizer(WeightQuantizer):
 
     @torch.no_grad()
     def set_weight(self, values: Tensor) -> None:
-        """Replace the weight in the model."""
         self.graph.set_tensor(self.layer.weight, self._turned(values))
         self._changed()
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Cells of the grid along each dimension of the weight."""
         return self._turned_shape(stored_cells(self.quantizer, self._dims))
 
     @cached_property
     def layout(self) -> GridLayout:
-        """The grid but its ranges, as that of a matrix ``[out, in]``."""
         own, cells = self.quantizer, self.shape
         bits, symmetric = int(own.bitwidth), bool(own.use_symmetric_encodings)
         blockwise, scales = is_blockwise(own), own._scale_quantizer
@@ -99,24 +96,17 @@ class OnnxWeightQuantizer(WeightQuantizer):
 
     @property
     def bitwidth(self) -> int:
-        """Bits of a quantized weight."""
         return int(self.quantizer.bitwidth)
 
     @property
     def frozen(self) -> bool:
-        """True if ``sim.compute_encodings`` leaves the range alone."""
         return bool(self.quantizer.is_encoding_frozen())
 
     @property
     def initialized(self) -> bool:
-        """True if there is a range."""
         return bool(self.quantizer.is_initialized())
 
     def grid(self) -> Grid:
-        """Return the grid that AIMET quantizes with, in float32.
-
-        :raises ValueError: the quantizer has no range yet.
-        """
         if not self.initialized:
             raise self.no_range()
         layout = self.layout
@@ -150,10 +140,6 @@ class OnnxWeightQuantizer(WeightQuantizer):
 
     @torch.no_grad()
     def set_range(self, low: Tensor, high: Tensor) -> None:
-        """Write the range of each cell.
-
-        :raises ValueError: a bound is not finite.
-        """
         if not (low.isfinite().all() and high.isfinite().all()):
             raise ValueError(f"{self.name}: a finite range is required, got NaN or infinity")
         low, high = self.shaped(low.float()), self.shaped(high.float())
@@ -183,7 +169,6 @@ class OnnxWeightQuantizer(WeightQuantizer):
         setattr(self.quantizer, RAW_SCALE, None if layout.scale_bits is None else scale.double())
 
     def calibrate(self) -> None:
-        """Set the range from the weight, as ``sim.compute_encodings`` does; not if frozen."""
         if self.frozen:
             return
         weight, raw = self.graph.array(self.layer.weight), None
@@ -199,11 +184,9 @@ class OnnxWeightQuantizer(WeightQuantizer):
         setattr(self.quantizer, RAW_SCALE, raw)
 
     def freeze(self, frozen: bool = True) -> None:
-        """Make ``sim.compute_encodings`` leave the range alone, or set it again."""
         self.quantizer._is_encoding_frozen = frozen
 
     def reset(self) -> None:
-        """Drop the range, frozen or not."""
         if self.initialized:
             uninitialize(self.quantizer)
 
