@@ -28,34 +28,34 @@ _OTHERS = ("Add", "LayerNormalization", "Mul", "RMSNormalization", "Softmax")
 _MOVING = ("QuantizeLinear", "Reshape", "Transpose")
 
 # Blocks of as many input channels as this, or of a multiple of it, are computed right; the smaller
-# one where it divides the layer's width by an even number.
+# one if the layer's width is an even multiple of it.
 _BLOCK, _SMALL_BLOCK = 32, 16
 _WIDTHS = (4, 8, 16)
-# A dropped bias explains a difference where adding it brings the output this much nearer (dB),
-# and the factor that brings it nearest is about 1.
+# A dropped bias explains a difference if adding it brings the output this much nearer (dB), and
+# the factor that brings it nearest is about 1.
 _GAIN, _FACTOR = 6.0, (0.7, 1.3)
-# Nothing is said about how much is lost above this (dB): rounding in another order does that.
+# Above this (dB), a loss is not attributed: rounding in another order causes it.
 _SOUND = 60.0
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LayerFacts:
-    """One operator of a QDQ model, with what decides whether a target gets it right.
+    """One operator of a QDQ model, with the facts that decide whether a target computes it right.
 
-    :param name: of the module that the weight belongs to, or else of the operator.
-    :param nodes: names of the operators: a ``MatMul`` and the ``Add`` of its bias are one layer.
-    :param op_type: ``"MatMul"``, ``"MatMul+Add"``, ``"Gemm"``, ``"Conv"``, … .
-    :param tensor: output of the last operator, before its quantizer.
-    :param parents: the nearest such tensors upstream.
-    :param step: of the grid of that output, None if it is not at hand.
-    :param bits: of a stored weight, None without one.
-    :param block_size: of a weight, None unless blockwise.
-    :param lpbq: whether the blocks' scales are integers.
-    :param kernel: spatial sizes of a convolution's weight.
-    :param factor_type: of the second input's integers, of a product of two activations.
-    :param bias: its values, None without one.
-    :param fused: whether nothing is quantized between a MatMul and the Add of its bias.
-    :param bias_type: ``"float32"``, ``"int32"``, … , None without a bias.
+    :param name: Name of the module that the weight belongs to, or else of the operator.
+    :param nodes: Names of the operators: a ``MatMul`` and the ``Add`` of its bias are one layer.
+    :param op_type: Type: ``"MatMul"``, ``"MatMul+Add"``, ``"Gemm"``, ``"Conv"``, … .
+    :param tensor: Output of the last operator, before its quantizer.
+    :param parents: Nearest such tensors upstream.
+    :param step: Step of the grid of that output, None if unknown.
+    :param bits: Width of the stored weight, None without one.
+    :param block_size: Block size of the weight, None unless blockwise.
+    :param lpbq: True if the blocks' scales are integers.
+    :param kernel: Spatial sizes of a convolution's weight.
+    :param factor_type: Type of the second factor's integers, in a product of two activations.
+    :param bias: Values of the bias, None without one.
+    :param fused: True if nothing is quantized between a MatMul and the Add of its bias.
+    :param bias_type: Type of the bias, ``"float32"``, ``"int32"``, … , None without one.
     """
 
     name: str
@@ -75,19 +75,19 @@ class LayerFacts:
 
 
 def compared_layers(model: ModelProto, names: Mapping[str, str] | None = None) -> list[LayerFacts]:
-    """Operators whose output is quantized, in the order of computation.
+    """Return the operators whose output is quantized, in the order of computation.
 
-    Those with a stored weight or two quantized factors, sums, products, norms and softmax; what
-    moves data alone is left out.
+    These have a stored weight or two quantized factors, or are sums, products, norms or softmax;
+    operators that only move data are left out.
 
-    :param model: with quantize and dequantize nodes, constants as integers.
-    :param names: names of modules by the names of their weights in the ONNX file.
+    :param model: Model with quantize and dequantize nodes, constants as integers.
+    :param names: Names of modules by the names of their weights in the ONNX file.
     """
     return _Reader(model, names or {}).layers()
 
 
 class _Reader:
-    """Facts of a QDQ graph."""
+    """Reader of the facts of a QDQ graph."""
 
     def __init__(self, model: ModelProto, names: Mapping[str, str]) -> None:
         from aimet_ext.onnx.index import GraphIndex
@@ -114,7 +114,7 @@ class _Reader:
         return self._with_parents(found)
 
     def _with_parents(self, layers: list[LayerFacts]) -> list[LayerFacts]:
-        """The same, each with the nearest ones upstream."""
+        """Return the layers, each with the nearest ones upstream."""
         compared = {layer.tensor for layer in layers}
         above: dict[str, set[str]] = {}  # all that is read for a compared tensor
         nearest: dict[str, set[str]] = {}
@@ -126,7 +126,7 @@ class _Reader:
         return [replace(each, parents=tuple(sorted(above[each.tensor]))) for each in layers]
 
     def _layer(self, node: Any) -> tuple[LayerFacts, str | None]:
-        """A layer, and the name of the Add that is its bias."""
+        """Return a layer, and the name of the Add that is its bias."""
         stored = self._stored(node.input[1])
         output, add, bias = node.output[0], None, None
         if len(node.input) > 2 and node.input[2]:
@@ -168,7 +168,7 @@ class _Reader:
         }
 
     def _factor_type(self, name: str) -> str | None:
-        """Type of the integers that a dequantized tensor is made of, by its zero point."""
+        """Return the type of a dequantized tensor's integers, by its zero point."""
         node = self.index.node(name)
         if node is None or node.op_type != "DequantizeLinear" or len(node.input) < 3:
             return None
@@ -176,7 +176,7 @@ class _Reader:
         return None if zero is None else _type(zero)
 
     def _added(self, output: str) -> tuple[Any, Any]:
-        """The Add that alone reads a MatMul's output, and the stored vector that it adds."""
+        """Find the Add that alone reads a MatMul's output, and the stored vector that it adds."""
         quantizer = self._quantizer(output)
         seen = output if quantizer is None else quantizer
         readers = self.index.readers(seen)
@@ -189,7 +189,7 @@ class _Reader:
         return readers[0], stored
 
     def _stored(self, name: str) -> tuple[Any, Any] | None:
-        """A stored tensor behind an input, and the node that dequantizes it, None for a float."""
+        """Find the stored tensor behind an input, and its dequantize node, None for a float."""
         dequantize = None
         while not self.index.is_stored(name):
             node = self.index.node(name)
@@ -201,7 +201,7 @@ class _Reader:
         return self.index.stored[name], dequantize
 
     def _quantizer(self, tensor: str) -> str | None:
-        """What readers of a quantized tensor read, None if it is not quantized."""
+        """Return the dequantized name of a tensor, None if it is not quantized."""
         for node in self.index.readers(tensor):
             if node.op_type == "QuantizeLinear":
                 for reader in self.index.readers(node.output[0]):
@@ -210,7 +210,7 @@ class _Reader:
         return None
 
     def _step(self, tensor: str) -> float | None:
-        """The step of a quantized tensor's grid, None unless it is one stored number."""
+        """Return the step of a quantized tensor's grid, None unless it is one stored number."""
         from onnx.numpy_helper import to_array
 
         for node in self.index.readers(tensor):
@@ -223,7 +223,7 @@ class _Reader:
     def _values(
         self, tensor: TensorProto, dequantize: NodeProto | None
     ) -> np.ndarray[Any, Any] | None:
-        """A stored vector in float64, None where its values or scale are not at hand."""
+        """Read a stored vector in float64, None if its values or scale are not in the file."""
         from onnx.numpy_helper import to_array
 
         if tensor.data_location == tensor.EXTERNAL:
@@ -245,10 +245,10 @@ def _type(tensor: TensorProto) -> str:
 
 @dataclass(frozen=True)
 class Cause:
-    """Why a layer diverges or is refused.
+    """Cause of a divergence or refusal of a layer.
 
-    :param message: in a few words.
-    :param remedy: what to do.
+    :param message: Cause in a few words.
+    :param remedy: Advice.
     """
 
     message: str
@@ -256,15 +256,15 @@ class Cause:
 
 
 def culprit(layers: Sequence[LayerFacts], ratios: Sequence[float], failing: int) -> int:
-    """Where most is lost on the way to an operator that diverges: the largest drop in dB.
+    """Return the operator with the largest drop in dB on the way to one that diverges.
 
-    A sum with something large, such as a mask, hides an error that shows again further down; so
-    the first operator below a threshold need not be the one that is wrong.
+    A sum with a large term, such as a mask, hides an error that appears again further down; so the
+    first operator below a threshold need not be the wrong one.
 
-    :param layers: in the order of computation.
-    :param ratios: signal to noise ratio of each on the device, in dB.
-    :param failing: index of the one that diverges.
-    :returns: index of it or of one that it depends on.
+    :param layers: Layers in the order of computation.
+    :param ratios: Signal to noise ratio of each on the device, in dB.
+    :param failing: Index of the one that diverges.
+    :returns: Index of it or of one that it depends on.
     """
     place = {layer.tensor: index for index, layer in enumerate(layers)}
     upstream, queue = {failing}, [failing]
@@ -286,11 +286,11 @@ def known_cause(
     sim: np.ndarray[Any, Any],
     fallbacks: Collection[str] = (),
 ) -> Cause | None:
-    """Why a layer's output differs from the sim's, None if that is not known.
+    """Return the cause of a layer's difference from the sim, None if unknown.
 
-    :param device: the layer's output on the device.
-    :param sim: the same of the ONNX sim.
-    :param fallbacks: operators that the device did not take.
+    :param device: Output of the layer on the device.
+    :param sim: Output of the layer in the ONNX sim.
+    :param fallbacks: Operators that the device did not take.
     """
     if not set(fallbacks).isdisjoint(layer.nodes):
         return Cause(
@@ -303,10 +303,10 @@ def known_cause(
 def dropped_bias(
     layer: LayerFacts, device: np.ndarray[Any, Any], sim: np.ndarray[Any, Any]
 ) -> Cause | None:
-    """The cause, if the sim's output is the device's and the bias.
+    """Return the cause, if the sim's output is the sum of the device's and the bias.
 
     The factor ``c`` of ``device + c · bias`` that comes nearest to the sim's output is
-    ``⟨sim − device, bias⟩ / ⟨bias, bias⟩``: about 1 where the bias was left out, 0 where it is in.
+    ``⟨sim − device, bias⟩ / ⟨bias, bias⟩``: about 1 if the bias was left out, 0 if it was added.
     """
     if layer.bias is None or not np.any(layer.bias):
         return None
@@ -328,7 +328,7 @@ def dropped_bias(
 
 
 def _along_channels(layer: LayerFacts, shape: Sequence[int]) -> np.ndarray[Any, Any] | None:
-    """A bias in a shape that is added to an output: channels are last, or second for Conv."""
+    """Reshape a bias to be added to an output: channels are last, or second for Conv."""
     assert layer.bias is not None
     axis = 1 if layer.op_type.startswith("Conv") else len(shape) - 1
     if layer.bias.size != shape[axis]:
@@ -412,5 +412,5 @@ _PATTERNS: tuple[_Pattern, ...] = (
 
 
 def pattern_cause(layer: LayerFacts) -> Cause | None:
-    """Why HTP may refuse a layer or get it wrong, by how the layer is stored."""
+    """Return a known reason for HTP to refuse or miscompute a layer, by its storage."""
     return next((cause(layer) for fits, cause in _PATTERNS if fits(layer)), None)
