@@ -84,6 +84,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "verification*": (
         {
             *("verification", "findings", "linting", "integrity", "artifact", "integrations"),
+            "evaluation",
             *("sim", "onnx", "models", "data", "files", "core"),
         },
         {"torch", "numpy", "onnx"},

@@ -14,7 +14,7 @@ from aimet_ext.data.text import calibration_batches
 from aimet_ext.evaluation.sessions import SessionModel
 from aimet_ext.sim.protocol import adapt
 
-__all__ = ["calibration_batches", "evaluate_perplexity"]
+__all__ = ["calibration_batches", "evaluate_perplexity", "perplexity_of", "summed_losses"]
 
 
 @torch.no_grad()
@@ -48,6 +48,25 @@ def evaluate_perplexity(model_or_sim: Any, batches: Iterable[Any]) -> float:
             "a real token after another real one is required in some batch, got none; "
             "give windows of at least two tokens that the attention mask does not hide"
         )
+    return perplexity_of(total, count)
+
+
+def summed_losses(logits: Tensor, ids: Tensor, real: Tensor) -> tuple[float, int]:
+    """Return the negative log-likelihood summed over the tokens that count, and their number.
+
+    :param logits: Logits, shape [batch, seq, vocab].
+    :param ids: Token ids, shape [batch, seq].
+    :param real: Tokens that are not padding, bool, shape [batch, seq].
+    """
+    counts = real[:, 1:] & real[:, :-1]  # [batch, seq - 1]
+    chosen = logits[:, :-1][counts]  # [tokens, vocab]
+    chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
+    losses = nn.functional.cross_entropy(chosen, ids[:, 1:][counts], reduction="sum")
+    return losses.item(), int(counts.sum())
+
+
+def perplexity_of(total: float, count: int) -> float:
+    """Return the perplexity of a summed loss."""
     mean = total / count
     return math.exp(mean) if mean < math.log(float("1e308")) else math.inf
 
@@ -77,17 +96,13 @@ def _model_of(model_or_sim: Any) -> nn.Module:
 
 
 def _negative_log_likelihood(model: nn.Module, batch: Any) -> tuple[float, int]:
-    """Sum over the tokens that count, and their number."""
+    """Return the summed loss of a batch and the number of tokens that count."""
     output = call_model(model, batch)
-    logits = getattr(output, "logits", output).as_subclass(Tensor)[:, :-1]  # [batch, seq-1, vocab]
+    logits = getattr(output, "logits", output).as_subclass(Tensor)  # [batch, seq, vocab]
     ids = _ids(batch).to(logits.device)
     real = token_mask(batch, model)
-    counts = torch.ones_like(ids, dtype=torch.bool) if real is None else real.to(ids.device)
-    counts = counts[:, 1:] & counts[:, :-1]  # [batch, seq-1]
-    losses = nn.functional.cross_entropy(
-        logits[counts].float(), ids[:, 1:][counts], reduction="sum"
-    )
-    return losses.item(), int(counts.sum())
+    real = torch.ones_like(ids, dtype=torch.bool) if real is None else real.to(ids.device)
+    return summed_losses(logits, ids, real)
 
 
 def _ids(batch: Any) -> Tensor:

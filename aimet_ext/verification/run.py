@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from aimet_ext.core.objective import sqnr_db
+from aimet_ext.evaluation.perplexity import perplexity_of, summed_losses
 from aimet_ext.onnx.session import open_session
 from aimet_ext.sim.protocol import adapt
 from aimet_ext.verification.data import Feed, token_ids, token_weights
@@ -150,11 +150,6 @@ def perplexity(outputs: Sequence[Array], feeds: Sequence[Feed]) -> float | None:
         if ids is None or output.ndim != 3 or ids.shape != output.shape[:2]:
             return None
         real = token_weights(feed, output.shape)
-        counts = real[:, 1:] & real[:, :-1]  # [batch, seq - 1]
-        logits = torch.from_numpy(output[:, :-1])[counts].double()  # [tokens, vocab]
-        losses = nn.functional.cross_entropy(logits, ids[:, 1:][counts], reduction="sum")
-        total, count = total + losses.item(), count + int(counts.sum())
-    if not count:
-        return None
-    mean = total / count
-    return math.exp(mean) if mean < math.log(float("1e308")) else math.inf
+        losses, tokens = summed_losses(torch.from_numpy(output).double(), ids, real)
+        total, count = total + losses, count + tokens
+    return perplexity_of(total, count) if count else None
