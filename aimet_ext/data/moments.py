@@ -7,7 +7,7 @@ position of its output. ``H = Σ x xᵀ`` over those rows is all that the square
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch.nn import functional
 from aimet_ext.core.objective import SecondMoment
 from aimet_ext.data.memory import available_bytes, mapped_zeros
 
-__all__ = ["Geometry", "MomentSum"]
+__all__ = ["Geometry", "MomentSum", "sum_moments"]
 
 Storage: TypeAlias = Literal["memory", "mapped"]
 
@@ -338,6 +338,51 @@ class MomentSum:
     def _home(self, product: Tensor) -> Tensor:
         """The product where the sums are."""
         return product.to(self._strips[0][1].device)
+
+
+def sum_moments(
+    inputs: Iterable[tuple[Tensor | None, Tensor | None, Tensor | None]],
+    layer: nn.Module,
+    *,
+    dtype: torch.dtype,
+    mapped_dir: str | Path | None = None,
+    also: Iterable[Callable[[Tensor, Tensor], None]] = (),
+) -> MomentSum | None:
+    """Sum the second moments of a layer's inputs, with ``C`` where both streams are given.
+
+    :param inputs: By batch, input in the quantized and in the float stream (one may be None), and
+        mask of the rows that count.
+    :param layer: Linear layer or convolution that reads them.
+    :param dtype: Type of the products; the sums are in float64.
+    :param mapped_dir: Folder for sums that do not fit in memory.
+    :param also: Functions that are given the rows of both streams too, the same if there is one.
+    :returns: the sums; None if there was no input.
+    :raises ValueError: an input holds NaN or infinity.
+    """
+    geometry = Geometry.of(layer)
+    total: MomentSum | None = None
+    for quantized, original, mask in inputs:
+        first = original if quantized is None else quantized
+        assert first is not None
+        both = quantized is not None and original is not None
+        chunks = geometry.chunks(first, mask)
+        pairs: Iterable[tuple[Tensor, Tensor | None]] = ((rows, None) for rows in chunks)
+        if both and original is not None:
+            pairs = zip(chunks, geometry.chunks(original, mask), strict=True)
+        for rows, float_rows in pairs:
+            if total is None:
+                total = MomentSum(
+                    rows.shape[2],
+                    geometry.groups,
+                    device=rows.device,
+                    cross=both,
+                    dtype=dtype,
+                    mapped_dir=mapped_dir,
+                )
+            total.add(rows, float_rows)
+            for note in also:
+                note(rows, rows if float_rows is None else float_rows)
+    return total
 
 
 def _storage(size: int, device: torch.device, max_bytes: int | None) -> Storage:

@@ -27,7 +27,7 @@ from aimet_ext.models.huggingface import (
     checkpoint_prefix,
 )
 from aimet_ext.models.huggingface import context_length as own_context
-from aimet_ext.walk.patches import replaced_forward
+from aimet_ext.walk.hooks import replaced_forward
 
 __all__ = ["CacheShape", "CachedCausalLM", "TokenCache", "run_with_cache"]
 

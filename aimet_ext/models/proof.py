@@ -1,29 +1,44 @@
-"""Scale pairs proved on the model at hand: multiplied in, they must leave the output alone."""
+"""Scale pairs proved on the model at hand: multiplied in, they leave a block's output alone."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from aimet_ext.core.equivalence import ScalePair, transform
+from aimet_ext.data.batches import map_tensors
 from aimet_ext.errors import TransformRefused
-from aimet_ext.models.probe import BlockFn
+from aimet_ext.walk.hooks import evaluating, tensors_in
+from aimet_ext.walk.stream import hidden_state
 
 __all__ = [
     "BOUNDS",
+    "BlockFn",
     "Float64Casts",
     "PairFailure",
     "failing_pairs",
+    "probe",
+    "probe_inputs",
     "prove_pairs",
     "random_scale",
 ]
+
+BlockFn = Callable[[Mapping[str, Tensor]], Tensor]
+
+_MIN_BATCH, _MIN_LENGTH = 2, 8
+# Which axis holds the positions, in what decoder blocks of transformers receive.
+_SEQUENCE_AXES = {"position_embeddings": -2, "position_ids": -1, "cache_position": -1}
+# A cache would carry the keys and values of one call into the next.
+_CACHES = {"past_key_values": None, "past_key_value": None, "use_cache": False}
 
 #: Largest allowed max|change| / max|output|. float64 proves the algebra, float32 the use.
 BOUNDS: Mapping[torch.dtype, float] = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -87,7 +102,7 @@ def failing_pairs(
     Random scales, first in float64 under :class:`Float64Casts`, then in float32 as it is.
 
     :param block_fn: output for a fixed input and the given parameters, computed in their dtype;
-        :func:`aimet_ext.models.probe.probe` makes one from a module.
+        :func:`probe` makes one from a module.
     :param params: floating point parameters of the block, named relative to it. Never changed.
     :raises ValueError: the output is not finite or does not depend on ``params``.
     """
@@ -144,3 +159,106 @@ def _reference(block_fn: BlockFn, values: Mapping[str, Tensor]) -> Tensor:
             "block_fn must compute its output from params, got the same output for other params"
         )
     return reference
+
+
+# ---- a block as a function of its parameters ----------------------------------------------------
+
+
+def probe(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BlockFn:
+    """A ``block_fn`` that calls a module with other parameters, on a fixed input, in their dtype.
+
+    Inputs, buffers and parameters that are not passed follow the dtype; dropout is off. Works on
+    blocks of a simulation whose quantizers are off.
+
+    :param args: positional arguments of the block, for example from :func:`probe_inputs`.
+    :param kwargs: keyword arguments.
+    """
+
+    def block_fn(params: Mapping[str, Tensor]) -> Tensor:
+        like = next(value for value in params.values() if value.is_floating_point())
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(like.dtype) if tensor.is_floating_point() else tensor
+
+        rest = map_tensors(cast, {**dict(block.named_parameters()), **dict(block.named_buffers())})
+        inputs = map_tensors(cast, (tuple(args), dict(kwargs)))
+        with evaluating(block):
+            return hidden_state(torch.func.functional_call(block, {**rest, **params}, *inputs))
+
+    return block_fn
+
+
+def probe_inputs(
+    block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, length: int = 16
+) -> dict[str, Any]:
+    """What a block received, made fit for a proof: two short sequences, the second one padded.
+
+    Positions are cut, a single sequence gets a reversed twin, and a parameter ``attention_mask``
+    becomes a causal mask that hides the last quarter of the second sequence. Caches are dropped.
+
+    :param args: positional arguments of a captured call, hidden states ``[batch, seq, hidden]``
+        first unless they go by name.
+    :param length: tokens to keep; all are kept if the block has tensor arguments of unknown names.
+    :returns: all arguments by name.
+    :raises ValueError: fewer than 8 tokens, or fewer than 8 to be kept.
+    """
+    named = _bind(block, args, kwargs)
+    named.update({name: off for name, off in _CACHES.items() if name in named})
+    first = next(iter(named))
+    hidden = named[first]
+    batch, seq = hidden.shape[:2]
+    if min(length, seq) < _MIN_LENGTH:
+        raise ValueError(
+            f"a proof needs sequences of at least {_MIN_LENGTH} tokens, got {min(length, seq)}; "
+            "calibrate with longer sequences"
+        )
+    unknown = named.keys() - {first, "attention_mask", *_SEQUENCE_AXES}
+    length = seq if any(tensors_in(named[name]) for name in unknown) else min(length, seq)
+
+    def cut(tensor: Tensor, axis: int = -1, kept: int | None = None) -> Tensor:
+        own = tensor.ndim > -axis and tensor.shape[0] == batch
+        rows = tensor[:_MIN_BATCH] if own else tensor
+        if kept is not None:
+            return rows.narrow(axis, 0, kept)
+        twice = own and batch == 1 and tensor.ndim > 1  # beside the twin of the hidden states
+        return rows.expand(_MIN_BATCH, *rows.shape[1:]) if twice else rows
+
+    for name, value in named.items():
+        axis = _SEQUENCE_AXES.get(name)
+        if axis is not None:
+            named[name] = map_tensors(partial(cut, axis=axis, kept=length), value)
+        elif name in unknown:
+            named[name] = map_tensors(cut, value)
+    hidden = hidden[:_MIN_BATCH, :length]
+    named[first] = hidden if batch > 1 else torch.cat([hidden, hidden.flip(1)])
+    if "attention_mask" in inspect.signature(block.forward).parameters:
+        named["attention_mask"] = _padded_mask(named[first], named.get("attention_mask"))
+    return named
+
+
+def _bind(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name, the first parameter first."""
+    signature = inspect.signature(block.forward)
+    named = dict(signature.bind(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(named.pop(parameter.name, {}))
+        elif parameter.kind is inspect.Parameter.VAR_POSITIONAL and named.pop(parameter.name, ()):
+            raise ValueError(
+                f"{type(block).__name__}.forward must name its parameters, got *{parameter.name}"
+            )
+    return named
+
+
+def _padded_mask(hidden: Tensor, like: Any) -> Tensor:
+    """A mask of the form of ``like`` that hides the last quarter of the second sequence."""
+    batch, length = hidden.shape[:2]
+    real = torch.ones(batch, length, dtype=torch.bool, device=hidden.device)
+    real[1, length - length // 4 :] = False
+    if isinstance(like, Tensor) and like.ndim == 2:
+        return real.to(like.dtype)
+    visible = real[:, None, None, :] & real.new_ones(length, length).tril()
+    if isinstance(like, Tensor) and like.dtype is torch.bool:
+        return visible  # [batch, 1, length, length]
+    hidden_score = torch.finfo(hidden.dtype).min
+    return torch.zeros_like(visible, dtype=hidden.dtype).masked_fill(~visible, hidden_score)

@@ -18,7 +18,7 @@ from aimet_ext.core.clipping import GridLayout
 from aimet_ext.data.batches import ForwardFn
 from aimet_ext.models.topology import BlockTopology, TopologyDescription
 from aimet_ext.walk.protocol import Streams, Walk
-from aimet_ext.walk.stream import BlockStream
+from aimet_ext.walk.streamed import BlockPass
 
 if TYPE_CHECKING:
     from aimet_ext.sim.facts import SimFacts
@@ -338,16 +338,21 @@ class CalibrationWalks(Protocol):
         :param effective: Weights that the quantized stream uses from the start, by layer.
         """
 
-    def capture(
+    def block_pass(
         self,
-        first_block: str,
+        blocks: Sequence[str],
         batches: Sequence[Any],
-        forward_fn: ForwardFn | None,
         *,
+        effective: Mapping[str, Tensor],
+        forward_fn: ForwardFn | None,
         cache_dir: str | Path | None,
         device: torch.device | str | None,
-    ) -> BlockStream:
-        """Record the inputs of the first block, with the quantizers that are on."""
+    ) -> BlockPass:
+        """Capture both streams at the first block, with the quantizers off.
+
+        :param blocks: Full names of the blocks, in order.
+        :param effective: Weights outside the blocks that the quantized stream uses, by layer.
+        """
 
 
 class Blocks(Protocol):

@@ -14,9 +14,9 @@ from aimet_ext.files.folders import check_output, replace_folder
 from aimet_ext.files.manifest import write_manifest
 from aimet_ext.sim.protocol import adapt
 from aimet_ext.techniques.layerwise.choice import choose_layers
-from aimet_ext.techniques.layerwise.loop import LayerwiseRun, RunOptions, Solver
+from aimet_ext.techniques.layerwise.loop import LayerwiseRun, Solver
 from aimet_ext.techniques.layerwise.report import LayerwiseReport
-from aimet_ext.techniques.session import open_ledger, undo_on_failure
+from aimet_ext.techniques.session import RunOptions, open_ledger, undo_on_failure
 
 __all__ = ["run_layerwise"]
 

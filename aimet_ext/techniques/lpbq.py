@@ -18,8 +18,8 @@ from aimet_ext.grids.patterns import Layers
 from aimet_ext.techniques.aliases import accepts_aimet_arguments
 from aimet_ext.techniques.call import run_layerwise
 from aimet_ext.techniques.checks import merge_params
-from aimet_ext.techniques.layerwise.loop import RunOptions
 from aimet_ext.techniques.seq_mse import SeqMSE
+from aimet_ext.techniques.session import RunOptions
 
 __all__ = ["apply_lpbq"]
 

@@ -6,33 +6,89 @@ arXiv 2308.13137.
 
 from __future__ import annotations
 
-import copy
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from aimet_ext.config import OmniQuantParams
+from aimet_ext.core.equivalence import PairKind
 from aimet_ext.data.batches import ForwardFn
-from aimet_ext.files.folders import check_output, replace_folder
-from aimet_ext.files.ledger import Ledger
-from aimet_ext.files.manifest import write_manifest
-from aimet_ext.files.scales import write_scales
 from aimet_ext.models.topology import TopologyDescription
-from aimet_ext.sim.protocol import SimAdaptor, adapt
 from aimet_ext.techniques.aliases import accepts_aimet_arguments
-from aimet_ext.techniques.blockwise.loop import TECHNIQUE, OmniQuantRun, RunOptions
-from aimet_ext.techniques.blockwise.report import OmniQuantReport
-from aimet_ext.techniques.checks import layers_to_quantize, merge_params
-from aimet_ext.techniques.session import (
-    open_ledger,
-    original_names,
-    undo_on_failure,
-)
+from aimet_ext.techniques.blockwise.block import Block, BlockState, Choice
+from aimet_ext.techniques.blockwise.loop import BlockSolver, run_blockwise
+from aimet_ext.techniques.blockwise.report import BlockwiseReport
+from aimet_ext.techniques.blockwise.search import BlockSearch
+from aimet_ext.techniques.blockwise.training import train_block
+from aimet_ext.techniques.checks import merge_params
+from aimet_ext.techniques.session import RunOptions
 
 __all__ = ["OmniQuantReport", "apply_omniquant"]
+
+OmniQuantReport = BlockwiseReport
+
+
+class _OmniQuant(BlockSolver[OmniQuantParams]):
+    """Search on second moments, training by gradient, and the search again."""
+
+    @property
+    def pairs(self) -> Collection[PairKind]:
+        return self.params.pairs if self.params.let else ()
+
+    @property
+    def quantize_activations(self) -> bool:
+        return self.params.quantize_activations
+
+    @property
+    def steps(self) -> int:
+        return self.params.num_iterations
+
+    def decide(self, block: Block, bar: Any) -> Choice:
+        params = self.params
+        bar.set_postfix_str("search")
+        search = BlockSearch(block, clip=params.lwc, float_target=params.float_target)
+        found = search.run(sweeps=params.search_sweeps)
+        states: dict[str, tuple[float, BlockState]] = {}
+        states["search"] = (block.score(block.state_params(found)), found)
+        start, before = found, states["search"][0]
+        if block.pairs and params.let_start != "search":
+            smoothquant = params.let_start == "smoothquant"
+            start = search.ranges(search.smoothquant(params.smooth_alpha) if smoothquant else {})
+            before = block.score(block.state_params(start))
+            states["search"] = min(states["search"], (before, start), key=lambda state: state[0])
+        trained, score = self._train(block, start, before, bar)
+        states["training"] = (score, trained)
+        if block.pairs and params.search_sweeps:
+            bar.set_postfix_str("search again")
+            polished = search.run(trained.smooth, sweeps=params.search_sweeps)
+            states["polish"] = (block.score(block.state_params(polished)), polished)
+        kept = min(states, key=lambda name: states[name][0])
+        return Choice(states[kept][1], kept, before)
+
+    def _train(
+        self, block: Block, start: BlockState, start_score: float, bar: Any
+    ) -> tuple[BlockState, float]:
+        def on_step(loss: float) -> None:
+            bar.set_postfix(loss=f"{loss:.3g}", refresh=False)
+            bar.update()
+
+        with ExitStack() as stack:
+            outputs = None
+            if self.params.aug_loss:
+                with block.adaptor.disabled_quantizers(block.name):
+                    outputs = stack.enter_context(block.data.outputs("quantized"))
+            return train_block(
+                block,
+                start,
+                start_score,
+                self.params,
+                seed=self.params.seed * block.count + block.number,
+                float_outputs=outputs,
+                on_step=on_step,
+            )
 
 
 @accepts_aimet_arguments(order=("sim", "dataloader", "forward_fn", "num_iterations", "output_path"))
@@ -52,7 +108,7 @@ def apply_omniquant(
     aimet_keys: bool = False,
     progress: bool = True,
     **settings: Any,
-) -> OmniQuantReport:
+) -> BlockwiseReport:
     r"""Learn clipping ranges and equivalent scales that minimise each block's output error.
 
     For every decoder block ``F`` with weights ``W``, in order,
@@ -108,58 +164,22 @@ def apply_omniquant(
     >>> report = apply_omniquant(sim, batches, num_iterations=800, output_path="scales")
     >>> sim.compute_encodings(run_calibration)
     """
-    options = RunOptions(
-        params=merge_params(
-            OmniQuantParams, "apply_omniquant", params, settings, num_iterations=num_iterations
-        ),
-        forward_fn=forward_fn,
-        output_path=None if output_path is None else check_output(output_path),
-        checkpoint_dir=checkpoint_dir,
-        cache_dir=cache_dir,
-        device=device,
-        aimet_keys=aimet_keys,
-        progress=progress,
+    merged = merge_params(
+        OmniQuantParams, "apply_omniquant", params, settings, num_iterations=num_iterations
     )
-    adaptor = adapt(sim)
-    with adaptor.own_parameters(options.params.pairs if options.params.let else (), topology):
-        return _apply(adaptor, dataloader, modules_to_exclude, topology, options)
-
-
-def _apply(
-    adaptor: SimAdaptor,
-    dataloader: Iterable[Any],
-    exclude: Sequence[str],
-    topology: TopologyDescription | None,
-    options: RunOptions,
-) -> OmniQuantReport:
-    """The whole run, or nothing."""
-    blocks = adaptor.find_blocks(topology)
-    quantizers = layers_to_quantize(adaptor, blocks, exclude)
-    layers = [quantizer.name for quantizer in quantizers.values()]
-    ledger = open_ledger(adaptor, TECHNIQUE, layers)
-    started = time.perf_counter()
-    with undo_on_failure(adaptor, options.cache_dir) as keep:
-        adaptor.ledger = ledger = copy.deepcopy(ledger)
-        run = OmniQuantRun(adaptor, blocks, quantizers, options, keep)
-        reports = run.all_blocks(dataloader)
-        ledger.log_run(TECHNIQUE, layers, settings=options.params.to_dict())
-        report = OmniQuantReport(
-            blocks=tuple(reports),
-            settings=options.params.to_dict(),
-            refused_pairs=run.refused,
-            seconds=time.perf_counter() - started,
-        )
-        if options.output_path is not None:
-            _write(options.output_path, adaptor, ledger, report, options.aimet_keys)
-    return report
-
-
-def _write(
-    path: Path, adaptor: SimAdaptor, ledger: Ledger, report: OmniQuantReport, aimet_keys: bool
-) -> None:
-    """Write scales and report to a folder, in one step."""
-    rename = original_names(adaptor.model)
-    with replace_folder(path) as folder:
-        write_scales(folder, ledger, rename=rename, aimet_keys=aimet_keys)
-        report.save(folder / "report.json")
-        write_manifest(folder, "scales", techniques=list(ledger.techniques))
+    return run_blockwise(
+        sim,
+        dataloader,
+        _OmniQuant(merged, "omniquant"),
+        RunOptions(
+            forward_fn=forward_fn,
+            checkpoint_dir=checkpoint_dir,
+            cache_dir=cache_dir,
+            device=device,
+            progress=progress,
+        ),
+        modules_to_exclude=modules_to_exclude,
+        output_path=output_path,
+        topology=topology,
+        aimet_keys=aimet_keys,
+    )

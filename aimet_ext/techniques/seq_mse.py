@@ -18,9 +18,9 @@ from aimet_ext.techniques.aliases import accepts_aimet_arguments
 from aimet_ext.techniques.call import run_layerwise
 from aimet_ext.techniques.checks import merge_params
 from aimet_ext.techniques.layerwise.deploy import Decision, Problem
-from aimet_ext.techniques.layerwise.loop import RunOptions
 from aimet_ext.techniques.layerwise.report import LayerwiseReport
 from aimet_ext.techniques.layerwise.samples import SampleSum
+from aimet_ext.techniques.session import RunOptions
 from aimet_ext.walk.protocol import Activation
 
 __all__ = ["SeqMSE", "apply_seq_mse"]

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from aimet_ext.files.journal import UndoJournal, hash_tensors
+from aimet_ext.core.affine import fake_quantize
+from aimet_ext.data.batches import ForwardFn
+from aimet_ext.files.journal import Checkpoints, UndoJournal, environment, hash_tensors
 from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.tensors import writable_folder
-from aimet_ext.sim.protocol import SimAdaptor
+from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer
 
 try:
     import resource
@@ -22,13 +26,27 @@ except ModuleNotFoundError:  # Windows
     resource = None  # type: ignore[assignment]
 
 __all__ = [
-    "on_device",
+    "OnGrids",
+    "RunOptions",
+    "on_grid",
+    "open_checkpoints",
     "open_ledger",
     "original_names",
     "peak_memory",
     "undo_on_failure",
     "weights_hash",
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The arguments of a run that are not its data."""
+
+    forward_fn: ForwardFn | None = None
+    checkpoint_dir: str | Path | None = None
+    cache_dir: str | Path | None = None
+    device: torch.device | str | None = None
+    progress: bool = True
 
 
 def original_names(model: nn.Module) -> Callable[[str], str]:
@@ -92,18 +110,75 @@ def open_ledger(adaptor: SimAdaptor, technique: str, modules: Sequence[str]) -> 
     return ledger
 
 
-@contextmanager
-def on_device(module: nn.Module, device: torch.device | str | None) -> Iterator[None]:
-    """Context in which a module is on a device; it goes back to where it was."""
-    home = next((p.device for p in module.parameters()), torch.device("cpu"))
-    if device is None or torch.device(device) == home:
-        yield
-        return
-    module.to(device)
-    try:
-        yield
-    finally:
-        module.to(home)
+def open_checkpoints(
+    adaptor: SimAdaptor,
+    options: RunOptions,
+    *,
+    technique: str,
+    settings: Mapping[str, Any],
+    quantizers: Mapping[str, WeightQuantizer],
+    data: Iterable[tuple[str, Tensor]],
+    device: torch.device | str,
+    **more: Any,
+) -> Checkpoints | None:
+    """Open the folder of checkpoints of a run, None if there is to be none.
+
+    :param quantizers: Quantizers of the layers to decide, by name.
+    :param data: Tensors of the calibration data, by name.
+    :param device: Device on which the run computes.
+    :param more: Further parts of the run's fingerprint.
+    :raises ValueError: the folder belongs to another run.
+    """
+    if options.checkpoint_dir is None:
+        return None
+    fingerprint = {
+        **environment(device),
+        "technique": technique,
+        "settings": dict(settings),
+        "layers": {name: q.spec().to_dict() for name, q in quantizers.items()},
+        "weights": weights_hash(adaptor),
+        **more,
+        "data": hash_tensors(data),
+    }
+    return Checkpoints(options.checkpoint_dir, fingerprint)
+
+
+def on_grid(quantizer: WeightQuantizer, *, free_blocks: bool = False) -> Tensor:
+    """Return a weight as its quantizer rounds it.
+
+    :param free_blocks: True for LPBQ's blocks as if each had its own float scale.
+    """
+    weight = quantizer.weight.detach()
+    grid = quantizer.free_grid() if free_blocks else quantizer.grid()
+    return fake_quantize(weight, grid)
+
+
+class OnGrids(Mapping[str, Tensor]):
+    """Weights of layers that are not decided, on their grids, computed when they are asked for.
+
+    The grids are read at once: later on the quantizers are out of the model.
+
+    :param quantizers: Quantizers of the layers, by name.
+    :param free_blocks: True for LPBQ's blocks as if each had its own float scale.
+    """
+
+    def __init__(
+        self, quantizers: Mapping[str, WeightQuantizer], *, free_blocks: bool = False
+    ) -> None:
+        self.layers = {
+            name: (quantizer, quantizer.free_grid() if free_blocks else quantizer.grid())
+            for name, quantizer in quantizers.items()
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        quantizer, grid = self.layers[name]
+        return fake_quantize(quantizer.weight.detach(), grid)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
 
 
 def peak_memory(device: torch.device) -> int:

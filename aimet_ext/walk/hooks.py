@@ -1,28 +1,44 @@
-"""What a forward pass does with layers: which tensors they read, and what reads their outputs."""
+"""Hooks on modules: what reaches them in a forward pass, and contexts that change what they do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from itertools import count
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from aimet_ext.data.batches import map_tensors
+from aimet_ext.data.batches import ForwardFn, call_model, module_device
 from aimet_ext.data.moments import Geometry
 
-__all__ = ["Watch", "layer_input", "tensor_version"]
+__all__ = [
+    "Watch",
+    "Wrap",
+    "checked_weight",
+    "evaluating",
+    "first_call",
+    "on_device",
+    "replaced_forward",
+    "run_batch",
+    "seen_input",
+    "swapped_weights",
+    "tensors_in",
+]
+
+Wrap = Callable[[Tensor], Any]
 
 # A tensor's number, and how often it was changed in place.
 _Token = tuple[int, int]
 
 
 class Watch(TorchFunctionMode):
-    """Which tensors layers read in a forward pass, and which functions read their outputs.
+    """The tensors that layers read in a forward pass, and the functions that read their outputs.
 
     No tensor is kept alive for it.
     """
@@ -31,26 +47,57 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.reads: dict[str, _Token] = {}
         self.twice: str | None = None
+        self.returns: Wrap | None = None
         self._readers: dict[str, list[Callable[..., Any]]] = {}
-        self._outputs: dict[_Token, str] = {}
+        self._outputs: dict[_Token | None, str] = {}
+        self._ends: dict[str, tuple[str, Wrap]] = {}
         self._numbers = WeakTensorKeyDictionary()
         self._next = count()
 
-    def hook(self, name: str, module: nn.Module, hooks: ExitStack) -> None:
-        """Watch a layer until ``hooks`` ends."""
+    def hook(self, module: nn.Module, layers: Sequence[str], hooks: ExitStack) -> None:
+        """Watch layers of a module, its children and the module itself, until ``hooks`` ends."""
+        for name in layers:
+            layer = module.get_submodule(name)
+            before, after = partial(self._before, name), partial(self._after, name)
+            hooks.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
+            hooks.callback(layer.register_forward_hook(after).remove)
+        for name, child in module.named_children():
+            if name not in layers:
+                ended = partial(self._child_after, name)
+                hooks.callback(child.register_forward_hook(ended).remove)
+        hooks.callback(module.register_forward_hook(self._module_after).remove)
 
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if name in self.reads:
-                self.twice = name
-            self.reads[name] = self._token(layer_input(args, kwargs))
+    def parts(self) -> dict[str, tuple[str, Wrap]]:
+        """Return the children that end with the last of their layers.
 
-        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._readers[name] = []
-            if isinstance(output, Tensor):
-                self._outputs[self._token(output)] = name
+        :returns: by child, that layer and a function from the layer's output to the child's.
+        """
+        last = {name.partition(".")[0]: name for name in self.reads}
+        return {part: end for part, end in self._ends.items() if last[part] == end[0]}
 
-        hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        hooks.callback(module.register_forward_hook(after).remove)
+    def _before(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        if name in self.reads:
+            self.twice = name
+        self.reads[name] = self._token(_layer_input(args, kwargs))
+
+    def _after(self, name: str, _: nn.Module, args: Any, output: Any) -> None:
+        self._readers[name] = []
+        if isinstance(output, Tensor):
+            self._outputs[self._token(output)] = name
+
+    def _child_after(self, child: str, _: nn.Module, args: Any, output: Any) -> None:
+        first = _first(output)
+        alone = first is output or not any(value is not None for value in output[1:])
+        if isinstance(first, Tensor) and alone:
+            name = self._outputs.get(self._known(first), "")
+            if name.startswith(f"{child}."):
+                self._ends[child] = (name, _wrap(output))
+
+    def _module_after(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.returns = _wrap(output)
+        for tensor in tensors_in(output):  # whoever called the module may read these
+            if (token := self._known(tensor)) in self._outputs:
+                self._readers[self._outputs[token]].append(type(module).__call__)
 
     def partners(self, geometry: Mapping[str, Geometry]) -> dict[str, str]:
         """By layer, the first one that reads the same tensor in the same way."""
@@ -70,25 +117,25 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         """Call a function, and note what it read unless it handed its input on as it is."""
         kwargs = kwargs or {}
-        inputs = _tensors((args, kwargs))
+        inputs = tensors_in((args, kwargs))
         read = [(x, self._outputs[t]) for x in inputs if (t := self._known(x)) in self._outputs]
-        versions = [tensor_version(x) for x, _ in read]
+        versions = [_version(x) for x, _ in read]
         output = func(*args, **kwargs)
-        outputs = _tensors(output)
+        outputs = tensors_in(output)
         for (x, name), version in zip(read, versions, strict=True):
-            passed_on = any(y is x for y in outputs) and tensor_version(x) == version
+            passed_on = any(y is x for y in outputs) and _version(x) == version
             if outputs and not passed_on:
                 self._readers[name].append(_reader(func, args, kwargs))
         return output
 
     def _known(self, tensor: Tensor) -> _Token | None:
         number = self._numbers.get(tensor)
-        return None if number is None else (number, tensor_version(tensor))
+        return None if number is None else (number, _version(tensor))
 
     def _token(self, tensor: Tensor) -> _Token:
         if tensor not in self._numbers:
             self._numbers[tensor] = next(self._next)
-        return self._numbers[tensor], tensor_version(tensor)
+        return self._numbers[tensor], _version(tensor)
 
 
 def _reader(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -100,17 +147,162 @@ def _reader(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return func
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    map_tensors(found.append, tree)
-    return found
+def _first(output: Any) -> Any:
+    return output[0] if type(output) in (tuple, list) and output else output
 
 
-def tensor_version(tensor: Tensor) -> int:
+def _wrap(output: Any) -> Wrap:
+    """Return a function that makes an output of this form of its first value."""
+    if _first(output) is output:
+        return lambda tensor: tensor
+    kind, rest = type(output), output[1:]
+    return lambda tensor: kind([tensor, *rest])
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Return the tensors in nested sequences and mappings, such as a batch or a model's output."""
+    if isinstance(tree, Mapping):
+        tree = list(tree.values())
+    if isinstance(tree, tuple | list):
+        return [tensor for item in tree for tensor in tensors_in(item)]
+    return [tree] if isinstance(tree, Tensor) else []
+
+
+def _version(tensor: Tensor) -> int:
     """How often a tensor was changed in place."""
     return 0 if tensor.is_inference() else tensor._version
 
 
-def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The tensor that a layer is called with."""
+def _layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the tensor that a layer is called with."""
     return args[0] if args else kwargs["input"]
+
+
+# ---- a look at calls ----------------------------------------------------------------------------
+
+
+class _Reached(BaseException):
+    """Ends a forward pass; no Exception, so that a ``forward_fn`` does not catch it by mistake."""
+
+
+def first_call(
+    modules: Sequence[nn.Module], run: Callable[[], object]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Return the arguments of the first call of any of some modules; None if none is called.
+
+    :param run: Forward pass, which ends at that call.
+    """
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append((args, dict(kwargs)))
+        raise _Reached
+
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.callback(module.register_forward_pre_hook(stop, with_kwargs=True).remove)
+        with suppress(_Reached):
+            run()
+    return calls[0] if calls else None
+
+
+def seen_input(layers: Sequence[nn.Module], run: Callable[[], object]) -> Tensor | None:
+    """Return the input of the first of some layers to be called; see :func:`first_call`."""
+    call = first_call(layers, run)
+    return None if call is None else _layer_input(*call)
+
+
+def run_batch(
+    model: nn.Module, batch: Any, number: int, forward_fn: ForwardFn | None = None
+) -> Any:
+    """Return a model's output for a batch.
+
+    :raises RuntimeError: the forward pass failed; the batch's number is named.
+    """
+    try:
+        return call_model(model, batch, forward_fn)
+    except Exception as error:
+        who = "the model's forward pass" if forward_fn is None else "forward_fn"
+        raise RuntimeError(
+            f"{who} failed on batch {number} with {type(error).__name__}: {error}"
+        ) from error
+
+
+# ---- contexts -----------------------------------------------------------------------------------
+
+
+def checked_weight(name: str, module: nn.Module, weight: Tensor) -> Tensor:
+    """A weight to compute with in place of the module's own, on its device, in its dtype.
+
+    :raises ValueError: it has another shape.
+    """
+    own = module.weight
+    assert isinstance(own, Tensor)
+    if weight.shape != own.shape:
+        raise ValueError(
+            f"the weight of {name!r} must be of shape {list(own.shape)}, got {list(weight.shape)}"
+        )
+    return weight.detach().to(own)
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, output: Callable[[], Any]) -> Iterator[None]:
+    """Context in which a module returns ``output()``, whatever it is called with."""
+    own = vars(module).get("forward")
+    patched: Any = module
+    patched.forward = lambda *args, **kwargs: output()
+    try:
+        yield
+    finally:
+        if own is None:
+            del patched.forward
+        else:
+            patched.forward = own
+
+
+@contextmanager
+def swapped_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Context in which layers compute with other weights, and layers tied to them do not."""
+    kept: list[tuple[dict[str, Any], Any]] = []
+    try:
+        for name in weights:
+            layer = model.get_submodule(name)
+            weight = checked_weight(name, layer, weights[name])
+            kept.append((layer._parameters, layer._parameters["weight"]))
+            layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        yield
+    finally:
+        for parameters, parameter in reversed(kept):
+            parameters["weight"] = parameter
+
+
+@contextmanager
+def on_device(module: nn.Module, device: torch.device | str | None) -> Iterator[None]:
+    """Context in which a module is on a device (None: stays); it is moved back at the end."""
+    if device is None:
+        yield
+        return
+    home = module_device(module)
+    try:
+        module.to(device)
+        yield
+    finally:
+        module.to(home)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Context of evaluation mode without key-value caches; every flag is put back at the end."""
+    training = [(module, module.training) for module in model.modules()]
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    caching = [(c, c.use_cache) for c in configs.values() if hasattr(c, "use_cache")]
+    try:
+        model.eval()
+        for config, _ in caching:
+            config.use_cache = False
+        yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+        for config, value in caching:
+            config.use_cache = value

@@ -1,27 +1,37 @@
-"""Layers that a walk goes to: found by name, their weights checked, and what reads their output."""
+"""The layers that a walk goes to: found by name, checked, and ordered by a forward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from aimet_ext.data.batches import map_leaves
 from aimet_ext.data.moments import Geometry
-from aimet_ext.walk.protocol import Activation
+from aimet_ext.walk.hooks import Watch, Wrap
+from aimet_ext.walk.protocol import Activation, Inputs
 
 __all__ = [
+    "LayerOrder",
     "check_folded",
     "check_model",
-    "checked_weight",
-    "find_layers",
+    "check_same_arguments",
     "fit_mask",
     "geometries",
     "is_batch_norm",
     "known",
+    "layer_order",
+    "layers_around",
+    "layers_by_name",
     "relu_of",
+    "stage_inputs",
     "twice_called",
     "uncalled",
 ]
@@ -38,7 +48,7 @@ _RELUS: Mapping[Callable[..., Tensor], Activation] = {
 _BATCH_NORMS = (functional.batch_norm, torch.batch_norm)
 
 
-def find_layers(
+def layers_by_name(
     model: nn.Module, names: Iterable[str], parameter: str = "layers"
 ) -> dict[str, nn.Module]:
     """The modules of these names, each with a weight.
@@ -107,20 +117,6 @@ def geometries(layers: Mapping[str, nn.Module]) -> dict[str, Geometry]:
     return found
 
 
-def checked_weight(name: str, module: nn.Module, weight: Tensor) -> Tensor:
-    """A weight to compute with in place of the module's own, on its device, in its dtype.
-
-    :raises ValueError: it has another shape.
-    """
-    own = module.weight
-    assert isinstance(own, Tensor)
-    if weight.shape != own.shape:
-        raise ValueError(
-            f"the weight of {name!r} must be of shape {list(own.shape)}, got {list(weight.shape)}"
-        )
-    return weight.detach().to(own)
-
-
 def fit_mask(mask: Tensor | None, x: Tensor, geometry: Geometry) -> Tensor | None:
     """Which of a layer's input vectors count, None where the tokens of the batch are not seen.
 
@@ -133,6 +129,28 @@ def fit_mask(mask: Tensor | None, x: Tensor, geometry: Geometry) -> Tensor | Non
     if mask.shape == x.shape[:-1]:
         return mask.to(x.device)
     return mask.flatten().to(x.device) if x.shape[:-1] == (mask.numel(),) else None
+
+
+def stage_inputs(
+    name: str, module: nn.Module, number: int, seen: Mapping[str, Tensor], mask: Tensor | None
+) -> Inputs:
+    """Return a batch's inputs of a stage, and which of their rows count.
+
+    :param name: Name of the stage's first layer, whose module is ``module``.
+    :param number: Number of the batch.
+    :param seen: Input by stream.
+    :param mask: Mask of the batch, bool ``[batch, seq]``.
+    :raises ValueError: the streams differ in shape.
+    """
+    first, *others = seen.values()
+    if any(other.shape != first.shape for other in others):
+        raise ValueError(
+            f"layer {name!r} must receive the same tokens in the float and in the quantized "
+            f"stream, batch {number} has {list(first.shape)} and {list(others[0].shape)}, as "
+            "experts do that tokens are routed to; use one stream or leave the layer out"
+        )
+    fitting = fit_mask(mask, first, Geometry.of(module))
+    return seen.get("quantized"), seen.get("float"), fitting
 
 
 def relu_of(reader: object) -> Activation | None:
@@ -178,3 +196,173 @@ def uncalled(layers: Iterable[str]) -> ValueError:
         f"these layers never received data: {', '.join(layers)}; leave them out, or calibrate "
         "with batches that reach them"
     )
+
+
+# ---- the order of calls -------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class LayerOrder:
+    """What forward passes of a module do with some of its layers.
+
+    :param order: all layers in the order of their calls.
+    :param stages: layers that read one tensor in the same way, by their first one's place in it.
+    :param activations: the ReLU that alone reads a layer's output, by layer.
+    :param parts: direct children of the module whose output is their last layer's output, with
+        that layer and what makes the child's output of the layer's.
+    :param returns: what makes the module's own output of its first tensor.
+    """
+
+    order: list[str] = field(default_factory=list)
+    stages: list[tuple[str, ...]] = field(default_factory=list)
+    activations: dict[str, Activation] = field(default_factory=dict)
+    parts: dict[str, tuple[str, Wrap]] = field(default_factory=dict)
+    returns: Wrap = field(default=lambda tensor: tensor)
+
+
+@torch.no_grad()
+def layer_order(
+    module: nn.Module,
+    layers: Sequence[str],
+    passes: Iterable[Callable[[], object]],
+    prefix: str = "",
+) -> LayerOrder:
+    """Watch forward passes until each layer was called: an expert may not be, in some of them.
+
+    :param layers: Names within ``module``.
+    :param passes: Functions that each run the module once.
+    :param prefix: Prefix that makes the layers' names in errors those in the whole model.
+    :raises ValueError: a layer is called twice in a pass, or never, or a batch norm follows it.
+    :raises TypeError: a layer is neither linear nor a convolution.
+    """
+    found = LayerOrder()
+    geometry = geometries({name: module.get_submodule(name) for name in layers})
+    watches: list[Watch] = []
+    order: dict[str, None] = {}
+    for run in passes:
+        watch = Watch()
+        with ExitStack() as hooks:
+            watch.hook(module, layers, hooks)
+            with watch:
+                run()
+        if watch.twice is not None:
+            raise twice_called(f"{prefix}{watch.twice}")
+        watches.append(watch)
+        order.update(dict.fromkeys(watch.reads))
+        found.parts.update(watch.parts())
+        found.returns = watch.returns or found.returns
+        if len(order) == len(geometry):
+            break
+    else:
+        raise uncalled(f"{prefix}{name}" for name in layers if name not in order)
+    partners = [watch.partners(geometry) for watch in watches]
+    stages: dict[Any, list[str]] = {}
+    for name in order:
+        stages.setdefault(tuple(first.get(name) for first in partners), []).append(name)
+        readers = {watch.sole_reader(name) for watch in watches if name in watch.reads}
+        reader = readers.pop() if len(readers) == 1 else None
+        check_folded(f"{prefix}{name}", reader)
+        if relu := relu_of(reader):
+            found.activations[name] = relu
+    found.order, found.stages = [*order], [tuple(names) for names in stages.values()]
+    return found
+
+
+def layers_around(
+    model: nn.Module,
+    blocks: Sequence[str],
+    layers: Sequence[str],
+    passes: Iterable[Callable[[], object]],
+) -> tuple[list[str], LayerOrder]:
+    """Layers called before the first of some blocks, and the order of those after the last.
+
+    :param layers: names of layers in none of the blocks.
+    :param passes: each runs the model once.
+    :raises ValueError: a layer is called between two blocks; else as :func:`layer_order`.
+    """
+    if not layers:
+        return [], LayerOrder()
+    order: dict[str, int] = {}
+
+    def note(name: str, module: nn.Module, args: Any) -> None:
+        order.setdefault(name, len(order))
+
+    with ExitStack() as hooks:
+        for name in (*layers, blocks[0], blocks[-1]):
+            hook = model.get_submodule(name).register_forward_pre_hook(partial(note, name))
+            hooks.callback(hook.remove)
+        found = layer_order(model, layers, passes)
+    begin, end = (order.get(block, len(order)) for block in (blocks[0], blocks[-1]))
+    for name in found.order:
+        if begin < order[name] < end:
+            raise ValueError(
+                f"layer {name!r} must be called before or after the repeated blocks "
+                f"({blocks[0]} to {blocks[-1]}), it is called between them; leave it out"
+            )
+    before = [name for name in found.order if order[name] < begin]
+    stages = [tuple(name for name in names if name not in before) for names in found.stages]
+    after = [name for name in found.order if name not in before]
+    return before, replace(found, order=after, stages=[names for names in stages if names])
+
+
+@torch.no_grad()
+def check_same_arguments(
+    model: nn.Module, blocks: Sequence[str], run: Callable[[], object]
+) -> None:
+    """Refuse blocks that cannot be called with the first block's arguments.
+
+    :param blocks: full names, in order.
+    :param run: runs the model once.
+    :raises ValueError: a block's arguments differ; it is named, and the argument.
+    """
+    first: dict[str, Any] = {}
+    with ExitStack() as hooks:
+        for block in blocks:
+            hook = _compare(block, blocks[0], first)
+            module = model.get_submodule(block)
+            hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        run()
+
+
+def _compare(block: str, reference: str, first: dict[str, Any]) -> Callable[..., None]:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = {f"argument {place}": value for place, value in enumerate(args)}
+        named |= {f"argument {name!r}": value for name, value in kwargs.items()}
+        hidden = "argument 0" if args else "argument 'hidden_states'"
+        leaves = {name: _leaves(value) for name, value in named.items() if name != hidden}
+        if block == reference:
+            first.update(leaves)
+            return
+        for name in {**first, **leaves}:
+            if not _equal(first.get(name), leaves.get(name)):
+                raise ValueError(
+                    f"{block} must receive what {reference} does beside the hidden states, but its "
+                    f"{name} differs; blocks that are called in different ways are not supported"
+                )
+
+    return hook
+
+
+def _leaves(value: Any) -> list[Any]:
+    found: list[Any] = []
+
+    def note(leaf: Any) -> Any:
+        plain = leaf is None or isinstance(leaf, bool | int | float | str)
+        if plain or isinstance(leaf, Tensor):
+            found.append(leaf)  # anything else is a cache, which is dropped
+        return leaf
+
+    map_leaves(note, value)
+    return found
+
+
+def _equal(one: list[Any] | None, other: list[Any] | None) -> bool:
+    if one is None or other is None or len(one) != len(other):
+        return False
+    return all(_same(a, b) for a, b in zip(one, other, strict=True))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return type(one) is type(other) and not isinstance(one, Tensor) and one == other

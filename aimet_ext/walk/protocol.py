@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from torch import Tensor
 
-__all__ = ["Activation", "Inputs", "ReadStage", "Stage", "Streams", "Walk"]
+__all__ = ["Activation", "Inputs", "ReadStage", "Stage", "Streams", "Walk", "stream_names"]
 
 Streams: TypeAlias = Literal["quantized", "float", "both"]
 
@@ -20,6 +20,11 @@ Streams: TypeAlias = Literal["quantized", "float", "both"]
 # bool of the input's leading dimensions, None for all.
 Inputs: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 Activation: TypeAlias = Callable[[Tensor], Tensor]
+
+
+def stream_names(streams: Streams) -> tuple[str, ...]:
+    """Return the names of the streams that are asked for."""
+    return ("quantized", "float") if streams == "both" else (streams,)
 
 
 class Stage(Protocol):

@@ -1,20 +1,28 @@
-"""The inputs of a block, batch by batch: hidden states that move on, and arguments that stay."""
+"""The inputs of a model's blocks: captured at the first one, replayed block by block."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from aimet_ext.data.batches import map_leaves
+from aimet_ext.data.batches import (
+    ForwardFn,
+    attended_tokens,
+    iterate_batches,
+    map_leaves,
+    module_device,
+    token_mask,
+)
 from aimet_ext.data.cache import TensorCache
 from aimet_ext.files.tensors import hash_tensors
+from aimet_ext.walk.hooks import evaluating, first_call, run_batch
 
-__all__ = ["BlockCall", "BlockStream", "hidden_state"]
+__all__ = ["BlockCall", "BlockStream", "capture_block_inputs", "hidden_state"]
 
 BlockFn = Callable[..., Any]
 Rows = Sequence[int] | Tensor | slice
@@ -101,7 +109,7 @@ class _Arguments:
 
 
 class BlockStream:
-    """What a block receives for every batch; :meth:`advance` moves it on to the next block.
+    """The inputs of a block for every batch; new hidden states move it on to the next block.
 
     Invariant: beside the caches, at most the tensors of one batch are in memory.
 
@@ -189,25 +197,6 @@ class BlockStream:
         """Return what ``block_fn`` makes of a batch: hidden states ``[batch, seq, hidden]``."""
         return self.select(index, rows)(block_fn)
 
-    def advance(self, block_fn: BlockFn, out: TensorCache | None = None) -> None:
-        """Pass every batch through ``block_fn``, without gradients.
-
-        :param out: empty cache that takes the outputs, in which case the stream stays where it is;
-            if None, they replace :attr:`hidden`. A stream whose ``advance`` failed is lost.
-        :raises ValueError: ``out`` is not empty.
-        """
-        if out is not None and len(out):
-            raise ValueError(
-                f"out must be an empty cache, it holds {len(out)} tensors; pass a new one"
-            )
-        with torch.no_grad():
-            for index in range(len(self)):
-                output = self.call(block_fn, index)
-                if out is None:
-                    self.hidden[index] = output
-                else:
-                    out.append(output)
-
     def fork(self) -> BlockStream:
         """A second stream from the same point; the other arguments are shared."""
         twin = BlockStream.__new__(BlockStream)
@@ -268,3 +257,152 @@ class BlockStream:
             for slot in slots - {_HIDDEN}
         }
         return self._loaded
+
+
+# ---- capture ------------------------------------------------------------------------------------
+
+
+def capture_block_inputs(
+    model: nn.Module,
+    first_block_name: str,
+    batches: Iterable[Any],
+    forward_fn: ForwardFn | None = None,
+    *,
+    cache_dir: str | Path | None = None,
+    device: torch.device | str | None = None,
+) -> BlockStream:
+    """What the first block of ``model`` receives for every batch.
+
+    The model runs where it is, in evaluation mode and without gradients or key-value caches, and
+    only up to that block. Of each batch, the first call of the block is taken.
+
+    :param first_block_name: name of the block in ``model``, such as ``"model.layers.0"``.
+    :param batches: dataloader, or what :func:`~aimet_ext.data.batches.iterate_batches` yields.
+    :param forward_fn: called as ``forward_fn(model, batch)`` in place of the model itself.
+    :param cache_dir: folder for memory-mapped caches; None keeps them in RAM.
+    :param device: where the blocks will be called, the block's own device if None.
+    :raises TypeError: a batch is of a wrong type.
+    :raises ValueError: there are no batches; the block is unknown, was not called or blocks differ
+        in what they receive; a sequence exceeds the context; an input holds NaN or infinity.
+    :raises RuntimeError: the forward pass of a batch failed.
+    """
+    block = _submodule(model, first_block_name)
+    config = _text_config(model, first_block_name)
+    _check_uniform(config)
+    context = getattr(config, "max_position_embeddings", None)
+    checked = iterate_batches(batches, opaque=forward_fn is not None)
+    stream = BlockStream(device if device is not None else module_device(block), cache_dir)
+    try:
+        with evaluating(model), torch.no_grad():
+            for number, batch in enumerate(checked):
+                if forward_fn is None:
+                    _check_length(_ids(batch), context, number)
+                args, kwargs = _first_call(model, block, batch, forward_fn, number)
+                hidden = _hidden(args, kwargs, number)
+                _check_length(hidden[..., 0], context, number)
+                known = None if forward_fn is not None else model
+                mask = _real_tokens(token_mask(batch, known), hidden, args, kwargs, number)
+                stream.append(hidden, args, kwargs, mask)
+    except BaseException:
+        stream.close()
+        raise
+    return stream
+
+
+def _first_call(
+    model: nn.Module, block: nn.Module, batch: Any, forward_fn: ForwardFn | None, number: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of the first call of ``block`` in a forward pass."""
+    call = first_call([block], lambda: run_batch(model, batch, number, forward_fn))
+    if call is None:
+        raise ValueError(
+            f"the first block ({type(block).__name__}) must be called for every batch, it was not "
+            f"for batch {number}; forward_fn must run the model it is given"
+        )
+    return call
+
+
+def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any], number: int) -> Tensor:
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+        came = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise ValueError(
+            "a block must receive hidden states [batch, seq, hidden] as its first argument or as "
+            f"hidden_states, got {came} for batch {number}; name another first block"
+        )
+    if not bool(hidden.isfinite().all()):
+        raise ValueError(
+            f"the inputs of the first block must be finite, batch {number} gives NaN or infinity; "
+            "check the embedding's weights and the batch"
+        )
+    return hidden
+
+
+def _real_tokens(
+    mask: Tensor | None,
+    hidden: Tensor,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    number: int,
+) -> Tensor:
+    """Bool ``[batch, seq]`` from the batch's mask, else from the block's, else all true."""
+    shape = (hidden.shape[0], hidden.shape[1])
+    if mask is None or tuple(mask.shape) != shape:
+        attention = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        mask = attended_tokens(attention, shape) if isinstance(attention, Tensor) else None
+    if mask is None:
+        mask = torch.ones(shape, dtype=torch.bool)
+    if not bool(mask.any()):
+        raise ValueError(
+            f"batch {number} must hold a token that is not masked, its attention_mask masks all "
+            f"{mask.numel()}; remove the batch"
+        )
+    return mask
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(
+            f"first_block_name must be the name of a submodule of {type(model).__name__}, got "
+            f"{name!r}: {error}"
+        ) from error
+
+
+def _text_config(model: nn.Module, block_name: str) -> Any:
+    """The config with a context length that is nearest around the block, None without one."""
+    parts = block_name.split(".")
+    for end in range(len(parts) - 1, -1, -1):
+        config = getattr(model.get_submodule(".".join(parts[:end])), "config", None)
+        if hasattr(config, "max_position_embeddings"):
+            return config
+    return None
+
+
+def _check_uniform(config: Any) -> None:
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()))
+    if len(kinds) > 1:
+        raise ValueError(
+            "all blocks must receive the same attention mask and position embeddings, but this "
+            f"model's config.layer_types mixes {' and '.join(kinds)}; such models are not supported"
+        )
+
+
+def _ids(batch: Any) -> Tensor | None:
+    """The ids of a batch ``[batch, seq]`` where they are known before the model runs."""
+    if isinstance(batch, Mapping):
+        batch = batch.get("input_ids")
+    elif isinstance(batch, tuple | list) and batch:
+        batch = batch[0]
+    is_ids = isinstance(batch, Tensor) and batch.ndim == 2 and not batch.is_floating_point()
+    return batch if is_ids else None
+
+
+def _check_length(tokens: Tensor | None, context: Any, number: int) -> None:
+    if tokens is not None and isinstance(context, int) and tokens.shape[1] > context:
+        raise ValueError(
+            f"sequences must fit the model's context of {context} tokens "
+            f"(config.max_position_embeddings), batch {number} has {tokens.shape[1]}; cut it into "
+            "shorter windows"
+        )

@@ -1,25 +1,33 @@
-"""The graph of a model without blocks: in which order its layers run, and what reads what."""
+"""The graph of a traced model, and its execution in parts with other weights than its own."""
 
 from __future__ import annotations
 
-import operator
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from aimet_ext.data.batches import call_model, map_leaves, map_tensors
-from aimet_ext.walk.layers import check_folded, geometries, relu_of, twice_called, uncalled
-from aimet_ext.walk.protocol import Activation
+from aimet_ext.walk.hooks import tensors_in
 
-__all__ = ["GIVEN", "Group", "NotTraceable", "Trace", "batch_tensors", "trace_model"]
+__all__ = [
+    "Executor",
+    "NotTraceable",
+    "Segment",
+    "Trace",
+    "Values",
+    "Weights",
+    "equal",
+    "renewed",
+    "tensor_versions",
+    "trace_model",
+]
 
-_SHAPES = {"dim", "dtype", "device", "ndim", "shape", "size"}
 _ROOT = "model"
+_ROUNDING = 1e-3  # of the largest output: convolutions need not be computed alike twice
 
 GIVEN = ("placeholder", "get_attr")
 """Kinds of nodes that are no operations: a batch's tensors, and constants of the model."""
@@ -30,33 +38,15 @@ class NotTraceable(ValueError):
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
-    """Layers of one geometry that read one value.
-
-    :param layers: names in the order of their calls.
-    :param source: gives the value.
-    :param start: position of the first call.
-    :param activations: the ReLU that alone reads a layer's output, by layer.
-    """
-
-    layers: tuple[str, ...]
-    source: fx.Node
-    start: int
-    activations: Mapping[str, Activation]
-
-
-@dataclass(frozen=True, eq=False)
 class Trace:
     """The operations of a model in order.
 
     :param root: module that the graph's names refer to; the model is its only child.
     :param graph: operations on a batch's tensors; leaf modules are called.
-    :param groups: the layers asked for, in order.
     """
 
     root: nn.Module
     graph: fx.Graph
-    groups: tuple[Group, ...]
 
     @cached_property
     def nodes(self) -> list[fx.Node]:
@@ -65,7 +55,7 @@ class Trace:
 
     @cached_property
     def inputs(self) -> list[fx.Node]:
-        """Where the batch's tensors come in, in the order of :func:`batch_tensors`."""
+        """Where the batch's tensors come in, in the order of :func:`tensors_in`."""
         return [node for node in self.nodes if node.op == "placeholder"]
 
     @cached_property
@@ -76,6 +66,15 @@ class Trace:
             for position, node in enumerate(self.nodes)
             if node.op == "call_module"
         }
+
+    def call(self, layer: str) -> tuple[int, fx.Node]:
+        """Return the position of a layer's call, and the node that gives its input."""
+        for called, _ in self.places(layer):
+            node = self.nodes[self.last_call[called]]
+            source = node.args[0] if node.args else node.kwargs.get("input")
+            if isinstance(source, fx.Node):
+                return self.last_call[called], source
+        raise NotTraceable(f"{layer} reads nothing that the graph computes")
 
     def places(self, layer: str) -> list[tuple[str, str]]:
         """Which modules compute with a layer's weight, and the weight's name in each."""
@@ -152,8 +151,6 @@ def trace_model(model: nn.Module, batches: Iterable[Any], layers: Mapping[str, n
     :param batches: all of the data; only tensors may differ from batch to batch.
     :param layers: what to walk to, modules by name.
     :raises NotTraceable: the forward pass depends on values or shapes, or batches on their kind.
-    :raises ValueError: a layer is called twice or never, or a batch norm after one is not folded.
-    :raises TypeError: a layer is neither linear nor a convolution.
     """
     kinds = iter(batches)
     first = next(kinds)
@@ -162,22 +159,12 @@ def trace_model(model: nn.Module, batches: Iterable[Any], layers: Mapping[str, n
         raise NotTraceable("batches differ in more than their tensors")
     root = _Root(model, first)
     opened = {root.get_submodule(parent) for name in layers for parent in _parents(name)}
-    tracer = _Tracer(layers.values(), opened, len(batch_tensors(first)))
+    tracer = _Tracer(layers.values(), opened, len(tensors_in(first)))
     try:
         graph = tracer.trace(root)
     except Exception as error:
         raise NotTraceable(f"{type(error).__name__}: {error}") from error
-    groups = _group(root, list(graph.nodes), layers)
-    return Trace(root, graph, tuple(sorted(groups, key=lambda group: group.start)))
-
-
-def batch_tensors(batch: Any) -> list[Tensor]:
-    """The tensors in a batch, or in a model's output, in order."""
-    if isinstance(batch, Mapping):
-        batch = list(batch.values())
-    if isinstance(batch, tuple | list):
-        return [tensor for item in batch for tensor in batch_tensors(item)]
-    return [batch] if isinstance(batch, Tensor) else []
+    return Trace(root, graph)
 
 
 @dataclass(frozen=True)
@@ -189,7 +176,7 @@ class _Hole:
 
 def _form(batch: Any) -> Any:
     """A batch with holes in place of its tensors."""
-    numbers = iter(range(len(batch_tensors(batch))))
+    numbers = iter(range(len(tensors_in(batch))))
     return map_tensors(lambda tensor: _Hole(next(numbers)), batch)
 
 
@@ -198,83 +185,98 @@ def _parents(name: str) -> Iterator[str]:
     return (".".join(parts[:end]) for end in range(1, len(parts)))
 
 
-def _group(
-    root: nn.Module, nodes: Sequence[fx.Node], layers: Mapping[str, nn.Module]
-) -> list[Group]:
-    """Layers that read one value, before anything changes it in place, in one way."""
-    names = {module: name for name, module in layers.items()}
-    geometry = geometries(layers)
-    changes: Counter[fx.Node] = Counter()
-    calls: dict[str, int] = {}
-    members: dict[Any, list[str]] = {}
-    for position, node in enumerate(nodes):
-        name = names.get(_module(root, node)) if node.op == "call_module" else None
-        if name is not None:
-            if name in calls:
-                raise twice_called(name)
-            calls[name] = position
-            source = node.args[0] if node.args else node.kwargs.get("input")
-            assert isinstance(source, fx.Node), f"{name} reads a constant"
-            key = (source, changes[source], geometry[name])
-            members.setdefault(key, []).append(name)
-        changes.update(_changed(root, node))
-    if missing := [name for name in layers if name not in calls]:
-        raise uncalled(missing)
-    readers = {name: _sole_reader(root, nodes[position]) for name, position in calls.items()}
-    for name, reader in readers.items():
-        check_folded(name, reader)
-    relus = {name: relu for name, reader in readers.items() if (relu := relu_of(reader))}
-    return [
-        Group(
-            tuple(group),
-            source,
-            calls[group[0]],
-            {name: relus[name] for name in group if name in relus},
-        )
-        for (source, *_), group in members.items()
-    ]
+# By module in the graph, by name within it.
+Weights: TypeAlias = dict[str, dict[str, Tensor]]
+Values: TypeAlias = dict[fx.Node, Any]
 
 
-def _module(root: nn.Module, node: fx.Node) -> nn.Module:
-    return root.get_submodule(str(node.target))
+class Segment:
+    """A part of a graph: its operations, and which values and inputs it reads.
+
+    :param start: position of the first operation.
+    :param stop: position behind the last one.
+    :param end: what is read from this position on is not kept.
+    :param kept: what to keep, by default all that is read between ``stop`` and ``end``.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        start: int,
+        stop: int,
+        end: int,
+        *,
+        kept: Sequence[fx.Node] | None = None,
+    ) -> None:
+        self.read = trace.live(start, end)
+        self.kept = trace.live(stop, end) if kept is None else kept
+        self.nodes = [node for node in trace.nodes[start:stop] if node.op not in GIVEN]
+        last = {node: node for node in self.nodes}
+        for node in self.nodes:
+            last.update(dict.fromkeys(node.all_input_nodes, node))
+        self.inputs = [node for node in last if node.op == "placeholder"]
+        for node in self.kept:
+            last.pop(node, None)
+        self.dying: dict[fx.Node, list[fx.Node]] = {}
+        for node, reader in last.items():
+            self.dying.setdefault(reader, []).append(node)
 
 
-def _operation(root: nn.Module, node: fx.Node) -> Any:
-    """What a node calls: a module, a function or the name of a method."""
-    return _module(root, node) if node.op == "call_module" else node.target
+class Executor(fx.Interpreter):
+    """Runs parts of a graph, with other weights than the modules' own."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__(trace.root, garbage_collect_values=False, graph=trace.graph)
+        self._constants = [node for node in trace.nodes if node.op == "get_attr"]
+        self._weights: Weights = {}
+
+    @torch.no_grad()
+    def run_segment(self, segment: Segment, values: Values, weights: Weights) -> Values:
+        """The values that a segment keeps, of those given and of its own."""
+        self._weights = weights
+        self.env = {**{node: self.run_node(node) for node in self._constants}, **values}
+        try:
+            for node in segment.nodes:
+                self.env[node] = self.run_node(node)
+                for dead in segment.dying.get(node, ()):
+                    del self.env[dead]
+            return {node: self.env[node] for node in segment.kept}
+        finally:
+            self.env = {}
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a module computes with the weight decided for it."""
+        if target not in self._weights:
+            return super().call_module(target, args, kwargs)
+        module, own = self.fetch_attr(target), self._weights[target]
+        return torch.func.functional_call(module, own, args, kwargs, tie_weights=False)
 
 
-def _sole_reader(root: nn.Module, node: fx.Node) -> Any:
-    """What alone reads a result, behind modules that do nothing in evaluation mode."""
-    while True:
-        readers = [reader for reader in node.users if not _reads_shape(reader)]
-        if len(readers) != 1 or readers[0].op == "output":
-            return None
-        (node,) = readers
-        reader = _operation(root, node)
-        if not isinstance(reader, nn.Identity | _DropoutNd):
-            return reader
+def renewed(values: Values, versions: Mapping[fx.Node, Any]) -> Values:
+    """The values that are not stored yet as they are, with all that share a tensor with them."""
+    found = {node: tensor_versions(value) for node, value in values.items()}
+    new = {node for node in values if found[node] != versions.get(node)}
+    tensors = {tensor for node in new for tensor, _ in found[node]}
+    return {
+        node: value
+        for node, value in values.items()
+        if node in new or any(tensor in tensors for tensor, _ in found[node])
+    }
 
 
-def _reads_shape(node: fx.Node) -> bool:
-    named = node.args[1] if node.target is getattr else node.target
-    return node.op in ("call_function", "call_method") and named in _SHAPES
+def tensor_versions(value: Any) -> list[tuple[int, int]]:
+    """Which tensors a value holds, and how often each was changed in place."""
+    return [(id(tensor), tensor._version) for tensor in tensors_in(value)]
 
 
-_OPERATORS = "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift"
-_IN_PLACE = (*(getattr(operator, name) for name in _OPERATORS.split()), operator.setitem)
+def equal(came: Any, expected: Any) -> bool:
+    """Whether two outputs are of the same form and their tensors equal but for rounding."""
+    ours, theirs = tensors_in(came), tensors_in(expected)
+    return len(ours) == len(theirs) and all(map(_close, ours, theirs))
 
 
-def _changed(root: nn.Module, node: fx.Node) -> list[fx.Node]:
-    """Which values an operation may change in place; rather one too many."""
-    if node.op not in ("call_module", "call_function", "call_method"):
-        return []
-    operation = _operation(root, node)
-    name = operation if isinstance(operation, str) else getattr(operation, "__name__", "")
-    flags = (*node.args[1:], node.kwargs.get("inplace"), getattr(operation, "inplace", False))
-    in_place = (
-        operation in _IN_PLACE
-        or (name.endswith("_") and not name.endswith("__"))
-        or any(flag is True for flag in flags)
-    )
-    return node.all_input_nodes if in_place else []
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype or not a.is_floating_point():
+        return torch.equal(a, b)
+    size = float(b.abs().nan_to_num(0, 0, 0).amax()) if b.numel() else 0.0
+    return torch.allclose(a, b, rtol=0, atol=_ROUNDING * size, equal_nan=True)

@@ -6,8 +6,15 @@ from torch import nn
 
 from aimet_ext.core.equivalence import Side, transform
 from aimet_ext.errors import TransformRefused
-from aimet_ext.models.probe import probe, probe_inputs
-from aimet_ext.models.proof import BOUNDS, Float64Casts, failing_pairs, prove_pairs, random_scale
+from aimet_ext.models.proof import (
+    BOUNDS,
+    Float64Casts,
+    failing_pairs,
+    probe,
+    probe_inputs,
+    prove_pairs,
+    random_scale,
+)
 from aimet_ext.models.topology import find_blocks, select_pairs
 
 KINDS = ("norm_qkv", "v_o", "norm_mlp", "up_down", "q_k")

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from aimet_ext.models.probe import probe, probe_inputs
-from aimet_ext.models.proof import failing_pairs, prove_pairs
+from aimet_ext.models.proof import failing_pairs, probe, probe_inputs, prove_pairs
 from aimet_ext.models.topology import find_blocks, select_pairs
 
 aimet_torch = pytest.importorskip("aimet_torch")

@@ -17,8 +17,11 @@ from onnx import numpy_helper  # noqa: E402
 
 from aimet_ext.errors import TransformRefused  # noqa: E402
 from aimet_ext.models.families import TopologyDescription  # noqa: E402
-from aimet_ext.models.probe import probe, probe_inputs  # noqa: E402
-from aimet_ext.models.proof import prove_pairs  # noqa: E402
+from aimet_ext.models.proof import (  # noqa: E402
+    probe,
+    probe_inputs,
+    prove_pairs,
+)
 from aimet_ext.onnx.blocks.capture import (  # noqa: E402
     argument_names,
     capture_blocks,
@@ -28,6 +31,7 @@ from aimet_ext.onnx.blocks.find import find_onnx_blocks  # noqa: E402
 from aimet_ext.onnx.blocks.module import OnnxBlock, read_again, write_back  # noqa: E402
 from aimet_ext.onnx.blocks.shared import to_copy  # noqa: E402
 from aimet_ext.onnx.graph import OnnxGraph  # noqa: E402
+from aimet_ext.walk.streamed import StreamedBlock  # noqa: E402
 
 LLAMA = {
     "self_attn.q_proj": "attn/q_proj",
@@ -123,7 +127,7 @@ def test_blocks_are_the_graph_in_torch(name: str) -> None:
     for plan in plans:
         block = OnnxBlock(flow, plan, argument_names(plans))
         assert check_block(flow, block, stream.select(0)) < 1e-5
-        stream.advance(block)
+        StreamedBlock(block, "block", {"float": stream}).advance("float")
     reference = flow.graph.model(
         flow.graph.subgraph(flow.graph.inputs, [plans[-1].end]),
         list(flow.graph.inputs),
@@ -149,7 +153,7 @@ def test_pairs_hold(name: str, rows: list[int]) -> None:
         prove_pairs(probe(block, (), inputs), dict(block.named_parameters()), plan.topology.pairs)
         whole, part = stream.call(block, 0), stream.call(block, 0, rows)
         torch.testing.assert_close(part, whole[rows], rtol=1e-4, atol=1e-5)
-        stream.advance(block)
+        StreamedBlock(block, "block", {"float": stream}).advance("float")
 
 
 @pytest.mark.parametrize("name", ["qwen2", "genai"])
@@ -293,7 +297,7 @@ def test_exporter_that_names_nodes_by_number(dynamo_model: Any, request: Any) ->
         assert check_block(flow, block, stream.select(0)) < 1e-5
         part = stream.call(block, 0, [0])
         torch.testing.assert_close(part, stream.call(block, 0)[:1], rtol=1e-4, atol=1e-5)
-        stream.advance(block)
+        StreamedBlock(block, "block", {"float": stream}).advance("float")
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])

@@ -17,7 +17,7 @@ import aimet_ext
 from aimet_ext import LPBQ, PerTensor, QSpec
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.sim.protocol import adapt
-from aimet_ext.techniques.blockwise import loop as omniquant_run
+from aimet_ext.techniques import omniquant as omniquant_run
 from aimet_ext.techniques.blockwise import training
 
 pytest.importorskip("aimet_onnx")

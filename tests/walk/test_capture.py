@@ -12,8 +12,8 @@ from torch import nn
 
 from aimet_ext.data.cache import TensorCache
 from aimet_ext.files.journal import hash_tensors
-from aimet_ext.walk.capture import capture_block_inputs
-from aimet_ext.walk.stream import BlockStream, hidden_state
+from aimet_ext.walk.stream import BlockStream, capture_block_inputs, hidden_state
+from aimet_ext.walk.streamed import StreamedBlock
 
 FIRST = "model.layers.0"
 
@@ -63,10 +63,14 @@ def own_outputs(model, blocks, batch):
     return seen
 
 
+def streamed(block, stream):
+    return StreamedBlock(block, "block", {"float": stream})
+
+
 def assert_replays(model, blocks, stream, batches):
     expected = [own_outputs(model, blocks, batch) for batch in batches]
     for depth, block in enumerate(blocks):
-        stream.advance(block)
+        streamed(block, stream).advance("float")
         for index in range(len(batches)):
             assert torch.equal(stream.hidden[index], expected[index][depth])
 
@@ -253,15 +257,12 @@ def test_fork_and_targets_leave_the_stream_where_it_is(tiny_llama, tmp_path):
     block = tiny_llama.model.layers[0]
     stream = capture_block_inputs(tiny_llama, FIRST, BATCHES, cache_dir=tmp_path)
     start = list(stream.hidden)
-    twin, targets = stream.fork(), stream.new_cache("targets")
-    stream.advance(block, out=targets)
-    twin.advance(block)
+    twin, targets = stream.fork(), streamed(block, stream).outputs("float")
+    streamed(block, twin).advance("float")
     for index, tensor in enumerate(start):
         assert torch.equal(stream.hidden[index], tensor)
         assert torch.equal(twin.hidden[index], targets[index])
         assert not targets[index].requires_grad
-    with pytest.raises(ValueError, match="out must be an empty cache"):
-        stream.advance(block, out=targets)
     stream.close()
     assert len(stream) == 0
     assert torch.equal(twin.call(block, 1), own_outputs_twice(tiny_llama, BATCHES[1]))
@@ -376,8 +377,8 @@ def test_only_one_batch_is_in_memory(tiny_llama, tmp_path, monkeypatch):
         stream = capture_block_inputs(tiny_llama, FIRST, batches, cache_dir=tmp_path)
         twin = stream.fork()
         for block in tiny_llama.model.layers:
-            stream.advance(block)
-            twin.advance(block)
+            streamed(block, stream).advance("float")
+            streamed(block, twin).advance("float")
         peaks.append(peak[0])
         stream.close()
         twin.close()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from aimet_ext.walk.capture import BlockStream, capture_block_inputs
+from aimet_ext.walk.stream import BlockStream, capture_block_inputs
 
 BLOCK = "model.layers.0"
 IDS = torch.arange(60).reshape(3, 20) % 100 + 3

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from aimet_ext.core.equivalence import ScalePair
 from aimet_ext.models.families import TopologyDescription
-from aimet_ext.models.pairs import candidate_pairs
-from aimet_ext.models.topology import BlockTopology
+from aimet_ext.models.topology import BlockTopology, candidate_pairs
 from aimet_ext.onnx.blocks.flow import Flow, Norm
 from aimet_ext.onnx.blocks.roles import AttentionRoles, Heads, MismatchError, MlpRoles, config_of
 from aimet_ext.onnx.blocks.shared import SharedVector, shared_vector

@@ -24,11 +24,11 @@ from aimet_ext.sim.facts import SimFacts
 from aimet_ext.sim.onnx.blocks import (
     OnnxPart,
     add_blocks,
-    capture,
     copy_shared,
     live_quantizer,
     observed,
     observed_ranges,
+    open_pass,
 )
 from aimet_ext.sim.onnx.quantizer_state import (
     is_integer,
@@ -40,7 +40,7 @@ from aimet_ext.sim.onnx.quantizer_state import (
 from aimet_ext.sim.onnx.quantizers import OnnxWeightQuantizer
 from aimet_ext.sim.protocol import Range, SimAdaptor, carried
 from aimet_ext.walk.protocol import Streams, Walk
-from aimet_ext.walk.stream import BlockStream
+from aimet_ext.walk.streamed import BlockPass
 
 __all__ = ["OnnxSim"]
 
@@ -263,19 +263,22 @@ class OnnxSim(SimAdaptor):
         if copied:
             self.touch()
 
-    def capture(
+    def block_pass(
         self,
-        first_block: str,
+        blocks: Sequence[str],
         batches: Sequence[Any],
-        forward_fn: ForwardFn | None,
         *,
+        effective: Mapping[str, Tensor],
+        forward_fn: ForwardFn | None,
         cache_dir: str | Path | None,
         device: torch.device | str | None,
-    ) -> BlockStream:
-        """Record the inputs of the first block, with the weight quantizers that are on."""
+    ) -> BlockPass:
+        """Capture both streams at the first block, the quantizers being off."""
         if forward_fn is not None:
             raise _no_forward_fn()
-        return capture(self, first_block, batches, cache_dir=cache_dir, device=device)
+        return open_pass(
+            self, blocks, batches, effective=effective, cache_dir=cache_dir, device=device
+        )
 
     def commit(self, module: str) -> None:
         """Write a block's parameters, changed in place, to where the model stores them."""

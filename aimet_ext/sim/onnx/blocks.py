@@ -31,6 +31,7 @@ from aimet_ext.onnx.shells import insert_module
 from aimet_ext.sim.onnx.split import Copies
 from aimet_ext.sim.protocol import Range
 from aimet_ext.walk.stream import BlockStream
+from aimet_ext.walk.streamed import BlockPass, capture_streams
 
 if TYPE_CHECKING:
     from aimet_ext.sim.onnx.adaptor import OnnxSim
@@ -38,11 +39,11 @@ if TYPE_CHECKING:
 __all__ = [
     "OnnxPart",
     "add_blocks",
-    "capture",
     "copy_shared",
     "live_quantizer",
     "observed",
     "observed_ranges",
+    "open_pass",
 ]
 
 _STACK = "model.layers"  # as checkpoints name it, so that one scales file fits both
@@ -220,43 +221,45 @@ def _has(root: nn.Module, name: str) -> bool:
     return any(found == name for found, _ in root.named_modules())
 
 
-def capture(
+def open_pass(
     adaptor: OnnxSim,
-    first_block: str,
+    blocks: Sequence[str],
     batches: Sequence[Mapping[str, Tensor]],
     *,
+    effective: Mapping[str, Tensor],
     cache_dir: str | Path | None,
     device: torch.device | str | None,
-) -> BlockStream:
-    """Record the inputs of the first block, with the weight quantizers that are on.
+) -> BlockPass:
+    """Capture both streams at the first block; the first time, all blocks are checked on them.
 
-    The first time, all blocks are checked on it.
-
+    :param effective: Weights of layers before the blocks that the quantized stream uses.
     :raises TransformRefused: a block as torch computes it is not what onnxruntime gives.
     """
-    stack = adaptor.model.get_submodule(first_block.rpartition(".")[0])
+    stack = adaptor.model.get_submodule(blocks[0].rpartition(".")[0])
     assert isinstance(stack, BlockStack)
 
-    def quantized(layer: str) -> Tensor | None:
-        found = adaptor.weight_quantizer(layer)
-        if found is None or not found.initialized:
-            return None
-        return fake_quantize(found.weight, found.grid())
+    def capture(weights: Mapping[str, Tensor]) -> BlockStream:
+        return capture_blocks(
+            stack.flow,
+            list(stack.plans.values()),
+            batches,
+            quantized=weights.get,
+            cache_dir=cache_dir,
+            device=device,
+        )
 
-    stream = capture_blocks(
-        stack.flow,
-        list(stack.plans.values()),
-        batches,
-        quantized=quantized,
-        cache_dir=cache_dir,
-        device=device,
+    found = BlockPass(
+        adaptor.model,
+        blocks,
+        capture_streams(capture, {"float": {}, "quantized": effective}),
+        device,
     )
     try:
-        stack.check(stream)
+        stack.check(found.flows["float"])
     except BaseException:
-        stream.close()
+        found.close()
         raise
-    return stream
+    return found
 
 
 @contextmanager

@@ -25,9 +25,8 @@ from aimet_ext.sim.torch.quantizers import (
     uninitialize,
 )
 from aimet_ext.walk.blocks import BlockWalk, find_stack
-from aimet_ext.walk.capture import capture_block_inputs
 from aimet_ext.walk.protocol import Streams, Walk
-from aimet_ext.walk.stream import BlockStream
+from aimet_ext.walk.streamed import BlockPass, open_pass
 from aimet_ext.walk.traced import walk_graph
 
 __all__ = ["TorchSim"]
@@ -262,18 +261,25 @@ class TorchSim(SimAdaptor):
         """Changes nothing: each module has its own."""
         return nullcontext()
 
-    def capture(
+    def block_pass(
         self,
-        first_block: str,
+        blocks: Sequence[str],
         batches: Sequence[Any],
-        forward_fn: ForwardFn | None,
         *,
+        effective: Mapping[str, Tensor],
+        forward_fn: ForwardFn | None,
         cache_dir: str | Path | None,
         device: torch.device | str | None,
-    ) -> BlockStream:
-        """What the first block receives, with the quantizers that are on."""
-        return capture_block_inputs(
-            self.model, first_block, batches, forward_fn, cache_dir=cache_dir, device=device
+    ) -> BlockPass:
+        """Capture both streams at the first block, the quantizers being off."""
+        return open_pass(
+            self.model,
+            blocks,
+            batches,
+            {"float": {}, "quantized": effective},
+            forward_fn=forward_fn,
+            cache_dir=cache_dir,
+            device=device,
         )
 
     def commit(self, module: str) -> None:

@@ -17,8 +17,9 @@ from aimet_ext.core.objective import squared_error
 from aimet_ext.data.cache import TensorCache
 from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer
 from aimet_ext.walk.stream import BlockCall, BlockStream
+from aimet_ext.walk.streamed import StreamedBlock
 
-__all__ = ["Block", "BlockState"]
+__all__ = ["Block", "BlockState", "Choice"]
 
 Params = dict[str, Tensor]
 
@@ -36,33 +37,65 @@ class BlockState:
 
 
 @dataclass(frozen=True, eq=False)
+class Choice:
+    """The outcome of a technique's search on a block.
+
+    :param state: Best state that was found.
+    :param kept: Way in which it was found, for the report.
+    :param score: Score of the state with which the search began, see :meth:`Block.score`.
+    """
+
+    state: BlockState
+    kept: str
+    score: float
+
+
+@dataclass(frozen=True, eq=False)
 class Block:
     """A block of the simulation while it is worked on.
 
-    :param module: the simulation's own block.
-    :param name: its full name.
-    :param stages: layers to quantize, relative names, those that share an input together.
-    :param quantizers: of those layers.
-    :param pairs: scale pairs that were proved.
-    :param params: its float parameters as they were, float32 (or float64), detached.
-    :param float_stream: inputs of the block in the float model.
-    :param quantized_stream: inputs of the block in the quantized model.
-    :param targets: outputs of the float block on the float stream.
-    :param adaptor: of the simulation.
-    :param quantize_activations: have the activation quantizers on, calibrating on each batch.
+    :param number: Number of the block among the ``count`` blocks of the model.
+    :param data: Inputs of the block and of its layers in the float and in the quantized model.
+    :param stages: Layers to quantize, relative names, those that share an input together.
+    :param quantizers: Weight quantizers of those layers.
+    :param pairs: Scale pairs that were proved.
+    :param params: Float parameters as they were, float32 (or float64), detached.
+    :param targets: Outputs of the float block on the float stream.
+    :param adaptor: Adaptor of the simulation.
+    :param quantize_activations: True to have the activation quantizers on, calibrating on each
+        batch.
     """
 
-    module: nn.Module
-    name: str
+    number: int
+    count: int
+    data: StreamedBlock
     stages: Sequence[Sequence[str]]
     quantizers: Mapping[str, WeightQuantizer]
     pairs: Sequence[ScalePair]
     params: Params
-    float_stream: BlockStream
-    quantized_stream: BlockStream
     targets: TensorCache
     adaptor: SimAdaptor
     quantize_activations: bool = False
+
+    @property
+    def name(self) -> str:
+        """Full name."""
+        return self.data.name
+
+    @property
+    def module(self) -> nn.Module:
+        """The simulation's own block."""
+        return self.data.module
+
+    @property
+    def float_stream(self) -> BlockStream:
+        """Inputs of the block in the float model."""
+        return self.data.flows["float"]
+
+    @property
+    def quantized_stream(self) -> BlockStream:
+        """Inputs of the block in the model quantized so far."""
+        return self.data.flows["quantized"]
 
     @property
     def layers(self) -> tuple[str, ...]:

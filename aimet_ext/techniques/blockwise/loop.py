@@ -1,43 +1,53 @@
-"""OmniQuant's loop over blocks: learn, deploy, compare with plain rounding, move on."""
+"""The loop over decoder blocks that block-wise techniques share.
+
+Each block is decided, deployed and compared with plain rounding before the next one is looked at.
+"""
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from aimet_ext.config import OmniQuantParams
-from aimet_ext.core.equivalence import ScalePair, expand
+from aimet_ext.core.equivalence import PairKind, ScalePair, expand
 from aimet_ext.core.objective import sqnr_db
-from aimet_ext.data.batches import ForwardFn
 from aimet_ext.data.cache import TensorCache
 from aimet_ext.errors import TransformRefused
-from aimet_ext.files.journal import Checkpoints, environment, hash_tensors
-from aimet_ext.models.probe import probe, probe_inputs
-from aimet_ext.models.proof import prove_pairs
-from aimet_ext.models.topology import BlockTopology, select_pairs
-from aimet_ext.sim.protocol import Range, SimAdaptor, WeightQuantizer, moved_ranges
-from aimet_ext.techniques.blockwise.block import Block, BlockState
-from aimet_ext.techniques.blockwise.report import BlockReport, Kept
-from aimet_ext.techniques.blockwise.search import BlockSearch
-from aimet_ext.techniques.blockwise.training import train_block
+from aimet_ext.files.folders import check_output, replace_folder
+from aimet_ext.files.journal import Checkpoints
+from aimet_ext.files.manifest import write_manifest
+from aimet_ext.files.scales import write_scales
+from aimet_ext.models.proof import probe, probe_inputs, prove_pairs
+from aimet_ext.models.topology import BlockTopology, TopologyDescription, select_pairs
+from aimet_ext.sim.protocol import Range, SimAdaptor, WeightQuantizer, adapt, moved_ranges
+from aimet_ext.techniques.blockwise.block import Block, Choice
+from aimet_ext.techniques.blockwise.report import BlockReport, BlockwiseReport
+from aimet_ext.techniques.checks import layers_to_quantize
 from aimet_ext.techniques.session import (
-    on_device,
+    OnGrids,
+    RunOptions,
+    open_checkpoints,
+    open_ledger,
+    original_names,
     peak_memory,
-    weights_hash,
+    undo_on_failure,
 )
-from aimet_ext.walk.stream import BlockStream
+from aimet_ext.walk.streamed import BlockPass, StreamedBlock
 
-__all__ = ["TECHNIQUE", "OmniQuantRun", "RunOptions"]
+__all__ = ["BlockSolver", "BlockwiseRun", "run_blockwise"]
 
-TECHNIQUE = "omniquant"
+P = TypeVar("P", bound=OmniQuantParams)
+
 # Largest change of a block's output by folding, relative to its largest value: at least this, and
 # so many units in the last place where weights are stored in fewer bits.
 _LARGEST_CHANGE = 1e-4
@@ -45,34 +55,106 @@ _LARGEST_CHANGE_UNITS = 16
 _PROBE_BATCHES = 4  # that tell which encodings a transform made stale
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """The arguments of a run that are not its data."""
+@dataclass(frozen=True)
+class BlockSolver(ABC, Generic[P]):
+    """Base of a block-wise technique: how it decides one block.
 
-    params: OmniQuantParams
-    forward_fn: ForwardFn | None
-    output_path: Path | None
-    checkpoint_dir: str | Path | None
-    cache_dir: str | Path | None
-    device: torch.device | str | None
-    aimet_keys: bool
-    progress: bool
+    :param params: Settings of the run.
+    :param technique: Name, in reports and in the ledger.
+    """
+
+    params: P
+    technique: str
+
+    @property
+    def pairs(self) -> Collection[PairKind]:
+        """Kinds of scale pairs that it may fold into the weights; none if it does not transform."""
+        return ()
+
+    @property
+    def quantize_activations(self) -> bool:
+        """True to score blocks with their activation quantizers on."""
+        return False
+
+    @property
+    def steps(self) -> int:
+        """Number of times that :meth:`decide` updates the progress bar."""
+        return 0
+
+    @abstractmethod
+    def decide(self, block: Block, bar: Any) -> Choice:
+        """Choose scales of pairs and ranges of weights for a block.
+
+        :param bar: Progress bar of tqdm.
+        """
 
 
-class OmniQuantRun:
-    """The loop over blocks; everything it changes is kept for undoing first."""
+def run_blockwise(
+    sim: Any,
+    dataloader: Iterable[Any],
+    solver: BlockSolver[Any],
+    options: RunOptions,
+    *,
+    modules_to_exclude: Sequence[str] = (),
+    output_path: str | Path | None = None,
+    topology: TopologyDescription | None = None,
+    aimet_keys: bool = False,
+) -> BlockwiseReport:
+    """Apply a block-wise technique to a simulation, or leave it as it was.
+
+    :param modules_to_exclude: Full names of layers to leave alone.
+    :param output_path: Folder for the scales and the report.
+    :param topology: Names of the modules in a block, for a model of an unknown family.
+    :param aimet_keys: True to write AIMET's names of scales as well.
+    """
+    folder = None if output_path is None else check_output(output_path)
+    adaptor = adapt(sim)
+    with adaptor.own_parameters(solver.pairs, topology):
+        blocks = adaptor.find_blocks(topology)
+        quantizers = layers_to_quantize(adaptor, blocks, modules_to_exclude)
+        layers = [quantizer.name for quantizer in quantizers.values()]
+        ledger = open_ledger(adaptor, solver.technique, layers)
+        started = time.perf_counter()
+        with undo_on_failure(adaptor, options.cache_dir) as keep:
+            adaptor.ledger = ledger = copy.deepcopy(ledger)
+            run = BlockwiseRun(adaptor, blocks, quantizers, solver, options, keep)
+            reports = run.all_blocks(dataloader)
+            ledger.log_run(solver.technique, layers, settings=solver.params.to_dict())
+            report = BlockwiseReport(
+                blocks=tuple(reports),
+                settings=solver.params.to_dict(),
+                refused_pairs=run.refused,
+                seconds=time.perf_counter() - started,
+            )
+            if folder is not None:
+                rename = original_names(adaptor.model)
+                with replace_folder(folder) as place:
+                    write_scales(place, ledger, rename=rename, aimet_keys=aimet_keys)
+                    report.save(place / "report.json")
+                    write_manifest(place, "scales", techniques=list(ledger.techniques))
+    return report
+
+
+class BlockwiseRun:
+    """The loop over blocks; everything it changes is kept for undoing first.
+
+    :param quantizers: Weight quantizers of the layers to decide, by full name.
+    :param keep: Function to call with a block's name before the block is changed.
+    """
 
     def __init__(
         self,
         adaptor: SimAdaptor,
         blocks: Sequence[BlockTopology],
         quantizers: Mapping[str, WeightQuantizer],
+        solver: BlockSolver[Any],
         options: RunOptions,
         keep: Callable[[str], None],
     ) -> None:
         self.adaptor = adaptor
         self.blocks = blocks
         self.quantizers = quantizers
+        self.solver = solver
         self.options = options
         self.keep = keep
         self.refused: dict[str, str] = {}
@@ -81,139 +163,114 @@ class OmniQuantRun:
         """Work on every block in order."""
         self.adaptor.model.eval().requires_grad_(False)
         with ExitStack() as stack:
-            floats, quantized = self._streams(dataloader)
-            stack.callback(floats.close)
-            stack.callback(quantized.close)
-            checkpoints = self._checkpoints(floats)
-            steps = len(self.blocks) * self.options.params.num_iterations
+            streams = stack.enter_context(closing(self._open(dataloader)))
+            floats, solver = streams.flows["float"], self.solver
+            checkpoints = open_checkpoints(
+                self.adaptor,
+                self.options,
+                technique=solver.technique,
+                settings=solver.params.to_dict(),
+                quantizers=self.quantizers,
+                data=floats.named_tensors(),
+                device=floats.device,
+            )
             bar = stack.enter_context(
-                tqdm(total=steps, desc="OmniQuant", unit="step", disable=not self.options.progress)
+                tqdm(
+                    total=len(self.blocks) * solver.steps,
+                    desc=solver.technique,
+                    unit="step",
+                    disable=not self.options.progress,
+                )
             )
             reports = []
-            for number, topology in enumerate(self.blocks):
-                bar.set_description(f"OmniQuant, block {number + 1} of {len(self.blocks)}")
-                reports.append(self._block(number, topology, floats, quantized, checkpoints, bar))
+            blocks = stack.enter_context(closing(streams.blocks()))
+            for number, data in enumerate(blocks):
+                bar.set_description(f"{solver.technique}, block {number + 1} of {len(self.blocks)}")
+                reports.append(self._block(number, data, checkpoints, bar))
             return reports
 
-    def _streams(self, dataloader: Iterable[Any]) -> tuple[BlockStream, BlockStream]:
-        """Inputs of the first block, in the float model and with quantized embeddings."""
+    def _open(self, dataloader: Iterable[Any]) -> BlockPass:
+        """Return the first block's inputs in the float model and with quantized embeddings."""
         options, adaptor = self.options, self.adaptor
         batches = adaptor.batches(dataloader, opaque=options.forward_fn is not None)
-
-        def capture() -> BlockStream:
-            return adaptor.capture(
-                self.blocks[0].name,
-                batches,
-                options.forward_fn,
-                cache_dir=options.cache_dir,
-                device=options.device,
-            )
-
-        with adaptor.disabled_quantizers():
-            floats = capture()
+        names = [block.name for block in self.blocks]
+        inside = tuple(f"{name}." for name in names)
+        others = {n: q for n, q in adaptor.weight_quantizers().items() if not n.startswith(inside)}
         embeddings = [
-            name
-            for name in adaptor.weight_quantizers()
-            if isinstance(adaptor.model.get_submodule(name), nn.Embedding)
+            name for name in others if isinstance(adaptor.model.get_submodule(name), nn.Embedding)
         ]
-        if not embeddings:
-            return floats, floats.fork()
-        with adaptor.calibrated(embeddings), adaptor.disabled_quantizers(weights=False):
-            quantized = capture()
-        quantized.share_arguments(floats)
-        return floats, quantized
-
-    def _checkpoints(self, floats: BlockStream) -> Checkpoints | None:
-        if self.options.checkpoint_dir is None:
-            return None
-        fingerprint = {
-            **environment(floats.device),
-            "technique": TECHNIQUE,
-            "settings": self.options.params.to_dict(),
-            "layers": {name: q.spec().to_dict() for name, q in self.quantizers.items()},
-            "weights": weights_hash(self.adaptor),
-            "data": hash_tensors(floats.named_tensors()),
-        }
-        return Checkpoints(self.options.checkpoint_dir, fingerprint)
+        with adaptor.calibrated(embeddings):
+            effective = OnGrids({name: q for name, q in others.items() if q.initialized})
+            with adaptor.disabled_quantizers():
+                return adaptor.block_pass(
+                    names,
+                    batches,
+                    effective=effective,
+                    forward_fn=options.forward_fn,
+                    cache_dir=options.cache_dir,
+                    device=options.device,
+                )
 
     def _block(
-        self,
-        number: int,
-        topology: BlockTopology,
-        floats: BlockStream,
-        quantized: BlockStream,
-        checkpoints: Checkpoints | None,
-        bar: Any,
+        self, number: int, data: StreamedBlock, checkpoints: Checkpoints | None, bar: Any
     ) -> BlockReport:
         """Work on one block, or take it from its checkpoint, and move both streams past it."""
         started = time.perf_counter()
-        adaptor, name = self.adaptor, topology.name
-        module = adaptor.model.get_submodule(name)
-        self.keep(name)
-        with ExitStack() as stack:
-            stack.enter_context(on_device(module, self.options.device))
-            if floats.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(floats.device)
-            targets = stack.enter_context(floats.new_cache("targets"))
-            with adaptor.disabled_quantizers(name):
-                floats.advance(module, out=targets)
-            block = self._prepare(topology, module, floats, quantized, targets)
+        self.keep(data.name)
+        if data.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(data.device)
+        with self.adaptor.disabled_quantizers(data.name):
+            targets = data.outputs("float")
+        with targets:
+            block = self._prepare(number, data, targets)
             if checkpoints is not None and number in checkpoints:
-                tensors, meta = checkpoints.load(number)
-                report = self._resume(block, tensors, meta)
-                bar.update(self.options.params.num_iterations)
+                report = self._resume(block, *checkpoints.load(number))
+                bar.update(self.solver.steps)
             else:
-                report, smooth = self._learn(block, number, started, bar)
+                report, smooth = self._decide(block, started, bar)
                 self._record(block, smooth)
                 if checkpoints is not None:
-                    self._save(checkpoints, number, block, smooth, report)
+                    self._save(checkpoints, block, smooth, report)
             with block.activations():
-                quantized.advance(module)
+                data.advance("quantized")
             for index, target in enumerate(targets):
-                floats.hidden[index] = target
+                block.float_stream.hidden[index] = target
         return report
 
-    def _prepare(
-        self,
-        topology: BlockTopology,
-        module: nn.Module,
-        floats: BlockStream,
-        quantized: BlockStream,
-        targets: TensorCache,
-    ) -> Block:
-        """The block as an optimisation problem, its scale pairs proved."""
-        adaptor, name = self.adaptor, topology.name
+    def _prepare(self, number: int, data: StreamedBlock, targets: TensorCache) -> Block:
+        """Return the block as an optimisation problem, its scale pairs proved."""
+        adaptor, name, topology = self.adaptor, data.name, self.blocks[number]
         params = {
             key: parameter.detach().to(
                 torch.promote_types(parameter.dtype, torch.float32), copy=True
             )
             for key, parameter in adaptor.float_parameters(name).items()
         }
-        layers = {layer for layer in topology.linears if f"{name}.{layer}" in self.quantizers}
-        pairs = self._pairs(topology, layers) if self.options.params.let else ()
+        layers = [layer for layer in topology.linears if f"{name}.{layer}" in self.quantizers]
+        pairs = self._pairs(topology, set(layers))
         with adaptor.disabled_quantizers(name):
-            call = floats.select(0)
-            inputs = probe_inputs(module, call.args, call.kwargs)
-            prove_pairs(probe(module, (), inputs), params, pairs, where=name)
+            data.look(layers)
+            call = data.flows["float"].select(0)
+            inputs = probe_inputs(data.module, call.args, call.kwargs)
+            prove_pairs(probe(data.module, (), inputs), params, pairs, where=name)
         return Block(
-            module=module,
-            name=name,
+            number=number,
+            count=len(self.blocks),
+            data=data,
             stages=[
                 kept for stage in topology.stages if (kept := [n for n in stage if n in layers])
             ],
             quantizers={layer: self.quantizers[f"{name}.{layer}"] for layer in layers},
             pairs=pairs,
             params=params,
-            float_stream=floats,
-            quantized_stream=quantized,
             targets=targets,
             adaptor=adaptor,
-            quantize_activations=self.options.params.quantize_activations,
+            quantize_activations=self.solver.quantize_activations,
         )
 
     def _pairs(self, topology: BlockTopology, layers: set[str]) -> tuple[ScalePair, ...]:
         """Pairs of the kinds asked for that the block can have and that touch no excluded layer."""
-        kinds = self.options.params.pairs
+        kinds = self.solver.pairs
         self.refused.update({k: v for k, v in topology.unavailable.items() if k in kinds})
         kept = []
         for pair in select_pairs(topology, kinds, unavailable="skip"):
@@ -225,14 +282,13 @@ class OmniQuantRun:
                 self.refused[pair.kind] = f"it would rescale {left}, which is excluded"
         return tuple(kept)
 
-    def _learn(
-        self, block: Block, number: int, started: float, bar: Any
+    def _decide(
+        self, block: Block, started: float, bar: Any
     ) -> tuple[BlockReport, Mapping[str, Tensor]]:
-        """Search, train, search again; deploy the best state and compare it with plain rounding."""
-        adaptor, name = self.adaptor, block.name
-        ranges_before = adaptor.tensor_ranges(name, lambda: self._run_some(block))
-        kept: Kept
-        best, kept, before = self._best_state(block, number, bar)
+        """Decide and deploy a block, and compare it with plain rounding."""
+        ranges_before = self.adaptor.tensor_ranges(block.name, lambda: self._run_some(block))
+        choice = self.solver.decide(block, bar)
+        best, kept = choice.state, choice.kept
         block.deploy(best)
         self._check_function(block)
         deployed = block.score()
@@ -244,66 +300,17 @@ class OmniQuantRun:
             deployed = block.score()
         stale = self._reset_stale(block, ranges_before) if best.smooth else ()
         report = BlockReport(
-            name=name,
+            name=block.name,
             loss_nearest=nearest,
-            loss_before=before,
+            loss_before=choice.score,
             loss_after=deployed,
             sqnr_db=sqnr_db(block.signal(), deployed),
             kept=kept,
             seconds=time.perf_counter() - started,
-            peak_memory_bytes=peak_memory(block.quantized_stream.device),
+            peak_memory_bytes=peak_memory(block.data.device),
             reset_encodings=stale,
         )
         return report, best.smooth
-
-    def _best_state(self, block: Block, number: int, bar: Any) -> tuple[BlockState, Kept, float]:
-        """The best state that was found, how it was found, and the score where training began."""
-        params = self.options.params
-        bar.set_postfix_str("search")
-        search = BlockSearch(block, clip=params.lwc, float_target=params.float_target)
-        found = search.run(sweeps=params.search_sweeps)
-        states: dict[Kept, tuple[float, BlockState]] = {}
-        states["search"] = (block.score(block.state_params(found)), found)
-        start, before = found, states["search"][0]
-        if block.pairs and params.let_start != "search":
-            smoothquant = params.let_start == "smoothquant"
-            start = search.ranges(search.smoothquant(params.smooth_alpha) if smoothquant else {})
-            before = block.score(block.state_params(start))
-            states["search"] = min(states["search"], (before, start), key=lambda state: state[0])
-        trained, score = self._train(block, start, before, number, bar)
-        states["training"] = (score, trained)
-        if block.pairs and params.search_sweeps:
-            bar.set_postfix_str("search again")
-            polished = search.run(trained.smooth, sweeps=params.search_sweeps)
-            states["polish"] = (block.score(block.state_params(polished)), polished)
-        kept = min(states, key=lambda name: states[name][0])
-        return states[kept][1], kept, before
-
-    def _train(
-        self, block: Block, start: BlockState, start_score: float, number: int, bar: Any
-    ) -> tuple[BlockState, float]:
-        params = self.options.params
-
-        def on_step(loss: float) -> None:
-            bar.set_postfix(loss=f"{loss:.3g}", refresh=False)
-            bar.update()
-
-        with ExitStack() as stack:
-            outputs = None
-            if params.aug_loss:
-                outputs = stack.enter_context(block.quantized_stream.new_cache("float_outputs"))
-                with self.adaptor.disabled_quantizers(block.name):
-                    block.quantized_stream.advance(block.module, out=outputs)
-            seed = params.seed * len(self.blocks) + number
-            return train_block(
-                block,
-                start,
-                start_score,
-                params,
-                seed=seed,
-                float_outputs=outputs,
-                on_step=on_step,
-            )
 
     def _run_some(self, block: Block) -> None:
         for index in range(min(_PROBE_BATCHES, len(block.float_stream))):
@@ -345,7 +352,7 @@ class OmniQuantRun:
             ]
             producer = next((s.module for s in pair.sides if s.power == -1), "")
             self.adaptor.ledger.record(
-                TECHNIQUE,
+                self.solver.technique,
                 block.name,
                 pair.name,
                 pair.kind,
@@ -357,7 +364,6 @@ class OmniQuantRun:
     def _save(
         self,
         checkpoints: Checkpoints,
-        number: int,
         block: Block,
         smooth: Mapping[str, Tensor],
         report: BlockReport,
@@ -365,7 +371,7 @@ class OmniQuantRun:
         tensors, meta = self.adaptor.snapshot(block.name)
         named = {f"smooth/{name}": scale for name, scale in smooth.items()}
         named |= {f"state/{name}": tensor for name, tensor in tensors.items()}
-        checkpoints.save(number, named, {"state": meta, "report": asdict(report)})
+        checkpoints.save(block.number, named, {"state": meta, "report": asdict(report)})
 
     def _resume(
         self, block: Block, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]

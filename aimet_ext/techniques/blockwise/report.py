@@ -1,17 +1,15 @@
-"""What a technique did, block by block, for people and for files."""
+"""The report of a block-wise technique, for people and for files."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from aimet_ext.files.folders import replace_file
 
-__all__ = ["BlockReport", "Kept", "OmniQuantReport"]
-
-Kept: TypeAlias = Literal["nearest", "search", "training", "polish"]
+__all__ = ["BlockReport", "BlockwiseReport"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +36,7 @@ class BlockReport:
     loss_before: float
     loss_after: float
     sqnr_db: float
-    kept: Kept
+    kept: str
     seconds: float
     peak_memory_bytes: int
     reset_encodings: tuple[str, ...] = ()
@@ -52,8 +50,8 @@ class BlockReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OmniQuantReport:
-    """What :func:`aimet_ext.apply_omniquant` did; ``print`` shows a table.
+class BlockwiseReport:
+    """The outcome of a block-wise technique such as OmniQuant; ``print`` shows a table.
 
     :param blocks: one entry each, in order.
     :param settings: of the run.

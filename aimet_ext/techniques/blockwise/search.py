@@ -7,8 +7,7 @@ Weights stay untransformed here: with the multiplier ``m`` of its input columns 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,8 +23,8 @@ from aimet_ext.core.smoothing import (
     search_smoothing,
     smoothquant_scale,
 )
-from aimet_ext.techniques.blockwise.block import Block, BlockState, Params
-from aimet_ext.walk.stream import BlockCall
+from aimet_ext.data.moments import sum_moments
+from aimet_ext.techniques.blockwise.block import Block, BlockState
 
 __all__ = ["BlockSearch"]
 
@@ -35,10 +34,6 @@ _LEAST_GAIN = 1e-3  # relative, of a sweep, to go on
 _PROBE_BATCHES = 4  # for the weight of output rows
 
 Grids = dict[str, tuple[Tensor, Tensor]]
-
-
-class _Reached(BaseException):
-    """Ends a forward pass at the layer whose input was wanted."""
 
 
 class BlockSearch:
@@ -63,16 +58,41 @@ class BlockSearch:
         :param sweeps: over the columns and the ranges of a stage; 0 leaves the scales as they are
             and chooses the ranges alone.
         """
-        smooth = self._scales(start)
-        params: Params = dict(self.block.params)
+        smooth, data = self._scales(start), self.block.data
+        first = self.stages[:1]  # what reaches the first layers does not depend on decisions
+        data.restart()
         self.stages = []
-        for layers in self.block.stages:
-            moment, peak = _second_moment(self.block, layers[0], params, self.float_target)
+        for number, layers in enumerate(self.block.stages):
+            known = number == 0 and first
+            moment, peak = (first[0].moment, first[0].peak) if known else self._moment(layers)
             stage = _Stage(self.block, tuple(layers), moment, peak, self.importance, self.clip)
             stage.search(smooth, sweeps)
-            params.update(stage.effective(smooth))
+            for layer, weight in stage.effective(smooth).items():
+                data.decide(layer, weight)
             self.stages.append(stage)
+        data.restart()
         return self._state(smooth)
+
+    def _moment(self, layers: Sequence[str]) -> tuple[SecondMoment, Tensor]:
+        """Return ``H`` and ``C`` of what reaches layers now, and its peaks ``[in]``."""
+        block, like = self.block, self.block.weight(layers[0])
+        streams = ("quantized", "float") if self.float_target else ("quantized",)
+        try:
+            with block.adaptor.disabled_quantizers(block.name):
+                total = sum_moments(
+                    block.data.inputs(layers, streams),
+                    block.module.get_submodule(layers[0]),
+                    dtype=like.dtype,
+                    mapped_dir=block.quantized_stream.hidden.cache_dir,
+                )
+            assert total is not None, "a run without batches"
+            moment = total.result(like.dtype)
+        except ValueError as error:
+            named = ", ".join(f"{block.name}.{layer}" for layer in layers)
+            raise ValueError(f"{named}: {error}") from error
+        # Sums that are too large for a GPU are kept in a file.
+        cross = None if moment.cross is None else moment.cross.to(like.device)
+        return SecondMoment(moment.second.to(like.device), cross, moment.tokens), total.peak
 
     @torch.no_grad()
     def ranges(self, start: Mapping[str, Tensor]) -> BlockState:
@@ -138,13 +158,12 @@ class _Stage:
             if before - error < _LEAST_GAIN * abs(before):
                 break
 
-    def effective(self, smooth: Mapping[str, Tensor]) -> Params:
-        """Quantized weights as the untransformed block sees them, by parameter name."""
-        result = {}
-        for layer in self.layers:
-            stored = self.block.params[f"{layer}.weight"]
-            result[f"{layer}.weight"] = self._quantized(layer, smooth).view_as(stored)
-        return result
+    def effective(self, smooth: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the quantized weights as the untransformed block sees them, by layer."""
+        return {
+            layer: self._quantized(layer, smooth).view_as(self.block.params[f"{layer}.weight"])
+            for layer in self.layers
+        }
 
     def deployed(self, smooth: Mapping[str, Tensor]) -> Grids:
         """Raw scales and offsets for the weights with their rows multiplied as well."""
@@ -263,60 +282,6 @@ def _groups(block: Block, pair: ScalePair, readers: list[str]) -> list[Tensor] |
     order = torch.argsort(indices[0], stable=True)
     counts = torch.bincount(indices[0], minlength=pair.size)
     return list(order.split(counts.tolist()))
-
-
-@contextmanager
-def _input_of(module: nn.Module, layer: str) -> Iterator[list[Tensor]]:
-    """Collects the inputs of a layer; the forward pass ends there."""
-    seen: list[Tensor] = []
-
-    def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0])
-        raise _Reached
-
-    hook = module.get_submodule(layer).register_forward_pre_hook(stop)
-    try:
-        yield seen
-    finally:
-        hook.remove()
-
-
-def _layer_input(block: Block, layer: str, call: BlockCall, params: Params) -> Tensor:
-    """What reaches a layer, ``[tokens, in]``, of the tokens that count."""
-    stored = dict(block.module.named_parameters())
-    cast = {name: value.to(stored[name].dtype) for name, value in params.items()}
-    with _input_of(block.module, layer) as seen, suppress(_Reached):
-        block.run(call, cast)
-    if not seen:
-        raise ValueError(
-            f"{block.name}.{layer} must receive data from the calibration batches, it never did; "
-            "leave it out, or calibrate with inputs that reach it"
-        )
-    return seen[0][call.mask].flatten(0, -2).to(block.weight(layer).dtype)
-
-
-def _second_moment(
-    block: Block, layer: str, params: Params, float_target: bool
-) -> tuple[SecondMoment, Tensor]:
-    """``H`` and ``C`` of a layer's input, summed in float64 over all batches, and its peaks."""
-    weight = block.weight(layer)
-    width = weight.shape[1]
-    second = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
-    cross = torch.zeros_like(second) if float_target else None
-    peak, tokens = weight.new_zeros(width), 0
-    with block.adaptor.disabled_quantizers(block.name):
-        for index in range(len(block.quantized_stream)):
-            inputs = _layer_input(block, layer, block.quantized_stream.select(index), params)
-            second += (inputs.T @ inputs).double()
-            peak = torch.maximum(peak, inputs.abs().amax(0))
-            tokens += len(inputs)
-            if cross is not None:
-                original = block.float_stream.select(index)
-                gap = _layer_input(block, layer, original, block.params) - inputs
-                cross += (inputs.T @ gap).double()
-    mean = (second / tokens).to(weight.dtype)
-    pull = None if cross is None else (cross / tokens).to(weight.dtype)
-    return SecondMoment(mean, pull, tokens), peak
 
 
 @torch.enable_grad()

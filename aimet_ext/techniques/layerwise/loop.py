@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
@@ -17,20 +16,19 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from aimet_ext.config import LayerwiseParams
-from aimet_ext.core.affine import fake_quantize
 from aimet_ext.core.objective import SecondMoment
-from aimet_ext.data.batches import ForwardFn, map_leaves
-from aimet_ext.data.moments import Geometry, MomentSum
-from aimet_ext.files.journal import Checkpoints, environment, hash_tensors
+from aimet_ext.data.moments import sum_moments
+from aimet_ext.files.journal import Checkpoints, hash_tensors
 from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer
 from aimet_ext.techniques.layerwise.deploy import Decision, Problem, deploy
 from aimet_ext.techniques.layerwise.report import LayerReport
 from aimet_ext.techniques.layerwise.samples import SampleSum
-from aimet_ext.techniques.session import weights_hash
+from aimet_ext.techniques.session import OnGrids, RunOptions, on_grid, open_checkpoints
+from aimet_ext.walk.hooks import tensors_in
 from aimet_ext.walk.layers import uncalled
-from aimet_ext.walk.protocol import Activation, Inputs, Stage, Streams, Walk
+from aimet_ext.walk.protocol import Activation, Stage, Streams, Walk
 
-__all__ = ["LayerwiseRun", "RunOptions", "Solver"]
+__all__ = ["LayerwiseRun", "Solver"]
 
 _STREAMS: dict[str, Streams] = {"symqt": "quantized", "symfp": "float", "asym": "both"}
 
@@ -62,17 +60,6 @@ class Solver(Protocol):
 
     def decide(self, problem: Problem) -> Decision:
         """Ranges, and codes if the technique rounds."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """The arguments of a run that are not its data."""
-
-    forward_fn: ForwardFn | None = None
-    checkpoint_dir: str | Path | None = None
-    cache_dir: str | Path | None = None
-    device: torch.device | str | None = None
-    progress: bool = True
 
 
 class LayerwiseRun:
@@ -126,7 +113,13 @@ class LayerwiseRun:
         return reports
 
     def _walk(self, batches: Sequence[Any]) -> Walk:
-        effective = _OnGrids(self.others, self.solver.aimet_stream, self.adaptor.model)
+        aimet, model = self.solver.aimet_stream, self.adaptor.model
+        others = {
+            name: quantizer
+            for name, quantizer in self.others.items()
+            if not aimet or not isinstance(model.get_submodule(name), nn.Embedding)
+        }
+        effective = OnGrids(others, free_blocks=aimet)
         with self.adaptor.disabled_quantizers(), torch.no_grad():
             return self.adaptor.walk(
                 batches,
@@ -145,25 +138,17 @@ class LayerwiseRun:
     def _checkpoints(self, batches: Sequence[Any]) -> Checkpoints | None:
         if self.options.checkpoint_dir is None:
             return None
-        tensors: list[tuple[str, Tensor]] = []
-
-        def note(leaf: Any) -> Any:
-            if isinstance(leaf, Tensor):
-                tensors.append((str(len(tensors)), leaf))
-            return leaf
-
-        map_leaves(note, list(batches))
         device = next(iter(self.quantizers.values())).weight.device
-        fingerprint = {
-            **environment(self.options.device or device),
-            "technique": self.solver.technique,
-            "settings": self.solver.params.to_dict(),
-            "layers": {name: q.spec().to_dict() for name, q in self.quantizers.items()},
-            "weights": weights_hash(self.adaptor),
-            "ranges": self._ranges_hash(),
-            "data": hash_tensors(tensors),
-        }
-        return Checkpoints(self.options.checkpoint_dir, fingerprint)
+        return open_checkpoints(
+            self.adaptor,
+            self.options,
+            technique=self.solver.technique,
+            settings=self.solver.params.to_dict(),
+            quantizers=self.quantizers,
+            data=((str(n), tensor) for n, tensor in enumerate(tensors_in(list(batches)))),
+            device=self.options.device or device,
+            ranges=self._ranges_hash(),
+        )
 
     def _ranges_hash(self) -> str:
         """SHA-256 of the ranges that the run takes as they are."""
@@ -236,34 +221,20 @@ class LayerwiseRun:
         """Second moments of a stage's input, and samples for layers that a ReLU follows."""
         params = self.solver.params
         layer: Any = self.adaptor.model.get_submodule(stage.layers[0])
-        geometry = Geometry.of(layer)
-        weight = layer.weight
-        width = weight[0].numel()
-        dtype = self._dtype(weight)
-        del weight  # a copy, if the model is one of ONNX
-        both = params.inp_symmetry == "asym"
+        dtype = self._dtype(layer.weight)
         samples = {
             name: kept
             for name, activation in stage.activations.items()
             if (kept := self.solver.samples(activation)) is not None
         }
-        total: MomentSum | None = None
         try:
-            for inputs in stage.batches():
-                for rows, originals in _rows(geometry, inputs):
-                    if total is None:
-                        folder = _path(self.options.cache_dir)
-                        total = MomentSum(
-                            width,
-                            geometry.groups,
-                            device=rows.device,
-                            cross=both,
-                            dtype=dtype,
-                            mapped_dir=folder,
-                        )
-                    total.add(rows, originals)
-                    for kept in samples.values():
-                        kept.add(rows, rows if originals is None else originals)
+            total = sum_moments(
+                stage.batches(),
+                layer,
+                dtype=dtype,
+                mapped_dir=self.options.cache_dir,
+                also=[kept.add for kept in samples.values()],
+            )
             moment = None if total is None else total.result(dtype)
         except ValueError as error:
             raise ValueError(f"{', '.join(stage.layers)}: {error}") from error
@@ -311,57 +282,3 @@ class LayerwiseRun:
             state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             self.adaptor.restore(layer, state, meta["states"][layer])
         return [LayerReport(**{**plain, "resumed": True}) for plain in meta["reports"]]
-
-
-def on_grid(quantizer: WeightQuantizer, *, free_blocks: bool = False) -> Tensor:
-    """A weight as its quantizer rounds it.
-
-    :param free_blocks: LPBQ's blocks as if each had its own float scale.
-    """
-    weight = quantizer.weight.detach()
-    grid = quantizer.free_grid() if free_blocks else quantizer.grid()
-    return fake_quantize(weight, grid)
-
-
-class _OnGrids(Mapping[str, Tensor]):
-    """Weights of layers that are not decided, on their grids, computed when they are asked for.
-
-    The grids are read at once: later on the quantizers are out of the model.
-    """
-
-    def __init__(
-        self, quantizers: Mapping[str, WeightQuantizer], aimet_stream: bool, model: nn.Module
-    ) -> None:
-        self.layers = {
-            name: (
-                quantizer,
-                quantizer.free_grid() if aimet_stream else quantizer.grid(),
-            )
-            for name, quantizer in quantizers.items()
-            if not aimet_stream or not isinstance(model.get_submodule(name), nn.Embedding)
-        }
-
-    def __getitem__(self, name: str) -> Tensor:
-        quantizer, grid = self.layers[name]
-        return fake_quantize(quantizer.weight.detach(), grid)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-
-def _rows(geometry: Geometry, inputs: Inputs) -> Iterator[tuple[Tensor, Tensor | None]]:
-    quantized, original, mask = inputs
-    first = quantized if quantized is not None else original
-    assert first is not None
-    chunks = geometry.chunks(first, mask)
-    if quantized is None or original is None:
-        yield from ((rows, None) for rows in chunks)
-        return
-    yield from zip(chunks, geometry.chunks(original, mask), strict=True)
-
-
-def _path(folder: str | Path | None) -> Path | None:
-    return None if folder is None else Path(folder)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from aimet_ext.walk.layer_order import layer_order, layers_around
+from aimet_ext.walk.layers import layer_order, layers_around
 
 
 class Net(nn.Module):

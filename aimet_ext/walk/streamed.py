@@ -1,0 +1,315 @@
+"""The data of one block at a time: what flows into its layers, and both streams past all blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from aimet_ext.data.batches import ForwardFn, call_model
+from aimet_ext.data.cache import TensorCache
+from aimet_ext.walk.hooks import (
+    checked_weight,
+    on_device,
+    replaced_forward,
+    seen_input,
+    swapped_weights,
+)
+from aimet_ext.walk.layers import LayerOrder, check_same_arguments, layer_order, stage_inputs
+from aimet_ext.walk.protocol import Inputs
+from aimet_ext.walk.stream import BlockStream, capture_block_inputs
+
+__all__ = ["BlockPass", "StreamedBlock", "capture_streams", "no_tokens", "open_pass"]
+
+Weights = Mapping[str, Tensor]
+
+
+# ---- one block ----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Part:
+    """A child of a block whose output is that of its last layer, so that it need not run again.
+
+    :param name: Name of the child, relative to the block.
+    :param layer: Name of its last layer, relative to the block.
+    :param wrap: Function from the layer's output to the child's.
+    :param inputs: Inputs of the layer by stream, batch by batch, once they were seen.
+    """
+
+    name: str
+    layer: str
+    wrap: Callable[[Tensor], Any]
+    inputs: dict[str, TensorCache] = field(default_factory=dict)
+
+
+class StreamedBlock:
+    """A block with what flows into it in each stream, and the weights that each stream uses.
+
+    While it is open, of each of its parts that are finished the input of the last layer is kept, so
+    that a part runs once however many stages come after it. Layers are named within the block.
+
+    :param module: Block; it must compute in float where layers' inputs are asked for.
+    :param name: Full name of the block.
+    :param flows: Inputs of the block by stream.
+    """
+
+    def __init__(self, module: nn.Module, name: str, flows: Mapping[str, BlockStream]) -> None:
+        self.module = module
+        self.name = name
+        self.flows = flows
+        self.calls = 0
+        self.returns: Callable[[Tensor], Any] = lambda hidden: hidden
+        self._open = True
+        self._parts: list[_Part] = []
+        # By stream and parameter, weights in place of the block's own.
+        self._params: dict[str, dict[str, Tensor]] = {stream: {} for stream in flows}
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return len(self._flow)
+
+    @property
+    def device(self) -> torch.device:
+        """Device on which the block is called."""
+        return self._flow.device
+
+    @property
+    def _flow(self) -> BlockStream:
+        return next(iter(self.flows.values()))
+
+    def look(self, layers: Sequence[str]) -> LayerOrder:
+        """Return the order in which layers of the block are called, and note what can be kept.
+
+        :raises ValueError: see :func:`aimet_ext.walk.layers.layer_order`.
+        """
+        passes = [partial(self._flow.call, self.module, i) for i in range(len(self))]
+        found = layer_order(self.module, layers, passes, f"{self.name}.")
+        self.returns = found.returns
+        self._parts = [_Part(part, layer, wrap) for part, (layer, wrap) in found.parts.items()]
+        return found
+
+    def hold(self, layer: str) -> None:
+        """Have the float stream go on with this layer's weight as it is now."""
+        if "float" in self._params:
+            weight: Any = self.module.get_submodule(layer).weight
+            self._params["float"][f"{layer}.weight"] = weight.detach().clone()
+
+    def decide(self, layer: str, weight: Tensor) -> None:
+        """Have the quantized stream use this weight from now on.
+
+        :raises ValueError: it is of another shape.
+        """
+        weight = checked_weight(f"{self.name}.{layer}", self.module.get_submodule(layer), weight)
+        if "quantized" in self._params:
+            self._params["quantized"][f"{layer}.weight"] = weight
+
+    def restart(self) -> None:
+        """Forget the decisions, and what was kept of the quantized stream because of them."""
+        self._params["quantized"] = {}
+        for part in self._parts:
+            if cache := part.inputs.pop("quantized", None):
+                cache.close()
+
+    def inputs(self, layers: Sequence[str], streams: Sequence[str] = ()) -> Iterator[Inputs]:
+        """Yield the input that layers share, batch by batch, with the weights decided so far.
+
+        :param streams: Streams to read, all if empty.
+        :raises RuntimeError: the block was closed.
+        """
+        module = self.module.get_submodule(layers[0])
+        wanted = streams or tuple(self.flows)
+        kept = self._to_keep(layers, wanted)
+        for index in range(len(self)):
+            if not self._open:
+                raise RuntimeError(
+                    f"the stages of {self.name} are over; read their batches before a later "
+                    "block's stage is asked for"
+                )
+            seen: dict[str, Tensor] = {}
+            for stream in wanted:
+                found = seen_input([module], partial(self._run, stream, index, layers[0]))
+                seen[stream] = no_tokens(module) if found is None else found
+                if kept is not None and index == len(kept.inputs[stream]):
+                    kept.inputs[stream].append(seen[stream])
+            name = f"{self.name}.{layers[0]}"
+            yield stage_inputs(name, module, index, seen, self._flow.mask(index))
+
+    def outputs(self, stream: str) -> TensorCache:
+        """Return the block's outputs in a stream, batch by batch; the stream stays where it is."""
+        outputs = self.flows[stream].new_cache()
+        try:
+            for index in range(len(self)):
+                outputs.append(self._run(stream, index))
+        except BaseException:
+            outputs.close()
+            raise
+        return outputs
+
+    def advance(self, stream: str) -> None:
+        """Move a stream past the block. A stream for which that failed is lost."""
+        flow = self.flows[stream]
+        for index in range(len(flow)):
+            flow.hidden[index] = self._run(stream, index)
+
+    def close(self) -> None:
+        """Drop what was kept of finished parts, and the weights."""
+        self._open = False
+        for part in self._parts:
+            for cache in part.inputs.values():
+                cache.close()
+        self._parts, self._params = [], {stream: {} for stream in self.flows}
+
+    def _to_keep(self, layers: Sequence[str], streams: Sequence[str]) -> _Part | None:
+        """Return the part that these layers end, if its input is no wider than the stream."""
+        for part in self._parts:
+            if len(layers) == 1 and part.layer == layers[0]:
+                layer: Any = self.module.get_submodule(part.layer)
+                if layer.weight.shape[1] > self._flow.width or not isinstance(layer, nn.Linear):
+                    return None
+                for stream in streams:
+                    if stream not in part.inputs:
+                        part.inputs[stream] = self.flows[stream].new_cache(f"part-{stream}")
+                return part
+        return None
+
+    @torch.no_grad()
+    def _run(self, stream: str, index: int, layer: str | None = None) -> Tensor:
+        """Return the block's output for a batch; parts that are finished do not run.
+
+        :param layer: Layer whose input is wanted, which must run.
+        """
+        params = self._params[stream]
+        self.calls += 1
+        with ExitStack() as stack:
+            for part in self._parts:
+                done = stream in part.inputs and index < len(part.inputs[stream])
+                if done and layer != part.layer:
+                    stack.enter_context(self._replayed(part, stream, index))
+            call = self.flows[stream].select(index)
+            return call(lambda *a, **k: functional_call(self.module, params, a, k))
+
+    def _replayed(self, part: _Part, stream: str, index: int) -> AbstractContextManager[None]:
+        """Have a part of the block return what its last layer makes of what was kept."""
+        weight = self._params[stream].get(f"{part.layer}.weight")
+        inputs = part.inputs[stream].read(index, self.flows[stream].device)
+        named = {} if weight is None else {"weight": weight}
+        layer = self.module.get_submodule(part.layer)
+        output = part.wrap(functional_call(layer, named, (inputs,)))
+        return replaced_forward(self.module.get_submodule(part.name), lambda: output)
+
+
+def no_tokens(layer: nn.Module) -> Tensor:
+    """Return the input of a layer that no token of a batch reaches, an expert."""
+    weight: Any = layer.weight
+    return weight.new_zeros(0, weight.shape[1])
+
+
+# ---- all blocks ---------------------------------------------------------------------------------
+
+
+class BlockPass:
+    """The streams of calibration data on their way through the repeated blocks of a model.
+
+    Per token only the residual stream is kept, and what an open block keeps of its parts.
+
+    :param blocks: Full names of the blocks, in order.
+    :param flows: Inputs of the first block by stream.
+    :param device: Device for the block that is worked on; None leaves it where it is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[str],
+        flows: Mapping[str, BlockStream],
+        device: torch.device | str | None,
+    ) -> None:
+        self.model = model
+        self.names = tuple(blocks)
+        self.flows = flows
+        self.device = device
+        self.calls = 0
+
+    def blocks(self) -> Generator[StreamedBlock]:
+        """Yield each block in turn; who takes it moves the streams past it."""
+        for name in self.names:
+            module = self.model.get_submodule(name)
+            block = StreamedBlock(module, name, self.flows)
+            with on_device(module, self.device), closing(block):
+                yield block
+            self.calls += block.calls
+
+    def close(self) -> None:
+        """Drop the streams."""
+        for flow in self.flows.values():
+            flow.close()
+
+
+def capture_streams(
+    capture: Callable[[Weights], BlockStream], weights: Mapping[str, Weights]
+) -> dict[str, BlockStream]:
+    """Return the inputs of the first block by stream.
+
+    :param capture: Function that captures them, with weights in place of the model's by layer.
+    :param weights: Those weights by stream.
+    """
+    flows: dict[str, BlockStream] = {}
+    try:
+        for stream, own in weights.items():
+            first = next(iter(flows.values()), None)
+            if first is not None and not any(weights.values()):
+                flows[stream] = first.fork()
+                continue
+            flows[stream] = capture(own)
+            if first is not None:
+                flows[stream].share_arguments(first)
+    except BaseException:
+        for flow in flows.values():
+            flow.close()
+        raise
+    return flows
+
+
+def open_pass(
+    model: nn.Module,
+    blocks: Sequence[str],
+    batches: Sequence[Any],
+    weights: Mapping[str, Weights],
+    *,
+    forward_fn: ForwardFn | None = None,
+    cache_dir: str | Path | None = None,
+    device: torch.device | str | None = None,
+) -> BlockPass:
+    """Capture the streams at a model's first block, after which they can pass through all.
+
+    :param blocks: Full names of the blocks, in order.
+    :param weights: Weights outside the blocks that a stream does not take from the model, by
+        stream and layer.
+    :param forward_fn: Function called as ``forward_fn(model, batch)`` in place of the model.
+    :param cache_dir: Folder for memory-mapped caches; None keeps them in RAM.
+    :param device: Device for the block that is worked on; None leaves it where it is.
+    :raises ValueError: blocks are called in different ways, or a batch is unusable.
+    """
+
+    def capture(own: Weights) -> BlockStream:
+        with swapped_weights(model, own):
+            return capture_block_inputs(
+                model, blocks[0], batches, forward_fn, cache_dir=cache_dir, device=device
+            )
+
+    flows = capture_streams(capture, weights)  # which says what is wrong with a batch
+    found = BlockPass(model, blocks, flows, device)
+    try:
+        check_same_arguments(model, blocks, partial(call_model, model, batches[0], forward_fn))
+    except BaseException:
+        found.close()
+        raise
+    return found
