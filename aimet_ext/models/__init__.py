@@ -1,1 +1,1 @@
-"""What is known about models: blocks, scale pairs, captured inputs."""
+"""Knowledge of models: decoder blocks, scale pairs and their proof, caches, padding."""

@@ -18,11 +18,11 @@ class TopologyDescription:
     Roles that share a module are fused: its output rows hold the roles one after another, in the
     order query, key, value or gate, up. Every module of the block that has a weight must be named.
 
-    :param name: of the family, for messages.
-    :param block_class: class name of the block, matched against the classes it derives from.
-    :param attention_norm: what the attention's input projections read.
-    :param mlp_norm: what the MLP's input projections read.
-    :param q: projection to the queries; ``k``, ``v`` likewise, ``o`` the output projection.
+    :param name: Name of the family, for messages.
+    :param block_class: Class name of the block, matched against the classes it derives from.
+    :param attention_norm: Norm that the attention's input projections read.
+    :param mlp_norm: Norm that the MLP's input projections read.
+    :param q: Projection to the queries; ``k``, ``v`` likewise, ``o`` the output projection.
     :param gate: projection that goes through the activation and multiplies ``up``; None for an
         MLP without a gate, where ``up`` goes through the activation.
     :param attention_readers: all other layers that read the attention norm.

@@ -45,7 +45,7 @@ class PreparedCausalLM(nn.Module):
         return self.model.config
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits ``[batch, seq, vocab]`` of every token.
+        """Return the logits ``[batch, seq, vocab]`` of every token.
 
         Padding may stand on either side. Real tokens neither see it nor count it in their
         positions, so their logits are those without padding; logits of padding mean nothing.
@@ -68,7 +68,7 @@ class PreparedCausalLM(nn.Module):
         ).logits
 
     def _masks(self, attention_mask: Tensor) -> dict[str, Tensor]:
-        """What is added to the scores, ``[batch, 1, seq, seq]``, for each type of layer."""
+        """Return the terms added to the scores, ``[batch, 1, seq, seq]``, by type of layer."""
         order = torch.arange(attention_mask.shape[-1], device=attention_mask.device)
         distance = order[:, None] - order[None, :]  # [query, key]
         allowed = (distance >= 0) & attention_mask.bool()[:, None, None, :]
@@ -106,7 +106,7 @@ class PreparedCausalLM(nn.Module):
 
 
 def prepare_model(model: nn.Module, *, mask_value: float | None = None) -> nn.Module:
-    """A module that ``QuantizationSimModel`` can trace, around a causal LM of transformers.
+    """Wrap a causal LM of transformers in a module that ``QuantizationSimModel`` can trace.
 
     It is called as ``module(input_ids, attention_mask=None)`` and returns logits
     ``[batch, seq, vocab]``, for any batch and any length up to the context. The model is wrapped
@@ -144,12 +144,12 @@ def prepare_model(model: nn.Module, *, mask_value: float | None = None) -> nn.Mo
 
 
 def causal_lm(module: nn.Module) -> PreTrainedModel | None:
-    """The Hugging Face causal LM inside a module, prepared, wrapped by hand or bare."""
+    """Return the Hugging Face causal LM inside a module, prepared, wrapped by hand or bare."""
     return _find(module)[1]
 
 
 def checkpoint_prefix(module: nn.Module) -> str:
-    """What stands before a checkpoint's names in ``module``: ``"model."`` once prepared."""
+    """Return the prefix of a checkpoint's names in ``module``: ``"model."`` once prepared."""
     name, found = _find(module)
     return f"{name}." if found is not None and name else ""
 
@@ -164,7 +164,7 @@ def original_name(name: str, module: nn.Module) -> str:
 
 
 def context_length(module: nn.Module) -> int | None:
-    """Most tokens that the language model takes at once, None if its config does not say."""
+    """Return the most tokens that the language model takes at once, None if not configured."""
     model = module.model if isinstance(module, PreparedCausalLM) else causal_lm(module)
     if model is None:
         return None
@@ -191,7 +191,7 @@ def _text_config(config: Any) -> Any:
 
 
 def attention_windows(config: Any) -> dict[str, int | None]:
-    """Tokens that a query looks back upon, itself included, for each type of layer; None: all.
+    """Return how many tokens a query sees, itself included, by type of layer; None: all.
 
     One entry where all layers are alike, which is handed to the model as one mask.
     """

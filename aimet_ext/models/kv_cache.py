@@ -39,7 +39,7 @@ Run = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What a model's cache holds.
+    """The shape of a model's cache.
 
     :param context_length: tokens that a query sees at most, itself included.
     :param keys: heads and width of the keys of each layer.
@@ -52,28 +52,28 @@ class CacheShape:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> CacheShape:
-        """The shape that :meth:`to_dict` described."""
+        """Return the shape that :meth:`to_dict` described."""
         keys, values = (tuple((h, d) for h, d in plain[kind]) for kind in ("keys", "values"))
         return cls(plain["context_length"], keys, values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The shape as JSON values."""
+        """Return the shape as JSON values."""
         return asdict(self)
 
     def past_names(self, length: int) -> tuple[str, ...]:
-        """Inputs of a call of ``length`` tokens that hold the cache; none if there is no room."""
+        """Return the names of inputs with the cache for ``length`` tokens, if there is room."""
         return self._names("past") if length < self.context_length else ()
 
     def input_names(self, length: int) -> tuple[str, ...]:
-        """All inputs of a call of ``length`` tokens, in order."""
+        """Return all inputs of a call of ``length`` tokens, in order."""
         return ("input_ids", "attention_mask", "position_ids", *self.past_names(length))
 
     def output_names(self) -> tuple[str, ...]:
-        """All outputs of a call, in order."""
+        """Return all outputs of a call, in order."""
         return ("logits", *self._names("present"))
 
     def past_shapes(self, length: int, batch: int) -> dict[str, tuple[int, int, int, int]]:
-        """``[batch, heads, context - length, width]`` of each cache that comes in, by its name."""
+        """Return ``[batch, heads, context - length, width]`` of each incoming cache, by name."""
         sizes = [size for pair in zip(self.keys, self.values, strict=True) for size in pair]
         slots = self.context_length - length
         return {
@@ -132,7 +132,7 @@ class CachedCausalLM(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
     ) -> tuple[Tensor, ...]:
-        """Logits ``[batch, n, vocab]``, and new keys and values ``[batch, heads, n, width]``.
+        """Return logits ``[batch, n, vocab]``, new keys and values ``[batch, heads, n, width]``.
 
         :param input_ids: ``[batch, n]``.
         :param attention_mask: ``[batch, 1, n, context]``, added to the scores: 0 for what a token
@@ -185,8 +185,8 @@ class CachedCausalLM(nn.Module):
 class TokenCache:
     """Keys and values of the tokens so far, as an application keeps them between calls.
 
-    :param shape: of the model's cache.
-    :param mask_value: what is added to the scores of what a token does not see; about -100 where
+    :param shape: Shape of the model's cache.
+    :param mask_value: Value added to the scores of what a token does not see; about -100 where
         activations are quantized, as for ``prepare_model``.
     :param batch: sequences, which grow together.
 
@@ -213,7 +213,7 @@ class TokenCache:
         self._past = {name: torch.zeros(size, dtype=dtype) for name, size in slots.items()}
 
     def feed(self, ids: Tensor, length: int) -> dict[str, Tensor]:
-        """Inputs of a call of ``length`` tokens, by name.
+        """Return the inputs of a call of ``length`` tokens, by name.
 
         :param ids: ``[batch, m]`` with ``1 <= m <= length``; what lacks is filled with zeros,
             whose outputs mean nothing.
@@ -258,12 +258,12 @@ class TokenCache:
 def run_with_cache(
     calls: Mapping[int, Run], cache: TokenCache, ids: Tensor, prompt: int | None = None
 ) -> Tensor:
-    """Logits ``[batch, seq, vocab]`` of ids, a part of them at a time.
+    """Return the logits ``[batch, seq, vocab]`` of ids, a part of them at a time.
 
-    :param calls: what runs a call, by the number of its tokens.
-    :param cache: of earlier tokens; it is extended.
+    :param calls: Function that runs a call, by the number of its tokens.
+    :param cache: Cache of earlier tokens; it is extended.
     :param ids: ``[batch, seq]``.
-    :param prompt: of these many ids as many as possible are taken at a time; the others, one by
+    :param prompt: Number of ids that are taken as many as possible at a time; the others, one by
         one or as few as there is a call for. None: all of them.
     """
     longest, shortest = max(calls), min(calls)
@@ -283,7 +283,7 @@ def run_with_cache(
 
 
 class _Cache:
-    """What attention layers take for transformers' cache during one call."""
+    """A stand-in for transformers' cache that attention layers take during one call."""
 
     def __init__(self, past: Sequence[Tensor]) -> None:
         self._past = tuple(zip(past[::2], past[1::2], strict=True))
@@ -292,7 +292,7 @@ class _Cache:
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values of the whole context; the new ones are kept."""
+        """Return the keys and values of the whole context; the new ones are kept."""
         self.present[layer_idx] = (key, value)
         if not self._past:
             return key, value
@@ -300,7 +300,7 @@ class _Cache:
         return torch.cat((past_key, key), dim=2), torch.cat((past_value, value), dim=2)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Slots of the cache, filled or not."""
+        """Return the number of slots of the cache, filled or not."""
         return self._past[layer_idx][0].shape[2] if self._past else 0
 
 
@@ -309,7 +309,7 @@ def _same(value: Any) -> Any:
 
 
 def _checked_layer_types(module: nn.Module, context: int) -> tuple[str, ...]:
-    """Types of layers, each of which sees the whole context.
+    """Return the types of layers, each of which sees the whole context.
 
     :raises ValueError: one does not.
     """
@@ -330,7 +330,7 @@ def _checked_layer_types(module: nn.Module, context: int) -> tuple[str, ...]:
 
 
 def _checked_rotary(model: nn.Module) -> list[nn.Module]:
-    """Modules that compute the cosine and sine of positions.
+    """Return the modules that compute the cosine and sine of positions.
 
     :raises ValueError: they depend on more than a position.
     """
@@ -356,7 +356,7 @@ def _checked_rotary(model: nn.Module) -> list[nn.Module]:
 
 @torch.no_grad()
 def _tables(module: nn.Module, context: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of each position, ``[context, width]``."""
+    """Return the cosine and sine of each position, ``[context, width]``."""
     device = next(module.buffers()).device
     positions = torch.arange(context, device=device)[None]
     cos, sin = module(torch.zeros(1, 1, 1, dtype=dtype, device=device), positions)

@@ -17,7 +17,7 @@ __all__ = ["mlp_layers", "pad_mlp", "pad_rows"]
 
 
 def mlp_layers(model: nn.Module, block: BlockTopology) -> tuple[dict[str, int], nn.Linear]:
-    """The layers of a block that the inner width of its MLP is a dimension of.
+    """Return the layers of a block that the inner width of its MLP is a dimension of.
 
     :param model: holds the block.
     :param block: its topology; the last two stages are what goes in and out of the MLP.
@@ -61,7 +61,7 @@ def pad_mlp(model: nn.Module, block: BlockTopology, multiple: int) -> int:
 
 
 def pad_rows(tensor: Tensor, fused: int, extra: int) -> Tensor:
-    """``extra`` zero rows after each of ``fused`` equal slices of the rows."""
+    """Add ``extra`` zero rows after each of ``fused`` equal slices of the rows."""
     slices = tensor.chunk(fused)  # [width, in] each
     zeros = tensor.new_zeros(extra, *tensor.shape[1:])
     return torch.cat([piece for part in slices for piece in (part, zeros)])

@@ -89,7 +89,7 @@ class PairFailure:
 
 
 def random_scale(size: int, seed: int) -> Tensor:
-    """Log-uniform in [1/4, 4], distinct per channel: float64 ``[size]``."""
+    """Return a scale log-uniform in [1/4, 4], distinct per channel: float64 ``[size]``."""
     uniform = torch.rand(size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return torch.exp((2 * uniform - 1) * math.log(4.0))
 
@@ -97,13 +97,13 @@ def random_scale(size: int, seed: int) -> Tensor:
 def failing_pairs(
     block_fn: BlockFn, params: Mapping[str, Tensor], pairs: Sequence[ScalePair], *, seed: int = 0
 ) -> list[PairFailure]:
-    """The pairs that do not leave the output alone, each multiplied in by itself.
+    """Return the pairs that do not leave the output alone, each multiplied in by itself.
 
     Random scales, first in float64 under :class:`Float64Casts`, then in float32 as it is.
 
-    :param block_fn: output for a fixed input and the given parameters, computed in their dtype;
+    :param block_fn: Output for a fixed input and the given parameters, computed in their dtype;
         :func:`probe` makes one from a module.
-    :param params: floating point parameters of the block, named relative to it. Never changed.
+    :param params: Floating point parameters of the block, named relative to it. Never changed.
     :raises ValueError: the output is not finite or does not depend on ``params``.
     """
     failures: dict[int, PairFailure] = {}
@@ -134,7 +134,7 @@ def prove_pairs(
 ) -> None:
     """Refuse pairs that change the output of a block; see :func:`failing_pairs`.
 
-    :param where: name of the block, for the error.
+    :param where: Name of the block, for the error.
     :raises TransformRefused: a pair does not hold; all that do not are named.
     """
     failures = failing_pairs(block_fn, params, pairs, seed=seed)
@@ -147,7 +147,7 @@ def prove_pairs(
 
 
 def _reference(block_fn: BlockFn, values: Mapping[str, Tensor]) -> Tensor:
-    """The output to compare with, if a comparison can tell anything."""
+    """Return the output to compare with, if a comparison can tell anything."""
     reference = block_fn(values)
     if not torch.isfinite(reference).all():
         raise ValueError(
@@ -165,7 +165,7 @@ def _reference(block_fn: BlockFn, values: Mapping[str, Tensor]) -> Tensor:
 
 
 def probe(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BlockFn:
-    """A ``block_fn`` that calls a module with other parameters, on a fixed input, in their dtype.
+    """Return a ``block_fn`` that calls a module with other parameters, in their dtype.
 
     Inputs, buffers and parameters that are not passed follow the dtype; dropout is off. Works on
     blocks of a simulation whose quantizers are off.
@@ -191,7 +191,7 @@ def probe(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 def probe_inputs(
     block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, length: int = 16
 ) -> dict[str, Any]:
-    """What a block received, made fit for a proof: two short sequences, the second one padded.
+    """Make a block's inputs fit for a proof: two short sequences, the second one padded.
 
     Positions are cut, a single sequence gets a reversed twin, and a parameter ``attention_mask``
     becomes a causal mask that hides the last quarter of the second sequence. Caches are dropped.
@@ -237,7 +237,7 @@ def probe_inputs(
 
 
 def _bind(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by name, the first parameter first."""
+    """Return all arguments of a call by name, the first parameter first."""
     signature = inspect.signature(block.forward)
     named = dict(signature.bind(*args, **kwargs).arguments)
     for parameter in signature.parameters.values():
@@ -251,7 +251,7 @@ def _bind(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 
 def _padded_mask(hidden: Tensor, like: Any) -> Tensor:
-    """A mask of the form of ``like`` that hides the last quarter of the second sequence."""
+    """Return a mask of the form of ``like`` that hides a quarter of the second sequence."""
     batch, length = hidden.shape[:2]
     real = torch.ones(batch, length, dtype=torch.bool, device=hidden.device)
     real[1, length - length // 4 :] = False

@@ -31,7 +31,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 class BlockTopology:
     """A decoder block as names.
 
-    :param name: of the block, as found in the model passed in, for example ``"model.layers.0"``.
+    :param name: Name of the block in the model passed in, for example ``"model.layers.0"``.
     :param linears: linear layers in dependency order, relative to the block.
     :param stages: the same, grouped: (q, k, v), (o,), (gate, up), (down,).
     :param pairs: candidate scale pairs; each is to be proved before it is used.
@@ -51,7 +51,7 @@ class BlockTopology:
 def find_blocks(
     model: nn.Module, description: TopologyDescription | None = None
 ) -> list[BlockTopology]:
-    """The decoder blocks of a model, in order.
+    """Return the decoder blocks of a model, in order.
 
     :param description: table of an architecture that no family table knows.
     :raises ValueError: no block has a known class, or a block differs from its table; all
@@ -85,9 +85,9 @@ def select_pairs(
     *,
     unavailable: Literal["error", "skip"] = "error",
 ) -> tuple[ScalePair, ...]:
-    """The pairs of a block that are of the given kinds, in the block's order.
+    """Return the pairs of a block that are of the given kinds, in the block's order.
 
-    :param unavailable: what to do with a kind that the block cannot have.
+    :param unavailable: Treatment of a kind that the block cannot have.
     :raises ValueError: a kind does not exist, or is unavailable and not to be skipped.
     """
     wanted = set(kinds)
@@ -103,7 +103,7 @@ def select_pairs(
 
 
 def _weight(block: nn.Module, name: str) -> Tensor | None:
-    """The weight of a module of the block, None if there is no such module or weight."""
+    """Return the weight of a module of the block, None if there is no such module or weight."""
     module: Any = block
     for part in name.split("."):
         module = getattr(module, part, None)
@@ -112,7 +112,7 @@ def _weight(block: nn.Module, name: str) -> Tensor | None:
 
 
 def _mismatches(block: nn.Module, table: TopologyDescription) -> list[str]:
-    """Everything in which a block differs from a table."""
+    """Return everything in which a block differs from a table."""
     linears = [layer for stage in table.stages for layer in stage]
     norms = (table.attention_norm, table.mlp_norm)
     named = (*linears, *norms, *table.qk_norms, *table.others)
@@ -134,7 +134,7 @@ def _mismatches(block: nn.Module, table: TopologyDescription) -> list[str]:
 def _shape_mismatches(
     shapes: Mapping[str, tuple[int, ...]], table: TopologyDescription
 ) -> Iterator[str]:
-    """Layers that are no matrices, and neighbours whose widths do not fit."""
+    """Yield layers that are no matrices, and neighbours whose widths do not fit."""
     linears = [layer for stage in table.stages for layer in stage]
     odd = [n for n in linears if len(shapes[n]) < 2 or any(side != 1 for side in shapes[n][2:])]
     for name in odd:
@@ -156,7 +156,7 @@ def _shape_mismatches(
 
 
 def _unknown(model: nn.Module, tables: tuple[TopologyDescription, ...]) -> str:
-    """What a model without any known block has instead, against the nearest table."""
+    """Describe what a model without any known block has instead, against the nearest table."""
     who = f"no decoder block of {type(model).__name__} is known"
     known = ", ".join(table.block_class for table in tables)
     stacks = [
@@ -181,7 +181,7 @@ def _unknown(model: nn.Module, tables: tuple[TopologyDescription, ...]) -> str:
 def _block_topology(
     model: nn.Module, name: str, block: nn.Module, table: TopologyDescription
 ) -> BlockTopology:
-    """Stages and candidate pairs of a block that fits its table."""
+    """Return stages and candidate pairs of a block that fits its table."""
     linears = tuple(layer for stage in table.stages for layer in stage)
     shapes = {
         layer: tuple(block.get_parameter(f"{layer}.weight").shape)
@@ -198,7 +198,7 @@ def _block_topology(
 
 
 def _config(model: nn.Module, name: str, table: TopologyDescription) -> Any:
-    """The config of the nearest module, from the attention outwards, that states head counts."""
+    """Return the config of the nearest module around the attention that states head counts."""
     path = f"{name}.{table.o}".lstrip(".").split(".")
     for end in range(len(path) - 1, -1, -1):
         config = getattr(model.get_submodule(".".join(path[:end])), "config", None)
@@ -217,9 +217,9 @@ class _UnavailableError(Exception):
 def candidate_pairs(
     table: TopologyDescription, shapes: Shapes, head_dim: int | None, config: Any
 ) -> tuple[tuple[ScalePair, ...], dict[str, str]]:
-    """Candidate pairs of a block, and the kinds it cannot have with the reasons.
+    """Return candidate pairs of a block, and the kinds it cannot have with the reasons.
 
-    :param shapes: of the weights of the table's linear layers and of the two norms.
+    :param shapes: Shapes of the weights of the table's linear layers and of the two norms.
     :param head_dim: channels of an attention head, None if unknown.
     :param config: object that may state head counts and rotary settings, or None.
     """
@@ -279,7 +279,7 @@ def _up_pair(table: TopologyDescription, shapes: Shapes) -> ScalePair:
 def _value_pair(
     table: TopologyDescription, shapes: Shapes, head_dim: int | None, config: Any
 ) -> ScalePair:
-    """Each value head to the output columns of all query heads that share it."""
+    """Pair each value head with the output columns of all query heads that share it."""
     d, groups, roles = _heads(table, shapes, head_dim, config)
     size = roles["v"][1]
     return ScalePair(
@@ -301,7 +301,7 @@ def _value_pair(
 def _query_pair(
     table: TopologyDescription, shapes: Shapes, head_dim: int | None, config: Any
 ) -> ScalePair:
-    """Queries to keys; channels i and i + d/2 are rotated into each other and share a scale."""
+    """Pair queries with keys; channels i and i + d/2 are rotated together and share a scale."""
     if table.qk_norms:
         raise _UnavailableError(
             f"{', '.join(table.qk_norms)} would normalise the scale away or break it"
@@ -331,7 +331,7 @@ def _query_pair(
 def _heads(
     table: TopologyDescription, shapes: Shapes, head_dim: int | None, config: Any
 ) -> tuple[int, int, dict[str, tuple[str, int]]]:
-    """Head width, query heads per value head, and ``{role: (module, rows)}`` of q, k and v."""
+    """Return head width, query heads per value head, ``{role: (module, rows)}`` of q, k, v."""
     if not isinstance(head_dim, int):
         raise _UnavailableError(
             "head_dim is neither on the attention module nor in a config; "
@@ -380,7 +380,7 @@ def _rows(
 
 
 def _rotated_share(config: Any) -> float:
-    """The smallest share of a head's channels that a config has rotated; 1 if it says nothing."""
+    """Return the smallest share of a head's channels that a config rotates; 1 if not given."""
     parameters = getattr(config, "rope_parameters", None) or {}
     # one set of parameters, or one for each type of layer
     sets = [parameters, *(entry for entry in parameters.values() if isinstance(entry, Mapping))]
@@ -390,6 +390,6 @@ def _rotated_share(config: Any) -> float:
 
 
 def _name(producers: Iterable[str], readers: Iterable[str]) -> str:
-    """``"input_layernorm->q_proj,k_proj,v_proj"``."""
+    """Return ``"input_layernorm->q_proj,k_proj,v_proj"``."""
     short = [",".join(n.rpartition(".")[2] for n in names) for names in (producers, readers)]
     return "->".join(short)

@@ -1,4 +1,4 @@
-"""What every technique that works block by block shares: nothing half-done, resumable, in order."""
+"""The frame of a run that all techniques share: options, undo, checkpoints, ledger, weights."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class RunOptions:
 
 
 def original_names(model: nn.Module) -> Callable[[str], str]:
-    """From a name in the model of a simulation to its name in the original checkpoint."""
+    """Return a function from names in a simulation's model to names in the original checkpoint."""
     try:
         from aimet_ext.models.huggingface import original_name
     except ModuleNotFoundError:  # no transformers, so no Hugging Face model
@@ -59,7 +59,7 @@ def original_names(model: nn.Module) -> Callable[[str], str]:
 
 
 def weights_hash(adaptor: SimAdaptor) -> str:
-    """SHA-256 of all float parameters under their original names, in the order of these."""
+    """Hash all float parameters under their original names, in the order of these (SHA-256)."""
     rename = original_names(adaptor.model)
     state = adaptor.float_state()
     return hash_tensors((rename(name), state[name]) for name in sorted(state))
@@ -69,10 +69,10 @@ def weights_hash(adaptor: SimAdaptor) -> str:
 def undo_on_failure(
     adaptor: SimAdaptor, cache_dir: str | Path | None, *, weights: bool = True
 ) -> Iterator[Callable[[str], None]]:
-    """Context that leaves the simulation as it was if its body raises or is interrupted.
+    """Return a context that leaves the simulation as it was if its body raises.
 
-    :param cache_dir: folder for the originals of weights; None keeps them in RAM.
-    :param weights: whether weights are going to change, or quantizers alone.
+    :param cache_dir: Folder for the originals of weights; None keeps them in RAM.
+    :param weights: True if weights are going to change, false for quantizers alone.
     :returns: a function to call with a module's name before the module is changed.
     """
     if cache_dir is not None:
@@ -101,7 +101,7 @@ def undo_on_failure(
 
 
 def open_ledger(adaptor: SimAdaptor, technique: str, modules: Sequence[str]) -> Ledger:
-    """The simulation's ledger, begun if need be, after a check that the technique may be applied.
+    """Return the simulation's ledger, a new one if needed, once the technique may be applied.
 
     :raises ValueError: the technique was applied before, or the weights are rounded.
     """
@@ -182,7 +182,7 @@ class OnGrids(Mapping[str, Tensor]):
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that the GPU held since the last reset, or the process ever."""
+    """Return the most bytes that the GPU held since the last reset, or the process ever."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if resource is None:

@@ -127,7 +127,7 @@ class BlockWalk:
             self._outside.decide(layer, weight)
 
     def stages(self) -> Iterator[Stage]:
-        """Each stage in turn: before the blocks, in them, after them. Can be gone through once."""
+        """Return the stages before the blocks, in them and after them, an iterator to use once."""
         return self._stages
 
     def _walk(self) -> Generator[Stage]:

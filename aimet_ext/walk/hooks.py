@@ -100,7 +100,7 @@ class Watch(TorchFunctionMode):
                 self._readers[self._outputs[token]].append(type(module).__call__)
 
     def partners(self, geometry: Mapping[str, Geometry]) -> dict[str, str]:
-        """By layer, the first one that reads the same tensor in the same way."""
+        """Return, by layer, the first one that reads the same tensor in the same way."""
         first: dict[Any, str] = {}
         return {
             name: first.setdefault((token, geometry[name]), name)
@@ -108,7 +108,7 @@ class Watch(TorchFunctionMode):
         }
 
     def sole_reader(self, name: str) -> Callable[..., Any] | None:
-        """The function that alone reads a layer's output."""
+        """Return the function that alone reads a layer's output."""
         readers = self._readers[name]
         return readers[0] if len(readers) == 1 else None
 
@@ -139,7 +139,7 @@ class Watch(TorchFunctionMode):
 
 
 def _reader(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What reads a tensor: a function, or the one that it is with these arguments."""
+    """Return the function that reads a tensor, or the one that it is with these arguments."""
     if func is functional.hardtanh:  # what nn.ReLU6 calls
         low, high = [*args[1:3], None, None][:2]
         if (kwargs.get("min_val", low), kwargs.get("max_val", high)) == (0, 6):
@@ -169,7 +169,7 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 
 def _version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place."""
+    """Return how often a tensor was changed in place."""
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -232,7 +232,7 @@ def run_batch(
 
 
 def checked_weight(name: str, module: nn.Module, weight: Tensor) -> Tensor:
-    """A weight to compute with in place of the module's own, on its device, in its dtype.
+    """Return a weight to compute with in place of the module's own, on its device, in its dtype.
 
     :raises ValueError: it has another shape.
     """
@@ -247,7 +247,7 @@ def checked_weight(name: str, module: nn.Module, weight: Tensor) -> Tensor:
 
 @contextmanager
 def replaced_forward(module: nn.Module, output: Callable[[], Any]) -> Iterator[None]:
-    """Context in which a module returns ``output()``, whatever it is called with."""
+    """Return a context in which a module returns ``output()`` for any arguments."""
     own = vars(module).get("forward")
     patched: Any = module
     patched.forward = lambda *args, **kwargs: output()
@@ -262,7 +262,7 @@ def replaced_forward(module: nn.Module, output: Callable[[], Any]) -> Iterator[N
 
 @contextmanager
 def swapped_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Context in which layers compute with other weights, and layers tied to them do not."""
+    """Return a context in which layers compute with other weights; layers tied to them do not."""
     kept: list[tuple[dict[str, Any], Any]] = []
     try:
         for name in weights:
@@ -278,7 +278,7 @@ def swapped_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator
 
 @contextmanager
 def on_device(module: nn.Module, device: torch.device | str | None) -> Iterator[None]:
-    """Context in which a module is on a device (None: stays); it is moved back at the end."""
+    """Move a module to a device (None: leave it) until the context ends."""
     if device is None:
         yield
         return
@@ -292,7 +292,7 @@ def on_device(module: nn.Module, device: torch.device | str | None) -> Iterator[
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Context of evaluation mode without key-value caches; every flag is put back at the end."""
+    """Return a context of evaluation mode without key-value caches; flags are restored after it."""
     training = [(module, module.training) for module in model.modules()]
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     caching = [(c, c.use_cache) for c in configs.values() if hasattr(c, "use_cache")]

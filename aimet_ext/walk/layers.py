@@ -51,9 +51,9 @@ _BATCH_NORMS = (functional.batch_norm, torch.batch_norm)
 def layers_by_name(
     model: nn.Module, names: Iterable[str], parameter: str = "layers"
 ) -> dict[str, nn.Module]:
-    """The modules of these names, each with a weight.
+    """Return the modules of these names, each with a weight.
 
-    :param parameter: what to call the names in an error.
+    :param parameter: Word for the names in an error.
     :raises ValueError: a name is given twice or is not in the model, or a module has no weight.
     """
     found: dict[str, nn.Module] = {}
@@ -79,7 +79,7 @@ def layers_by_name(
 
 
 def known(layers: Mapping[str, nn.Module], name: str) -> nn.Module:
-    """One of the layers walked to.
+    """Return one of the layers walked to.
 
     :raises ValueError: it is none of them.
     """
@@ -104,7 +104,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def geometries(layers: Mapping[str, nn.Module]) -> dict[str, Geometry]:
-    """How each layer's input becomes rows.
+    """Return how each layer's input becomes rows.
 
     :raises TypeError: a layer is neither linear nor a convolution; it is named.
     """
@@ -118,10 +118,10 @@ def geometries(layers: Mapping[str, nn.Module]) -> dict[str, Geometry]:
 
 
 def fit_mask(mask: Tensor | None, x: Tensor, geometry: Geometry) -> Tensor | None:
-    """Which of a layer's input vectors count, None where the tokens of the batch are not seen.
+    """Return the mask of a layer's input vectors; None where it does not read the batch's tokens.
 
-    :param mask: bool ``[batch, seq]`` of the batch.
-    :param x: the layer's input, ``[batch, seq, in]`` or ``[batch * seq, in]``.
+    :param mask: Mask of the batch, bool ``[batch, seq]``.
+    :param x: Input of the layer, ``[batch, seq, in]`` or ``[batch * seq, in]``.
     :returns: bool of the leading dimensions of ``x``.
     """
     if mask is None or geometry.kernel_size:
@@ -154,7 +154,7 @@ def stage_inputs(
 
 
 def relu_of(reader: object) -> Activation | None:
-    """The activation that a module, a function or a tensor's method is, if it is a ReLU."""
+    """Return the ReLU that a module, a function or a tensor's method is; None for anything else."""
     if isinstance(reader, nn.ReLU):
         return functional.relu
     if isinstance(reader, nn.ReLU6):
@@ -165,7 +165,7 @@ def relu_of(reader: object) -> Activation | None:
 
 
 def is_batch_norm(reader: object) -> bool:
-    """Whether a module or a function is a batch norm."""
+    """Return True if a module or a function is a batch norm."""
     return isinstance(reader, _BatchNorm) or reader in _BATCH_NORMS
 
 
@@ -183,7 +183,7 @@ def check_folded(layer: str, sole_reader: object) -> None:
 
 
 def twice_called(layer: str) -> ValueError:
-    """The error for a layer that reads several inputs in one forward pass."""
+    """Return the error for a layer that reads several inputs in one forward pass."""
     return ValueError(
         f"a layer must be called once in a forward pass, {layer!r} is called again; "
         "leave it out, or give each call a layer of its own"
@@ -191,7 +191,7 @@ def twice_called(layer: str) -> ValueError:
 
 
 def uncalled(layers: Iterable[str]) -> ValueError:
-    """The error for layers that are no part of the forward pass."""
+    """Return the error for layers that are no part of the forward pass."""
     return ValueError(
         f"these layers never received data: {', '.join(layers)}; leave them out, or calibrate "
         "with batches that reach them"
@@ -203,14 +203,14 @@ def uncalled(layers: Iterable[str]) -> ValueError:
 
 @dataclass(eq=False)
 class LayerOrder:
-    """What forward passes of a module do with some of its layers.
+    """The order in which forward passes of a module call some of its layers, and what is shared.
 
-    :param order: all layers in the order of their calls.
-    :param stages: layers that read one tensor in the same way, by their first one's place in it.
-    :param activations: the ReLU that alone reads a layer's output, by layer.
-    :param parts: direct children of the module whose output is their last layer's output, with
-        that layer and what makes the child's output of the layer's.
-    :param returns: what makes the module's own output of its first tensor.
+    :param order: Layers in the order of their calls.
+    :param stages: Layers that read one tensor in the same way, in the order of their first one.
+    :param activations: ReLU that alone reads a layer's output, by layer.
+    :param parts: Children of the module whose output is their last layer's output, with that layer
+        and a function from its output to the child's.
+    :param returns: Function from the first tensor of the module's output to the whole output.
     """
 
     order: list[str] = field(default_factory=list)
@@ -274,10 +274,10 @@ def layers_around(
     layers: Sequence[str],
     passes: Iterable[Callable[[], object]],
 ) -> tuple[list[str], LayerOrder]:
-    """Layers called before the first of some blocks, and the order of those after the last.
+    """Return the layers called before the first block, and the order of those after the last.
 
-    :param layers: names of layers in none of the blocks.
-    :param passes: each runs the model once.
+    :param layers: Names of layers in none of the blocks.
+    :param passes: Functions that each run the model once.
     :raises ValueError: a layer is called between two blocks; else as :func:`layer_order`.
     """
     if not layers:

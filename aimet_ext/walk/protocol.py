@@ -1,4 +1,4 @@
-"""Walking a model from layer to layer, in the order in which data flows through it.
+"""The protocol of walks from layer to layer, in the order in which data flows through a model.
 
 A walk hands out stages, groups of layers that read one input. Once all layers of a stage are
 decided it moves on, so that each later stage sees what the decided layers make of the data.
@@ -39,14 +39,14 @@ class Stage(Protocol):
         """The ReLU that alone reads a layer's output, by layer, where there is one."""
 
     def batches(self) -> Iterator[Inputs]:
-        """The layers' input, batch by batch; computed anew at each call."""
+        """Yield the layers' input, batch by batch; it is computed anew at each call."""
 
 
 @dataclass(frozen=True, eq=False)
 class ReadStage:
     """A :class:`Stage` whose inputs a function reads.
 
-    :param read: a new iterator over the layers' input at each call.
+    :param read: Function that returns a new iterator over the layers' input.
     """
 
     layers: tuple[str, ...]
@@ -54,7 +54,7 @@ class ReadStage:
     read: Callable[[], Iterator[Inputs]]
 
     def batches(self) -> Iterator[Inputs]:
-        """The layers' input, batch by batch; computed anew at each call."""
+        """Yield the layers' input, batch by batch; it is computed anew at each call."""
         return self.read()
 
 
@@ -62,7 +62,7 @@ class Walk(Protocol):
     """All stages of a model in order."""
 
     def stages(self) -> Iterator[Stage]:
-        """Each stage in turn; every layer of one must be decided before the next is asked for."""
+        """Yield each stage; all layers of one must be decided before the next is asked for."""
 
     def hold(self, layer: str) -> None:
         """Have the float stream go on with this layer's weight as it is now, for it will change."""
@@ -72,7 +72,7 @@ class Walk(Protocol):
 
     @property
     def cost(self) -> dict[str, Any]:
-        """How the data was brought to the layers, and what that took, for the report."""
+        """Kind of the walk and the work that it took, for the report."""
 
     def close(self) -> None:
         """Drop all caches."""

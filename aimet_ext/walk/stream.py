@@ -48,7 +48,7 @@ class BlockCall:
         return hidden_state(block_fn(*self.args, **self.kwargs))
 
     def with_hidden(self, hidden: Tensor) -> BlockCall:
-        """The same call for other hidden states, such as those of another stream."""
+        """Return the same call for other hidden states, such as those of another stream."""
 
         def swap(leaf: Any) -> Any:
             return hidden if leaf is self.hidden else leaf
@@ -59,7 +59,7 @@ class BlockCall:
 
 
 def hidden_state(output: Any) -> Tensor:
-    """The hidden states in a block's output: the output itself, or the first of a tuple.
+    """Return the hidden states in a block's output: the output itself, or the first of a tuple.
 
     :raises TypeError: it is neither.
     """
@@ -94,7 +94,7 @@ class _Record:
 
 @dataclass(frozen=True, eq=False)
 class _Arguments:
-    """What does not change from block to block; equal tensors are stored once."""
+    """The arguments that do not change from block to block; equal tensors are stored once."""
 
     tensors: TensorCache
     records: list[_Record] = field(default_factory=list)
@@ -113,8 +113,8 @@ class BlockStream:
 
     Invariant: beside the caches, at most the tensors of one batch are in memory.
 
-    :param device: where blocks are called. May be set to another device at any time.
-    :param cache_dir: folder for memory-mapped caches; None keeps them in RAM, on the CPU.
+    :param device: Device on which blocks are called. May be set to another one at any time.
+    :param cache_dir: Folder for memory-mapped caches; None keeps them in RAM, on the CPU.
     """
 
     def __init__(self, device: torch.device | str, cache_dir: str | Path | None = None) -> None:
@@ -155,20 +155,20 @@ class BlockStream:
         return len(self._arguments.records)
 
     def shape(self, index: int) -> tuple[int, int]:
-        """Batch and sequence length of a batch."""
+        """Return the batch and sequence length of a batch."""
         return self._arguments.records[index].shape
 
     def mask(self, index: int) -> Tensor:
-        """Bool ``[batch, seq]`` on the CPU, true for real tokens."""
+        """Return bool ``[batch, seq]`` on the CPU, true for real tokens."""
         return self._arguments.tensors[self._arguments.records[index].mask.number]
 
     def select(self, index: int, rows: Rows | None = None) -> BlockCall:
-        """One batch, or some of its sequences, on :attr:`device`.
+        """Return one batch, or some of its sequences, on :attr:`device`.
 
         Tensors whose first dimension is the batch are cut, those where it is 1 are left to
         broadcast. A vector as long as a sequence holds positions, not sequences.
 
-        :param rows: which sequences of the batch, all if None.
+        :param rows: Numbers of the sequences, all if None.
         """
         record = self._arguments.records[index]
         batch, seq = record.shape
@@ -198,7 +198,7 @@ class BlockStream:
         return self.select(index, rows)(block_fn)
 
     def fork(self) -> BlockStream:
-        """A second stream from the same point; the other arguments are shared."""
+        """Return a second stream from the same point; the other arguments are shared."""
         twin = BlockStream.__new__(BlockStream)
         twin.device = self.device
         twin.hidden = self.new_cache("hidden")
@@ -225,11 +225,11 @@ class BlockStream:
             self._loaded = {}
 
     def new_cache(self, name: str = "outputs") -> TensorCache:
-        """An empty cache of the kind this stream uses, for outputs of a block."""
+        """Return an empty cache of the kind this stream uses, for outputs of a block."""
         return TensorCache(self.hidden.cache_dir, name=name)
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All tensors of the stream, one at a time, for a hash of the data."""
+        """Yield all tensors of the stream, one at a time, for a hash of the data."""
         for index, record in enumerate(self._arguments.records):
             yield f"{index}.hidden", self.hidden[index]
             yield f"{index}.mask", self._arguments.tensors[record.mask.number]
@@ -271,16 +271,17 @@ def capture_block_inputs(
     cache_dir: str | Path | None = None,
     device: torch.device | str | None = None,
 ) -> BlockStream:
-    """What the first block of ``model`` receives for every batch.
+    """Capture what the first block of ``model`` receives for every batch.
 
     The model runs where it is, in evaluation mode and without gradients or key-value caches, and
     only up to that block. Of each batch, the first call of the block is taken.
 
-    :param first_block_name: name of the block in ``model``, such as ``"model.layers.0"``.
-    :param batches: dataloader, or what :func:`~aimet_ext.data.batches.iterate_batches` yields.
-    :param forward_fn: called as ``forward_fn(model, batch)`` in place of the model itself.
-    :param cache_dir: folder for memory-mapped caches; None keeps them in RAM.
-    :param device: where the blocks will be called, the block's own device if None.
+    :param first_block_name: Name of the block in ``model``, such as ``"model.layers.0"``.
+    :param batches: Dataloader, or the batches of
+        :func:`~aimet_ext.data.batches.iterate_batches`.
+    :param forward_fn: Function called as ``forward_fn(model, batch)`` in place of the model itself.
+    :param cache_dir: Folder for memory-mapped caches; None keeps them in RAM.
+    :param device: Device on which the blocks will be called, the block's own if None.
     :raises TypeError: a batch is of a wrong type.
     :raises ValueError: there are no batches; the block is unknown, was not called or blocks differ
         in what they receive; a sequence exceeds the context; an input holds NaN or infinity.
@@ -345,7 +346,7 @@ def _real_tokens(
     kwargs: Mapping[str, Any],
     number: int,
 ) -> Tensor:
-    """Bool ``[batch, seq]`` from the batch's mask, else from the block's, else all true."""
+    """Return bool ``[batch, seq]`` from the batch's mask, else from the block's, else all true."""
     shape = (hidden.shape[0], hidden.shape[1])
     if mask is None or tuple(mask.shape) != shape:
         attention = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
@@ -371,7 +372,7 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
 
 
 def _text_config(model: nn.Module, block_name: str) -> Any:
-    """The config with a context length that is nearest around the block, None without one."""
+    """Return the nearest config around the block with a context length, None without one."""
     parts = block_name.split(".")
     for end in range(len(parts) - 1, -1, -1):
         config = getattr(model.get_submodule(".".join(parts[:end])), "config", None)
@@ -390,7 +391,7 @@ def _check_uniform(config: Any) -> None:
 
 
 def _ids(batch: Any) -> Tensor | None:
-    """The ids of a batch ``[batch, seq]`` where they are known before the model runs."""
+    """Return the ids of a batch ``[batch, seq]`` where they are known before the model runs."""
     if isinstance(batch, Mapping):
         batch = batch.get("input_ids")
     elif isinstance(batch, tuple | list) and batch:

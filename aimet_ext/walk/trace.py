@@ -77,7 +77,7 @@ class Trace:
         raise NotTraceable(f"{layer} reads nothing that the graph computes")
 
     def places(self, layer: str) -> list[tuple[str, str]]:
-        """Which modules compute with a layer's weight, and the weight's name in each."""
+        """Return the modules that compute with a layer's weight, and the weight's name in each."""
         module = self.root.get_submodule(f"{_ROOT}.{layer}")
         path = next(name for name, found in self.root.named_modules() if found is module)
         return [
@@ -87,11 +87,11 @@ class Trace:
         ]
 
     def live(self, position: int, stop: int) -> list[fx.Node]:
-        """Which results of the operations before a position are read from there on.
+        """Return the results of the operations before a position that are read from there on.
 
         Inputs and constants are left out: they are there at any time.
 
-        :param stop: what is read from this position on is ignored.
+        :param stop: Position from which on reads do not count.
         """
         last: dict[fx.Node, int] = {}
         for place, node in enumerate(self.nodes[:stop]):
@@ -146,10 +146,10 @@ class _Tracer(fx.Tracer):
 
 
 def trace_model(model: nn.Module, batches: Iterable[Any], layers: Mapping[str, nn.Module]) -> Trace:
-    """The graph of a model, by symbolic tracing with its layers as leaves.
+    """Trace a model symbolically, with its layers as leaves.
 
-    :param batches: all of the data; only tensors may differ from batch to batch.
-    :param layers: what to walk to, modules by name.
+    :param batches: Batches of the run; only their tensors may differ.
+    :param layers: Modules to walk to, by name.
     :raises NotTraceable: the forward pass depends on values or shapes, or batches on their kind.
     """
     kinds = iter(batches)
@@ -175,7 +175,7 @@ class _Hole:
 
 
 def _form(batch: Any) -> Any:
-    """A batch with holes in place of its tensors."""
+    """Return a batch with holes in place of its tensors."""
     numbers = iter(range(len(tensors_in(batch))))
     return map_tensors(lambda tensor: _Hole(next(numbers)), batch)
 
@@ -193,10 +193,10 @@ Values: TypeAlias = dict[fx.Node, Any]
 class Segment:
     """A part of a graph: its operations, and which values and inputs it reads.
 
-    :param start: position of the first operation.
-    :param stop: position behind the last one.
-    :param end: what is read from this position on is not kept.
-    :param kept: what to keep, by default all that is read between ``stop`` and ``end``.
+    :param start: Position of the first operation.
+    :param stop: Position behind the last one.
+    :param end: Position from which on reads do not count.
+    :param kept: Nodes whose values are kept, by default those read between ``stop`` and ``end``.
     """
 
     def __init__(
@@ -232,7 +232,7 @@ class Executor(fx.Interpreter):
 
     @torch.no_grad()
     def run_segment(self, segment: Segment, values: Values, weights: Weights) -> Values:
-        """The values that a segment keeps, of those given and of its own."""
+        """Return the values that a segment keeps, of those given and of its own."""
         self._weights = weights
         self.env = {**{node: self.run_node(node) for node in self._constants}, **values}
         try:
@@ -245,7 +245,7 @@ class Executor(fx.Interpreter):
             self.env = {}
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a module computes with the weight decided for it."""
+        """Return what a module computes with the weight decided for it."""
         if target not in self._weights:
             return super().call_module(target, args, kwargs)
         module, own = self.fetch_attr(target), self._weights[target]
@@ -253,7 +253,7 @@ class Executor(fx.Interpreter):
 
 
 def renewed(values: Values, versions: Mapping[fx.Node, Any]) -> Values:
-    """The values that are not stored yet as they are, with all that share a tensor with them."""
+    """Return the values that are not stored yet as they are, with all that share a tensor."""
     found = {node: tensor_versions(value) for node, value in values.items()}
     new = {node for node in values if found[node] != versions.get(node)}
     tensors = {tensor for node in new for tensor, _ in found[node]}
@@ -265,12 +265,12 @@ def renewed(values: Values, versions: Mapping[fx.Node, Any]) -> Values:
 
 
 def tensor_versions(value: Any) -> list[tuple[int, int]]:
-    """Which tensors a value holds, and how often each was changed in place."""
+    """Return the identities of the tensors in a value, and how often each was changed in place."""
     return [(id(tensor), tensor._version) for tensor in tensors_in(value)]
 
 
 def equal(came: Any, expected: Any) -> bool:
-    """Whether two outputs are of the same form and their tensors equal but for rounding."""
+    """Return True if two outputs hold as many tensors, equal but for rounding."""
     ours, theirs = tensors_in(came), tensors_in(expected)
     return len(ours) == len(theirs) and all(map(_close, ours, theirs))
 

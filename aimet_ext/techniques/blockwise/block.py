@@ -1,4 +1,4 @@
-"""One block as an optimisation problem: its float parameters, its grids, its inputs and targets."""
+"""A block as an optimisation problem: float parameters, grids, inputs and targets."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Params = dict[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class BlockState:
-    """What a technique decides for a block; tensors are never changed.
+    """The decisions of a technique for a block; tensors are never changed.
 
-    :param smooth: scale of each pair ``[pair.size]``, by the pair's name.
-    :param grids: raw scale and offset of each layer's cells, for the transformed weight.
+    :param smooth: Scale of each pair ``[pair.size]``, by the pair's name.
+    :param grids: Raw scale and offset of each layer's cells, for the transformed weight.
     """
 
     smooth: Mapping[str, Tensor] = field(default_factory=dict)
@@ -103,19 +103,19 @@ class Block:
         return tuple(layer for stage in self.stages for layer in stage)
 
     def weight(self, layer: str) -> Tensor:
-        """Float weight of a layer as a matrix ``[out, in]``."""
+        """Return the float weight of a layer as a matrix ``[out, in]``."""
         return self.params[f"{layer}.weight"].flatten(1)
 
     def layout(self, layer: str) -> GridLayout:
-        """Grid of a layer's weight as a matrix."""
+        """Return the grid of a layer's weight as a matrix."""
         return self.quantizers[layer].layout
 
     def chosen(self, smooth: Mapping[str, Tensor]) -> list[tuple[ScalePair, Tensor]]:
-        """The pairs that have a scale, with it, in the order they are folded in."""
+        """Return the pairs that have a scale, with it, in the order they are folded in."""
         return [(pair, smooth[pair.name]) for pair in self.pairs if pair.name in smooth]
 
     def multipliers(self, layer: str, smooth: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """What a transform multiplies a layer's rows ``[out]`` and columns ``[in]`` by."""
+        """Return the factors of a layer's rows ``[out]`` and columns ``[in]`` in a transform."""
         weight = self.weight(layer)
         rows, columns = weight.new_ones(weight.shape[0]), weight.new_ones(weight.shape[1])
         for pair in self.pairs:
@@ -131,11 +131,11 @@ class Block:
     def quantized(
         self, smooth: Mapping[str, Tensor], quantize: Callable[[str, Tensor], Tensor]
     ) -> Params:
-        """The block's parameters after a transform, with quantized weights; differentiable.
+        """Return the block's parameters after a transform, with quantized weights; differentiable.
 
-        :param smooth: scale of each pair; pairs not named stay as they are.
-        :param quantize: from a layer and its transformed weight ``[out, in]``, in the dtype it is
-            stored in, to its quantized weight.
+        :param smooth: Scale of each pair; pairs not named stay as they are.
+        :param quantize: Function from a layer and its transformed weight ``[out, in]``, in the
+            dtype it is stored in, to its quantized weight.
         """
         params = {**self.params, **transform(self.params, self.chosen(smooth))}
         stored = dict(self.module.named_parameters())
@@ -146,7 +146,7 @@ class Block:
         return params
 
     def state_params(self, state: BlockState) -> Params:
-        """The block's parameters in a state, as they will be deployed."""
+        """Return the block's parameters in a state, as they will be deployed."""
 
         def quantize(layer: str, weight: Tensor) -> Tensor:
             return fake_quantize(weight, self.layout(layer).with_scale(*state.grids[layer]))
@@ -155,18 +155,19 @@ class Block:
             return self.quantized(state.smooth, quantize)
 
     def run(self, call: BlockCall, params: Params | None = None) -> Tensor:
-        """Hidden states ``[batch, seq, hidden]`` of the block for a call, in float arithmetic.
+        """Return hidden states ``[batch, seq, hidden]`` of the block for a call.
 
-        :param params: in place of the block's own.
+        :param params: Parameters in place of the block's own.
         """
         if params is None:
             return call(self.module)
         return call(lambda *a, **k: functional_call(self.module, params, a, k))
 
     def score(self, params: Params | None = None) -> float:
-        """Mean squared error of the output over all batches, tokens that count.
+        """Return the mean squared error of the output over the tokens that count, of all batches.
 
-        :param params: to judge; None for the simulation's own block with its weight quantizers.
+        :param params: Parameters to judge; None for the simulation's own block with its weight
+            quantizers.
         """
         total, count = 0.0, 0
         with torch.no_grad(), self.float_weights(params is not None), self.activations():
@@ -178,7 +179,7 @@ class Block:
         return total / max(count, 1)
 
     def signal(self) -> float:
-        """Mean square of the targets, over the tokens that count."""
+        """Return the mean square of the targets, over the tokens that count."""
         total, count = 0.0, 0
         for index, target in enumerate(self.targets):
             mask = self.quantized_stream.mask(index)
@@ -187,7 +188,7 @@ class Block:
         return total / max(count, 1)
 
     def float_weights(self, off: bool = True) -> Any:
-        """Context without the block's parameter quantizers; if not ``off``, its layers keep theirs.
+        """Return a context without parameter quantizers; if not ``off``, the layers keep theirs.
 
         Those of norm gains are off either way: a transform has made their ranges wrong.
         """
@@ -195,13 +196,13 @@ class Block:
         return self.adaptor.disabled_quantizers(self.name, activations=False, keep=kept)
 
     def activations(self) -> Any:
-        """Context that turns the block's activation quantizers off, or has them calibrate."""
+        """Return a context that turns the activation quantizers off, or has them calibrate."""
         if self.quantize_activations:
             return self.adaptor.live_activations(self.name)
         return self.adaptor.disabled_quantizers(self.name, weights=False)
 
     def nearest(self) -> BlockState:
-        """Plain rounding of the original weights on their full ranges."""
+        """Return plain rounding of the original weights on their full ranges."""
         grids = {}
         for layer in self.layers:
             layout, weight = self.layout(layer), self.params[f"{layer}.weight"]

@@ -160,7 +160,7 @@ class BlockwiseRun:
         self.refused: dict[str, str] = {}
 
     def all_blocks(self, dataloader: Iterable[Any]) -> list[BlockReport]:
-        """Work on every block in order."""
+        """Decide every block in order."""
         self.adaptor.model.eval().requires_grad_(False)
         with ExitStack() as stack:
             streams = stack.enter_context(closing(self._open(dataloader)))
@@ -214,7 +214,7 @@ class BlockwiseRun:
     def _block(
         self, number: int, data: StreamedBlock, checkpoints: Checkpoints | None, bar: Any
     ) -> BlockReport:
-        """Work on one block, or take it from its checkpoint, and move both streams past it."""
+        """Decide one block, or take it from its checkpoint, and move both streams past it."""
         started = time.perf_counter()
         self.keep(data.name)
         if data.device.type == "cuda":
@@ -269,7 +269,7 @@ class BlockwiseRun:
         )
 
     def _pairs(self, topology: BlockTopology, layers: set[str]) -> tuple[ScalePair, ...]:
-        """Pairs of the kinds asked for that the block can have and that touch no excluded layer."""
+        """Return the pairs of the kinds asked for that fit and touch no excluded layer."""
         kinds = self.solver.pairs
         self.refused.update({k: v for k, v in topology.unavailable.items() if k in kinds})
         kept = []
@@ -317,7 +317,7 @@ class BlockwiseRun:
             block.float_stream.call(block.module, index)
 
     def _check_function(self, block: Block) -> None:
-        """The folded block, in float, against what it computed before.
+        """Compare the folded block, in float, with what it computed before.
 
         :raises TransformRefused: it computes something else.
         """

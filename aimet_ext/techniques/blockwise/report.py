@@ -14,21 +14,21 @@ __all__ = ["BlockReport", "BlockwiseReport"]
 
 @dataclass(frozen=True, kw_only=True)
 class BlockReport:
-    """What happened to one block.
+    """The outcome of one block.
 
     Losses are mean squared errors of the block's output over all tokens that count, on the
     quantized stream, against the float stream's output.
 
-    :param name: of the block.
-    :param loss_nearest: with plain nearest rounding and no transform.
-    :param loss_before: at the start of training.
-    :param loss_after: as deployed, computed by the simulation itself.
-    :param sqnr_db: of the output as deployed, in dB.
-    :param kept: where the deployed state came from; ``"nearest"`` if nothing learnt was better.
-    :param seconds: of work.
-    :param peak_memory_bytes: most memory the process (or the GPU, if the block was there) held.
-    :param reset_encodings: quantizers whose ranges no longer fit and were dropped.
-    :param resumed: whether the block came from a checkpoint.
+    :param name: Name of the block.
+    :param loss_nearest: Loss with plain nearest rounding and no transform.
+    :param loss_before: Loss at the start of training.
+    :param loss_after: Loss as deployed, computed by the simulation itself.
+    :param sqnr_db: SQNR of the output as deployed, in dB.
+    :param kept: Origin of the deployed state; ``"nearest"`` if nothing learnt was better.
+    :param seconds: Time that the block took.
+    :param peak_memory_bytes: Most memory the process (or the GPU, if the block was there) held.
+    :param reset_encodings: Quantizers whose ranges no longer fit and were dropped.
+    :param resumed: True if the block came from a checkpoint.
     """
 
     name: str
@@ -53,10 +53,10 @@ class BlockReport:
 class BlockwiseReport:
     """The outcome of a block-wise technique such as OmniQuant; ``print`` shows a table.
 
-    :param blocks: one entry each, in order.
-    :param settings: of the run.
-    :param refused_pairs: kinds of scale pairs that were asked for and not used, with the reason.
-    :param seconds: of the whole run.
+    :param blocks: Entry of each block, in order.
+    :param settings: Settings of the run.
+    :param refused_pairs: Kinds of scale pairs that were asked for and not used, with the reason.
+    :param seconds: Time of the whole run.
     """
 
     blocks: tuple[BlockReport, ...]
@@ -65,7 +65,7 @@ class BlockwiseReport:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain JSON values."""
+        """Return the report as plain JSON values."""
         return json.loads(json.dumps(asdict(self)))
 
     def save(self, path: str | Path) -> None:

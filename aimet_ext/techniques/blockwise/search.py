@@ -1,4 +1,4 @@
-"""Scales and ranges of a block by coordinate descent on second moments, stage after stage.
+"""The search for a block's scales and ranges, by coordinate descent on second moments.
 
 Each stage is searched after the stages before it are quantized, on the inputs that then reach it.
 Weights stay untransformed here: with the multiplier ``m`` of its input columns a layer computes
@@ -39,8 +39,8 @@ Grids = dict[str, tuple[Tensor, Tensor]]
 class BlockSearch:
     """The search on one block.
 
-    :param clip: choose ranges; if false they hold every weight.
-    :param float_target: against the float stream, see :class:`SecondMoment`.
+    :param clip: True to choose ranges; if false they hold every weight.
+    :param float_target: True to search against the float stream, see :class:`SecondMoment`.
     """
 
     def __init__(self, block: Block, *, clip: bool = True, float_target: bool = True) -> None:
@@ -54,9 +54,9 @@ class BlockSearch:
     def run(self, start: Mapping[str, Tensor] | None = None, *, sweeps: int) -> BlockState:
         """Choose scales and ranges that lower every stage's output error, from a start.
 
-        :param start: scale of each pair; 1 for those not named.
-        :param sweeps: over the columns and the ranges of a stage; 0 leaves the scales as they are
-            and chooses the ranges alone.
+        :param start: Scale of each pair; 1 for those not named.
+        :param sweeps: Number of sweeps over the columns and the ranges of a stage; 0 leaves the
+            scales as they are and chooses the ranges alone.
         """
         smooth, data = self._scales(start), self.block.data
         first = self.stages[:1]  # what reaches the first layers does not depend on decisions
@@ -166,7 +166,7 @@ class _Stage:
         }
 
     def deployed(self, smooth: Mapping[str, Tensor]) -> Grids:
-        """Raw scales and offsets for the weights with their rows multiplied as well."""
+        """Return raw scales and offsets for the weights with their rows multiplied as well."""
         result = {}
         for layer in self.layers:
             rows, columns = self.block.multipliers(layer, smooth)
@@ -267,7 +267,7 @@ def _reads(pair: ScalePair, layer: str) -> bool:
 
 
 def _groups(block: Block, pair: ScalePair, readers: list[str]) -> list[Tensor] | None:
-    """Columns that take each entry of a pair's scale; None unless all readers agree on them."""
+    """Return the columns that take each entry of a pair's scale; None unless readers agree."""
     indices = []
     for side in pair.sides:
         if side.axis == "in" and side.module in readers:
@@ -286,7 +286,7 @@ def _groups(block: Block, pair: ScalePair, readers: list[str]) -> list[Tensor] |
 
 @torch.enable_grad()
 def _row_importance(block: Block) -> dict[str, Tensor]:
-    """Mean squared gradient of a random projection of the block's output, by output row ``[out]``.
+    """Return the mean squared gradient of a random projection of the output, by row ``[out]``.
 
     The diagonal of the Gauss-Newton matrix of the block's error in each layer's output.
     """

@@ -47,19 +47,19 @@ class _Learner(nn.Module):
             self.by_layer[layer] = clipping
 
     def smooth(self) -> dict[str, Tensor]:
-        """Current scale of each pair."""
+        """Return the current scale of each pair."""
         logs = (log.clamp(-_LARGEST_LOG_SCALE, _LARGEST_LOG_SCALE) for log in self.log_scales)
         return {name: log.exp() for name, log in zip(self.pair_names, logs, strict=True)}
 
     def parameters_now(self) -> dict[str, Tensor]:
-        """The block's parameters with quantized weights, differentiable."""
+        """Return the block's parameters with quantized weights, differentiable."""
         return self.block.quantized(
             self.smooth(), lambda layer, weight: self.by_layer[layer](weight)
         )
 
     @torch.no_grad()
     def state(self) -> BlockState:
-        """What would be deployed now."""
+        """Return the state that would be deployed now."""
         grids: dict[str, tuple[Tensor, Tensor]] = {}
 
         def quantize(layer: str, weight: Tensor) -> Tensor:
@@ -85,11 +85,11 @@ def train_block(
 ) -> tuple[BlockState, float]:
     """Train from a start; the best state on all batches is returned, which may be the start.
 
-    :param start_score: of the start, see :meth:`Block.score`.
-    :param seed: of the order of batches.
-    :param float_outputs: outputs of the float block on the quantized stream, for
+    :param start_score: Score of the start, see :meth:`Block.score`.
+    :param seed: Seed of the order of batches.
+    :param float_outputs: Outputs of the float block on the quantized stream, for
         ``params.aug_loss``.
-    :param on_step: called with the loss of every step.
+    :param on_step: Function called with the loss of every step.
     :returns: the best state and its score; the start, where all of the block is excluded.
     """
     learner = _Learner(block, start, params)
@@ -132,7 +132,7 @@ def _step(
     params: OmniQuantParams,
     float_outputs: TensorCache | None,
 ) -> float:
-    """One optimizer step on one minibatch; the loss before it, NaN without a step if not finite."""
+    """Take a step on one minibatch and return the loss before it, NaN if that is not finite."""
     index, rows = where
     call = block.quantized_stream.select(index, rows)
     device = block.quantized_stream.device
@@ -188,7 +188,7 @@ def _schedule(params: OmniQuantParams, step: int) -> float:
 def _batches(
     block: Block, batch_size: int | None, seed: int
 ) -> Iterator[tuple[int, list[int] | None]]:
-    """Minibatches for ever: number of a batch and which of its sequences; each once an epoch."""
+    """Yield minibatches without end: a batch's number and some sequences, each once an epoch."""
     generator = torch.Generator().manual_seed(seed)
     stream = block.quantized_stream
     pieces: list[tuple[int, list[int] | None]] = []
