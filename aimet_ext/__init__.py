@@ -11,76 +11,77 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
+from aimet_ext.registry import public_homes
+
 if TYPE_CHECKING:
-    from aimet_ext import examples, lora
-    from aimet_ext.artifact.export import export
-    from aimet_ext.artifact.kv.export import export_with_cache
-    from aimet_ext.artifact.kv.run import CacheGraphs, load_cache_graphs
-    from aimet_ext.artifact.load import load
-    from aimet_ext.config import (
-        LPBQ,
-        AdaRoundParams,
-        Blockwise,
-        GPTQParams,
-        OmniQuantParams,
-        PerChannel,
-        PerTensor,
-        QSpec,
-        SeqMSEParams,
-    )
-    from aimet_ext.data.text import calibration_batches
-    from aimet_ext.errors import CorruptFileError, MissingExtraError, TransformRefused
-    from aimet_ext.evaluation.perplexity import evaluate_perplexity
-    from aimet_ext.files.ledger import Ledger
-    from aimet_ext.files.scales import load_scales
-    from aimet_ext.findings import Finding
-    from aimet_ext.grids.blockwise import GridReport, set_blockwise, set_lpbq
-    from aimet_ext.grids.create import create_sim
-    from aimet_ext.linting.lint import lint
-    from aimet_ext.models.huggingface import prepare_model
-    from aimet_ext.models.kv_cache import TokenCache
-    from aimet_ext.models.topology import TopologyDescription
-    from aimet_ext.techniques.adaround import apply_adaround
-    from aimet_ext.techniques.gptq import apply_gptq
-    from aimet_ext.techniques.layerwise.report import LayerReport, LayerwiseReport
-    from aimet_ext.techniques.lpbq import apply_lpbq
-    from aimet_ext.techniques.omniquant import OmniQuantReport, apply_omniquant
-    from aimet_ext.techniques.seq_mse import apply_seq_mse
-    from aimet_ext.verification.report import Thresholds, VerifyReport
-    from aimet_ext.verification.verify import verify
+    from aimet_ext import examples as examples
+    from aimet_ext import lora as lora
+    from aimet_ext.artifact.export import export as export
+    from aimet_ext.artifact.kv.export import export_with_cache as export_with_cache
+    from aimet_ext.artifact.kv.run import CacheGraphs as CacheGraphs
+    from aimet_ext.artifact.kv.run import load_cache_graphs as load_cache_graphs
+    from aimet_ext.artifact.load import load as load
+    from aimet_ext.config import LPBQ as LPBQ
+    from aimet_ext.config import AdaRoundParams as AdaRoundParams
+    from aimet_ext.config import Blockwise as Blockwise
+    from aimet_ext.config import GPTQParams as GPTQParams
+    from aimet_ext.config import OmniQuantParams as OmniQuantParams
+    from aimet_ext.config import PerChannel as PerChannel
+    from aimet_ext.config import PerTensor as PerTensor
+    from aimet_ext.config import QSpec as QSpec
+    from aimet_ext.config import SeqMSEParams as SeqMSEParams
+    from aimet_ext.data.text import calibration_batches as calibration_batches
+    from aimet_ext.errors import CorruptFileError as CorruptFileError
+    from aimet_ext.errors import MissingExtraError as MissingExtraError
+    from aimet_ext.errors import TransformRefused as TransformRefused
+    from aimet_ext.evaluation.perplexity import evaluate_perplexity as evaluate_perplexity
+    from aimet_ext.files.ledger import Ledger as Ledger
+    from aimet_ext.files.scales import load_scales as load_scales
+    from aimet_ext.findings import Finding as Finding
+    from aimet_ext.grids.blockwise import GridReport as GridReport
+    from aimet_ext.grids.blockwise import set_blockwise as set_blockwise
+    from aimet_ext.grids.blockwise import set_lpbq as set_lpbq
+    from aimet_ext.grids.create import create_sim as create_sim
+    from aimet_ext.linting.lint import lint as lint
+    from aimet_ext.models.huggingface import prepare_model as prepare_model
+    from aimet_ext.models.kv_cache import TokenCache as TokenCache
+    from aimet_ext.models.topology import TopologyDescription as TopologyDescription
+    from aimet_ext.techniques.adaround import apply_adaround as apply_adaround
+    from aimet_ext.techniques.gptq import apply_gptq as apply_gptq
+    from aimet_ext.techniques.lpbq import apply_lpbq as apply_lpbq
+    from aimet_ext.techniques.omniquant import OmniQuantReport as OmniQuantReport
+    from aimet_ext.techniques.omniquant import apply_omniquant as apply_omniquant
+    from aimet_ext.techniques.report import LayerReport as LayerReport
+    from aimet_ext.techniques.report import LayerwiseReport as LayerwiseReport
+    from aimet_ext.techniques.seq_mse import apply_seq_mse as apply_seq_mse
+    from aimet_ext.verification.report import Thresholds as Thresholds
+    from aimet_ext.verification.report import VerifyReport as VerifyReport
+    from aimet_ext.verification.verify import verify as verify
 
 __version__ = "0.1.0"
 
-# The same pairs as above, for the import on first use; a test compares them.
+# The same pairs as above, for the import on first use; a test compares them. The registry adds the
+# names of techniques: for these a line above only tells type checkers the signature.
 _HOMES = {
-    "AdaRoundParams": "aimet_ext.config",
     "Blockwise": "aimet_ext.config",
     "CacheGraphs": "aimet_ext.artifact.kv.run",
     "CorruptFileError": "aimet_ext.errors",
     "Finding": "aimet_ext.findings",
-    "GPTQParams": "aimet_ext.config",
     "GridReport": "aimet_ext.grids.blockwise",
     "LPBQ": "aimet_ext.config",
-    "LayerReport": "aimet_ext.techniques.layerwise.report",
-    "LayerwiseReport": "aimet_ext.techniques.layerwise.report",
+    "LayerReport": "aimet_ext.techniques.report",
+    "LayerwiseReport": "aimet_ext.techniques.report",
     "Ledger": "aimet_ext.files.ledger",
     "MissingExtraError": "aimet_ext.errors",
-    "OmniQuantParams": "aimet_ext.config",
     "OmniQuantReport": "aimet_ext.techniques.omniquant",
     "PerChannel": "aimet_ext.config",
     "PerTensor": "aimet_ext.config",
     "QSpec": "aimet_ext.config",
-    "SeqMSEParams": "aimet_ext.config",
     "Thresholds": "aimet_ext.verification.report",
     "TokenCache": "aimet_ext.models.kv_cache",
     "TopologyDescription": "aimet_ext.models.topology",
     "TransformRefused": "aimet_ext.errors",
     "VerifyReport": "aimet_ext.verification.report",
-    "apply_adaround": "aimet_ext.techniques.adaround",
-    "apply_gptq": "aimet_ext.techniques.gptq",
-    "apply_lpbq": "aimet_ext.techniques.lpbq",
-    "apply_omniquant": "aimet_ext.techniques.omniquant",
-    "apply_seq_mse": "aimet_ext.techniques.seq_mse",
     "calibration_batches": "aimet_ext.data.text",
     "create_sim": "aimet_ext.grids.create",
     "evaluate_perplexity": "aimet_ext.evaluation.perplexity",
@@ -107,52 +108,7 @@ _EXTRAS = {
     "transformers": "torch",
 }
 
-__all__ = [
-    "AdaRoundParams",
-    "Blockwise",
-    "CacheGraphs",
-    "CorruptFileError",
-    "Finding",
-    "GPTQParams",
-    "GridReport",
-    "LPBQ",
-    "LayerReport",
-    "LayerwiseReport",
-    "Ledger",
-    "MissingExtraError",
-    "OmniQuantParams",
-    "OmniQuantReport",
-    "PerChannel",
-    "PerTensor",
-    "QSpec",
-    "SeqMSEParams",
-    "Thresholds",
-    "TokenCache",
-    "TopologyDescription",
-    "TransformRefused",
-    "VerifyReport",
-    "__version__",
-    "apply_adaround",
-    "apply_gptq",
-    "apply_lpbq",
-    "apply_omniquant",
-    "apply_seq_mse",
-    "calibration_batches",
-    "create_sim",
-    "evaluate_perplexity",
-    "examples",
-    "export",
-    "export_with_cache",
-    "lint",
-    "load",
-    "load_cache_graphs",
-    "load_scales",
-    "lora",
-    "prepare_model",
-    "set_blockwise",
-    "set_lpbq",
-    "verify",
-]
+__all__ = sorted({*_HOMES, *public_homes(), "__version__"})
 
 
 def __getattr__(name: str) -> Any:
@@ -160,9 +116,9 @@ def __getattr__(name: str) -> Any:
 
     :raises MissingExtraError: an optional package that the name needs is not installed.
     """
-    if name not in _HOMES:
+    home = {**_HOMES, **public_homes()}.get(name)
+    if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = _HOMES[name]
     try:
         if home == __name__:
             return importlib.import_module(f"{home}.{name}")

@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 
 __all__ = [
     "LPBQ",
+    "STRICT",
     "AdaRoundParams",
     "Blockwise",
     "GPTQParams",
@@ -28,30 +29,31 @@ __all__ = [
     "SeqMSEParams",
 ]
 
-_STRICT = ConfigDict(extra="forbid", strict=True)
+STRICT = ConfigDict(extra="forbid", strict=True)
+"""Checks of every class of settings: known fields alone, and no conversion of values."""
 
 BlockSize = Annotated[int, Field(ge=2)]
 OnIndivisible = Literal["error", "per_channel", "pad"]
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class PerTensor:
     """One range for the whole weight."""
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class PerChannel:
     """One range for each output channel."""
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Blockwise:
     """One range for every ``block_size`` neighbouring input channels of an output channel."""
 
     block_size: BlockSize
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class LPBQ:
     """Low-power blockwise quantization: blockwise, with integer block scales.
 
@@ -68,7 +70,7 @@ Granularity = PerTensor | PerChannel | Blockwise | LPBQ
 _SPEC_TEXT = re.compile(r"u?int(\d+)")
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class QSpec:
     """How a tensor is quantized: width, symmetry and how ranges are shared across it.
 
@@ -137,7 +139,7 @@ PairKindName = Literal["norm_qkv", "v_o", "norm_mlp", "up_down", "q_k"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class OmniQuantParams:
     """Settings of :func:`aimet_ext.apply_omniquant`. The defaults are the ones that were measured.
 
@@ -202,7 +204,7 @@ class OmniQuantParams:
 InputSymmetry = Literal["symqt", "symfp", "asym"]
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class LayerwiseParams:
     """Settings that all techniques share which work layer by layer on second moments.
 
@@ -226,7 +228,7 @@ class LayerwiseParams:
         return TypeAdapter(type(self)).dump_python(self, mode="json")
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class SeqMSEParams(LayerwiseParams):
     """Settings of :func:`aimet_ext.apply_seq_mse`.
 
@@ -241,7 +243,7 @@ class SeqMSEParams(LayerwiseParams):
     sweeps: Annotated[int, Field(ge=2)] = 3
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class GPTQParams(LayerwiseParams):
     """Settings of :func:`aimet_ext.apply_gptq`.
 
@@ -263,7 +265,7 @@ class GPTQParams(LayerwiseParams):
     refine_sweeps: Annotated[int, Field(ge=0)] = 8
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class AdaRoundParams(LayerwiseParams):
     """Settings of :func:`aimet_ext.apply_adaround`.
 

@@ -18,16 +18,22 @@ from aimet_ext.cli.errors import EXIT_CODES_HELP, ErrorsAsCodes
 from aimet_ext.cli.lora import app as lora_app
 from aimet_ext.cli.options import (
     AsJson,
+    BatchSize,
+    Calibration,
+    NumBatches,
     OnIndivisible,
     Output,
     Seed,
+    SeqLength,
+    chosen_techniques,
     on_blocks,
     stdout_for_results,
     table,
+    technique_name,
+    technique_names,
     width,
     width_or_none,
 )
-from aimet_ext.cli.techniques import Technique, chosen
 from aimet_ext.cli.verify import EPILOG as VERIFY_EPILOG
 from aimet_ext.cli.verify import verify
 
@@ -89,13 +95,6 @@ def _options(
     pass
 
 
-Text = Annotated[
-    Path,
-    typer.Option(exists=True, dir_okay=False, help="Text to calibrate on: .txt, or .jsonl."),
-]
-SeqLength = Annotated[int, typer.Option(min=2, help="Tokens in a window of text.")]
-
-
 @app.command(
     epilog="""\b
 Examples:
@@ -121,13 +120,14 @@ def quantize(
             exists=True, file_okay=False, metavar="MODEL_DIR", help="A Hugging Face model."
         ),
     ],
-    calibration: Text,
+    calibration: Calibration,
     output: Output,
     technique: Annotated[
-        list[Technique] | None,
+        list[str] | None,
         typer.Option(
             show_default="omniquant",
-            metavar="|".join(technique.value for technique in Technique),
+            parser=technique_name,
+            metavar="|".join(technique_names()),
             help="How to choose weights and ranges; again for one that follows. nearest is plain "
             "rounding.",
         ),
@@ -168,8 +168,8 @@ def quantize(
         ),
     ] = None,
     seq_length: SeqLength = 256,
-    num_batches: Annotated[int, typer.Option(min=1, help="Calibration batches.")] = 16,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows in a batch.")] = 4,
+    num_batches: NumBatches = 16,
+    batch_size: BatchSize = 4,
     seed: Seed = 0,
     hf_checkpoint: Annotated[
         bool, typer.Option("--hf-checkpoint", help="Also write a checkpoint of the rounded values.")
@@ -183,8 +183,8 @@ def quantize(
 ) -> None:
     """Quantize a model and export it."""
     weights = on_blocks(weights, block_size, lpbq, on_indivisible)
-    techniques = chosen(
-        technique or [Technique.OMNIQUANT], settings or [], num_iterations=num_iterations, seed=seed
+    techniques = chosen_techniques(
+        technique or ["omniquant"], settings or [], num_iterations=num_iterations, seed=seed
     )
     with stdout_for_results():
         from aimet_ext.cli import jobs
@@ -296,7 +296,7 @@ def olive_config(
     ] = None,
 ) -> None:
     """Write a package config with which Olive's AimetQuantization has these techniques."""
-    from aimet_ext.cli.olive import write_package_config
+    from aimet_ext.integrations.olive_config import write_package_config
 
     write_package_config(output, base)
     typer.echo(f"{output}\nolive run --config WORKFLOW --package-config {output}")

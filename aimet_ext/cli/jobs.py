@@ -11,17 +11,13 @@ import aimet_ext
 from aimet_ext.errors import require
 from aimet_ext.files.folders import check_output, replace_folder
 from aimet_ext.files.manifest import is_ours, relist_files
+from aimet_ext.registry import TECHNIQUES, load
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from aimet_ext.cli.techniques import Params
     from aimet_ext.config import QSpec
-    from aimet_ext.techniques.layerwise.report import LayerwiseReport
-    from aimet_ext.techniques.omniquant import OmniQuantReport
-
-    Report = OmniQuantReport | LayerwiseReport
 
 __all__ = ["Quantized", "cut_batches", "evaluate", "quantize"]
 
@@ -36,7 +32,7 @@ REPORTS = "reports"
 class Quantized:
     """Result of ``quantize``: reports by technique, in order, and files with their sizes."""
 
-    reports: dict[str, Report]
+    reports: dict[str, Any]
     files: list[tuple[str, str]]
 
 
@@ -45,7 +41,7 @@ def quantize(
     calibration: Path,
     output: Path,
     *,
-    techniques: Mapping[str, Params],
+    techniques: Mapping[str, Any],
     weights: QSpec,
     outer: QSpec,
     activations: QSpec | None,
@@ -105,20 +101,20 @@ def cut_batches(
 def _apply(
     sim: Any,
     batches: Sequence[Tensor],
-    techniques: Mapping[str, Params],
+    techniques: Mapping[str, Any],
     *,
     checkpoint_dir: Path | None = None,
     cache_dir: Path | None = None,
-) -> dict[str, Report]:
+) -> dict[str, Any]:
     """Apply techniques in order, then compute the encodings that are still open.
 
     :param checkpoint_dir: each technique has a folder of its own in it.
     """
     import torch
 
-    reports: dict[str, Report] = {}
+    reports: dict[str, Any] = {}
     for name, params in techniques.items():
-        reports[name] = getattr(aimet_ext, f"apply_{name}")(
+        reports[name] = load(TECHNIQUES[name].function)(
             sim,
             batches,
             params=params,

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aimet_ext.cli.options import AsJson, Output, stdout_for_results, width_or_none
+from aimet_ext.cli.options import (
+    AsJson,
+    BatchSize,
+    Calibration,
+    NumBatches,
+    Output,
+    SeqLength,
+    stdout_for_results,
+    width_or_none,
+    width_or_word,
+)
 
 if TYPE_CHECKING:
     from aimet_ext.lora import Adapter
@@ -22,11 +32,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     no_args_is_help=True,
 )
-
-
-def _width_or_word(text: str) -> Any:
-    """Read a width, or one of the words ``none`` and ``auto``."""
-    return text if text == "auto" else width_or_none(text)
 
 
 AdapterDir = Annotated[
@@ -107,10 +112,7 @@ def quantize(
             help="The quantized base: what aimet-ext quantize wrote.",
         ),
     ],
-    calibration: Annotated[
-        Path,
-        typer.Option(exists=True, dir_okay=False, help="Text to calibrate on: .txt, or .jsonl."),
-    ],
+    calibration: Calibration,
     output: Output,
     name: Name = None,
     weights: Annotated[
@@ -120,14 +122,14 @@ def quantize(
     activations: Annotated[
         Any,
         typer.Option(
-            parser=_width_or_word,
+            parser=width_or_word,
             metavar="WIDTH",
             help="Activations of adapters; auto: as the base has; none: float.",
         ),
     ] = "auto",
-    seq_length: Annotated[int, typer.Option(min=2, help="Tokens in a window of text.")] = 256,
-    num_batches: Annotated[int, typer.Option(min=1, help="Calibration batches.")] = 16,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows in a batch.")] = 4,
+    seq_length: SeqLength = 256,
+    num_batches: NumBatches = 16,
+    batch_size: BatchSize = 4,
     as_json: AsJson = False,
 ) -> None:
     """Quantize adapters on a quantized base, which stays as it is, and export both."""

@@ -16,8 +16,8 @@ from aimet_ext.config import LPBQ, Blockwise, OnIndivisible, QSpec
 from aimet_ext.grids.fitting import WeightPlan, fit_blocks, some
 from aimet_ext.grids.patterns import Layers, LayerTable, select_specs
 from aimet_ext.sim.protocol import SimAdaptor, adapt
-from aimet_ext.techniques.aliases import accepts_aimet_arguments
-from aimet_ext.techniques.layerwise.report import LayerwiseReport
+from aimet_ext.techniques.call import accepts_aimet_arguments
+from aimet_ext.techniques.report import LayerwiseReport
 
 __all__ = ["GridReport", "lpbq_spec", "set_blockwise", "set_grids", "set_lpbq"]
 

@@ -1,4 +1,4 @@
-"""Techniques for Olive's ``AimetQuantization`` pass, each a call of the public function.
+"""Techniques for Olive's ``AimetQuantization`` pass, one for each row of the registry.
 
 ``lpbq``, ``seqmse`` and ``adaround`` take the arguments of the techniques that Olive ships, with
 the same defaults, and take their places; ``omniquant`` and ``gptq`` are new. All of them take the
@@ -8,37 +8,18 @@ settings of their parameter class as well, and an argument that is wrong is an e
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from olive.passes.onnx.aimet_quantization import SUPPORTED_TECHNIQUES, _AimetTechnique
+from olive.passes.onnx.aimet_quantization import SUPPORTED_TECHNIQUES
 from pydantic import ValidationError
 
-import aimet_ext
-from aimet_ext.config import (
-    AdaRoundParams,
-    GPTQParams,
-    OmniQuantParams,
-    OnIndivisible,
-    SeqMSEParams,
-)
+from aimet_ext.registry import TECHNIQUES, Technique, load
 
-__all__ = [
-    "GPTQ",
-    "LPBQ",
-    "Adaround",
-    "OmniQuant",
-    "SeqMSE",
-    "check_techniques",
-    "reports_of",
-    "with_defaults",
-]
+__all__ = ["OliveTechnique", "check_techniques", "register", "reports_of", "with_defaults"]
 
 logger = logging.getLogger(__name__)
-
-_CHOOSING_RANGES = {"seqmse", "omniquant"}
 
 # Attribute of a simulation in which techniques leave their reports, (name, report) each.
 _REPORTS = "aimet_ext_reports"
@@ -74,9 +55,10 @@ def with_defaults(techniques: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
     Scales of LPBQ that a later technique chooses are not chosen, and thereby frozen, before.
     """
     found = [dict(technique) for technique in techniques]
+    choosing = {row.olive for row in TECHNIQUES.values() if row.decides in ("scales", "ranges")}
     for place, technique in enumerate(found):
         later = {other["name"].lower() for other in found[place + 1 :]}
-        if technique["name"].lower() == "lpbq" and later & _CHOOSING_RANGES:
+        if technique["name"].lower() == "lpbq" and later & choosing:
             technique.setdefault("search", False)
     return found
 
@@ -92,187 +74,106 @@ def reports_of(sim: Any) -> list[dict[str, Any]]:
     return found
 
 
-class _Checked:
-    """Arguments are those of ``apply``; ``**settings`` are the fields of ``params``."""
+class OliveTechnique:
+    """A technique of the registry as Olive's pass uses one.
 
-    params: ClassVar[Any] = None
+    Its arguments are data, nodes to exclude, and the settings of the technique's parameter class.
+    """
 
-    @classmethod
-    def validate_args(cls, **arguments: Any) -> bool:
-        """Check arguments without a simulation.
+    def __init__(self, row: Technique, name: str) -> None:
+        self.row, self.name = row, name
+        self.params = load(row.params)
 
-        :raises ValueError: one that is unknown, missing, or not allowed.
-        """
-        name = cls.__name__.lower()
-        known = inspect.signature(cls.apply).parameters  # type: ignore[attr-defined]
-        named = [key for key, p in known.items() if p.kind is p.KEYWORD_ONLY]
-        fields = [field.name for field in dataclasses.fields(cls.params)] if cls.params else []
-        unknown = [key for key in arguments if key not in named and key not in fields]
-        if unknown:
-            raise ValueError(
-                f"technique {name!r} has no argument {', '.join(map(repr, unknown))}; it has "
-                f"{', '.join(dict.fromkeys([*named, *fields]))}"
-            )
-        if cls.params is not None:
-            given = {key: value for key, value in arguments.items() if key in fields}
-            try:
-                cls.params(**_plain(given))
-            except ValidationError as error:
-                wrong = "; ".join(
-                    f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg']}, "
-                    f"got {item['input']!r}"
-                    for item in error.errors()
-                )
-                raise ValueError(f"technique {name!r}: {wrong}") from error
+    @property
+    def arguments(self) -> list[str]:
+        """Names of the arguments."""
+        fields = [field.name for field in dataclasses.fields(self.params)]
+        first = ["data_config", *([self.row.number] if self.row.number else []), "nodes_to_exclude"]
+        return list(dict.fromkeys([*first, *fields]))
+
+    def _requires_data(self) -> bool:
         return True
 
+    def validate_args(self, **arguments: Any) -> bool:
+        """Check arguments without a simulation.
 
-class LPBQ(_Checked, _AimetTechnique):
-    """Low-power blockwise quantization of weights."""
-
-    @staticmethod
-    def apply(
-        sim: Any,
-        *,
-        data_config: Any = None,
-        op_types: Iterable[str] = ("Conv", "Gemm", "MatMul"),
-        bitwidth: int = 4,
-        decompressed_bw: int = 8,
-        block_size: int = 64,
-        nodes_to_exclude: Sequence[str] | None = None,
-        on_indivisible: OnIndivisible = "error",
-        search: bool = True,
-    ) -> Any:
-        """Give weights blocks with integer scales; see :func:`aimet_ext.apply_lpbq`.
-
-        :param on_indivisible: what to do with a layer whose width ``block_size`` does not divide:
-            ``"error"``, or ``"per_channel"``. AIMET leaves such a layer as it is.
-        :param search: choose scales by the layers' output error, as does SeqMSE, instead of by the
-            largest weights as AIMET does. The pass leaves this to a later technique that does it.
+        :raises ValueError: One that is unknown or not allowed.
         """
-        report = aimet_ext.apply_lpbq(
-            sim,
-            data_config if search else None,
-            block_size,
-            bitwidth=bitwidth,
-            scale_bits=decompressed_bw - bitwidth,
-            layers=tuple(op_types),
-            modules_to_exclude=tuple(nodes_to_exclude or ()),
-            on_indivisible=on_indivisible,
-            progress=False,
-        )
-        return _reported(sim, "lpbq", report)
+        known = self.arguments
+        unknown = [key for key in arguments if key not in known]
+        if unknown:
+            raise ValueError(
+                f"technique {self.name!r} has no argument {', '.join(map(repr, unknown))}; it has "
+                f"{', '.join(known)}"
+            )
+        fields = {field.name for field in dataclasses.fields(self.params)}
+        try:
+            self.params(**_plain({k: v for k, v in arguments.items() if k in fields}))
+        except ValidationError as error:
+            wrong = "; ".join(
+                f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg']}, "
+                f"got {item['input']!r}"
+                for item in error.errors()
+            )
+            raise ValueError(f"technique {self.name!r}: {wrong}") from error
+        return True
+
+    def apply(self, sim: Any, *, data_config: Any = None, **arguments: Any) -> Any:
+        """Call the public function, and leave its report at the simulation.
+
+        :param data_config: Batches.
+        """
+        settings = {**self.row.olive_defaults, **_plain(arguments)}
+        report = load(self.row.function)(sim, data_config, progress=False, **settings)
+        logger.info("%s:\n%s", self.name, report)
+        setattr(sim, _REPORTS, [*getattr(sim, _REPORTS, ()), (self.name, report)])
+        return sim
 
 
-class SeqMSE(_Checked, _AimetTechnique):
-    """Ranges of weights by a search, layer after layer."""
+class LPBQTechnique(OliveTechnique):
+    """LPBQ, with the arguments of the technique that Olive ships."""
 
-    params = SeqMSEParams
+    # on_indivisible: AIMET leaves a layer whose width block_size does not divide as it is; here it
+    # is an error, or "per_channel". search: scales are chosen by the layers' output error, as does
+    # SeqMSE, not by the largest weights as in AIMET; left to a later technique that does it.
+    _DEFAULTS: ClassVar[dict[str, Any]] = {
+        "op_types": ("Conv", "Gemm", "MatMul"),
+        "bitwidth": 4,
+        "decompressed_bw": 8,
+        "block_size": 64,
+        "nodes_to_exclude": (),
+        "on_indivisible": "error",
+        "search": True,
+    }
 
-    @staticmethod
-    def apply(
-        sim: Any,
-        *,
-        data_config: Any = None,
-        num_candidates: int = 20,
-        nodes_to_exclude: Sequence[str] | None = None,
-        **settings: Any,
-    ) -> Any:
-        """See :func:`aimet_ext.apply_seq_mse`."""
-        report = aimet_ext.apply_seq_mse(
-            sim,
-            data_config,
-            num_candidates,
-            modules_to_exclude=nodes_to_exclude,
-            progress=False,
-            **_plain(settings),
-        )
-        return _reported(sim, "seqmse", report)
+    @property
+    def arguments(self) -> list[str]:
+        """Names of the arguments."""
+        return ["data_config", *self._DEFAULTS]
 
+    def apply(self, sim: Any, *, data_config: Any = None, **arguments: Any) -> Any:
+        """Call :func:`aimet_ext.apply_lpbq`, and leave its report at the simulation.
 
-class Adaround(_Checked, _AimetTechnique):
-    """Learnt rounding of weights."""
-
-    params = AdaRoundParams
-
-    @staticmethod
-    def apply(
-        sim: Any,
-        *,
-        data_config: Any = None,
-        num_iterations: int = 10000,
-        nodes_to_exclude: Sequence[str] | None = None,
-        **settings: Any,
-    ) -> Any:
-        """See :func:`aimet_ext.apply_adaround`."""
-        report = aimet_ext.apply_adaround(
-            sim,
-            data_config,
-            num_iterations,
-            modules_to_exclude=nodes_to_exclude,
-            progress=False,
-            **_plain(settings),
-        )
-        return _reported(sim, "adaround", report)
+        :param data_config: Batches.
+        """
+        given = {**self._DEFAULTS, **arguments}
+        given["scale_bits"] = given.pop("decompressed_bw") - given["bitwidth"]
+        for key in ("op_types", "nodes_to_exclude"):
+            given[key] = tuple(given[key] or ())
+        return super().apply(sim, data_config=data_config if given.pop("search") else None, **given)
 
 
-class OmniQuant(_Checked, _AimetTechnique):
-    """Learnt clipping and equivalent scales, decoder block after decoder block."""
-
-    params = OmniQuantParams
-
-    @staticmethod
-    def apply(
-        sim: Any,
-        *,
-        data_config: Any = None,
-        num_iterations: int = 800,
-        nodes_to_exclude: Sequence[str] | None = None,
-        **settings: Any,
-    ) -> Any:
-        """See :func:`aimet_ext.apply_omniquant`."""
-        report = aimet_ext.apply_omniquant(
-            sim,
-            data_config,
-            num_iterations,
-            modules_to_exclude=tuple(nodes_to_exclude or ()),
-            progress=False,
-            **_plain(settings),
-        )
-        return _reported(sim, "omniquant", report)
-
-
-class GPTQ(_Checked, _AimetTechnique):
-    """Rounding of weights, column after column, each making up for the errors before."""
-
-    params = GPTQParams
-
-    @staticmethod
-    def apply(
-        sim: Any,
-        *,
-        data_config: Any = None,
-        nodes_to_exclude: Sequence[str] | None = None,
-        **settings: Any,
-    ) -> Any:
-        """See :func:`aimet_ext.apply_gptq`."""
-        report = aimet_ext.apply_gptq(
-            sim,
-            data_config,
-            modules_to_exclude=nodes_to_exclude,
-            progress=False,
-            **_plain(settings),
-        )
-        return _reported(sim, "gptq", report)
+def register(row: Technique) -> None:
+    """Give Olive's pass a technique of the registry, in the place of one of that name."""
+    if row.olive is not None:
+        kind = LPBQTechnique if row.name == "lpbq" else OliveTechnique
+        SUPPORTED_TECHNIQUES[row.olive] = kind(row, row.olive)
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings from JSON, in which tuples are lists."""
+    """Return settings from JSON, in which tuples are lists."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
 
 
-def _reported(sim: Any, name: str, report: Any) -> Any:
-    """Leave the report at the simulation, for the pass to write."""
-    logger.info("%s:\n%s", name, report)
-    setattr(sim, _REPORTS, [*getattr(sim, _REPORTS, ()), (name, report)])
-    return sim
+for _row in TECHNIQUES.values():
+    register(_row)

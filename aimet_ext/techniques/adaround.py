@@ -5,13 +5,12 @@ Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from aimet_ext.config import AdaRoundParams
 from aimet_ext.core.adaround import adaround, adaround_samples
@@ -19,14 +18,11 @@ from aimet_ext.core.affine import Grid
 from aimet_ext.core.range_search import best_ranges
 from aimet_ext.core.rounding import coordinate_descent, gptq
 from aimet_ext.core.rounding_ranges import rounding_ranges
-from aimet_ext.data.batches import ForwardFn
-from aimet_ext.techniques.aliases import accepts_aimet_arguments
-from aimet_ext.techniques.call import run_layerwise
-from aimet_ext.techniques.checks import merge_params
+from aimet_ext.techniques.call import Call, technique
 from aimet_ext.techniques.layerwise.deploy import Decision, Problem
-from aimet_ext.techniques.layerwise.report import LayerwiseReport
+from aimet_ext.techniques.layerwise.loop import Solver, run_layerwise
 from aimet_ext.techniques.layerwise.samples import SampleSum
-from aimet_ext.techniques.session import RunOptions
+from aimet_ext.techniques.report import LayerwiseReport
 from aimet_ext.walk.protocol import Activation
 
 __all__ = ["apply_adaround"]
@@ -37,20 +33,18 @@ _DAMPING, _BEAMS = 1e-3, 32
 _DOUBT = 0.05
 
 
-@dataclass(frozen=True)
-class _AdaRound:
-    params: AdaRoundParams
-    technique: str = "adaround"
-    rounds: bool = True
-    aimet_stream: bool = False
+class AdaRound(Solver[AdaRoundParams]):
+    """AdaRound's decision of one layer."""
 
     def samples(self, activation: Activation) -> SampleSum | None:
+        """Return a collector of samples, to judge the layer behind its ReLU."""
         params = self.params
         if not params.activation_aware:
             return None
         return SampleSum(params.samples, activation, params.seed)
 
     def decide(self, problem: Problem) -> Decision:
+        """Choose ranges, if asked to, and the integers that are learnt on them."""
         problem = _doubted(problem)
         scale = offset = None
         if self.params.search_ranges and problem.frozen is None:
@@ -163,22 +157,8 @@ class _Behind:
         return outputs if self.bias is None else outputs + self.bias
 
 
-@accepts_aimet_arguments(order=("sim", "dataloader", "num_iterations"))
-def apply_adaround(
-    sim: Any,
-    dataloader: Iterable[Any],
-    num_iterations: int = 300,
-    *,
-    forward_fn: ForwardFn | None = None,
-    modules_to_exclude: Sequence[str | nn.Module] | None = None,
-    output_path: str | Path | None = None,
-    checkpoint_dir: str | Path | None = None,
-    cache_dir: str | Path | None = None,
-    params: AdaRoundParams | None = None,
-    device: torch.device | str | None = None,
-    progress: bool = True,
-    **settings: Any,
-) -> LayerwiseReport:
+@technique("adaround")
+def apply_adaround(call: Call[AdaRoundParams]) -> LayerwiseReport:
     r"""Learn for every weight whether it is rounded up or down.
 
     For each layer, its quantizer's grid held, integers ``q`` are relaxed to real numbers:
@@ -196,53 +176,9 @@ def apply_adaround(
     on samples of its inputs. Any grid will do, blockwise and LPBQ included.
 
     Unlike AIMET's, which returns a new model and a JSON file, this changes ``sim``: weights are on
-    their grids and quantizers frozen afterwards; ``sim.compute_encodings`` fills in the rest. A
-    row for which plain rounding is better keeps plain rounding. If anything fails or is
-    interrupted, the simulation is left as it was.
+    their grids afterwards. A row for which plain rounding is better keeps plain rounding.
 
-    :param sim: ``aimet_torch.QuantizationSimModel`` of any model with linear layers or
-        convolutions. Mutated. Run this last of all techniques: it needs float weights and leaves
-        rounded ones.
-    :param dataloader: batches: a tensor, a tuple of positional arguments, or a mapping of keyword
-        arguments. Tokens with attention mask 0 count nowhere.
-    :param num_iterations: optimizer steps for each layer, at most: a layer at which nothing moves
+    :param num_iterations: Optimizer steps for each layer, at most: a layer at which nothing moves
         any more is done.
-    :param forward_fn: called as ``forward_fn(model, batch)`` in place of ``model(batch)``.
-    :param modules_to_exclude: layers to leave alone, by name or as modules of ``sim.model``; they
-        compute in float meanwhile.
-    :param output_path: folder for the report. A folder of ours is replaced, another one refused.
-    :param checkpoint_dir: folder for a checkpoint of each finished stage. The same call goes on
-        from there after a crash.
-    :param cache_dir: folder for memory-mapped caches; None keeps them in RAM.
-    :param params: settings, see :class:`AdaRoundParams`.
-    :param device: where the block being worked on goes; None leaves it where it is.
-    :param progress: show a progress bar.
-    :param settings: fields of :class:`AdaRoundParams`, in place of ``params``.
-    :returns: objective of every layer, of plain rounding too; layers left alone with the reason.
-    :raises TypeError: a wrong type of simulation, batch or argument, or one argument twice.
-    :raises ValueError: unusable data, a layer that no data reached, weights that hold NaN or are
-        rounded already, the same technique twice.
-    :raises FileExistsError: ``output_path`` holds files that are not ours.
-    :raises RuntimeError: ``forward_fn`` failed.
-
-    >>> report = apply_adaround(sim, batches)
-    >>> sim.compute_encodings(run_calibration)
     """
-    merged = merge_params(
-        AdaRoundParams, "apply_adaround", params, settings, num_iterations=num_iterations
-    )
-    return run_layerwise(
-        sim,
-        dataloader,
-        _AdaRound(merged),
-        RunOptions(
-            forward_fn=forward_fn,
-            checkpoint_dir=checkpoint_dir,
-            cache_dir=cache_dir,
-            device=device,
-            progress=progress,
-        ),
-        modules_to_exclude=modules_to_exclude,
-        output_path=output_path,
-        max_bitwidth=merged.max_bitwidth,
-    )
+    return run_layerwise(call, AdaRound)

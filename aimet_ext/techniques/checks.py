@@ -2,46 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from aimet_ext.config import LayerwiseParams, OmniQuantParams
 from aimet_ext.core.affine import fake_quantize, to_blocks
 from aimet_ext.models.topology import BlockTopology
 from aimet_ext.sim.protocol import SimAdaptor, SimHandle, WeightQuantizer
 
-__all__ = ["frozen_by", "is_rounded", "layers_to_quantize", "merge_params", "refuse"]
-
-P = TypeVar("P", bound=LayerwiseParams | OmniQuantParams)
-
-
-def merge_params(
-    kind: type[P], who: str, params: P | None, settings: Mapping[str, Any], **number: Any
-) -> P:
-    """The settings of a run, checked.
-
-    :param who: name of the function, for messages.
-    :param params: base; None for the defaults.
-    :param settings: fields that replace those of ``params``.
-    :param number: the number in third position; counts unless it is the default and ``params``
-        are given.
-    :raises TypeError: a field that does not exist, or ``params`` of another class.
-    :raises ValueError: a value that is not allowed.
-    """
-    if params is not None and type(params) is not kind:
-        raise TypeError(f"params must be {kind.__name__}, got {type(params).__name__}")
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    unknown = sorted(set(settings) - set(fields))
-    if unknown:
-        raise TypeError(f"{who}() has no setting {', '.join(unknown)}; it has {', '.join(fields)}")
-    given = {n: v for n, v in number.items() if params is None or v != fields[n].default}
-    values = {**settings, **given}
-    base = {} if params is None else {name: getattr(params, name) for name in fields}
-    return kind(**{**base, **values})
+__all__ = ["frozen_by", "is_rounded", "layers_to_quantize", "refuse"]
 
 
 def layers_to_quantize(

@@ -6,47 +6,45 @@ arXiv 2308.13137.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from aimet_ext.config import OmniQuantParams
 from aimet_ext.core.equivalence import PairKind
-from aimet_ext.data.batches import ForwardFn
 from aimet_ext.models.topology import TopologyDescription
-from aimet_ext.techniques.aliases import accepts_aimet_arguments
 from aimet_ext.techniques.blockwise.block import Block, BlockState, Choice
 from aimet_ext.techniques.blockwise.loop import BlockSolver, run_blockwise
-from aimet_ext.techniques.blockwise.report import BlockwiseReport
 from aimet_ext.techniques.blockwise.search import BlockSearch
 from aimet_ext.techniques.blockwise.training import train_block
-from aimet_ext.techniques.checks import merge_params
-from aimet_ext.techniques.session import RunOptions
+from aimet_ext.techniques.call import Call, technique
+from aimet_ext.techniques.report import BlockwiseReport
 
 __all__ = ["OmniQuantReport", "apply_omniquant"]
 
 OmniQuantReport = BlockwiseReport
 
 
-class _OmniQuant(BlockSolver[OmniQuantParams]):
+class OmniQuant(BlockSolver[OmniQuantParams]):
     """Search on second moments, training by gradient, and the search again."""
 
     @property
     def pairs(self) -> Collection[PairKind]:
+        """Kinds of scale pairs to learn."""
         return self.params.pairs if self.params.let else ()
 
     @property
     def quantize_activations(self) -> bool:
+        """True to train with the activation quantizers on."""
         return self.params.quantize_activations
 
     @property
     def steps(self) -> int:
+        """Optimizer steps for each block."""
         return self.params.num_iterations
 
     def decide(self, block: Block, bar: Any) -> Choice:
+        """Choose the best of the states found by search, training and a second search."""
         params = self.params
         bar.set_postfix_str("search")
         search = BlockSearch(block, clip=params.lwc, float_target=params.float_target)
@@ -91,23 +89,12 @@ class _OmniQuant(BlockSolver[OmniQuantParams]):
             )
 
 
-@accepts_aimet_arguments(order=("sim", "dataloader", "forward_fn", "num_iterations", "output_path"))
+@technique("omniquant")
 def apply_omniquant(
-    sim: Any,
-    dataloader: Iterable[Any],
-    num_iterations: int = 800,
+    call: Call[OmniQuantParams],
     *,
-    forward_fn: ForwardFn | None = None,
-    output_path: str | Path | None = None,
-    checkpoint_dir: str | Path | None = None,
-    cache_dir: str | Path | None = None,
-    modules_to_exclude: Sequence[str] = (),
     topology: TopologyDescription | None = None,
-    params: OmniQuantParams | None = None,
-    device: torch.device | str | None = None,
     aimet_keys: bool = False,
-    progress: bool = True,
-    **settings: Any,
 ) -> BlockwiseReport:
     r"""Learn clipping ranges and equivalent scales that minimise each block's output error.
 
@@ -123,63 +110,32 @@ def apply_omniquant(
     by gradient, searched again, and the best state on all batches is kept. A block for which plain
     rounding is no worse keeps plain rounding.
 
-    Afterwards scales are folded into weights and norm gains, the float function is what it was,
-    the weight quantizers of the blocks are set and frozen; ``sim.compute_encodings`` fills in the
-    rest. If anything fails or is interrupted, the simulation is left as it was.
+    Afterwards scales are folded into weights and norm gains, and the float function is what it was.
 
     :param sim: ``QuantizationSimModel`` of aimet_torch or aimet_onnx, made by :func:`create_sim`
         or by hand. The blocks of an ONNX model are found by its structure and computed in PyTorch,
         after a check against onnxruntime; scales go into its initializers. Mutated. Its
         activations may be calibrated already; encodings that a transform made stale are reset and
         named in the report.
-    :param dataloader: batches: a tensor of ids ``[batch, seq]``, a tuple of positional arguments,
+    :param dataloader: Batches: a tensor of ids ``[batch, seq]``, a tuple of positional arguments,
         or a mapping of keyword arguments as Hugging Face's collators give (``labels`` ignored).
         Tokens with attention mask 0 count nowhere.
-    :param num_iterations: optimizer steps for each block, 800 if not given. A callable in its
-        place is taken for ``forward_fn``, as in AIMET's order of arguments.
-    :param forward_fn: called as ``forward_fn(model, batch)`` in place of ``model(batch)``.
-    :param output_path: folder for the learnt scales (``scales.safetensors``, see
-        :func:`load_scales`) and the report. A folder of ours is replaced, another one refused.
-    :param checkpoint_dir: folder for a checkpoint of each finished block. The same call goes on
+    :param output_path: Folder for the learnt scales (``scales.safetensors``, see
+        :func:`load_scales`) and the report. A folder that this package wrote is replaced, another
+        one refused.
+    :param checkpoint_dir: Folder for a checkpoint of each finished block. The same call goes on
         from there after a crash and ends bit-identical on the same machine and versions.
-    :param cache_dir: folder for memory-mapped caches; None keeps them in RAM.
-    :param modules_to_exclude: full names of layers to leave alone; of an ONNX model, names of
+    :param modules_to_exclude: Full names of layers to leave alone; of an ONNX model, names of
         nodes too.
-    :param topology: names of the modules in a block, for a model of an unknown family.
-    :param params: settings, see :class:`OmniQuantParams`.
-    :param device: where the block being worked on goes; None leaves it where it is.
-    :param aimet_keys: write AIMET's own ``{module}.prev`` and ``{module}.foll`` as well.
-    :param progress: show progress bars.
-    :param settings: fields of :class:`OmniQuantParams`, in place of ``params``; AIMET's names of
-        arguments (``quant_sim``, …) are understood as well.
-    :returns: losses before and after, of plain rounding, SQNR, seconds and memory of each block.
-    :raises TypeError: a wrong type of simulation, batch or argument, or one argument twice.
-    :raises ValueError: unusable data, an unknown architecture, layers without or with frozen
+    :param topology: Names of the modules in a block, for a model of an unknown family.
+    :param aimet_keys: Write AIMET's own ``{module}.prev`` and ``{module}.foll`` as well.
+    :returns: Losses before and after, of plain rounding, SQNR, seconds and memory of each block.
+    :raises ValueError: Unusable data, an unknown architecture, layers without or with frozen
         weight quantizers, weights that hold NaN or are rounded already, the same technique twice.
-    :raises TransformRefused: a scale pair changes the float function of this model, or a block of
+    :raises TransformRefused: A scale pair changes the float function of this model, or a block of
         an ONNX model has operators that PyTorch cannot compute; all are named.
-    :raises FileExistsError: ``output_path`` holds files that are not ours.
-    :raises RuntimeError: ``forward_fn`` failed.
 
     >>> report = apply_omniquant(sim, batches, num_iterations=800, output_path="scales")
     >>> sim.compute_encodings(run_calibration)
     """
-    merged = merge_params(
-        OmniQuantParams, "apply_omniquant", params, settings, num_iterations=num_iterations
-    )
-    return run_blockwise(
-        sim,
-        dataloader,
-        _OmniQuant(merged, "omniquant"),
-        RunOptions(
-            forward_fn=forward_fn,
-            checkpoint_dir=checkpoint_dir,
-            cache_dir=cache_dir,
-            device=device,
-            progress=progress,
-        ),
-        modules_to_exclude=modules_to_exclude,
-        output_path=output_path,
-        topology=topology,
-        aimet_keys=aimet_keys,
-    )
+    return run_blockwise(call, OmniQuant, topology=topology, aimet_keys=aimet_keys)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import aimet_ext
-from aimet_ext import LPBQ, QSpec
+from aimet_ext import LPBQ, QSpec, registry
 
 WEIGHTS_ONLY: dict[str, Any] = {"activations": None, "lm_head": None, "embedding": None}
 CONTEXT = 64
@@ -30,37 +30,56 @@ GRIDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Technique:
-    """One ``apply_<name>`` as the contract sees it.
+    """A row of the registry as the contract sees it.
 
-    :param aimet: module and name of AIMET's function, whose calls must be understood; None where
-        AIMET has none of that form.
-    :param order: our names of the positional arguments, in AIMET's order.
-    :param number: the one number that matters, third position; None if there is none.
     :param quick: settings for small models and little time.
     :param changed: one of its settings and another value, which a checkpoint must not mix.
-    :param by_blocks: whether it works on whole blocks of a language model, else on layers.
-    :param rounds: whether weights are on their grids afterwards, frozen ranges or not.
     :param head: whether it decides the output layer too.
     :param grids: the grids to look at the whole sim on.
     :param entries: from a report to what it says of each unit, a block or a layer.
     """
 
-    name: str
-    aimet: tuple[str, str] | None = None
-    order: tuple[str, ...]
-    number: str | None
+    row: registry.Technique
     quick: dict[str, Any] = field(default_factory=dict)
-    changed: tuple[str, Any]
-    by_blocks: bool = False
-    rounds: bool = False
-    head: bool = False
+    changed: tuple[str, Any] = ("asym_strength", 0.25)
+    head: bool = True
     grids: Sequence[str] = ("per-channel", "asymmetric", "LPBQ")
     entries: Callable[[Any], Sequence[Any]] = lambda report: report.layers
+
+    @property
+    def name(self) -> str:
+        """Name after ``apply_``."""
+        return self.row.name
 
     @property
     def function(self) -> Callable[..., Any]:
         """``aimet_ext.apply_<name>`` itself."""
         return getattr(aimet_ext, f"apply_{self.name}")
+
+    @property
+    def by_blocks(self) -> bool:
+        """Whether it works on whole blocks of a language model, else on layers."""
+        return self.row.unit == "block"
+
+    @property
+    def rounds(self) -> bool:
+        """Whether weights are on their grids afterwards, frozen ranges or not."""
+        return self.row.rounds
+
+    @property
+    def number(self) -> str | None:
+        """The one number that matters, third position; None if there is none."""
+        return self.row.number
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """Our names of the positional arguments, in AIMET's order."""
+        return self.row.order
+
+    @property
+    def aimet(self) -> tuple[str, str] | None:
+        """Module and name of AIMET's function, whose calls must be understood; None if none."""
+        return tuple(self.row.aimet.split(":")) if self.row.aimet else None
 
     @property
     def checkpoints(self) -> list[int]:
@@ -80,64 +99,37 @@ class Technique:
         return [entry.resumed for entry in self.entries(report)]
 
 
-OMNIQUANT = Technique(
-    name="omniquant",
-    aimet=("aimet_torch.experimental.omniquant", "apply_omniquant"),
-    order=("sim", "dataloader", "forward_fn", "num_iterations", "output_path"),
-    number="num_iterations",
-    quick={"num_iterations": 2, "search_sweeps": 1},
-    changed=("let_lr", 1e-2),
-    by_blocks=True,
-    entries=lambda report: report.blocks,
-)
-SEQ_MSE = Technique(
-    name="seq_mse",
-    aimet=("aimet_torch.seq_mse", "_apply_seq_mse"),  # the public one takes anything
-    order=(
-        "sim",
-        "dataloader",
-        "num_candidates",
-        "forward_fn",
-        "modules_to_exclude",
-        "checkpoints_config",
-        "cache_dir",
-    ),
-    number="num_candidates",
-    quick={"num_candidates": 4, "sweeps": 2},
-    changed=("sweeps", 3),
-    head=True,
-)
-GPTQ = Technique(
-    name="gptq",
-    order=("sim", "dataloader"),
-    number=None,
-    quick={"scale_candidates": 2, "refine_sweeps": 1},
-    changed=("damping", 0.1),
-    rounds=True,
-    head=True,
-)
-ADAROUND = Technique(
-    name="adaround",
-    order=("sim", "dataloader", "num_iterations"),
-    number="num_iterations",
-    quick={"num_iterations": 10, "refine_sweeps": 1, "search_ranges": False},
-    changed=("refine_sweeps", 2),
-    rounds=True,
-    head=True,
-    grids=("asymmetric", "LPBQ"),
-)
-APPLY_LPBQ = Technique(
-    name="lpbq",
-    order=("sim", "dataloader", "block_size"),
-    number="block_size",
-    quick={"block_size": 16, "num_candidates": 4, "sweeps": 2},
-    changed=("sweeps", 3),
-    grids=("per-channel",),  # which becomes another one
-    entries=lambda report: report.search.layers,
-)
+#: What tests need to know beyond a row; a technique without an entry is tested with its defaults.
+EXTRAS: dict[str, dict[str, Any]] = {
+    "omniquant": {
+        "quick": {"num_iterations": 2, "search_sweeps": 1},
+        "changed": ("let_lr", 1e-2),
+        "head": False,
+        "entries": lambda report: report.blocks,
+    },
+    "seq_mse": {"quick": {"num_candidates": 4, "sweeps": 2}, "changed": ("sweeps", 3)},
+    "gptq": {
+        "quick": {"scale_candidates": 2, "refine_sweeps": 1},
+        "changed": ("damping", 0.1),
+    },
+    "adaround": {
+        "quick": {"num_iterations": 10, "refine_sweeps": 1, "search_ranges": False},
+        "changed": ("refine_sweeps", 2),
+        "grids": ("asymmetric", "LPBQ"),
+    },
+    "lpbq": {
+        "quick": {"block_size": 16, "num_candidates": 4, "sweeps": 2},
+        "changed": ("sweeps", 3),
+        "head": False,
+        "grids": ("per-channel",),  # which becomes another one
+        "entries": lambda report: report.search.layers,
+    },
+}
 
-#: A new technique is one more entry: every test of the contract runs on it.
-TECHNIQUES = (OMNIQUANT, SEQ_MSE, GPTQ, ADAROUND, APPLY_LPBQ)
+#: A new technique is one row of the registry: every test of the contract runs on it.
+TECHNIQUES = [
+    Technique(row=row, **EXTRAS.get(row.name, {})) for row in registry.TECHNIQUES.values()
+]
 
 
 def pytest_configure(config: pytest.Config) -> None:

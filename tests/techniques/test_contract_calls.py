@@ -17,7 +17,7 @@ import aimet_ext
 from aimet_ext import QSpec
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.sim.protocol import adapt
-from aimet_ext.techniques.aliases import ALIASES
+from aimet_ext.techniques.call import ALIASES
 
 FIRST_LAYER = "model.model.layers.0.self_attn.q_proj"
 

@@ -10,8 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -23,7 +22,7 @@ from aimet_ext.core.equivalence import PairKind, ScalePair, expand
 from aimet_ext.core.objective import sqnr_db
 from aimet_ext.data.cache import TensorCache
 from aimet_ext.errors import TransformRefused
-from aimet_ext.files.folders import check_output, replace_folder
+from aimet_ext.files.folders import replace_folder
 from aimet_ext.files.journal import Checkpoints
 from aimet_ext.files.manifest import write_manifest
 from aimet_ext.files.scales import write_scales
@@ -31,8 +30,9 @@ from aimet_ext.models.proof import probe, probe_inputs, prove_pairs
 from aimet_ext.models.topology import BlockTopology, TopologyDescription, select_pairs
 from aimet_ext.sim.protocol import Range, SimAdaptor, WeightQuantizer, adapt, moved_ranges
 from aimet_ext.techniques.blockwise.block import Block, Choice
-from aimet_ext.techniques.blockwise.report import BlockReport, BlockwiseReport
+from aimet_ext.techniques.call import Call
 from aimet_ext.techniques.checks import layers_to_quantize
+from aimet_ext.techniques.report import BlockReport, BlockwiseReport
 from aimet_ext.techniques.session import (
     OnGrids,
     RunOptions,
@@ -90,35 +90,29 @@ class BlockSolver(ABC, Generic[P]):
 
 
 def run_blockwise(
-    sim: Any,
-    dataloader: Iterable[Any],
-    solver: BlockSolver[Any],
-    options: RunOptions,
+    call: Call[P],
+    solver_class: type[BlockSolver[P]],
     *,
-    modules_to_exclude: Sequence[str] = (),
-    output_path: str | Path | None = None,
     topology: TopologyDescription | None = None,
     aimet_keys: bool = False,
 ) -> BlockwiseReport:
     """Apply a block-wise technique to a simulation, or leave it as it was.
 
-    :param modules_to_exclude: Full names of layers to leave alone.
-    :param output_path: Folder for the scales and the report.
     :param topology: Names of the modules in a block, for a model of an unknown family.
     :param aimet_keys: True to write AIMET's names of scales as well.
     """
-    folder = None if output_path is None else check_output(output_path)
-    adaptor = adapt(sim)
+    solver, options = solver_class(call.params, call.row.name), call.options
+    adaptor = adapt(call.sim)
     with adaptor.own_parameters(solver.pairs, topology):
         blocks = adaptor.find_blocks(topology)
-        quantizers = layers_to_quantize(adaptor, blocks, modules_to_exclude)
+        quantizers = layers_to_quantize(adaptor, blocks, call.modules_to_exclude)
         layers = [quantizer.name for quantizer in quantizers.values()]
         ledger = open_ledger(adaptor, solver.technique, layers)
         started = time.perf_counter()
         with undo_on_failure(adaptor, options.cache_dir) as keep:
             adaptor.ledger = ledger = copy.deepcopy(ledger)
             run = BlockwiseRun(adaptor, blocks, quantizers, solver, options, keep)
-            reports = run.all_blocks(dataloader)
+            reports = run.all_blocks(call.dataloader)
             ledger.log_run(solver.technique, layers, settings=solver.params.to_dict())
             report = BlockwiseReport(
                 blocks=tuple(reports),
@@ -126,9 +120,9 @@ def run_blockwise(
                 refused_pairs=run.refused,
                 seconds=time.perf_counter() - started,
             )
-            if folder is not None:
+            if call.output_path is not None:
                 rename = original_names(adaptor.model)
-                with replace_folder(folder) as place:
+                with replace_folder(call.output_path) as place:
                     write_scales(place, ledger, rename=rename, aimet_keys=aimet_keys)
                     report.save(place / "report.json")
                     write_manifest(place, "scales", techniques=list(ledger.techniques))
@@ -371,7 +365,7 @@ class BlockwiseRun:
         tensors, meta = self.adaptor.snapshot(block.name)
         named = {f"smooth/{name}": scale for name, scale in smooth.items()}
         named |= {f"state/{name}": tensor for name, tensor in tensors.items()}
-        checkpoints.save(block.number, named, {"state": meta, "report": asdict(report)})
+        checkpoints.save(block.number, named, {"state": meta, "report": report.to_dict()})
 
     def _resume(
         self, block: Block, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
@@ -382,7 +376,7 @@ class BlockwiseRun:
             parts[kind][name] = tensor
         self.adaptor.restore(block.name, parts["state"], meta["state"])
         self._record(block, parts["smooth"])
-        return BlockReport.from_dict(meta["report"], resumed=True)
+        return BlockReport.from_checkpoint(meta["report"])
 
 
 def _width(weight: Tensor, axis: str) -> int:

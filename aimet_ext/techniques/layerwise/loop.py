@@ -1,4 +1,4 @@
-"""The loop over layers that SeqMSE, GPTQ and AdaRound share.
+"""The loop over layers that all layer-wise techniques share.
 
 One pass over the calibration data brings each layer's second moments, in the order in which data
 flows; each layer is decided, deployed and read back before the next one is looked at.
@@ -6,10 +6,12 @@ flows; each layer is decided, deployed and read back before the next one is look
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,48 +20,111 @@ from tqdm.auto import tqdm
 from aimet_ext.config import LayerwiseParams
 from aimet_ext.core.objective import SecondMoment
 from aimet_ext.data.moments import sum_moments
+from aimet_ext.files.folders import replace_folder
 from aimet_ext.files.journal import Checkpoints, hash_tensors
-from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer
+from aimet_ext.files.manifest import write_manifest
+from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer, adapt
+from aimet_ext.techniques.call import Call
+from aimet_ext.techniques.layerwise.choice import choose_layers
 from aimet_ext.techniques.layerwise.deploy import Decision, Problem, deploy
-from aimet_ext.techniques.layerwise.report import LayerReport
 from aimet_ext.techniques.layerwise.samples import SampleSum
-from aimet_ext.techniques.session import OnGrids, RunOptions, on_grid, open_checkpoints
+from aimet_ext.techniques.report import LayerReport, LayerwiseReport
+from aimet_ext.techniques.session import (
+    OnGrids,
+    RunOptions,
+    on_grid,
+    open_checkpoints,
+    open_ledger,
+    undo_on_failure,
+)
 from aimet_ext.walk.hooks import tensors_in
 from aimet_ext.walk.layers import uncalled
 from aimet_ext.walk.protocol import Activation, Stage, Streams, Walk
 
-__all__ = ["LayerwiseRun", "Solver"]
+__all__ = ["LayerwiseRun", "Solver", "run_layerwise"]
+
+P = TypeVar("P", bound=LayerwiseParams)
 
 _STREAMS: dict[str, Streams] = {"symqt": "quantized", "symfp": "float", "asym": "both"}
 
 
-class Solver(Protocol):
-    """What makes a technique: how it decides one layer."""
+@dataclass(frozen=True)
+class Solver(ABC, Generic[P]):
+    """Base of a layer-wise technique: how it decides one layer.
 
-    @property
-    def technique(self) -> str:
-        """Its name, in reports and in the ledger."""
+    :param params: Settings of the run.
+    :param technique: Name, in reports and in the ledger.
+    :param rounds: True if weights are on their grid afterwards.
+    """
 
-    @property
-    def rounds(self) -> bool:
-        """Whether weights are on their grid afterwards."""
-
-    @property
-    def params(self) -> LayerwiseParams:
-        """Settings of the run."""
+    params: P
+    technique: str
+    rounds: bool
 
     @property
     def aimet_stream(self) -> bool:
-        """Whether the quantized stream is that of AIMET's SeqMSE.
+        """True if the quantized stream is that of AIMET's SeqMSE.
 
         Embeddings are float there, and each block of LPBQ has a float scale of its own.
         """
+        return False
+
+    @property
+    def max_bitwidth(self) -> int:
+        """Bits above which a layer is left to plain rounding."""
+        return self.params.max_bitwidth
 
     def samples(self, activation: Activation) -> SampleSum | None:
-        """What is to collect input rows of a layer that a ReLU follows, beside its moments."""
+        """Return a collector of input rows for a layer that a ReLU follows; None for moments alone.
 
+        :param activation: The ReLU.
+        """
+        return None
+
+    @abstractmethod
     def decide(self, problem: Problem) -> Decision:
-        """Ranges, and codes if the technique rounds."""
+        """Choose the ranges of a layer, and its integers if the technique rounds."""
+
+
+def run_layerwise(
+    call: Call[P], solver_class: type[Solver[P]], *, only: Collection[str] | None = None
+) -> LayerwiseReport:
+    """Apply a layer-wise technique to a simulation, or leave it as it was.
+
+    :param only: Names of the layers to decide at most; None for all.
+    """
+    started = time.perf_counter()
+    row, options, settings = call.row, call.options, call.params.to_dict()
+    solver = solver_class(call.params, row.name, row.rounds)
+    adaptor = adapt(call.sim)
+    choice = choose_layers(
+        adaptor,
+        call.modules_to_exclude,
+        technique=row.name,
+        max_bitwidth=solver.max_bitwidth,
+        rounds=row.rounds,
+        only=only,
+    )
+    ledger = open_ledger(adaptor, row.name, list(choice.decided))
+    with undo_on_failure(adaptor, options.cache_dir, weights=row.rounds) as keep:
+        adaptor.ledger = ledger = copy.deepcopy(ledger)
+        run = LayerwiseRun(adaptor, choice.decided, choice.others, solver, options, keep)
+        with adaptor.calibrated(choice.others):
+            layers = run.all_layers(call.dataloader)
+        ledger.log_run(row.name, list(choice.decided), rounds=row.rounds, settings=settings)
+        report = LayerwiseReport(
+            technique=row.name,
+            layers=tuple(layers),
+            skipped=choice.skipped,
+            settings=settings,
+            cost=run.cost,
+            seconds=time.perf_counter() - started,
+        )
+        if call.output_path is not None:
+            with replace_folder(call.output_path) as place:
+                report.save(place / "report.json")
+                write_manifest(place, "report", techniques=list(ledger.techniques))
+    return report
 
 
 class LayerwiseRun:
@@ -75,7 +140,7 @@ class LayerwiseRun:
         adaptor: SimAdaptor,
         quantizers: Mapping[str, WeightQuantizer],
         others: Mapping[str, WeightQuantizer],
-        solver: Solver,
+        solver: Solver[Any],
         options: RunOptions,
         keep: Callable[[str], None],
     ) -> None:
@@ -270,7 +335,7 @@ class LayerwiseRun:
         for layer in stage.layers:
             state, metas[layer] = self.adaptor.snapshot(layer, weights=self.solver.rounds)
             tensors.update({f"{layer}/{name}": tensor for name, tensor in state.items()})
-        plain = [asdict(report) for report in reports]
+        plain = [report.to_dict() for report in reports]
         checkpoints.save(number, tensors, {"states": metas, "reports": plain})
 
     def _resume(
@@ -281,4 +346,4 @@ class LayerwiseRun:
             prefix = f"{layer}/"
             state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             self.adaptor.restore(layer, state, meta["states"][layer])
-        return [LayerReport(**{**plain, "resumed": True}) for plain in meta["reports"]]
+        return [LayerReport.from_checkpoint(plain) for plain in meta["reports"]]

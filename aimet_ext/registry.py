@@ -1,0 +1,139 @@
+"""The techniques of the package, one row each.
+
+A row holds names alone, so that reading it imports nothing. The public names, the command line,
+Olive's techniques and the contract tests follow from the rows.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+__all__ = ["TECHNIQUES", "Decides", "Technique", "load", "public_homes"]
+
+#: Property of a weight that a technique decides; one technique follows another if it decides more.
+Decides = Literal["grids", "scales", "ranges", "integers"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Technique:
+    """A row of the table.
+
+    :param name: Name in the ledger, in reports and on the command line.
+    :param function: Home of the public function, ``"module:apply_<name>"``.
+    :param params: Home of the class of its settings, ``"module:class"``.
+    :param decides: Property of the weights that it decides.
+    :param unit: Part of a model that is worked on at a time.
+    :param number: Setting in third position of the call; None if there is none.
+    :param aimet: AIMET's function whose calls are understood, ``"module:function"``; None if AIMET
+        has none of that form.
+    :param aimet_order: Names of this package for the arguments of AIMET's function, in its order;
+        empty for the own order.
+    :param olive: Name in a workflow of Olive; None for a technique that Olive is not given.
+    :param olive_defaults: Settings that have other defaults there.
+    :param page: Page of the documentation; None for a technique without one.
+    """
+
+    name: str
+    function: str
+    params: str
+    decides: Decides
+    unit: Literal["layer", "block"] = "layer"
+    number: str | None = None
+    aimet: str | None = None
+    aimet_order: tuple[str, ...] = ()
+    olive: str | None = None
+    olive_defaults: dict[str, Any] = field(default_factory=dict)
+    page: str | None = None
+
+    @property
+    def rank(self) -> int:
+        """Place in an order of techniques, in which ranks rise."""
+        return get_args(Decides).index(self.decides)
+
+    @property
+    def rounds(self) -> bool:
+        """True if the weights are on their grids afterwards."""
+        return self.decides == "integers"
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """Names of the positional arguments, in AIMET's order."""
+        own = ("sim", "dataloader", *([self.number] if self.number else []))
+        return self.aimet_order or own
+
+
+TECHNIQUES: dict[str, Technique] = {
+    row.name: row
+    for row in (
+        Technique(
+            name="omniquant",
+            function="aimet_ext.techniques.omniquant:apply_omniquant",
+            params="aimet_ext.config:OmniQuantParams",
+            decides="scales",
+            unit="block",
+            number="num_iterations",
+            aimet="aimet_torch.experimental.omniquant:apply_omniquant",
+            aimet_order=("sim", "dataloader", "forward_fn", "num_iterations", "output_path"),
+            olive="omniquant",
+            page="omniquant",
+        ),
+        Technique(
+            name="seq_mse",
+            function="aimet_ext.techniques.seq_mse:apply_seq_mse",
+            params="aimet_ext.config:SeqMSEParams",
+            decides="ranges",
+            number="num_candidates",
+            aimet="aimet_torch.seq_mse:_apply_seq_mse",  # the public one takes anything
+            aimet_order=(
+                *("sim", "dataloader", "num_candidates", "forward_fn", "modules_to_exclude"),
+                *("checkpoints_config", "cache_dir"),
+            ),
+            olive="seqmse",
+            page="seq_mse",
+        ),
+        Technique(
+            name="gptq",
+            function="aimet_ext.techniques.gptq:apply_gptq",
+            params="aimet_ext.config:GPTQParams",
+            decides="integers",
+            olive="gptq",
+            page="gptq",
+        ),
+        Technique(
+            name="adaround",
+            function="aimet_ext.techniques.adaround:apply_adaround",
+            params="aimet_ext.config:AdaRoundParams",
+            decides="integers",
+            number="num_iterations",
+            olive="adaround",
+            olive_defaults={"num_iterations": 10000},  # as the technique that Olive ships
+            page="adaround",
+        ),
+        Technique(
+            name="lpbq",
+            function="aimet_ext.techniques.lpbq:apply_lpbq",
+            params="aimet_ext.config:SeqMSEParams",
+            decides="grids",
+            number="block_size",
+            olive="lpbq",
+            page="lpbq",
+        ),
+    )
+}
+
+
+def load(home: str) -> Any:
+    """Import a function or a class of a row.
+
+    :param home: ``"module:name"``.
+    """
+    module, _, name = home.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def public_homes() -> dict[str, str]:
+    """Return the module of every public name that the rows add to the package."""
+    homes = [home for row in TECHNIQUES.values() for home in (row.function, row.params)]
+    return {name: module for module, _, name in (home.partition(":") for home in homes)}

@@ -1,0 +1,199 @@
+"""Reports of techniques, for people and for files."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
+from pydantic.dataclasses import dataclass
+
+from aimet_ext.core.objective import sqnr_db
+from aimet_ext.files.folders import replace_file
+
+__all__ = [
+    "BlockReport",
+    "BlockwiseReport",
+    "LayerReport",
+    "LayerwiseReport",
+    "Report",
+    "UnitReport",
+]
+
+U = TypeVar("U", bound="UnitReport")
+
+
+class _Plain:
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as plain JSON values."""
+        return TypeAdapter(type(self)).dump_python(self, mode="json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitReport(_Plain):
+    """Part of a report on one unit of a model, a layer or a block.
+
+    :param name: Name of the unit.
+    :param seconds: Seconds of work.
+    :param resumed: True if it came from a checkpoint.
+    """
+
+    name: str
+    seconds: float
+    resumed: bool = False
+
+    @classmethod
+    def from_checkpoint(cls: type[U], plain: dict[str, Any]) -> U:
+        """Read back the result of :meth:`to_dict`, checked."""
+        return TypeAdapter(cls).validate_python({**plain, "resumed": True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(_Plain):
+    """Base of all reports; ``print`` shows a table.
+
+    :param settings: Settings of the run.
+    :param seconds: Seconds of the whole run.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    seconds: float
+
+    def save(self, path: str | Path) -> None:
+        """Write it to a JSON file, atomically."""
+        replace_file(path, json.dumps(self.to_dict(), indent=2).encode())
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport(UnitReport):
+    """Report on one layer.
+
+    Losses are mean squared errors of the layer's output over all tokens that count, summed over
+    its rows. With ``inp_symmetry="asym"`` a constant is left out, which no choice can change, so
+    that they may be negative. Where a ReLU follows and counts, they are taken behind it.
+
+    :param name: Name of the layer.
+    :param spec: Grid of its weight.
+    :param bitwidth: Bits of its weight.
+    :param loss_nearest: Loss of plain nearest rounding.
+    :param loss_after: Loss as deployed.
+    :param signal: Mean square of the float output, likewise.
+    :param rows_nearest: Output rows for which plain rounding was better and was kept.
+    :param rows: Output rows.
+    :param tokens: Rows of input that the losses are taken over.
+    :param storage: Place of its second moments: ``"memory"``, or ``"mapped"`` files where they
+        would not fit.
+    :param seconds: Seconds of work.
+    :param resumed: True if it came from a checkpoint.
+    """
+
+    spec: str
+    bitwidth: int
+    loss_nearest: float
+    loss_after: float
+    signal: float
+    rows_nearest: int
+    rows: int
+    tokens: int
+    storage: str
+
+    @property
+    def sqnr_db(self) -> float:
+        """SQNR of the output as deployed, in dB; NaN where a constant of the loss is not known."""
+        if self.loss_after < 0 or self.loss_nearest < 0:
+            return math.nan
+        return sqnr_db(self.signal, self.loss_after)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerwiseReport(Report):
+    """Report of a layer-wise technique; ``print`` shows a table.
+
+    :param technique: Name of the technique.
+    :param layers: One entry each, in the order in which data flows.
+    :param skipped: Layers that were left alone, with the reason.
+    :param settings: Settings of the run.
+    :param cost: Cost of bringing the calibration data to the layers.
+    :param seconds: Seconds of the whole run.
+    """
+
+    technique: str
+    layers: tuple[LayerReport, ...]
+    skipped: dict[str, str] = field(default_factory=dict)
+    cost: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        width = max([20, *(len(layer.name) + 2 for layer in self.layers)])
+        head = f"{'layer':<{width}}{'bits':>4}{'nearest':>12}{'after':>12}{'s':>8}  grid"
+        rows = [
+            f"{layer.name:<{width}}{layer.bitwidth:>4}{layer.loss_nearest:>12.4g}"
+            f"{layer.loss_after:>12.4g}{layer.seconds:>8.2f}  {layer.spec}"
+            for layer in self.layers
+        ]
+        lines = [f"{self.technique}:", head, *rows, f"{self.seconds:.1f} s in all"]
+        lines += [f"left alone: {name}: {why}" for name, why in self.skipped.items()]
+        mapped = [layer.name for layer in self.layers if layer.storage == "mapped"]
+        if mapped:
+            lines.append(f"second moments in mapped files, for want of memory: {', '.join(mapped)}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockReport(UnitReport):
+    """The outcome of one block.
+
+    Losses are mean squared errors of the block's output over all tokens that count, on the
+    quantized stream, against the float stream's output.
+
+    :param name: Name of the block.
+    :param loss_nearest: Loss with plain nearest rounding and no transform.
+    :param loss_before: Loss at the start of training.
+    :param loss_after: Loss as deployed, computed by the simulation itself.
+    :param sqnr_db: SQNR of the output as deployed, in dB.
+    :param kept: Origin of the deployed state; ``"nearest"`` if nothing learnt was better.
+    :param seconds: Time that the block took.
+    :param peak_memory_bytes: Most memory the process (or the GPU, if the block was there) held.
+    :param reset_encodings: Quantizers whose ranges no longer fit and were dropped.
+    :param resumed: True if the block came from a checkpoint.
+    """
+
+    loss_nearest: float
+    loss_before: float
+    loss_after: float
+    sqnr_db: float
+    kept: str
+    peak_memory_bytes: int
+    reset_encodings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockwiseReport(Report):
+    """The outcome of a block-wise technique such as OmniQuant; ``print`` shows a table.
+
+    :param blocks: Entry of each block, in order.
+    :param settings: Settings of the run.
+    :param refused_pairs: Kinds of scale pairs that were asked for and not used, with the reason.
+    :param seconds: Time of the whole run.
+    """
+
+    blocks: tuple[BlockReport, ...]
+    refused_pairs: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        head = f"{'block':<28}{'nearest':>12}{'before':>12}{'after':>12}{'SQNR':>9}{'s':>8}  kept"
+        rows = [
+            f"{b.name:<28}{b.loss_nearest:>12.4g}{b.loss_before:>12.4g}{b.loss_after:>12.4g}"
+            f"{b.sqnr_db:>7.1f}dB{b.seconds:>8.1f}  {b.kept}"
+            for b in self.blocks
+        ]
+        lines = [head, *rows, f"{self.seconds:.1f} s in all"]
+        lines += [f"pairs not used: {kind}: {why}" for kind, why in self.refused_pairs.items()]
+        dropped = sum(len(b.reset_encodings) for b in self.blocks)
+        if dropped:
+            lines.append(
+                f"{dropped} encodings no longer fit and were reset: run sim.compute_encodings"
+            )
+        return "\n".join(lines)
