@@ -7,8 +7,6 @@ nor transformers.
 from __future__ import annotations
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 from aimet_ext.registry import public_homes
@@ -36,7 +34,7 @@ if TYPE_CHECKING:
     from aimet_ext.errors import TransformRefused as TransformRefused
     from aimet_ext.evaluation.perplexity import evaluate_perplexity as evaluate_perplexity
     from aimet_ext.files.ledger import Ledger as Ledger
-    from aimet_ext.files.scales import load_scales as load_scales
+    from aimet_ext.files.ledger import load_scales as load_scales
     from aimet_ext.findings import Finding as Finding
     from aimet_ext.grids.blockwise import GridReport as GridReport
     from aimet_ext.grids.blockwise import set_blockwise as set_blockwise
@@ -91,7 +89,7 @@ _HOMES = {
     "lint": "aimet_ext.linting.lint",
     "load": "aimet_ext.artifact.load",
     "load_cache_graphs": "aimet_ext.artifact.kv.run",
-    "load_scales": "aimet_ext.files.scales",
+    "load_scales": "aimet_ext.files.ledger",
     "lora": "aimet_ext",
     "prepare_model": "aimet_ext.models.huggingface",
     "set_blockwise": "aimet_ext.grids.blockwise",
@@ -137,17 +135,3 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     """The public names, loaded or not."""
     return sorted(set(globals()) | set(__all__))
-
-
-class _Package(types.ModuleType):
-    """The package as a module that keeps ``aimet_ext.export`` the function.
-
-    Importing the subpackage of that name would otherwise put the subpackage in its place.
-    """
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name != "export" or not isinstance(value, types.ModuleType):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -26,8 +26,7 @@ from torch import Tensor, nn
 import aimet_ext
 from aimet_ext import PerTensor, QSpec
 from aimet_ext.core.equivalence import expand, transform
-from aimet_ext.files.ledger import Ledger
-from aimet_ext.files.scales import ModuleScales, Scales
+from aimet_ext.files.ledger import Ledger, ModuleScales, Scales
 from aimet_ext.lora import attach_adapter, fold_adapter
 from aimet_ext.models.proof import Float64Casts, random_scale
 from aimet_ext.models.topology import find_blocks

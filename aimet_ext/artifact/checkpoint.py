@@ -1,31 +1,34 @@
-"""The Hugging Face side of an export: weights under their original names, config, tokenizer."""
+"""Files of a torch sim's own state: weights, config and tokenizer as transformers reads them."""
 
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, Json
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from aimet_ext.files.names import WEIGHTS
+from aimet_ext.files.folders import CONFIG, QUANTIZERS, WEIGHTS, read_json, write_json
+from aimet_ext.files.tensors import read_sealed, write_sealed
 from aimet_ext.models.huggingface import causal_lm, original_name
 from aimet_ext.sim.protocol import adapt
-from aimet_ext.sim.torch.state import named_quantizers
+from aimet_ext.sim.torch.state import load_quantizers, named_quantizers, quantizers_to_tensors
 
 __all__ = [
-    "WEIGHTS",
     "float_state",
-    "load_weights",
-    "passing_buffers",
+    "load_state",
+    "read_quantizers",
     "rounded_state",
     "write_model",
+    "write_quantizers",
 ]
+
+_SCHEMA = "aimet_ext.quantizers/1"
 
 _TOKENIZER_FILES = (
     "added_tokens.json",
@@ -44,20 +47,6 @@ _TOKENIZER_FILES = (
 def float_state(sim: Any) -> dict[str, Tensor]:
     """Float parameters and persistent buffers of a sim; see :meth:`SimAdaptor.float_state`."""
     return dict(adapt(sim).float_state())
-
-
-def passing_buffers(sim: Any) -> dict[str, Tensor]:
-    """Buffers that a model derives from its config and does not save, rotary frequencies mostly.
-
-    They belong to the state of a sim nevertheless: their dtype depends on how the model was cast.
-    """
-    saved = float_state(sim)
-    inside = tuple(f"{name}." for name, _ in named_quantizers(sim))
-    return {
-        name: value
-        for name, value in sim.model.named_buffers()
-        if name not in saved and not name.startswith(inside)
-    }
 
 
 @torch.no_grad()
@@ -108,7 +97,57 @@ def write_model(
     }
 
 
-def load_weights(folder: Path, sim: Any, tied: Mapping[str, str]) -> None:
+class _Fields(BaseModel):
+    """Fields of ``quantizers.safetensors``: quantizers by name, and names of buffers."""
+
+    quantizers: Json[dict[str, dict[str, Any]]]
+    buffers: Json[list[str]]
+
+
+def write_quantizers(folder: Path, sim: Any) -> None:
+    """Write ranges and state of every quantizer, and the buffers that checkpoints lack."""
+    tensors, described = quantizers_to_tensors(sim)
+    buffers = _passing_buffers(sim)
+    fields = {"quantizers": described, "buffers": sorted(buffers)}
+    write_sealed(folder / QUANTIZERS, _SCHEMA, {**tensors, **buffers}, fields)
+
+
+def read_quantizers(folder: Path) -> tuple[dict[str, Tensor], _Fields]:
+    """Read what :func:`write_quantizers` wrote.
+
+    :raises CorruptFileError: the file was changed, cut short, or is not one of ours.
+    """
+    return read_sealed(folder / QUANTIZERS, _SCHEMA, _Fields)
+
+
+def load_state(folder: Path, sim: Any, tied: Mapping[str, str]) -> None:
+    """Put weights, quantizers and buffers of an export into a sim of the same model.
+
+    :raises ValueError: a name or a shape differs; all such are named.
+    """
+    tensors, fields = read_quantizers(folder)
+    _load_weights(folder, sim, tied)
+    load_quantizers(sim, tensors, fields.quantizers)
+    buffers = dict(sim.model.named_buffers())
+    for name in buffers.keys() & fields.buffers:
+        buffers[name].data = tensors[name].to(buffers[name].device)
+
+
+def _passing_buffers(sim: Any) -> dict[str, Tensor]:
+    """Buffers that a model derives from its config and does not save, rotary frequencies mostly.
+
+    They belong to the state of a sim nevertheless: their dtype depends on how the model was cast.
+    """
+    saved = float_state(sim)
+    inside = tuple(f"{name}." for name, _ in named_quantizers(sim))
+    return {
+        name: value
+        for name, value in sim.model.named_buffers()
+        if name not in saved and not name.startswith(inside)
+    }
+
+
+def _load_weights(folder: Path, sim: Any, tied: Mapping[str, str]) -> None:
     """Copy the weights of an export into a sim of the same model, all of them and no others.
 
     :raises ValueError: a name or a shape differs; all such are named and nothing is copied.
@@ -136,8 +175,7 @@ def _write_config(folder: Path, model: Any, any_tied: bool) -> bool:
     """Write ``config.json`` as the weights are now; False if no config can say how they are."""
     config = copy.deepcopy(model.config)
     config.save_pretrained(folder)
-    path = folder / "config.json"
-    plain = json.loads(path.read_text(encoding="utf-8"))
+    plain = read_json(folder / CONFIG)
     plain.pop("torch_dtype", None)
     plain.update(
         dtype="float32",
@@ -147,7 +185,7 @@ def _write_config(folder: Path, model: Any, any_tied: bool) -> bool:
     widths = _inner_widths(model)
     if len(widths) == 1:
         plain["intermediate_size"] = widths.pop()
-    path.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, plain)
     return len(widths) == 0
 
 

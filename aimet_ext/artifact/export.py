@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from aimet_ext.artifact.checkpoint import float_state, passing_buffers, rounded_state, write_model
+from aimet_ext.artifact.checkpoint import float_state, rounded_state, write_model, write_quantizers
 from aimet_ext.artifact.torch_onnx import (
     Inputs,
     OnnxFile,
@@ -21,17 +20,18 @@ from aimet_ext.artifact.torch_onnx import (
     write_onnx,
 )
 from aimet_ext.errors import MissingExtraError, require
-from aimet_ext.files.folders import check_output, replace_folder
-from aimet_ext.files.ledger import Ledger
-from aimet_ext.files.manifest import write_manifest
-from aimet_ext.files.names import LEDGER, LEDGER_SCHEMA, QUANTIZERS, QUANTIZERS_SCHEMA, SETTINGS
-from aimet_ext.files.scales import write_scales
-from aimet_ext.files.sealed import write_sealed
+from aimet_ext.files.folders import (
+    SETTINGS,
+    check_output,
+    replace_folder,
+    write_json,
+    write_manifest,
+)
+from aimet_ext.files.ledger import Ledger, write_scales
 from aimet_ext.files.tensors import hash_tensors
-from aimet_ext.integrity.fingerprints import write_fingerprints
-from aimet_ext.models.huggingface import causal_lm, original_name
+from aimet_ext.integrity.description import write_fingerprints
+from aimet_ext.models.huggingface import causal_lm, checkpoint_prefix
 from aimet_ext.sim.protocol import SimAdaptor, adapt
-from aimet_ext.sim.torch.state import quantizers_to_tensors
 
 __all__ = ["CHECKPOINT", "export"]
 
@@ -120,63 +120,47 @@ def export(
         raise ValueError(f"filename_prefix must be a plain file name, got {filename_prefix!r}")
     check_output(path)
     if adaptor.framework == "onnx":
-        from aimet_ext.artifact.onnx_export import export_onnx
+        from aimet_ext.artifact.onnx_export import OnnxWriter
 
         kept = {"opset_version": opset_version, "dynamic_axes": dynamic_axes}
         _refuse("an ONNX", {"hf_checkpoint": hf_checkpoint or None, **kept})
-        return export_onnx(
-            adaptor,
-            path,
-            filename_prefix,
-            dummy_input,
-            tokenizer=tokenizer,
-            aimet_keys=aimet_keys,
-            bias=bias,
-            qdq=qdq is not False,
-            external_data=external_data,
+        writer: Any = OnnxWriter(
+            adaptor, filename_prefix, dummy_input, tokenizer, bias, qdq is not False, external_data
         )
-    asked = {"bias": bias if bias != "float" else None, "qdq": qdq or None}
-    _refuse("a torch", {**asked, "external_data": external_data or None})
-    _check_ranges(sim)
-    inputs = positional_inputs(adaptor.model, dummy_input)
-    ledger = adaptor.ledger or Ledger(_hash(sim))
+    else:
+        asked = {"bias": bias if bias != "float" else None, "qdq": qdq or None}
+        _refuse("a torch", {**asked, "external_data": external_data or None})
+        options = {"opset_version": opset_version or 17, "dynamic_axes": dynamic_axes}
+        writer = _TorchWriter(
+            adaptor, filename_prefix, dummy_input, tokenizer, hf_checkpoint, options
+        )
 
-    with adaptor.preserved_state(), replace_folder(path) as folder:
-        adaptor.model.eval()
-        facts = write_model(folder, adaptor.model, float_state(sim), tokenizer)
-        write_scales(
-            folder,
-            ledger,
-            rename=lambda name: original_name(name, adaptor.model),
-            aimet_keys=aimet_keys,
+    if empty := writer.without_range:
+        shown = ", ".join(empty[:3]) + (f" and {len(empty) - 3} more" if len(empty) > 3 else "")
+        raise ValueError(
+            f"every quantizer needs a range before export, but {shown} "
+            f"{'have' if len(empty) > 1 else 'has'} none; run sim.compute_encodings first"
         )
-        _write_state(folder, sim, adaptor, ledger)
-        with float32_model(adaptor.model):
-            file = write_onnx(
-                sim,
-                folder,
-                filename_prefix,
-                inputs,
-                opset_version=opset_version or 17,
-                dynamic_axes=dynamic_axes,
-            )
-            checks = _check_onnx(file, adaptor, inputs)
-            if hf_checkpoint:
-                state = rounded_state(sim)
-                write_model(folder / CHECKPOINT, adaptor.model, state, tokenizer)
-        names = {name: place.tensor for name, place in file.names.items()}
+
+    def rename(name: str) -> str:
+        return name.removeprefix(writer.name_prefix)
+
+    state = adaptor.float_state()
+    ledger = adaptor.ledger or Ledger(hash_tensors((rename(n), state[n]) for n in sorted(state)))
+    with adaptor.preserved_state(), replace_folder(path) as folder:
+        fields = writer.write(folder)
+        write_scales(folder, ledger, rename=rename, aimet_keys=aimet_keys)
+        ledger.save(folder)
         return write_manifest(
             folder,
             "export",
             prefix=filename_prefix,
-            model=facts,
             settings=adaptor.settings,
-            techniques=[{**vars(run), "modules": list(run.modules)} for run in ledger.runs],
+            techniques=ledger.described_runs,
             origin=ledger.origin,
             seeds={"torch": torch.initial_seed()},
-            checks=checks,
-            onnx_names=names,
-            **write_fingerprints(folder, filename_prefix, names),
+            **fields,
+            **write_fingerprints(folder, filename_prefix, fields.get("onnx_names", {})),
         )
 
 
@@ -189,35 +173,51 @@ def _refuse(kind: str, options: Mapping[str, Any]) -> None:
         )
 
 
-def _check_ranges(sim: Any) -> None:
-    empty = [name for name, quantizer in sim.named_quantizers() if not quantizer.is_initialized()]
-    if empty:
-        shown = ", ".join(empty[:3]) + (f" and {len(empty) - 3} more" if len(empty) > 3 else "")
-        raise ValueError(
-            f"every quantizer needs a range before export, but {shown} "
-            f"{'have' if len(empty) > 1 else 'has'} none; run sim.compute_encodings first"
-        )
+class _TorchWriter:
+    """Writes what the folder of a torch sim holds beside scales and ledger.
 
+    :param dummy_input: input to trace the model with.
+    :param rounded: True to write weights at their quantized values, for transformers, as well.
+    :param options: options of the ONNX file.
+    """
 
-def _write_state(folder: Path, sim: Any, adaptor: SimAdaptor, ledger: Ledger) -> None:
-    """Write what only this package reads: quantizers, ledger, settings."""
-    tensors, described = quantizers_to_tensors(sim)
-    buffers = passing_buffers(sim)
-    write_sealed(
-        folder / QUANTIZERS,
-        QUANTIZERS_SCHEMA,
-        {**tensors, **buffers},
-        {"quantizers": described, "buffers": sorted(buffers)},
-    )
-    tensors, fields = ledger.to_tensors()
-    write_sealed(folder / LEDGER, LEDGER_SCHEMA, tensors, {"ledger": fields})
-    language_model = causal_lm(adaptor.model)
-    settings = {
-        "create_sim": adaptor.settings if language_model is not None else None,
-        "attention": getattr(getattr(language_model, "config", None), "_attn_implementation", None),
-        "dtype": str(getattr(language_model, "dtype", "")).removeprefix("torch."),
-    }
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    def __init__(
+        self,
+        adaptor: SimAdaptor,
+        prefix: str,
+        dummy_input: Any,
+        tokenizer: Any,
+        rounded: bool,
+        options: Mapping[str, Any],
+    ) -> None:
+        self.adaptor, self.prefix, self.tokenizer = adaptor, prefix, tokenizer
+        self.rounded, self.options = rounded, options
+        quantizers = adaptor.sim.named_quantizers()
+        self.without_range = [name for name, one in quantizers if not one.is_initialized()]
+        self.inputs = positional_inputs(adaptor.model, dummy_input)
+        self.name_prefix = checkpoint_prefix(adaptor.model)
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Write the files and return fields for the manifest."""
+        sim, model = self.adaptor.sim, self.adaptor.model
+        model.eval()
+        facts = write_model(folder, model, float_state(sim), self.tokenizer)
+        write_quantizers(folder, sim)
+        language_model = causal_lm(model)
+        config = getattr(language_model, "config", None)
+        settings = {
+            "create_sim": self.adaptor.settings if language_model is not None else None,
+            "attention": getattr(config, "_attn_implementation", None),
+            "dtype": str(getattr(language_model, "dtype", "")).removeprefix("torch."),
+        }
+        write_json(folder / SETTINGS, settings)
+        with float32_model(model):
+            file = write_onnx(sim, folder, self.prefix, self.inputs, **self.options)
+            checks = _check_onnx(file, self.adaptor, self.inputs)
+            if self.rounded:
+                write_model(folder / CHECKPOINT, model, rounded_state(sim), self.tokenizer)
+        names = {name: place.tensor for name, place in file.names.items()}
+        return {"model": facts, "checks": checks, "onnx_names": names}
 
 
 @torch.no_grad()
@@ -248,9 +248,3 @@ def _check_onnx(file: OnnxFile, adaptor: SimAdaptor, inputs: Inputs) -> dict[str
     checks["onnxruntime"] = metadata.version("onnxruntime")
     checks["onnxruntime_relative_deviation"] = deviation
     return checks
-
-
-def _hash(sim: Any) -> str:
-    """Hash of the weights of a sim that no technique of ours has touched."""
-    state = float_state(sim)
-    return hash_tensors((original_name(n, sim.model), state[n]) for n in sorted(state))

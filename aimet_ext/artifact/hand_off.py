@@ -18,9 +18,7 @@ from aimet_ext.core.objective import sqnr_db
 from aimet_ext.data.onnx_batches import check_inputs, filled_values
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.encodings import entries, load_encodings
-from aimet_ext.files.manifest import read_manifest
-from aimet_ext.files.names import SETTINGS
-from aimet_ext.files.tensors import atomic_path
+from aimet_ext.files.folders import SETTINGS, atomic_path, read_manifest
 from aimet_ext.onnx.index import GraphIndex
 from aimet_ext.onnx.rewrite.htp import fuse_rms_norms, set_apart, sign_second_operands
 from aimet_ext.onnx.rewrite.kv import keep_keys_and_values

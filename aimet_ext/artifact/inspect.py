@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from aimet_ext.artifact.checkpoint import read_quantizers
 from aimet_ext.files.encodings import load_encodings
-from aimet_ext.files.manifest import read_manifest
-from aimet_ext.files.names import ONNX_SCHEMA, QUANTIZERS, QUANTIZERS_SCHEMA
-from aimet_ext.files.scales import SCALES_FILE, load_scales
-from aimet_ext.files.sealed import read_sealed
+from aimet_ext.files.folders import MANIFEST, QUANTIZERS, read_manifest
+from aimet_ext.files.ledger import SCALES_FILE, load_scales
 
 __all__ = ["inspect_export"]
+
+_Quantizer = tuple[str, bool, bool, bool]  # kind, and: of a parameter? frozen? with a range?
 
 
 def inspect_export(path: str | Path) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def inspect_export(path: str | Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     summary = {key: value for key, value in manifest.items() if key not in ("format", "sha256")}
     found = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
-    summary["unlisted"] = sorted(found - manifest["files"].keys() - {"manifest.json"})
+    summary["unlisted"] = sorted(found - manifest["files"].keys() - {MANIFEST})
     if SCALES_FILE in manifest["files"]:
         scales = load_scales(folder)
         summary["scales"] = {
@@ -39,10 +40,13 @@ def inspect_export(path: str | Path) -> dict[str, Any]:
             "pairs": dict(Counter(pair["kind"] for pair in scales.pairs)),
         }
     if QUANTIZERS in manifest["files"]:
-        of_onnx = manifest.get("framework") == "onnx"
-        schema = ONNX_SCHEMA if of_onnx else QUANTIZERS_SCHEMA
-        described = json.loads(read_sealed(folder / QUANTIZERS, schema)[1]["quantizers"])
-        summary["quantizers"] = _count_onnx(described) if of_onnx else _count(described)
+        if manifest.get("framework") == "onnx":
+            from aimet_ext.artifact.onnx_export import read_onnx_quantizers
+
+            quantizers = _onnx_quantizers(read_onnx_quantizers(folder)[1].quantizers)
+        else:
+            quantizers = _torch_quantizers(read_quantizers(folder)[1].quantizers)
+        summary["quantizers"] = _count(list(quantizers))
     summary["encodings"] = {
         name: _count_encodings(folder / name)
         for name in manifest["files"]
@@ -51,46 +55,35 @@ def inspect_export(path: str | Path) -> dict[str, Any]:
     return summary
 
 
-def _count(described: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    own = {name: value for name, value in described.items() if "same_as" not in value}
-    weights = {name: value for name, value in own.items() if ".param_quantizers." in name}
-    return {
-        "parameters": _by_width(weights),
-        "activations": _by_width({n: v for n, v in own.items() if n not in weights}),
-        "frozen": sum(not any(v["state"]["overwrite"].values()) for v in own.values()),
-        "without_range": sum(not v["state"]["initialized"] for v in own.values()),
-    }
-
-
-def _count_onnx(described: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    used = [v for v in described.values() if "same_as" not in v and v["state"]["enabled"]]
-    return {
-        "parameters": _by_type([v for v in used if v["param"]]),
-        "activations": _by_type([v for v in used if not v["param"]]),
-        "frozen": sum(v["state"]["frozen"] for v in used),
-        "without_range": sum(not v["state"]["initialized"] for v in used),
-    }
-
-
-def _by_type(described: list[dict[str, Any]]) -> dict[str, int]:
-    """The same as :func:`_by_width` of an ONNX sim's quantizers."""
-    types: Counter[str] = Counter()
-    for value in described:
-        kind = value["dtype"] if value["dtype"] == "float" or value["symmetric"] else "uint"
-        types[f"{kind}{value['bitwidth']}"] += 1
-    return dict(sorted(types.items()))
-
-
-def _by_width(described: dict[str, dict[str, Any]]) -> dict[str, int]:
-    """How many quantizers have each width, as ``{"int4": 14, "uint16": 30}``."""
-    widths: Counter[str] = Counter()
-    for value in described.values():
+def _torch_quantizers(described: dict[str, dict[str, Any]]) -> Iterator[_Quantizer]:
+    for name, value in described.items():
+        if "same_as" in value:
+            continue
+        kind, state = "float", value["state"]
         if "qmax" in value:
             bits = (value["qmax"] - value["qmin"]).bit_length()
-            widths[f"{'int' if value['qmin'] < 0 else 'uint'}{bits}"] += 1
-        else:
-            widths["float"] += 1
-    return dict(sorted(widths.items()))
+            kind = f"{'int' if value['qmin'] < 0 else 'uint'}{bits}"
+        frozen = not any(state["overwrite"].values())
+        yield kind, ".param_quantizers." in name, frozen, state["initialized"]
+
+
+def _onnx_quantizers(described: dict[str, dict[str, Any]]) -> Iterator[_Quantizer]:
+    for value in described.values():
+        if "same_as" not in value and (state := value["state"])["enabled"]:
+            is_uint = value["dtype"] != "float" and not value["symmetric"]
+            kind = f"{'uint' if is_uint else value['dtype']}{value['bitwidth']}"
+            yield kind, value["param"], state["frozen"], state["initialized"]
+
+
+def _count(quantizers: list[_Quantizer]) -> dict[str, Any]:
+    """Return how many quantizers have each kind, as ``{"int4": 14, "uint16": 30}``, and states."""
+    kinds = Counter((parameter, kind) for kind, parameter, _, _ in quantizers)
+    return {
+        "parameters": {kind: n for (parameter, kind), n in sorted(kinds.items()) if parameter},
+        "activations": {kind: n for (parameter, kind), n in sorted(kinds.items()) if not parameter},
+        "frozen": sum(frozen for _, _, frozen, _ in quantizers),
+        "without_range": sum(not initialized for *_, initialized in quantizers),
+    }
 
 
 def _count_encodings(path: Path) -> dict[str, Any]:

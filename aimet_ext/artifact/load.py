@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
-from aimet_ext.artifact.checkpoint import load_weights
+from aimet_ext.artifact.checkpoint import load_state
 from aimet_ext.errors import CorruptFileError, require
+from aimet_ext.files.folders import SETTINGS, read_json, read_manifest
 from aimet_ext.files.ledger import Ledger
-from aimet_ext.files.manifest import read_manifest
-from aimet_ext.files.names import LEDGER, LEDGER_SCHEMA, QUANTIZERS, QUANTIZERS_SCHEMA, SETTINGS
-from aimet_ext.files.sealed import read_sealed
 from aimet_ext.models.huggingface import prepare_model
 from aimet_ext.sim.protocol import adapt
-from aimet_ext.sim.torch.state import load_quantizers
 
 __all__ = ["load"]
 
@@ -41,44 +38,48 @@ def load(path: str | Path, *, sim: Any = None) -> Any:
     manifest = read_manifest(folder)
     if manifest["kind"] != "export":
         raise CorruptFileError(f"{folder}: an export is required, got {manifest['kind']!r}")
-    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    settings = read_json(folder / SETTINGS, _Settings)
     if manifest.get("framework") == "onnx":
         from aimet_ext.artifact.onnx_export import load_onnx
 
-        return load_onnx(folder, manifest["prefix"], settings["create_sim"], sim)
-    if sim is None:
-        sim = _rebuild(folder, settings, manifest)
-
-    tensors, fields = read_sealed(folder / QUANTIZERS, QUANTIZERS_SCHEMA)
-    described = json.loads(fields["quantizers"])
-    load_weights(folder, sim, manifest["model"]["tied"])
-    load_quantizers(sim, tensors, described)
-    buffers = dict(sim.model.named_buffers())
-    for name in json.loads(fields["buffers"]):
-        if name in buffers:
-            buffers[name].data = tensors[name].to(buffers[name].device)
-    tensors, fields = read_sealed(folder / LEDGER, LEDGER_SCHEMA)
-    adaptor = adapt(sim)
-    adaptor.ledger = Ledger.from_tensors(tensors, json.loads(fields["ledger"]))
-    adaptor.model.eval()
+        sim = load_onnx(folder, manifest["prefix"], sim)
+        adapt(sim).settings = settings.create_sim
+    else:
+        sim = _rebuild(folder, settings, manifest) if sim is None else sim
+        load_state(folder, sim, manifest["model"]["tied"])
+        sim.model.eval()
+    adapt(sim).ledger = Ledger.load(folder)
     return sim
 
 
-def _rebuild(folder: Path, settings: dict[str, Any], manifest: dict[str, Any]) -> Any:
-    """A sim of the same structure; its ranges are still to be loaded."""
+class _Settings(BaseModel):
+    """Content of ``quantsim.json``.
+
+    :param create_sim: settings of ``create_sim``, None if it did not make the sim.
+    :param attention: attention implementation of the model of transformers.
+    :param dtype: dtype of that model.
+    """
+
+    create_sim: dict[str, Any] | None
+    attention: str | None = None
+    dtype: str = ""
+
+
+def _rebuild(folder: Path, settings: _Settings, manifest: dict[str, Any]) -> Any:
+    """Return a sim of the same structure; its ranges are still to be loaded."""
     from aimet_ext.grids.create import arguments_from_settings, create_sim
 
-    if settings["create_sim"] is None:
+    if settings.create_sim is None:
         raise ValueError(
             f"{folder} holds a sim that was built by hand, so how to build it is not known; "
             "build it again and pass it as load(path, sim=sim)"
         )
     loadable = manifest["model"]["loads_in_transformers"]
-    model = _model(folder, settings["dtype"], settings["attention"], loadable)
+    model = _model(folder, settings.dtype, settings.attention, loadable)
     sample = torch.arange(8)[None] % model.config.get_text_config().vocab_size  # [1, 8]
-    module = prepare_model(model, mask_value=settings["create_sim"].get("mask_value"))
-    sim = create_sim(module, sample, **arguments_from_settings(settings["create_sim"]))
-    adapt(sim).settings = settings["create_sim"]
+    module = prepare_model(model, mask_value=settings.create_sim.get("mask_value"))
+    sim = create_sim(module, sample, **arguments_from_settings(settings.create_sim))
+    adapt(sim).settings = settings.create_sim
     return sim
 
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import aimet_ext
 from aimet_ext.errors import require
-from aimet_ext.files.folders import check_output, replace_folder
-from aimet_ext.files.manifest import is_ours, relist_files
+from aimet_ext.files.folders import check_output, is_ours, relist_files, replace_folder
 from aimet_ext.registry import TECHNIQUES, load
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from aimet_ext.files.tensors import atomic_path, copy_to_cpu, writable_folder
+from aimet_ext.files.folders import atomic_path, writable_folder
+from aimet_ext.files.tensors import copy_to_cpu
 
 __all__ = ["TensorCache"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aimet_ext.files.tensors import writable_folder
+from aimet_ext.files.folders import writable_folder
 
 __all__ = ["available_bytes", "mapped_zeros"]
 

@@ -17,7 +17,6 @@ by block there, which is read back as another grid; :func:`to_version_1` does no
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from aimet_ext.core.affine import Grid
 from aimet_ext.errors import CorruptFileError
+from aimet_ext.files.folders import read_json
 
 __all__ = ["Layout", "entries", "load_encodings", "to_grid", "to_version_1"]
 
@@ -63,11 +63,7 @@ def load_encodings(path: str | Path) -> dict[str, Any]:
 
     :raises CorruptFileError: it is not JSON, or no encodings file of version 1.0.0 or 2.0.0.
     """
-    path = Path(path)
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CorruptFileError(f"{path} is not JSON: {error}") from error
+    document = read_json(Path(path), Any)
     version = document.get("version") if isinstance(document, dict) else None
     if version not in _VERSIONS:
         raise CorruptFileError(

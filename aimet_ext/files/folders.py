@@ -1,21 +1,71 @@
-"""Output folders that are complete or absent: checked first, written aside, then swapped in."""
+"""Output folders: complete or absent, with a manifest of their files, and what JSON files hold."""
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import json
 import os
+import platform
 import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
+from typing import Any, Literal
 
-from aimet_ext.files.manifest import is_ours
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
-__all__ = ["check_output", "check_writable", "replace_file", "replace_folder"]
+from aimet_ext import __version__
+from aimet_ext.errors import CorruptFileError
 
+__all__ = [
+    "CONFIG",
+    "FINGERPRINTS",
+    "LEDGER",
+    "MANIFEST",
+    "QUANTIZERS",
+    "SETTINGS",
+    "WEIGHTS",
+    "atomic_path",
+    "changed_files",
+    "check_output",
+    "check_writable",
+    "hash_file",
+    "is_ours",
+    "read_json",
+    "read_manifest",
+    "relist_files",
+    "replace_file",
+    "replace_folder",
+    "versions",
+    "writable_folder",
+    "write_json",
+    "write_manifest",
+]
+
+MANIFEST = "manifest.json"
+# Files of an export that have one name whatever its prefix.
+CONFIG = "config.json"
+FINGERPRINTS = "fingerprints.json"
+LEDGER = "ledger.safetensors"
+QUANTIZERS = "quantizers.safetensors"
+SETTINGS = "quantsim.json"
+WEIGHTS = "model.safetensors"
+
+_FORMAT = "aimet_ext.manifest/1"
+_PACKAGES = (
+    "aimet-torch",
+    "aimet-onnx",
+    "torch",
+    "transformers",
+    "safetensors",
+    "onnx",
+    "onnxruntime",
+)
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -54,6 +104,26 @@ def check_writable(path: str | Path) -> None:
         ) from error
 
 
+def writable_folder(path: str | Path, parameter: str) -> Path:
+    """A folder that exists and can be written, created if need be.
+
+    :param parameter: name of the user's parameter, for the error.
+    :raises ValueError: it cannot be created or written.
+    """
+    folder = Path(path)
+    problem = "permission denied"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    except OSError as error:
+        problem = str(error)
+    raise ValueError(
+        f"{parameter} must be a folder that can be written, got {str(path)!r} ({problem}); "
+        "pass another folder"
+    )
+
+
 @contextmanager
 def replace_folder(path: str | Path) -> Iterator[Path]:
     """Write a folder aside, then put it in the place of ``path`` in one step.
@@ -76,7 +146,8 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield folder
         assert is_ours(folder), "a folder without a manifest was to be put in place"
-        _sync(folder)
+        for file in filter(Path.is_file, folder.rglob("*")):
+            _sync(file)  # the disk must hold all of it before the folder is put in place
         _refuse_foreign(target)
         _put_in_place(folder, target)
     finally:
@@ -87,15 +158,189 @@ def replace_file(path: str | Path, content: bytes) -> None:
     """Write a file so that ``path`` holds its old content or all of the new one."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """A path to write to; what was written there becomes ``path`` when the block ends.
+
+    After an exception nothing is left. A reader, or the next run after a kill, sees the old file
+    or the new one, never a part of one.
+
+    :param durable: wait until the bytes are on the disk, so that this holds for a power cut too.
+    """
+    # A folder, because safetensors writes beside its target too: what a kill leaves lies in it.
+    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder.mkdir(exist_ok=True)
     try:
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(target)
+        temporary = folder / path.name
+        yield temporary
+        if durable:
+            _sync(temporary)
+        temporary.replace(path)
+        if durable:
+            _sync(path.parent)
     finally:
-        aside.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_json(path: Path, kind: Any = dict[str, Any]) -> Any:
+    """Read a JSON file whose content must be of a type that pydantic can validate.
+
+    :raises FileNotFoundError: there is no such file.
+    :raises CorruptFileError: it is not JSON, or its content is of another type.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptFileError(f"{path} is not JSON: {error}") from error
+    try:
+        return TypeAdapter(kind).validate_python(content)
+    except ValidationError as error:
+        raise CorruptFileError(f"{path} does not hold what it must: {error}") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a value as an indented JSON file."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+class _File(BaseModel, strict=True):
+    bytes: int
+    sha256: str
+
+
+class _Manifest(BaseModel, strict=True):
+    """Fields of every manifest; others follow from the kind."""
+
+    format: Literal["aimet_ext.manifest/1"]
+    kind: str
+    files: dict[str, _File]
+    sha256: str
+
+
+def write_manifest(folder: str | Path, kind: str, **fields: Any) -> dict[str, Any]:
+    """Write ``manifest.json``: every file below ``folder`` with its SHA-256, versions, and fields.
+
+    :param folder: complete but for its manifest.
+    :param kind: what the folder holds, for example ``"export"``.
+    :param fields: JSON values that are added as they are.
+    :returns: what was written.
+    """
+    folder = Path(folder)
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    content: dict[str, Any] = {
+        "format": _FORMAT,
+        "kind": kind,
+        "versions": versions(),
+        **fields,
+        "files": {
+            file.relative_to(folder).as_posix(): {
+                "bytes": file.stat().st_size,
+                "sha256": hash_file(file),
+            }
+            for file in files
+            if file.name != MANIFEST or file.parent != folder
+        },
+    }
+    content["sha256"] = _digest(content)
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return content
+
+
+def relist_files(folder: str | Path) -> dict[str, Any]:
+    """Write a folder's manifest again, with all files as they are now and the fields it had.
+
+    :returns: what was written.
+    :raises FileNotFoundError: there is no manifest.
+    :raises CorruptFileError: the manifest is damaged or not ours.
+    """
+    content = read_manifest(folder, verify=False)
+    for derived in ("format", "versions", "files", "sha256"):
+        del content[derived]
+    return write_manifest(folder, **content)
+
+
+def read_manifest(folder: str | Path, *, verify: bool = True) -> dict[str, Any]:
+    """Read a manifest and, if ``verify``, compare every file it lists with its hash.
+
+    :raises FileNotFoundError: there is no manifest.
+    :raises CorruptFileError: the manifest is damaged or not ours, or a file of its list is absent
+        or was changed; all such files are named.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder}: a folder written by aimet_ext, with a {MANIFEST}, is required"
+        )
+    content = read_json(path, Any)
+    try:
+        _Manifest.model_validate(content)
+    except ValidationError as error:
+        raise CorruptFileError(
+            f'{path}: a manifest of format "{_FORMAT}" is required ({error})'
+        ) from error
+    if content["sha256"] != _digest(content):
+        raise CorruptFileError(f"{path} was changed after it was written: its hash differs")
+    if verify:
+        faults = [f"{name} {fault}" for name, fault in changed_files(folder, content["files"])]
+        if faults:
+            raise CorruptFileError(
+                f"{folder} is not as it was written: {'; '.join(faults)}. Export it again"
+            )
+    return dict(content)
+
+
+def is_ours(folder: str | Path) -> bool:
+    """Whether a folder holds a manifest of ours, whatever the state of its other files."""
+    try:
+        content = read_json(Path(folder) / MANIFEST)
+    except (OSError, CorruptFileError):
+        return False
+    return bool(content.get("format") == _FORMAT)
+
+
+def hash_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what is written; absent ones left out."""
+    found = {"python": platform.python_version(), "aimet-ext": __version__}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def changed_files(
+    folder: Path, files: Mapping[str, Mapping[str, Any]]
+) -> Iterator[tuple[str, str]]:
+    """Yield ``(name, difference)`` of each file that is not as a manifest lists it."""
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            yield name, "is absent"
+        elif (size := path.stat().st_size) != expected["bytes"]:
+            yield name, f"has {size} bytes instead of {expected['bytes']}"
+        elif hash_file(path) != expected["sha256"]:
+            yield name, "was changed"
+
+
+def _digest(content: dict[str, Any]) -> str:
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _refuse_foreign(target: Path) -> None:
@@ -113,15 +358,12 @@ def _refuse_foreign(target: Path) -> None:
         )
 
 
-def _sync(folder: Path) -> None:
-    """Have the disk hold every file of a folder before the folder is put in place."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _put_in_place(folder: Path, target: Path) -> None:

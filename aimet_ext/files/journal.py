@@ -17,14 +17,8 @@ import torch
 from torch import Tensor
 
 from aimet_ext.errors import CorruptFileError
-from aimet_ext.files.tensors import (
-    atomic_path,
-    copy_to_cpu,
-    hash_tensors,
-    read_tensors,
-    writable_folder,
-    write_tensors,
-)
+from aimet_ext.files.folders import atomic_path, writable_folder
+from aimet_ext.files.tensors import copy_to_cpu, hash_tensors, read_tensors, write_tensors
 
 __all__ = ["Checkpoints", "UndoJournal", "environment", "hash_tensors"]
 

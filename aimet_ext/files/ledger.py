@@ -1,20 +1,28 @@
-"""The ledger of a sim: every transform in order, and what they come to relative to the original."""
+"""The ledger of a sim: every transform in order, and their product relative to the original."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
+from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Json, TypeAdapter
+from pydantic.dataclasses import dataclass
 from torch import Tensor
+
+from aimet_ext.files.folders import LEDGER
+from aimet_ext.files.tensors import read_sealed, write_sealed
 
 __all__ = ["Entry", "Ledger", "LedgerSide", "Run"]
 
 Axis = Literal["in", "out"]
 _KEYS: dict[str, str] = {"in": "input", "out": "output"}
+_SCHEMA = "aimet_ext.ledger/1"
+_TYPED = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, config=_TYPED)
 class LedgerSide:
     """One multiplication: of a module's output rows or of its input columns.
 
@@ -28,7 +36,7 @@ class LedgerSide:
     multiplier: Tensor
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, config=_TYPED)
 class Entry:
     """One scale pair that was folded into the weights.
 
@@ -47,7 +55,7 @@ class Entry:
     sides: tuple[LedgerSide, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_TYPED)
 class Run:
     """One technique that was applied, with or without leaving scales.
 
@@ -115,12 +123,7 @@ class Ledger:
     ) -> None:
         """Note that a technique was applied to modules; see :class:`Run`."""
         self.runs.append(
-            Run(
-                technique=technique,
-                modules=tuple(modules),
-                rounds=rounds,
-                settings=dict(settings or {}),
-            )
+            Run(technique=technique, modules=tuple(modules), rounds=rounds, settings=settings or {})
         )
 
     def record(
@@ -152,17 +155,9 @@ class Ledger:
                     f"[{values.min():.3g}, {values.max():.3g}]"
                 )
             kept.append(LedgerSide(module, axis, values))
-        self.entries.append(
-            Entry(
-                technique=technique,
-                block=block,
-                pair=pair,
-                kind=kind,
-                source=source,
-                size=size,
-                sides=tuple(kept),
-            )
-        )
+        named = {"technique": technique, "block": block, "pair": pair, "kind": kind}
+        entry = Entry(**named, source=source, size=size, sides=tuple(kept))
+        self.entries.append(entry)
 
     @property
     def techniques(self) -> tuple[str, ...]:
@@ -195,34 +190,64 @@ class Ledger:
             for module, axes in products.items()
         }
 
+    @property
+    def described_runs(self) -> list[dict[str, Any]]:
+        """The runs as JSON values."""
+        return [{**vars(run), "modules": list(run.modules)} for run in self.runs]
+
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The whole ledger as named tensors and JSON values; :meth:`from_tensors` reads it."""
+        """Return the whole ledger as named tensors and JSON values; see :meth:`from_tensors`."""
         tensors: dict[str, Tensor] = {}
         entries = []
         for number, entry in enumerate(self.entries):
-            plain = {
-                name: getattr(entry, name) for name in Entry.__annotations__ if name != "sides"
-            }
-            plain["sides"] = [[side.module, side.axis] for side in entry.sides]
-            entries.append(plain)
+            sides = [[side.module, side.axis] for side in entry.sides]
+            entries.append({**vars(entry), "sides": sides})
             for place, side in enumerate(entry.sides):
                 tensors[f"{number}.{place}"] = side.multiplier
-        runs = [{**vars(run), "modules": list(run.modules)} for run in self.runs]
-        return tensors, {"origin": self.origin, "entries": entries, "runs": runs}
+        fields = {"origin": self.origin, "entries": entries, "runs": self.described_runs}
+        return tensors, fields
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> Ledger:
-        """Read back what :meth:`to_tensors` returned."""
-        ledger = cls(fields["origin"])
-        for number, plain in enumerate(fields["entries"]):
+    def from_tensors(cls, tensors: Mapping[str, Tensor], fields: Any) -> Ledger:
+        """Read back what :meth:`to_tensors` returned.
+
+        :raises ValueError: fields are absent, unknown or of another type.
+        :raises KeyError: a multiplier is absent.
+        """
+        stored = _Fields.model_validate(fields)
+        ledger = cls(stored.origin)
+        for number, entry in enumerate(stored.entries):
             sides = tuple(
                 LedgerSide(module, axis, tensors[f"{number}.{place}"])
-                for place, (module, axis) in enumerate(plain["sides"])
+                for place, (module, axis) in enumerate(entry["sides"])
             )
-            ledger.entries.append(Entry(**{**plain, "sides": sides}))
-        for run in fields["runs"]:
-            ledger.log_run(**run)
+            ledger.entries.append(TypeAdapter(Entry).validate_python({**entry, "sides": sides}))
+        ledger.runs = stored.runs
         return ledger
+
+    def save(self, folder: Path) -> None:
+        """Write ``ledger.safetensors``, exactly as the ledger is."""
+        tensors, fields = self.to_tensors()
+        write_sealed(folder / LEDGER, _SCHEMA, tensors, {"ledger": fields})
+
+    @classmethod
+    def load(cls, folder: Path) -> Ledger:
+        """Read what :meth:`save` wrote.
+
+        :raises CorruptFileError: the file was changed, cut short, or is not one of ours.
+        """
+        tensors, content = read_sealed(folder / LEDGER, _SCHEMA, _Content)
+        return cls.from_tensors(tensors, content.ledger)
+
+
+class _Fields(BaseModel, extra="forbid"):
+    origin: str | None
+    entries: list[dict[str, Any]]
+    runs: list[Run]
+
+
+class _Content(BaseModel):
+    ledger: Json[dict[str, Any]]
 
 
 def _some(names: Sequence[str]) -> str:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, Json
 from safetensors.torch import save
 from torch import Tensor
 
-from aimet_ext.files.folders import check_writable, replace_file, replace_folder
+from aimet_ext.files.folders import replace_file, versions
 from aimet_ext.files.ledger import Ledger
-from aimet_ext.files.manifest import versions, write_manifest
-from aimet_ext.files.sealed import is_sealed, read_sealed, write_sealed
+from aimet_ext.files.tensors import read_sealed, write_sealed
 
-__all__ = ["AIMET_FILE", "SCALES_FILE", "ModuleScales", "Scales", "load_scales", "save_scales"]
+__all__ = [
+    "AIMET_FILE",
+    "SCALES_FILE",
+    "ModuleScales",
+    "Scales",
+    "aimet_tensors",
+    "cumulative_tensors",
+    "load_scales",
+    "write_scales",
+]
 
 SCALES_FILE = "scales.safetensors"
 AIMET_FILE = "aimet_omniquant_metadata.safetensor"
@@ -65,65 +73,26 @@ class Scales(Mapping[str, ModuleScales]):
         return len(self.modules)
 
 
-def save_scales(
-    path: str | Path,
-    ledger: Ledger,
-    *,
-    rename: Callable[[str], str] = lambda name: name,
-    aimet_keys: bool = False,
-) -> Path:
-    """Write the cumulative scales of a ledger as safetensors.
-
-    The tensors are ``{module}.input`` and ``{module}.output``; the metadata holds the schema
-    version, the techniques, each pair with its source layer and group layout, the hash of the
-    original weights, and a hash of the file itself.
-
-    :param path: a ``.safetensors`` file, or a folder, which is replaced whole if it is ours.
-    :param rename: from a module's name in the sim to its name in the original checkpoint.
-    :param aimet_keys: write AIMET's own file too, ``aimet_omniquant_metadata.safetensor`` with
-        ``{module}.prev`` (divides the output rows) and ``{module}.foll`` (multiplies the input
-        columns). Its vectors are expanded, one entry for each row or column, so that AIMET never
-        repeats them. AIMET does not divide biases by ``prev``; whoever applies it must.
-    :returns: the file with the scales.
-    :raises FileExistsError: a file or folder that is not ours is there.
-    :raises PermissionError: nothing can be written there.
-    """
-    target = Path(path)
-    if target.suffix != ".safetensors":
-        with replace_folder(target) as folder:
-            write_scales(folder, ledger, rename=rename, aimet_keys=aimet_keys)
-            write_manifest(folder, "scales", techniques=list(ledger.techniques))
-        return target / SCALES_FILE
-    if target.exists() and not is_sealed(target, _SCHEMA):
-        raise FileExistsError(
-            f"{target}: a new file or a scales file of aimet_ext is required, but something else "
-            "is there and is left as it is; choose another path or remove it"
-        )
-    check_writable(target)
-    write_scales(target.parent, ledger, name=target.name, rename=rename, aimet_keys=aimet_keys)
-    return target
-
-
 def load_scales(path: str | Path) -> Scales:
-    """Read what :func:`save_scales` wrote.
+    """Read the cumulative scales of a sim.
 
     :param path: the file, or the folder of a technique or an export that holds it.
     :raises FileNotFoundError: there is no such file.
     :raises CorruptFileError: the file was changed, cut short, or is not one of ours.
     """
     path = Path(path)
-    tensors, fields = read_sealed(path / SCALES_FILE if path.is_dir() else path, _SCHEMA)
+    file = path / SCALES_FILE if path.is_dir() else path
+    tensors, fields = read_sealed(file, _SCHEMA, _Fields)
     axes: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         module, _, axis = key.rpartition(".")
         axes.setdefault(module, {})[axis] = tensor
-    origin = fields["origin"]
     return Scales(
         modules={module: ModuleScales(**axes[module]) for module in sorted(axes)},
-        techniques=tuple(json.loads(fields["techniques"])),
-        pairs=tuple(json.loads(fields["pairs"])),
-        origin=origin or None,
-        version=fields["version"],
+        techniques=fields.techniques,
+        pairs=fields.pairs,
+        origin=fields.origin or None,
+        version=fields.version,
     )
 
 
@@ -131,17 +100,22 @@ def write_scales(
     folder: Path,
     ledger: Ledger,
     *,
-    name: str = SCALES_FILE,
     rename: Callable[[str], str] = lambda name: name,
     aimet_keys: bool = False,
 ) -> None:
-    """Write the files of :func:`save_scales` into a folder that the caller looks after."""
-    cumulative = ledger.cumulative(rename)
-    tensors = {
-        f"{module}.{axis}": vector
-        for module, axes in cumulative.items()
-        for axis, vector in axes.items()
-    }
+    """Write the cumulative scales of a ledger to ``scales.safetensors`` in a folder.
+
+    The tensors are ``{module}.input`` and ``{module}.output``; the metadata holds the schema
+    version, the techniques, each pair with its source layer and group layout, the hash of the
+    original weights, and a hash of the file itself.
+
+    :param rename: function that returns the name of a module in the original checkpoint.
+    :param aimet_keys: write AIMET's own file too, ``aimet_omniquant_metadata.safetensor`` with
+        ``{module}.prev`` (divides the output rows) and ``{module}.foll`` (multiplies the input
+        columns). Its vectors are expanded, one entry for each row or column, so that AIMET never
+        repeats them. AIMET does not divide biases by ``prev``; whoever applies it must.
+    """
+    tensors = cumulative_tensors(ledger, rename)
     pairs = [
         {
             "technique": entry.technique,
@@ -160,17 +134,34 @@ def write_scales(
         "origin": ledger.origin or "",
         "version": versions()["aimet-ext"],
     }
-    write_sealed(folder / name, _SCHEMA, tensors, fields)
+    write_sealed(folder / SCALES_FILE, _SCHEMA, tensors, fields)
     if aimet_keys:
-        replace_file(folder / AIMET_FILE, save(_aimet_tensors(cumulative)))
+        replace_file(folder / AIMET_FILE, save(aimet_tensors(tensors)))
 
 
-def _aimet_tensors(cumulative: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """AIMET's convention: ``prev`` divides where ``output`` multiplies."""
+class _Fields(BaseModel):
+    techniques: Json[tuple[str, ...]]
+    pairs: Json[tuple[dict[str, Any], ...]]
+    origin: str
+    version: str
+
+
+def cumulative_tensors(ledger: Ledger, rename: Callable[[str], str]) -> dict[str, Tensor]:
+    """Return products of a ledger's multipliers as ``{module}.input`` and ``{module}.output``."""
+    return {
+        f"{module}.{axis}": vector
+        for module, axes in ledger.cumulative(rename).items()
+        for axis, vector in axes.items()
+    }
+
+
+def aimet_tensors(cumulative: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return cumulative scales in AIMET's convention: ``prev`` divides, ``output`` multiplies."""
     tensors = {}
-    for module, axes in cumulative.items():
-        if "output" in axes:
-            tensors[f"{module}.prev"] = axes["output"].reciprocal()
-        if "input" in axes:
-            tensors[f"{module}.foll"] = axes["input"]
+    for name, vector in cumulative.items():
+        module, _, axis = name.rpartition(".")
+        if axis == "output":
+            tensors[f"{module}.prev"] = vector.reciprocal()
+        else:
+            tensors[f"{module}.foll"] = vector
     return tensors

@@ -1,40 +1,47 @@
-"""Tensors on disk: safetensors files that are written whole or not at all, and content hashes."""
+"""Safetensors files that notice when a byte of them was changed, and hashes of tensors.
+
+A sealed file carries the SHA-256 of its bytes, taken with the hash itself written as 64 zeros. A
+file of a journal or checkpoint, written and read tensor by tensor, carries that of its content.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from aimet_ext.errors import CorruptFileError
+from aimet_ext.files.folders import atomic_path, replace_file
 
 __all__ = [
-    "atomic_path",
     "copy_to_cpu",
     "hash_tensors",
+    "read_sealed",
     "read_tensors",
-    "writable_folder",
+    "write_sealed",
     "write_tensors",
 ]
 
 _FORMAT = "aimet_ext.tensors/1"
+_ZEROS = b"0" * 64
+_SEAL = re.compile(rb'"sha256":"([0-9a-f]{64})"')
+Fields = TypeVar("Fields", bound=BaseModel)
 
 
 def hash_tensors(items: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 of names, dtypes, shapes and values, in the order given.
+    """Return the SHA-256 of names, dtypes, shapes and values, in the order given.
 
     :param items: pairs of name and tensor, taken one at a time.
-    :return: 64 hexadecimal digits.
+    :returns: 64 hexadecimal digits.
     """
     digest = hashlib.sha256()
     for name, tensor in items:
@@ -46,60 +53,66 @@ def hash_tensors(items: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def copy_to_cpu(tensor: Tensor) -> Tensor:
-    """A contiguous copy on the CPU that shares no memory with ``tensor``."""
+    """Return a contiguous copy on the CPU that shares no memory with ``tensor``."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def writable_folder(path: str | Path, parameter: str) -> Path:
-    """A folder that exists and can be written, created if need be.
+def write_sealed(
+    path: str | Path, schema: str, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]
+) -> None:
+    """Write tensors and JSON values as safetensors, whole or not at all.
 
-    :param parameter: name of the user's parameter, for the error.
-    :raises ValueError: it cannot be created or written.
+    :param schema: kind of the file and its version, for example ``"aimet_ext.scales/1"``.
+    :param fields: JSON values; strings are stored as they are, the rest as JSON text.
     """
-    folder = Path(path)
-    problem = "permission denied"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK | os.X_OK):
-            return folder
-    except OSError as error:
-        problem = str(error)
-    raise ValueError(
-        f"{parameter} must be a folder that can be written, got {str(path)!r} ({problem}); "
-        "pass another folder"
-    )
+    texts = {
+        k: value if isinstance(value, str) else json.dumps(value) for k, value in fields.items()
+    }
+    metadata = {**texts, "schema": schema, "sha256": _ZEROS.decode()}
+    # safetensors refuses tensors that share memory, so each is copied.
+    content = save({name: copy_to_cpu(tensor) for name, tensor in tensors.items()}, metadata)
+    digest = hashlib.sha256(content).hexdigest().encode()
+    replace_file(path, content.replace(b'"sha256":"' + _ZEROS, b'"sha256":"' + digest, 1))
 
 
-@contextmanager
-def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """A path to write to; what was written there becomes ``path`` when the block ends.
+def read_sealed(
+    path: str | Path, schema: str, fields: type[Fields]
+) -> tuple[dict[str, Tensor], Fields]:
+    """Read back what :func:`write_sealed` wrote: tensors, and the fields.
 
-    After an exception nothing is left. A reader, or the next run after a kill, sees the old file
-    or the new one, never a part of one.
-
-    :param durable: wait until the bytes are on the disk, so that this holds for a power cut too.
+    :param fields: model of the fields, those that are not strings as ``pydantic.Json``.
+    :raises FileNotFoundError: there is no such file.
+    :raises CorruptFileError: the file is not safetensors, not of that schema, cut short, one of
+        its bytes was changed, or its fields are not those of the model.
     """
-    # A folder, because safetensors writes beside its target too: what a kill leaves lies in it.
-    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    folder.mkdir(exist_ok=True)
+    path = Path(path)
+    content = path.read_bytes()
+    header_end = 8 + int.from_bytes(content[:8], "little")
+    seals = list(_SEAL.finditer(content[:header_end]))
+    if len(seals) != 1:
+        raise CorruptFileError(
+            f"{path}: a file of schema {schema!r} is required, but it carries no hash of aimet_ext;"
+            " it is damaged or was written by another program"
+        )
+    start, stop = seals[0].span(1)
+    blank = content[:start] + _ZEROS + content[stop:]
+    if hashlib.sha256(blank).hexdigest().encode() != seals[0][1]:
+        raise CorruptFileError(
+            f"{path} is not as it was written (its hash differs); write it again from its source"
+        )
     try:
-        temporary = folder / path.name
-        yield temporary
-        if durable:
-            _sync(temporary)
-        temporary.replace(path)
-        if durable:
-            _sync(path.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+        tensors = load(content)
+        metadata = json.loads(content[8:header_end])["__metadata__"]
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CorruptFileError(f"{path} is not a safetensors file: {error}") from error
+    if metadata.get("schema") != schema:
+        raise CorruptFileError(
+            f"{path}: a file of schema {schema!r} is required, got {metadata.get('schema')!r}"
+        )
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return tensors, fields.model_validate(metadata)
+    except ValidationError as error:
+        raise CorruptFileError(f"{path} does not hold what it must: {error}") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -119,7 +132,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what :func:`write_tensors` wrote.
 
-    :return: tensors on the CPU, and the metadata.
+    :returns: tensors on the CPU, and the metadata.
     :raises FileNotFoundError: there is no such file.
     :raises CorruptFileError: the file is damaged or was not written by :func:`write_tensors`.
     """

@@ -1,29 +1,38 @@
-"""Whether an export is whole and of one piece, told from its files alone."""
+"""The check of an export, from its files alone: whole, unchanged and without contradictions."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from aimet_ext.errors import CorruptFileError
-from aimet_ext.files.manifest import MANIFEST, hash_file, read_manifest
-from aimet_ext.files.names import FINGERPRINTS
+from aimet_ext.files.folders import (
+    FINGERPRINTS,
+    MANIFEST,
+    changed_files,
+    hash_file,
+    read_json,
+    read_manifest,
+)
 from aimet_ext.findings import Finding
+from aimet_ext.integrity.description import ExportContents, read_record
 from aimet_ext.integrity.encodings import check_encodings
-from aimet_ext.integrity.files import AGAIN
-from aimet_ext.integrity.fingerprints import read_fingerprints
 from aimet_ext.integrity.scales import check_scales
-from aimet_ext.integrity.state import ExportState
-from aimet_ext.integrity.tensors import (
+from aimet_ext.integrity.weights import (
     check_external_data,
     check_models,
     check_ranges,
     check_weights,
 )
 
-__all__ = ["check_integrity"]
+__all__ = ["Examination", "check_integrity"]
+
+_AGAIN = "export it again from the sim, or take the file from a copy that is sound"
+_SHOWN = 20
 
 
 def check_integrity(path: str | Path) -> list[Finding]:
@@ -62,70 +71,132 @@ def check_integrity(path: str | Path) -> list[Finding]:
     folder = Path(path)
     manifest, findings = _manifest(folder)
     record = _record(folder, manifest, findings)
-    state = ExportState(folder, manifest, record)
+    state = Examination(folder, manifest, record)
     check_external_data(state)
     check_encodings(state)
     check_weights(state) if not state.is_onnx else check_models(state)
     check_ranges(state)
     check_scales(state)
-    state.rest()
-    return [*findings, *state.findings]
+    state.add_changes()
+    unread = [Finding("file", *problem, _AGAIN) for problem in state.contents.problems]
+    return [*findings, *unread, *state.findings]
+
+
+class Examination:
+    """An export under examination: its contents, what was recorded of them, and the findings.
+
+    :param folder: folder of the export.
+    :param manifest: its manifest.
+    :param record: hashes of what was in it when it was written, by name by file; None if that is
+        not known.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Mapping[str, Any],
+        record: Mapping[str, Mapping[str, str]] | None,
+    ) -> None:
+        self.manifest, self.record = manifest, record
+        self.contents = ExportContents(folder, manifest["prefix"])
+        self.is_onnx = manifest.get("framework") == "onnx"
+        self.doubted: set[str] = set()  # tensors of which some encoding is wrong
+        self.findings: list[Finding] = []
+        self._explained: set[tuple[str, str]] = set()
+
+    def add(
+        self, check: str, name: str, message: str, *items: tuple[str, str], remedy: str = _AGAIN
+    ) -> None:
+        """Note a finding.
+
+        :param items: ``(file, name)`` of what was changed, which then needs no finding of its own.
+        """
+        self.findings.append(Finding(check, name, message, remedy))
+        self._explained.update(items)
+
+    @cached_property
+    def _now(self) -> Mapping[str, Mapping[str, str]]:
+        return dict(self.contents.hashes())
+
+    def unchanged(self, file: str, name: str) -> bool | None:
+        """Return True if something in a file is what it was, None if that is not known."""
+        if self.record is None or file not in self.record:
+            return None
+        before, now = self.record[file].get(name), self._now.get(file, {}).get(name)
+        return None if before is None and now is None else before == now
+
+    def changed(self, file: str, name: str) -> bool:
+        """Return True if something in a file is known to be other than it was."""
+        return self.unchanged(file, name) is False
+
+    def add_changes(self) -> None:
+        """Note whatever was changed and is part of no finding yet."""
+        for file in self.record or ():
+            found = [item for item in self._changes(file) if (file, item[0]) not in self._explained]
+            for name, change in found[:_SHOWN]:
+                self.add("changed", name, f"{change} in {file} since the export was written")
+            if len(found) > _SHOWN:
+                more = f"{len(found) - _SHOWN} more things differ from when the export was written"
+                self.add("changed", file, more)
+
+    def _changes(self, file: str) -> Iterator[tuple[str, str]]:
+        assert self.record is not None
+        before, now = self.record[file], self._now.get(file, {})
+        for name in dict.fromkeys([*before, *now]):
+            if name not in now:
+                yield name, "is gone"
+            elif name not in before:
+                yield name, "is new"
+            elif before[name] != now[name]:
+                yield name, "differs"
+
+
+class _Readable(BaseModel):
+    """Fields that the manifest of an export must have to be of use, even if its hash differs."""
+
+    kind: Any
+    prefix: str
+    files: dict[str, dict[str, Any]]
 
 
 def _manifest(folder: Path) -> tuple[Mapping[str, Any], list[Finding]]:
-    """The manifest as it is, and what is wrong with it or with the files it lists."""
+    """Return the manifest as it is, and what is wrong with it or with the files it lists."""
     findings = []
     try:
         manifest: Mapping[str, Any] = read_manifest(folder, verify=False)
     except CorruptFileError as error:
-        manifest = _damaged(folder, error)
+        try:
+            manifest = read_json(folder / MANIFEST)
+            _Readable.model_validate(manifest)
+        except ValueError:
+            raise error from None
         message = "was changed after it was written: its hash differs"
-        findings.append(Finding("manifest", MANIFEST, message, AGAIN))
-    if manifest.get("kind") != "export":
+        findings.append(Finding("manifest", MANIFEST, message, _AGAIN))
+    if manifest["kind"] != "export":
         raise CorruptFileError(
-            f"{folder}: an export of aimet_ext is required, got {manifest.get('kind')!r}"
+            f"{folder}: an export of aimet_ext is required, got {manifest['kind']!r}"
         )
-    for name, listed in manifest["files"].items():
-        path = folder / name
-        problem = None
-        if not path.is_file():
-            problem = "is absent"
-        elif path.stat().st_size != listed["bytes"]:
-            problem = f"has {path.stat().st_size} bytes instead of {listed['bytes']}"
-        elif hash_file(path) != listed["sha256"]:
-            problem = "was changed after the manifest was written"
-        if problem:
-            findings.append(Finding("manifest", name, problem, AGAIN))
+    for name, fault in changed_files(folder, manifest["files"]):
+        when = " after the manifest was written" if fault == "was changed" else ""
+        findings.append(Finding("manifest", name, fault + when, _AGAIN))
     return manifest, findings
-
-
-def _damaged(folder: Path, error: CorruptFileError) -> Mapping[str, Any]:
-    """A manifest with a hash that does not fit, if it can be read nevertheless."""
-    try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except ValueError:
-        raise error from None
-    if not isinstance(content, dict) or not {"kind", "prefix", "files"} <= content.keys():
-        raise error
-    return content
 
 
 def _record(
     folder: Path, manifest: Mapping[str, Any], findings: list[Finding]
 ) -> Mapping[str, Mapping[str, str]] | None:
-    """What was recorded when the export was written, if it can be trusted."""
+    """Return what was recorded when the export was written, if it can be trusted."""
     wanted = manifest.get("fingerprints")
     try:
-        record = read_fingerprints(folder)
+        record = read_record(folder)
     except CorruptFileError as error:
-        findings.append(Finding("record", FINGERPRINTS, str(error), AGAIN))
-        return None
-    if record is None:
-        if wanted is not None:
-            findings.append(Finding("record", FINGERPRINTS, "is required and absent", AGAIN))
-        return None
-    if hash_file(folder / FINGERPRINTS) != wanted:
-        message = "is not the file that was written with the export"
-        findings.append(Finding("record", FINGERPRINTS, message, AGAIN))
-        return None
-    return record
+        problem = str(error)
+    else:
+        if record is None and wanted is None:
+            return None
+        if record is not None and hash_file(folder / FINGERPRINTS) == wanted:
+            return record
+        absent = "is required and absent"
+        problem = absent if record is None else "is not the file that was written with the export"
+    findings.append(Finding("record", FINGERPRINTS, problem, _AGAIN))
+    return None

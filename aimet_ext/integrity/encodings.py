@@ -1,35 +1,34 @@
-"""Encodings files of an export against the quantizers, and against each other."""
+"""The encodings files of an export against the quantizers, and against each other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
-from aimet_ext.files.names import QUANTIZERS
-from aimet_ext.integrity.files import AGAIN
+from aimet_ext.files.folders import QUANTIZERS
+from aimet_ext.integrity.description import parameter_quantizer
 from aimet_ext.integrity.grids import Cells, encoded_cells, onnx_cells, torch_cells
-from aimet_ext.integrity.state import ExportState
+
+if TYPE_CHECKING:
+    from aimet_ext.integrity.check import Examination
 
 __all__ = ["check_encodings"]
-
-_Grids = dict[str, Cells]
 
 
 @dataclass(frozen=True)
 class _Source:
     """Grids by encoded tensor as one file has them.
 
-    :param item: what the thing is called in the file that a tensor's grid comes from.
+    :param items: names in the file of the things that a tensor's grid comes from.
     """
 
     file: str
-    grids: _Grids
-    item: Callable[[str], str]
+    grids: dict[str, Cells]
+    items: Callable[[str], list[str]] = lambda name: [name]
 
 
-def check_encodings(state: ExportState) -> None:
+def check_encodings(state: Examination) -> None:
     """Each tensor must have one grid: in both encodings files, and in its quantizer."""
     sources = [_quantizers(state), *_files(state)]
     names = dict.fromkeys(name for source in sources for name in source.grids)
@@ -41,65 +40,60 @@ def check_encodings(state: ExportState) -> None:
     _check_listed(state, sources)
 
 
-def _quantizers(state: ExportState) -> _Source:
-    stored = state.files.quantizers
+def _quantizers(state: Examination) -> _Source:
+    stored = state.contents.stored(QUANTIZERS)
     described = stored.json("quantizers")
     if state.is_onnx:
         containers = state.manifest.get("containers", {})
         grids = onnx_cells(stored.tensors, described, containers)
-        return _Source(QUANTIZERS, grids, partial(_onnx_item, described))
-    cells = torch_cells(stored.tensors, described)
-    owners = _owners(state)
-    found = {name: cells[owner] for name, owner in owners.items() if owner in cells}
-    return _Source(QUANTIZERS, found, partial(_torch_item, owners, described))
+        owners, prefix, keys = {name: name for name in grids}, "range.", [""]
+    else:
+        cells, owners = torch_cells(stored.tensors, described), _owners(state)
+        grids = {name: cells[owner] for name, owner in owners.items() if owner in cells}
+        prefix, keys = "", ["", ".min", ".max", ".scale", ".offset"]
+
+    def items(name: str) -> list[str]:
+        owner = owners.get(name, name)
+        return [f"{prefix}{described.get(owner, {}).get('same_as', owner)}{key}" for key in keys]
+
+    return _Source(QUANTIZERS, grids, items)
 
 
-def _owners(state: ExportState) -> Mapping[str, str]:
-    """The quantizer of each encoded tensor of a PyTorch sim, as far as it is known."""
+def _owners(state: Examination) -> dict[str, str]:
+    """Return the quantizer of each encoded tensor of a PyTorch sim, as far as it is known."""
     if "quantizer_of" in state.manifest:
         return dict(state.manifest["quantizer_of"])
-    owners = {}
-    for parameter, tensor in state.manifest.get("onnx_names", {}).items():
-        layer, _, key = parameter.rpartition(".")
-        owners[tensor] = f"{layer}.param_quantizers.{key}".lstrip(".")
-    return owners
+    names = state.manifest.get("onnx_names", {})
+    return {tensor: parameter_quantizer(parameter) for parameter, tensor in names.items()}
 
 
-def _onnx_item(described: Mapping[str, Any], name: str) -> str:
-    return f"range.{described.get(name, {}).get('same_as', name)}"
-
-
-def _torch_item(owners: Mapping[str, str], described: Mapping[str, Any], name: str) -> str:
-    owner = owners.get(name, name)
-    return str(described.get(owner, {}).get("same_as", owner))
-
-
-def _files(state: ExportState) -> list[_Source]:
-    """Both encodings files; what cannot be read as a grid is reported."""
-    found = state.files.encodings
-    newer = found[f"{state.files.prefix}.2.0.0.encodings"]
-    graph = state.files.model
+def _files(state: Examination) -> list[_Source]:
+    """Return both encodings files; an entry that cannot be read as a grid is a finding."""
+    graph, newer = state.contents.model, state.contents.encodings_2
     sources = []
-    for file, entries in found.items():
-        grids: _Grids = {}
+    for file, entries in state.contents.encodings.items():
+        grids: dict[str, Cells] = {}
         for name, entry in entries.items():
-            shape = None if graph is None else graph.shape(name)
             try:
-                cells = encoded_cells(entry, newer.get(name), shape)
+                cells = encoded_cells(entry, newer.get(name), graph.shape(name) if graph else None)
             except ValueError as error:
-                state.add("encodings", name, f"its encoding in {file} {error}", AGAIN, (file, name))
+                state.add("encodings", name, f"its encoding in {file} {error}", (file, name))
                 state.doubted.add(name)
                 continue
             if cells is not None:
                 grids[name] = cells
-        sources.append(_Source(file, grids, str))
+        sources.append(_Source(file, grids))
     return sources
 
 
-def _odd(state: ExportState, name: str, sources: list[_Source]) -> list[_Source]:
-    """The sources whose grid of a tensor is not what it must be."""
+def _odd(state: Examination, name: str, sources: list[_Source]) -> list[_Source]:
+    """Return the sources whose grid of a tensor is not what it must be."""
     having = [source for source in sources if name in source.grids]
-    changed = [source for source in having if _unchanged(state, source, name) is False]
+    changed = [
+        source
+        for source in having
+        if any(state.changed(source.file, item) for item in source.items(name))
+    ]
     first = having[0].grids[name]
     if all(source.grids[name].same(first) for source in having[1:]):
         return changed  # changed in all of them alike, or not in its values
@@ -112,17 +106,8 @@ def _odd(state: ExportState, name: str, sources: list[_Source]) -> list[_Source]
     return having
 
 
-def _unchanged(state: ExportState, source: _Source, name: str) -> bool | None:
-    item = source.item(name)
-    if source.file != QUANTIZERS or state.is_onnx:
-        return state.unchanged(source.file, item)
-    keys = (item, *(f"{item}.{key}" for key in ("min", "max", "scale", "offset")))
-    known = [state.unchanged(source.file, key) for key in keys]
-    return None if all(one is None for one in known) else False not in known
-
-
 def _report(
-    state: ExportState, name: str, source: _Source, wrong: list[_Source], sources: list[_Source]
+    state: Examination, name: str, source: _Source, wrong: list[_Source], sources: list[_Source]
 ) -> None:
     """Say what is wrong with the grid of a tensor in one file."""
     sound = [other for other in sources if other not in wrong]
@@ -137,11 +122,10 @@ def _report(
     elif state.record is not None:
         check = "stale"
         what = f"{mine}, is not what was exported: it comes from another calibration"
-    place = f" (of {source.item(name)})" if source.item(name) != name else ""
-    state.add(check, name, f"its grid in {source.file}{place}: {what}")
-    item = source.item(name)
-    state.explain(*((source.file, f"{item}{key}") for key in ("", ".min", ".max", ".scale")))
-    state.explain((source.file, f"{item}.offset"))
+    items = source.items(name)
+    place = f" (of {items[0]})" if items[0] != name else ""
+    changed = ((source.file, item) for item in items)
+    state.add(check, name, f"its grid in {source.file}{place}: {what}", *changed)
 
 
 def _diagnosis(name: str, mine: Cells, expected: Cells, reference: _Source) -> tuple[str, str]:
@@ -159,7 +143,7 @@ def _diagnosis(name: str, mine: Cells, expected: Cells, reference: _Source) -> t
     return "encodings", f"{mine}; {expected} is required"
 
 
-def _check_listed(state: ExportState, sources: list[_Source]) -> None:
+def _check_listed(state: Examination, sources: list[_Source]) -> None:
     """What has an encoding in one file must have one in the other, and a quantizer in both.
 
     Of an ONNX sim, 2.0.0 lists outputs of operators that only move data, and 1.0.0 does not.
@@ -168,10 +152,10 @@ def _check_listed(state: ExportState, sources: list[_Source]) -> None:
     names = dict.fromkeys([*older.grids, *newer.grids, *quantizers.grids])
     for name in names:
         for source in (older, newer):
-            if name in state.files.encodings[source.file] or not source.grids:
+            if name in state.contents.encodings[source.file] or not source.grids:
                 continue
             known = state.unchanged(source.file, name)
             wanted = name in older.grids if state.is_onnx else True
             if known is False or (state.record is None and wanted):
                 message = f"has no encoding in {source.file}, and is quantized"
-                state.add("encodings", name, message, AGAIN, (source.file, name))
+                state.add("encodings", name, message, (source.file, name))

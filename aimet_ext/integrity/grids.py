@@ -14,7 +14,7 @@ from aimet_ext.core.affine import Grid, scale_offset, to_blocks
 from aimet_ext.core.lpbq import lpbq_scale
 from aimet_ext.files.encodings import Layout, to_grid
 
-__all__ = ["Cells", "encoded_cells", "misfit", "onnx_cells", "torch_cells"]
+__all__ = ["Cells", "GridIndex", "encoded_cells", "misfit", "onnx_cells", "torch_cells"]
 
 _RELATIVE = 1e-6
 # A grid that leaves more than this part of the values of most cells outside was made for another
@@ -42,10 +42,14 @@ class Cells:
         return cls(scale, first.expand_as(scale), grid.qmax - grid.qmin)
 
     def same(self, other: Cells) -> bool:
-        """Whether two grids have the same values; a weight may lie the other way round."""
-        return self.steps == other.steps and any(
-            _close(mine, theirs)
-            for mine, theirs in zip(_pairs(self), _pairs(other, turn=True), strict=True)
+        """Return True if two grids have the same values; a weight may lie the other way round."""
+        if self.steps != other.steps or self.scale.numel() != other.scale.numel():
+            return False
+        turned = [(other.scale.mT, other.first.mT)] if other.scale.dim() == 2 else []
+        return any(
+            torch.allclose(self.scale.flatten(), scale.flatten(), rtol=_RELATIVE, atol=0)
+            and bool(((self.first.flatten() - first.flatten()).abs() < 0.25).all())
+            for scale, first in [(other.scale, other.first), *turned]
         )
 
     def mirrored(self, other: Cells) -> bool:
@@ -74,6 +78,37 @@ class Cells:
         number = self.scale.numel()
         text = f"{bits} bits, scale {_shown(self.scale)}, first value {_shown(self.first)} steps"
         return text if number == 1 else f"{text}, {number} cells"
+
+
+class GridIndex:
+    """Names of grids, found by a grid's values in a time that does not depend on their number.
+
+    :param cells: grids by name.
+    """
+
+    def __init__(self, cells: Mapping[str, Cells]) -> None:
+        self._order = {name: number for number, name in enumerate(cells)}
+        # Of each different grid the first name by each prefix, in a bucket of similar sizes.
+        self._buckets: dict[tuple[int, int, int], list[tuple[Cells, dict[str, str]]]] = {}
+        for name, grid in cells.items():
+            bucket = self._buckets.setdefault(_bucket(grid), [])
+            names = next((names for other, names in bucket if _equal(other, grid)), None)
+            if names is None:
+                names = {}
+                bucket.append((grid, names))
+            for length in range(len(name) + 1):
+                names.setdefault(name[:length], name)
+
+    def find(self, grid: Cells, name: str) -> str | None:
+        """Return the name of the same grid that shares most of its start with a name, if any."""
+        steps, number, size = _bucket(grid)
+        near = [self._buckets.get((steps, number, size + n), ()) for n in (-1, 0, 1)]
+        same = [names for bucket in near for other, names in bucket if other.same(grid)]
+        for length in range(len(name), -1, -1):
+            found = [names[name[:length]] for names in same if name[:length] in names]
+            if found:
+                return min(found, key=self._order.__getitem__)
+        return None
 
 
 def torch_cells(tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> dict[str, Cells]:
@@ -173,20 +208,14 @@ def misfit(values: Tensor, cells: Cells) -> str | None:
     return f"{part:.0%} of the values lie outside its range" if part > _OUTSIDE else None
 
 
-def _close(mine: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> bool:
-    if mine[0].numel() != theirs[0].numel():
-        return False
-    (scale, first), (other, other_first) = mine, theirs
-    equal = torch.isclose(scale, other, rtol=_RELATIVE, atol=0)
-    return bool(equal.all()) and bool(((first - other_first).abs() < 0.25).all())
+def _bucket(cells: Cells) -> tuple[int, int, int]:
+    """Return a key by which the same grids are in one bucket or in neighbouring ones."""
+    size = cells.scale.sum().log() / (10 * _RELATIVE)
+    return cells.steps, cells.scale.numel(), int(size.nan_to_num().floor())
 
 
-def _pairs(cells: Cells, *, turn: bool = False) -> list[tuple[Tensor, Tensor]]:
-    """Scale and first value, flat, twice: as they lie, and if asked for, turned."""
-    plain = (cells.scale.flatten(), cells.first.flatten())
-    if turn and cells.scale.dim() == 2:
-        return [plain, (cells.scale.mT.flatten(), cells.first.mT.flatten())]
-    return [plain, plain]
+def _equal(one: Cells, other: Cells) -> bool:
+    return torch.equal(one.scale, other.scale) and torch.equal(one.first, other.first)
 
 
 def _shown(values: Tensor) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ class OnnxGraph:
 
     def __init__(self, path: Path) -> None:
         self._onnx = require("onnx", "onnx")
-        self.path = path
+        self.path, self.name = path, path.name
         try:
             self.graph = self._onnx.load(str(path), load_external_data=False).graph
         except Exception as error:  # protobuf's own DecodeError, which is not to be imported
@@ -39,16 +40,16 @@ class OnnxGraph:
                 self.constants[node.output[0]] = node.attribute[0].t
             else:
                 self.producers.update(dict.fromkeys(node.output, node))
-        self.missing = dict(self._missing())
-        self.read = self._read()
 
     def __contains__(self, name: str) -> bool:
         return name in self.constants or name in self.producers
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Dimensions of a constant, None if there is none of that name."""
-        proto = self._source(name)
-        return None if proto is None else tuple(proto.dims)
+        node = self.producers.get(name)
+        if node is not None and node.op_type == "Identity":
+            return self.shape(node.input[0])
+        return tuple(self.constants[name].dims) if name in self.constants else None
 
     def value(self, name: str) -> Array | None:
         """Values of a constant or of what is computed from constants by dequantizing them.
@@ -83,17 +84,18 @@ class OnnxGraph:
                 digest.update(attribute.SerializeToString(deterministic=True))
             yield node.output[0], digest.hexdigest()
 
-    def _source(self, name: str) -> Any:
-        """The constant that a name stands for, through Identity nodes."""
-        while name not in self.constants:
-            node = self.producers.get(name)
-            if node is None or node.op_type != "Identity":
-                return None
-            name = node.input[0]
-        return self.constants[name]
+    def origin(self, name: str) -> str:
+        """Return the constant that a name stands for, through Identity or DequantizeLinear."""
+        while name not in self.constants and name in self.producers:
+            name = self.producers[name].input[0]
+        return name
+
+    @cached_property
+    def missing(self) -> dict[str, str]:
+        """Constants whose values are not all on disk, and what is there instead."""
+        return dict(self._missing())
 
     def _missing(self) -> Iterator[tuple[str, str]]:
-        """Constants whose values are not all on disk, and what is there instead."""
         external = self._onnx.TensorProto.EXTERNAL
         for name, proto in self.constants.items():
             if proto.data_location != external:
@@ -124,7 +126,8 @@ class OnnxGraph:
         kind = self._onnx.helper.tensor_dtype_to_np_dtype(proto.data_type)
         return int(count * kind.itemsize)
 
-    def _read(self) -> set[str]:
+    @cached_property
+    def read(self) -> set[str]:
         """Names of all tensors that some output of the graph is computed from."""
         wanted = [value.name for value in self.graph.output]
         found: set[str] = set()

@@ -4,56 +4,49 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from aimet_ext.files.ledger import Ledger
-from aimet_ext.files.names import LEDGER
-from aimet_ext.files.scales import AIMET_FILE, SCALES_FILE
-from aimet_ext.integrity.files import AGAIN, Stored
-from aimet_ext.integrity.state import ExportState
+from aimet_ext.files.folders import LEDGER
+from aimet_ext.files.ledger import (
+    AIMET_FILE,
+    SCALES_FILE,
+    Ledger,
+    aimet_tensors,
+    cumulative_tensors,
+)
+
+if TYPE_CHECKING:
+    from aimet_ext.integrity.check import Examination
 
 __all__ = ["check_scales"]
 
 _FIELDS = ("techniques", "pairs", "origin", "version", "schema")
 
 
-def check_scales(state: ExportState) -> None:
+def check_scales(state: Examination) -> None:
     """Every vector must be the product of the ledger's multipliers for its module and axis."""
     ledger = _ledger(state)
-    mine = state.files.scales.tensors
+    mine = state.contents.stored(SCALES_FILE).tensors
     if ledger is None:
         return
     _check_multipliers(state, ledger)
     try:
-        products = ledger.cumulative(lambda name: _original(name, mine))
+        expected = cumulative_tensors(ledger, lambda name: _original(name, mine))
     except (ValueError, RuntimeError) as error:
         state.add("scales", LEDGER, f"its multipliers do not go together: {error}")
         return
-    expected = {
-        f"{module}.{axis}": vector
-        for module, axes in products.items()
-        for axis, vector in axes.items()
-    }
     _compare(state, SCALES_FILE, mine, expected)
     _check_fields(state, ledger)
-    if state.files.aimet_scales is not None:
-        theirs = {
-            f"{name.rpartition('.')[0]}.prev" if name.endswith(".output") else _foll(name): (
-                vector.reciprocal() if name.endswith(".output") else vector
-            )
-            for name, vector in expected.items()
-        }
-        _compare(state, AIMET_FILE, state.files.aimet_scales.tensors, theirs)
+    if state.contents.has(AIMET_FILE):
+        theirs = state.contents.stored(AIMET_FILE).tensors
+        _compare(state, AIMET_FILE, theirs, aimet_tensors(expected))
 
 
-def _foll(name: str) -> str:
-    return f"{name.rpartition('.')[0]}.foll"
-
-
-def _ledger(state: ExportState) -> Ledger | None:
-    stored: Stored = state.files.ledger
+def _ledger(state: Examination) -> Ledger | None:
+    stored = state.contents.stored(LEDGER)
     if not stored.fields:
         return None  # the file could not be read, which was said
     try:
@@ -72,38 +65,38 @@ def _original(name: str, known: Mapping[str, Tensor]) -> str:
     return name
 
 
-def _check_multipliers(state: ExportState, ledger: Ledger) -> None:
+def _check_multipliers(state: Examination, ledger: Ledger) -> None:
     """Multipliers that are not what was recorded, by the module that they were folded into."""
     for number, entry in enumerate(ledger.entries):
         for place, side in enumerate(entry.sides):
             item = (LEDGER, f"{number}.{place}")
-            if state.unchanged(*item) is False:
+            if state.changed(*item):
                 message = f"its multiplier ({side.axis}) by {entry.technique} was changed"
-                state.add("ledger", side.module, f"{message} in {LEDGER}", AGAIN, item)
-    if state.unchanged(LEDGER, "field ledger") is False:
+                state.add("ledger", side.module, f"{message} in {LEDGER}", item)
+    if state.changed(LEDGER, "field ledger"):
         message = "its list of what was done to the sim was changed"
-        state.add("ledger", LEDGER, message, AGAIN, (LEDGER, "field ledger"))
+        state.add("ledger", LEDGER, message, (LEDGER, "field ledger"))
 
 
 def _compare(
-    state: ExportState, file: str, mine: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+    state: Examination, file: str, mine: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> None:
     for name in dict.fromkeys([*expected, *mine]):
         item = (file, name)
         if name not in mine:
-            state.add("scales", name, f"is gone from {file}", AGAIN, item)
+            state.add("scales", name, f"is gone from {file}", item)
         elif name not in expected:
-            state.add("scales", name, f"{file} has it, and {LEDGER} does not", AGAIN, item)
+            state.add("scales", name, f"{file} has it, and {LEDGER} does not", item)
         elif not torch.equal(mine[name], expected[name]):
             twin = next(
                 (n for n, v in expected.items() if n != name and torch.equal(v, mine[name])), None
             )
             if twin is not None:
                 message = f"in {file} is that of {twin}"
-                state.add("swapped", name, message, AGAIN, item)
+                state.add("swapped", name, message, item)
             else:
                 message = f"in {file} is not what {LEDGER} comes to: {_how(mine, expected, name)}"
-                state.add("scales", name, message, AGAIN, item)
+                state.add("scales", name, message, item)
 
 
 def _how(mine: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> str:
@@ -118,8 +111,8 @@ def _how(mine: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) 
     )
 
 
-def _check_fields(state: ExportState, ledger: Ledger) -> None:
-    fields = state.files.scales.fields
+def _check_fields(state: Examination, ledger: Ledger) -> None:
+    fields = state.contents.stored(SCALES_FILE).fields
     if not fields:
         return
     required = {"techniques": list(ledger.techniques), "origin": ledger.origin or ""}
@@ -128,13 +121,13 @@ def _check_fields(state: ExportState, ledger: Ledger) -> None:
         found = text if name == "origin" else json.loads(text or "null")
         if found != value:
             message = f"says {name} {found!r}, and {LEDGER} {value!r}"
-            state.add("scales", SCALES_FILE, message, AGAIN, (SCALES_FILE, f"field {name}"))
+            state.add("scales", SCALES_FILE, message, (SCALES_FILE, f"field {name}"))
     pairs = json.loads(fields.get("pairs", "[]"))
     kinds = [(pair["technique"], pair["pair"], pair["size"]) for pair in pairs]
     if kinds != [(entry.technique, entry.pair, entry.size) for entry in ledger.entries]:
         message = f"lists other scale pairs than {LEDGER}"
-        state.add("scales", SCALES_FILE, message, AGAIN, (SCALES_FILE, "field pairs"))
+        state.add("scales", SCALES_FILE, message, (SCALES_FILE, "field pairs"))
     for name in _FIELDS:
         item = (SCALES_FILE, f"field {name}")
-        if state.unchanged(*item) is False:
-            state.add("scales", SCALES_FILE, f"its field {name!r} was changed", AGAIN, item)
+        if state.changed(*item):
+            state.add("scales", SCALES_FILE, f"its field {name!r} was changed", item)

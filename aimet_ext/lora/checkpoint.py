@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from aimet_ext.errors import CorruptFileError
-from aimet_ext.files.manifest import is_ours, read_manifest
+from aimet_ext.files.folders import is_ours, read_manifest
 from aimet_ext.files.tensors import hash_tensors
 from aimet_ext.models.families import FAMILIES
 from aimet_ext.models.huggingface import causal_lm, checkpoint_prefix

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -10,17 +9,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import BaseModel, Json
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from aimet_ext.artifact.checkpoint import WEIGHTS
+from aimet_ext.artifact.checkpoint import read_quantizers
 from aimet_ext.artifact.load import load as load_base
 from aimet_ext.artifact.torch_onnx import positional_inputs
 from aimet_ext.errors import CorruptFileError, require
-from aimet_ext.files.folders import check_output, replace_folder
-from aimet_ext.files.manifest import MANIFEST, hash_file, read_manifest, write_manifest
-from aimet_ext.files.names import QUANTIZERS, QUANTIZERS_SCHEMA
-from aimet_ext.files.sealed import read_sealed, write_sealed
+from aimet_ext.files.folders import (
+    MANIFEST,
+    WEIGHTS,
+    check_output,
+    hash_file,
+    read_manifest,
+    replace_folder,
+    write_manifest,
+)
+from aimet_ext.files.tensors import read_sealed, write_sealed
 from aimet_ext.lora.adapter import read_adapter
 from aimet_ext.lora.onnx_inputs import write_adapter_graph
 from aimet_ext.lora.sim import LoraState, lora_state, sim_with_slots, switch
@@ -130,11 +136,10 @@ def load(path: str | Path, *, base_sim: Any = None) -> QuantizationSimModel:
         raise CorruptFileError(
             f"{folder}: a folder of aimet_ext.lora.export is required, got {manifest['kind']!r}"
         )
-    tensors, fields = read_sealed(folder / STATE, _SCHEMA)
-    places: dict[str, bool] = json.loads(fields["places"])
-    sim = sim_with_slots(load_base(folder / BASE, sim=base_sim), folder / BASE, places)
+    tensors, fields = read_sealed(folder / STATE, _SCHEMA, _Fields)
+    sim = sim_with_slots(load_base(folder / BASE, sim=base_sim), folder / BASE, fields.places)
     state = lora_state(sim)
-    for name, contents in json.loads(fields["adapters"]).items():
+    for name, contents in fields.adapters.items():
         state.adapters[name] = {
             slot: _content(state, slot, f"{name}/{slot}", described, tensors)
             for slot, described in contents.items()
@@ -142,6 +147,17 @@ def load(path: str | Path, *, base_sim: Any = None) -> QuantizationSimModel:
         state.sources[name] = read_adapter(folder / ADAPTERS / name)
     switch(sim, manifest["active"])
     return sim
+
+
+class _Fields(BaseModel):
+    """Fields of ``lora.safetensors``.
+
+    :param places: True for each layer with an adapter whose sum has a bias.
+    :param adapters: content of each slot of each adapter.
+    """
+
+    places: Json[dict[str, bool]]
+    adapters: Json[dict[str, dict[str, Any]]]
 
 
 def _check_names(state: LoraState, prefix: str) -> None:
@@ -181,10 +197,7 @@ def _check_base(sim: Any, state: LoraState) -> None:
         raise CorruptFileError(
             f"{state.base} was written again since this simulation was made from it; make it again"
         )
-    weights, (ranges, _) = (
-        load_file(state.base / WEIGHTS),
-        read_sealed(state.base / QUANTIZERS, QUANTIZERS_SCHEMA),
-    )
+    weights, (ranges, _) = load_file(state.base / WEIGHTS), read_quantizers(state.base)
     tied = manifest["model"]["tied"]
     own = tuple(f"{slot}.{part}." for slot in state.slots for part in ("lora_A", "lora_B", "add"))
     present = {

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aimet_ext.files.scales import ModuleScales
+from aimet_ext.files.ledger import ModuleScales
 
 __all__ = ["columns", "dora_magnitude", "rows"]
 

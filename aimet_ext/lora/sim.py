@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from aimet_ext.artifact.load import load
 from aimet_ext.errors import require
-from aimet_ext.files.ledger import Ledger
-from aimet_ext.files.manifest import MANIFEST, hash_file
-from aimet_ext.files.scales import load_scales
+from aimet_ext.files.folders import MANIFEST, hash_file
+from aimet_ext.files.ledger import Ledger, load_scales
 from aimet_ext.files.tensors import hash_tensors
 from aimet_ext.grids.fitting import some
 from aimet_ext.lora.adapter import Adapter, LoraLayer, read_adapters

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from aimet_ext.files.scales import ModuleScales, Scales
+from aimet_ext.files.ledger import ModuleScales, Scales
 from aimet_ext.lora.adapter import Adapter
 from aimet_ext.lora.checkpoint import Checkpoint, Target
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.data.batches import ForwardFn
+from aimet_ext.files.folders import writable_folder
 from aimet_ext.files.journal import Checkpoints, UndoJournal, environment, hash_tensors
 from aimet_ext.files.ledger import Ledger
-from aimet_ext.files.tensors import writable_folder
 from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer
 
 try:

@@ -13,7 +13,7 @@ import numpy as np
 from aimet_ext.artifact.hand_off import HandOff, hand_off, write_qdq
 from aimet_ext.artifact.load import load
 from aimet_ext.errors import CorruptFileError, require
-from aimet_ext.files.manifest import read_manifest
+from aimet_ext.files.folders import read_manifest
 from aimet_ext.findings import Finding
 from aimet_ext.integrations.qnn import HtpRejected
 from aimet_ext.integrations.qnn_process import HtpCrashed, HtpProcess

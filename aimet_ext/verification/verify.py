@@ -13,8 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from aimet_ext.errors import CorruptFileError
-from aimet_ext.files.folders import check_output, replace_folder
-from aimet_ext.files.manifest import read_manifest, versions, write_manifest
+from aimet_ext.files.folders import (
+    check_output,
+    read_manifest,
+    replace_folder,
+    versions,
+    write_manifest,
+)
 from aimet_ext.findings import Finding
 from aimet_ext.integrations.qnn_targets import HtpTarget, find_target
 from aimet_ext.integrity.check import check_integrity

@@ -15,8 +15,8 @@ import aimet_ext
 from aimet_ext import LPBQ, Blockwise, QSpec
 from aimet_ext.artifact.inspect import inspect_export
 from aimet_ext.errors import CorruptFileError
-from aimet_ext.files.ledger import Ledger
-from aimet_ext.files.scales import save_scales
+from aimet_ext.files.folders import replace_folder, write_manifest
+from aimet_ext.files.ledger import Ledger, write_scales
 from aimet_ext.sim.protocol import adapt
 from aimet_ext.sim.torch.state import quantizers_to_tensors
 
@@ -209,10 +209,17 @@ def test_a_missing_or_cut_file_is_named(tmp_path: pathlib.Path, folder: pathlib.
         aimet_ext.load(tmp_path / "out")
 
 
+def write_folder_of_scales(path: pathlib.Path, ledger: Ledger) -> None:
+    """Write what a technique leaves behind."""
+    with replace_folder(path) as folder:
+        write_scales(folder, ledger)
+        write_manifest(folder, "scales", techniques=list(ledger.techniques))
+
+
 def test_other_folders_are_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(FileNotFoundError, match="written by aimet_ext"):
         aimet_ext.load(tmp_path / "nothing")
-    save_scales(tmp_path / "scales", Ledger())
+    write_folder_of_scales(tmp_path / "scales", Ledger())
     with pytest.raises(CorruptFileError, match="an export is required"):
         aimet_ext.load(tmp_path / "scales")
 
@@ -230,7 +237,7 @@ def test_inspecting_sums_up_an_export(folder: pathlib.Path) -> None:
 def test_inspecting_scales(tmp_path: pathlib.Path) -> None:
     ledger = Ledger()
     ledger.record("omniquant", "b", "p", "v_o", [("o", "in", torch.full((4,), 2.0))], size=2)
-    save_scales(tmp_path / "out", ledger)
+    write_folder_of_scales(tmp_path / "out", ledger)
     (tmp_path / "out" / "later.txt").write_text("")
     found = inspect_export(tmp_path / "out")
     assert found["scales"] == {"modules": 1, "techniques": ["omniquant"], "pairs": {"v_o": 1}}

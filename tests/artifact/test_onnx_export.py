@@ -14,11 +14,10 @@ import torch
 
 import aimet_ext
 from aimet_ext.artifact.inspect import inspect_export
+from aimet_ext.artifact.onnx_export import read_onnx_quantizers
 from aimet_ext.errors import CorruptFileError
+from aimet_ext.files.folders import read_manifest
 from aimet_ext.files.ledger import Ledger
-from aimet_ext.files.manifest import read_manifest
-from aimet_ext.files.names import ONNX_SCHEMA, QUANTIZERS
-from aimet_ext.files.sealed import read_sealed
 from aimet_ext.sim.protocol import adapt
 
 onnx = pytest.importorskip("onnx")
@@ -517,7 +516,7 @@ def test_rounded_weights_need_no_second_copy(tmp_path: pathlib.Path, bits: int) 
     sim.compute_encodings([X])
     manifest = aimet_ext.export(sim, tmp_path / "out", "m", X, bias="int32")
     assert [run["technique"] for run in manifest["techniques"]] == ["gptq"]
-    tensors, _ = read_sealed(tmp_path / "out" / QUANTIZERS, ONNX_SCHEMA)
+    tensors, _ = read_onnx_quantizers(tmp_path / "out")
     assert not any(name.startswith("float.") for name in tensors)
     loaded = aimet_ext.load(tmp_path / "out")
     assert np.array_equal(outputs(loaded), outputs(sim))

@@ -12,8 +12,15 @@ import pytest
 
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files import folders
-from aimet_ext.files.folders import check_output, replace_file, replace_folder
-from aimet_ext.files.manifest import MANIFEST, is_ours, read_manifest, write_manifest
+from aimet_ext.files.folders import (
+    MANIFEST,
+    check_output,
+    is_ours,
+    read_manifest,
+    replace_file,
+    replace_folder,
+    write_manifest,
+)
 
 
 def write(path: pathlib.Path, text: str) -> None:

@@ -13,8 +13,7 @@ from torch import Tensor
 import aimet_ext
 from aimet_ext import PerTensor, QSpec
 from aimet_ext.core.equivalence import expand, transform
-from aimet_ext.files.ledger import Ledger
-from aimet_ext.files.scales import ModuleScales, Scales
+from aimet_ext.files.ledger import Ledger, ModuleScales, Scales
 from aimet_ext.files.tensors import hash_tensors
 from aimet_ext.lora import attach_adapter, fold_adapter, fold_adapters, read_adapter
 from aimet_ext.models.proof import Float64Casts

@@ -13,8 +13,8 @@ import aimet_ext
 from aimet_ext import Blockwise, QSpec
 from aimet_ext.core.equivalence import expand, transform
 from aimet_ext.errors import CorruptFileError
-from aimet_ext.files.manifest import read_manifest
-from aimet_ext.files.scales import save_scales
+from aimet_ext.files.folders import read_manifest
+from aimet_ext.files.ledger import SCALES_FILE, write_scales
 from aimet_ext.lora import fold_adapter, read_adapter
 from aimet_ext.lora.fold import scales_digest
 from aimet_ext.models.topology import find_blocks
@@ -195,16 +195,14 @@ def test_dora_on_padded_rows_is_refused_by_name(exported: Any) -> None:
 
 
 def test_scales_of_a_sim_that_was_not_exported(exported: Any, tmp_path: Any) -> None:
-    """The file that a technique or save_scales writes does as well, where nothing is padded."""
+    """The file that a technique writes does as well, where nothing is padded."""
     _, model, _ = exported
     sim = aimet_ext.create_sim(model, ids(), activations=None)
     aimet_ext.apply_omniquant(sim, [ids(1)], **BOLD, output_path=tmp_path / "technique")
-    save_scales(
-        tmp_path / "s.safetensors", adapt(sim).ledger, rename=lambda n: n.removeprefix("model.")
-    )
+    write_scales(tmp_path, adapt(sim).ledger, rename=lambda n: n.removeprefix("model."))
     wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=LAYERS))
     one = fold_adapter(wrapped, tmp_path / "technique")
-    two = fold_adapter(wrapped, tmp_path / "s.safetensors")
+    two = fold_adapter(wrapped, tmp_path / SCALES_FILE)
     assert one.tensors.keys() == two.tensors.keys()
     assert all(torch.equal(one.tensors[key], two.tensors[key]) for key in one.tensors)
 

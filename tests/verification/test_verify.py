@@ -22,7 +22,7 @@ from aimet_ext.cli.errors import ErrorsAsCodes
 from aimet_ext.cli.verify import EPILOG
 from aimet_ext.cli.verify import verify as command
 from aimet_ext.errors import CorruptFileError
-from aimet_ext.files.manifest import read_manifest
+from aimet_ext.files.folders import read_manifest
 from aimet_ext.findings import Finding
 from aimet_ext.integrations.qnn import HtpRejected
 from aimet_ext.integrations.qnn_process import HtpCrashed

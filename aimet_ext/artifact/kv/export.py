@@ -16,8 +16,7 @@ from aimet_ext.artifact.kv.check import check_float, check_quantized
 from aimet_ext.artifact.kv.run import KIND, QDQ, CacheFiles, share_weights
 from aimet_ext.artifact.load import load
 from aimet_ext.artifact.torch_onnx import Inputs, float32_model, write_onnx
-from aimet_ext.files.folders import replace_folder
-from aimet_ext.files.manifest import write_manifest
+from aimet_ext.files.folders import replace_folder, write_manifest
 from aimet_ext.models.kv_cache import CachedCausalLM
 from aimet_ext.sim.protocol import adapt
 

@@ -20,9 +20,8 @@ from tqdm.auto import tqdm
 from aimet_ext.config import LayerwiseParams
 from aimet_ext.core.objective import SecondMoment
 from aimet_ext.data.moments import sum_moments
-from aimet_ext.files.folders import replace_folder
+from aimet_ext.files.folders import replace_folder, write_manifest
 from aimet_ext.files.journal import Checkpoints, hash_tensors
-from aimet_ext.files.manifest import write_manifest
 from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer, adapt
 from aimet_ext.techniques.call import Call
 from aimet_ext.techniques.layerwise.choice import choose_layers
