@@ -1,4 +1,4 @@
-"""Exceptions with a meaning of their own, and the import of optional packages."""
+"""Exceptions of aimet_ext, and the import of optional packages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class MissingExtraError(ImportError):
 
 
 class CorruptFileError(ValueError):
-    """A file read back from disk is damaged, was changed, or is not one of ours."""
+    """A file read back from disk is damaged, was changed, or was not written by aimet_ext."""
 
 
 class TransformRefused(ValueError):

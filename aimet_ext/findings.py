@@ -1,4 +1,4 @@
-"""What a check has to say: where, what, and what to do about it."""
+"""The finding of a check: the place, the fault and the remedy."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ __all__ = ["Finding"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is not as it must be.
+    """One fault.
 
-    :param check: what was checked, for example ``"bias"``.
-    :param name: the tensor, layer or file.
-    :param message: what was required there, and what is there instead.
-    :param remedy: what to do.
+    :param check: name of the check, for example ``"bias"``.
+    :param name: tensor, layer or file.
+    :param message: value that is required there, and the one that was found.
+    :param remedy: action that removes the fault.
     """
 
     check: str
@@ -23,7 +23,7 @@ class Finding:
     remedy: str
 
     def to_json(self) -> dict[str, str]:
-        """The fields as JSON values."""
+        """Return the fields as JSON values."""
         return asdict(self)
 
     def __str__(self) -> str:

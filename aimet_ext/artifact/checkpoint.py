@@ -45,13 +45,13 @@ _TOKENIZER_FILES = (
 
 
 def float_state(sim: Any) -> dict[str, Tensor]:
-    """Float parameters and persistent buffers of a sim; see :meth:`SimAdaptor.float_state`."""
+    """Return float parameters and buffers of a sim; see :meth:`SimAdaptor.float_state`."""
     return dict(adapt(sim).float_state())
 
 
 @torch.no_grad()
 def rounded_state(sim: Any) -> dict[str, Tensor]:
-    """:func:`float_state` with every quantized parameter at its quantized value."""
+    """Return :func:`float_state` with every quantized parameter at its quantized value."""
     state = float_state(sim)
     for name, module in sim.named_qmodules():
         for key, quantizer in module.param_quantizers.items():
@@ -115,7 +115,7 @@ def write_quantizers(folder: Path, sim: Any) -> None:
 def read_quantizers(folder: Path) -> tuple[dict[str, Tensor], _Fields]:
     """Read what :func:`write_quantizers` wrote.
 
-    :raises CorruptFileError: the file was changed, cut short, or is not one of ours.
+    :raises CorruptFileError: the file was changed, cut short, or was not written by aimet_ext.
     """
     return read_sealed(folder / QUANTIZERS, _SCHEMA, _Fields)
 
@@ -134,9 +134,10 @@ def load_state(folder: Path, sim: Any, tied: Mapping[str, str]) -> None:
 
 
 def _passing_buffers(sim: Any) -> dict[str, Tensor]:
-    """Buffers that a model derives from its config and does not save, rotary frequencies mostly.
+    """Return buffers that a model derives from its config and does not save.
 
-    They belong to the state of a sim nevertheless: their dtype depends on how the model was cast.
+    Rotary frequencies mostly. They belong to the state of a sim nevertheless: their dtype depends
+    on how the model was cast.
     """
     saved = float_state(sim)
     inside = tuple(f"{name}." for name, _ in named_quantizers(sim))
@@ -190,7 +191,7 @@ def _write_config(folder: Path, model: Any, any_tied: bool) -> bool:
 
 
 def _inner_widths(model: nn.Module) -> set[int]:
-    """Inner widths of the MLPs, which padding may have changed."""
+    """Return inner widths of the MLPs, which padding may have changed."""
     return {
         module.in_features
         for name, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""A sim as a folder from which it can be rebuilt, and which other tools can read."""
+"""The export of a sim: a folder from which it can be rebuilt, and which other tools can read."""
 
 from __future__ import annotations
 
@@ -88,16 +88,17 @@ def export(
     on their grid in the ONNX file; :func:`aimet_ext.load` puts the float ones back.
 
     :param sim: made by ``create_sim`` or by hand, with ranges in all its quantizers.
-    :param path: folder; one of ours is replaced in one step, one with other files is refused.
+    :param path: folder; one written by aimet_ext is replaced in one step, one with other files is
+        refused.
     :param filename_prefix: name of the ONNX and encodings files.
-    :param dummy_input: what to trace with: ids ``[batch, seq]``, a tuple of positional arguments or
-        a mapping of keyword arguments. Its shapes are those of the ONNX file. Of an ONNX sim, one
-        batch of its inputs, by name or in order.
+    :param dummy_input: input to trace with: ids ``[batch, seq]``, a tuple of positional arguments
+        or a mapping of keyword arguments. Its shapes are those of the ONNX file. For an ONNX sim,
+        one batch of its inputs, by name or in order.
     :param tokenizer: saved with the model; by default the files of the folder the model was
         loaded from are copied.
     :param hf_checkpoint: write ``checkpoint/`` as well.
     :param aimet_keys: write AIMET's file of ``.prev`` and ``.foll`` scales as well.
-    :param opset_version: of the ONNX file, 17 by default; of torch sims.
+    :param opset_version: opset of the ONNX file, 17 by default; for torch sims.
     :param dynamic_axes: axes that stay free, as for ``torch.onnx.export``, for example
         ``{"input_ids": {0: "batch", 1: "length"}}``; of torch sims.
     :param bias: ``"int32"`` gives each bias of a quantized layer an encoding of 32 bits, with the
@@ -106,7 +107,7 @@ def export(
     :param external_data: write weights to ``{file}.data`` beside an ONNX file; None: if they are
         larger than a file may be; of ONNX sims.
     :returns: the manifest.
-    :raises FileExistsError: a file, or a folder that is not ours, is there.
+    :raises FileExistsError: a file, or a folder not written by aimet_ext, is there.
     :raises PermissionError: nothing can be written there.
     :raises ValueError: a quantizer has no range, the prefix is no file name, an argument is for
         sims of the other kind, or what was asked for cannot be written, with the tensors' names.

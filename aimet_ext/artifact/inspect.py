@@ -1,4 +1,4 @@
-"""What a folder of ours holds, after its hashes were checked."""
+"""The summary of a folder that aimet_ext wrote, after its hashes were checked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def inspect_export(path: str | Path) -> dict[str, Any]:
         ``scales`` (modules and pairs by kind), ``quantizers`` (how many of each width, frozen,
         without range), ``encodings`` (how many of each version), ``files`` with their sizes and
         hashes, and ``unlisted`` files that came later.
-    :raises FileNotFoundError: it is no folder of ours.
+    :raises FileNotFoundError: the folder was not written by aimet_ext.
     :raises CorruptFileError: a file was changed or is absent.
     """
     folder = Path(path)

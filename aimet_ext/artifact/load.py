@@ -31,7 +31,7 @@ def load(path: str | Path, *, sim: Any = None) -> Any:
         and of its configuration only what shapes its graph and quantizers is known.
     :returns: the sim, in evaluation mode, with its ledger.
     :raises FileNotFoundError: there is no export at ``path``.
-    :raises CorruptFileError: a file was changed, is absent, or is not ours.
+    :raises CorruptFileError: a file was changed, is absent, or was not written by aimet_ext.
     :raises ValueError: the sim was built by hand and none is given, or the one given does not fit.
     """
     folder = Path(path)
@@ -84,7 +84,7 @@ def _rebuild(folder: Path, settings: _Settings, manifest: dict[str, Any]) -> Any
 
 
 def _model(folder: Path, dtype: str, attention: str | None, loadable: bool) -> Any:
-    """The model of an export; where its config cannot say its widths, without its weights."""
+    """Return the model of an export; without weights if its config cannot say its widths."""
     transformers = require("transformers", "torch")
     options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if attention is not None:

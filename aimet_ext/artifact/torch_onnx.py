@@ -26,7 +26,7 @@ __all__ = ["Inputs", "OnnxFile", "float32_model", "positional_inputs", "run_onnx
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a model is traced with: positional arguments, and the names of those that are tensors.
+    """Inputs that a model is traced with: positional arguments, and the names of the tensors.
 
     :param args: None stands for an optional argument that is left out.
     """
@@ -46,7 +46,7 @@ class Place:
     """Where a quantized parameter is found in the ONNX file.
 
     :param tensor: the initializer, or the alias of one, that carries the encoding.
-    :param transposed: whether it lies there as columns of output channels.
+    :param transposed: True if its columns are the output channels there.
     """
 
     tensor: str
@@ -55,7 +55,7 @@ class Place:
 
 
 def positional_inputs(model: nn.Module, dummy_input: Any) -> Inputs:
-    """A dummy input as the model's positional arguments, on the model's device.
+    """Return a dummy input as the model's positional arguments, on the model's device.
 
     :param dummy_input: tensor, tuple or list of positional arguments, or mapping of keyword
         arguments; ``labels`` are left out.
@@ -84,7 +84,7 @@ def positional_inputs(model: nn.Module, dummy_input: Any) -> Inputs:
 
 @contextlib.contextmanager
 def float32_model(model: nn.Module) -> Iterator[None]:
-    """Context in which a model of another dtype computes in float32; exact, and put back after."""
+    """Return a context in which a model of another dtype computes in float32, exactly."""
     tensors = [*model.parameters(), *model.buffers()]
     narrow = [(t, t.data) for t in tensors if t.dtype in (torch.bfloat16, torch.float16)]
     try:
@@ -170,11 +170,11 @@ class OnnxFile:
         return self._index.is_stored(self._index.source(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Dimensions of a constant."""
+        """Return the shape of a constant."""
         return tuple(self._index.stored[self._index.source(name)].dims)
 
     def tensor(self, name: str) -> Tensor:
-        """Values of a constant."""
+        """Return the values of a constant."""
         proto = self._index.stored[self._index.source(name)]
         array = self._onnx.numpy_helper.to_array(proto, base_dir=str(self.path.parent))
         return torch.from_numpy(array.copy())
@@ -182,7 +182,7 @@ class OnnxFile:
     def find(
         self, parameters: Mapping[str, tuple[Tensor, Any]], encoded: Mapping[str, Any]
     ) -> dict[str, Place]:
-        """Where each quantized parameter is: by its values, then by its encoding, then by name.
+        """Find each quantized parameter: by its values, then by its encoding, then by name.
 
         The exporter transposes and renames the weights of linear layers and merges equal ones.
 
@@ -246,7 +246,7 @@ class OnnxFile:
             )
 
     def missing(self, parameters: Mapping[str, Tensor]) -> list[str]:
-        """Parameters whose float values are in no constant of the file, as they are or turned."""
+        """Return parameters whose float values are in no constant, as they are or transposed."""
         content = {_content(self.tensor(name)) for name in self._index.stored}
         return [
             name
@@ -264,7 +264,7 @@ class OnnxFile:
 
 
 def run_onnx(path: Path, inputs: Inputs) -> Tensor:
-    """First output of an ONNX file in onnxruntime on the CPU."""
+    """Return the first output of an ONNX file in onnxruntime on the CPU."""
     session = open_session(path)
     wanted = {value.name for value in session.get_inputs()}
     feed = {name: t.cpu().numpy() for name, t in inputs.tensors.items() if name in wanted}
@@ -282,13 +282,13 @@ def _quantized_parameters(sim: Any) -> dict[str, tuple[Tensor, Any]]:
 
 @torch.no_grad()
 def _quantized(quantizer: Any, value: Tensor) -> Tensor:
-    """What AIMET's quantizer makes of a parameter."""
+    """Return a parameter as AIMET's quantizer rounds it."""
     device = next((p.device for p in quantizer.parameters()), value.device)
     return quantizer(value.to(device)).as_subclass(Tensor).cpu()
 
 
 def _layout(value: Tensor, quantizer: Any, transposed: bool) -> Layout:
-    """The layout of a parameter in the file, its channel axis told from its quantizer's shape."""
+    """Return the layout of a parameter in the file, from its quantizer's shape."""
     cells = (1,) * (value.dim() - len(quantizer.shape)) + tuple(quantizer.shape)
     axis = next((i for i, n in enumerate(cells) if n > 1 and n == value.shape[i]), 0)
     grouping = getattr(quantizer, "block_grouping", None) or (1,) * len(quantizer.shape)
@@ -302,6 +302,6 @@ def _layout(value: Tensor, quantizer: Any, transposed: bool) -> Layout:
 
 
 def _content(tensor: Tensor) -> tuple[Any, ...]:
-    """A key that equal tensors share."""
+    """Return a key that equal tensors share."""
     array = tensor.detach().cpu().contiguous()
     return tuple(tensor.shape), str(tensor.dtype), hashlib.sha256(array.numpy().data).digest()

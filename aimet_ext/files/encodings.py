@@ -38,12 +38,12 @@ _INTEGER = re.compile(r"(u?)int(\d+)")
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tensor lies in the ONNX file.
+    """Layout of a tensor in the ONNX file.
 
-    :param shape: its dimensions.
-    :param channel_axis: the dimension of its output channels; blocks lie along the other one, of
-        the first two.
-    :param scale_bits: bits of its integer block scales where its grid is LPBQ. AIMET writes 2.0.0
+    :param shape: dimensions.
+    :param channel_axis: dimension of the output channels; blocks lie along the other one of the
+        first two.
+    :param scale_bits: bits of the integer block scales if the grid is LPBQ. AIMET writes 2.0.0
         as if they were as many as those of the weight: with fewer the integers are multiples, with
         more the scales are plain floats. In 1.0.0 they can be said as they are.
     """
@@ -73,7 +73,7 @@ def load_encodings(path: str | Path) -> dict[str, Any]:
 
 
 def entries(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The encodings of a document of either version, by the tensor's name in the ONNX file."""
+    """Return the encodings of a document of either version, by the tensor's name in the file."""
     if document["version"] == "2.0.0":
         found = document["encodings"]
     else:
@@ -82,7 +82,7 @@ def entries(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def to_grid(entry: Mapping[str, Any], layout: Layout) -> Grid:
-    """The grid of a tensor, in the shape that fits the tensor as it lies in the ONNX file.
+    """Return the grid of a tensor, in the shape that fits its layout in the ONNX file.
 
     :param entry: one encoding, of either version.
     :raises ValueError: the encoding is no integer grid, or does not fit the layout.
@@ -103,10 +103,10 @@ def to_version_1(
     excluded_layers: list[str] | None = None,
     quantizer_args: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The same encodings in version 1.0.0.
+    """Convert encodings to version 1.0.0.
 
     :param document: encodings of version 2.0.0.
-    :param params: how each weight lies; all other tensors count as activations.
+    :param params: layout of each weight; all other tensors count as activations.
     :raises ValueError: a tensor is quantized in a way that 1.0.0 cannot hold.
     """
     found = entries(document)
@@ -203,7 +203,7 @@ def _downgrade(entry: Mapping[str, Any], layout: Layout | None) -> dict[str, Any
 def _lpbq(
     scale: Tensor, entry: Mapping[str, Any], layout: Layout, scale_bits: int
 ) -> dict[str, Any]:
-    """LPBQ in 1.0.0: the largest block scale of a channel is the integer ``2**scale_bits``."""
+    """Return LPBQ in 1.0.0: a channel's largest block scale is the integer ``2**scale_bits``."""
     _, bits = _integer(entry)
     channels = scale.double().amax(layout.block_axis, keepdim=True) / (1 << scale_bits)
     integers = (scale.double() / channels).round().long()
@@ -220,7 +220,7 @@ def _lpbq(
 
 
 def _integer(entry: Mapping[str, Any]) -> tuple[bool, int]:
-    """Whether the integers of a 2.0.0 encoding are signed, and their bits."""
+    """Return True if the integers of a 2.0.0 encoding are signed, and their bits."""
     match = _INTEGER.fullmatch(entry["output_dtype"])
     if match is None:
         raise ValueError(f"{entry['name']}: an integer grid is required, got {_summary(entry)}")
@@ -234,7 +234,7 @@ def _offset_and_shift(entry: Mapping[str, Any], scale: Tensor) -> tuple[Tensor, 
 
 
 def _flatten(values: Tensor, layout: Layout) -> Tensor:
-    """Values of cells in the order of 1.0.0, channel by channel."""
+    """Return values of cells in the order of 1.0.0, channel by channel."""
     return (values.T if values.dim() == 2 and layout.channel_axis == 1 else values).flatten()
 
 

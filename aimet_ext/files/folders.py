@@ -73,7 +73,7 @@ _RENAME_EXCHANGE = 2
 def check_output(path: str | Path) -> Path:
     """Check, before any work is done, that a folder may be written at ``path``.
 
-    Absent and empty folders are fine, and so is one that an earlier run of ours wrote (it is going
+    Absent and empty folders are fine, and so is one that an earlier run wrote (it is going
     to be replaced). Nothing is created or changed.
 
     :returns: the path, absolute.
@@ -105,7 +105,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def writable_folder(path: str | Path, parameter: str) -> Path:
-    """A folder that exists and can be written, created if need be.
+    """Return a folder that exists and can be written, created if need be.
 
     :param parameter: name of the user's parameter, for the error.
     :raises ValueError: it cannot be created or written.
@@ -164,7 +164,7 @@ def replace_file(path: str | Path, content: bytes) -> None:
 
 @contextmanager
 def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """A path to write to; what was written there becomes ``path`` when the block ends.
+    """Yield a path to write to; the file written there becomes ``path`` when the block ends.
 
     After an exception nothing is left. A reader, or the next run after a kill, sees the old file
     or the new one, never a part of one.
@@ -225,7 +225,7 @@ def write_manifest(folder: str | Path, kind: str, **fields: Any) -> dict[str, An
     """Write ``manifest.json``: every file below ``folder`` with its SHA-256, versions, and fields.
 
     :param folder: complete but for its manifest.
-    :param kind: what the folder holds, for example ``"export"``.
+    :param kind: kind of the folder, for example ``"export"``.
     :param fields: JSON values that are added as they are.
     :returns: what was written.
     """
@@ -296,7 +296,7 @@ def read_manifest(folder: str | Path, *, verify: bool = True) -> dict[str, Any]:
 
 
 def is_ours(folder: str | Path) -> bool:
-    """Whether a folder holds a manifest of ours, whatever the state of its other files."""
+    """Return True if a folder holds a manifest of aimet_ext, even if other files are damaged."""
     try:
         content = read_json(Path(folder) / MANIFEST)
     except (OSError, CorruptFileError):
@@ -305,7 +305,7 @@ def is_ours(folder: str | Path) -> bool:
 
 
 def hash_file(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with Path(path).open("rb") as file:
         digest = hashlib.sha256()
         while chunk := file.read(1 << 20):
@@ -314,7 +314,7 @@ def hash_file(path: str | Path) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide what is written; absent ones left out."""
+    """Return versions of Python and of the installed packages that decide what is written."""
     found = {"python": platform.python_version(), "aimet-ext": __version__}
     for package in _PACKAGES:
         try:

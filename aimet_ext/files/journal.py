@@ -1,4 +1,4 @@
-"""What makes a run undoable and resumable: an undo journal and per-block checkpoints."""
+"""The undo journal of a run and its per-block checkpoints, from which it is resumed."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class UndoJournal:
         return {name: tensor.clone() for name, tensor in tensors.items()}, json.loads(meta)
 
     def keys(self) -> tuple[str, ...]:
-        """Keys in the order they were saved."""
+        """Return the keys in the order they were saved."""
         return tuple(self._entries)
 
     def __contains__(self, key: object) -> bool:
@@ -90,7 +90,7 @@ class UndoJournal:
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What decides the last bits of a result: versions, thread count, device and machine."""
+    """Return what decides the last bits of a result: versions, threads, device and machine."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -113,7 +113,7 @@ class Checkpoints:
     Invariant: a file is complete or absent, whenever the process was killed.
 
     :param directory: folder of this run, created if need be.
-    :param fingerprint: JSON values that say which run this is. ``versions``, ``threads``,
+    :param fingerprint: JSON values that identify the run. ``versions``, ``threads``,
         ``device`` and ``machine`` (see :func:`environment`) may differ, with a warning; all else
         (settings, hashes of weights and data) must be as it was.
     :raises ValueError: the folder belongs to a run with another fingerprint.
@@ -162,7 +162,7 @@ class Checkpoints:
         return tensors, meta["meta"]
 
     def completed(self) -> int:
-        """Number of blocks done: files of block 0, 1, … up to the first one missing."""
+        """Return the number of blocks done: files of block 0, 1, … up to the first one missing."""
         present, count = self._indices(), 0
         while count in present:
             count += 1
@@ -229,7 +229,7 @@ def _compare(path: Path, stored: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values of nested dictionaries by their dotted names."""
+    """Return the values of nested dictionaries by their dotted names."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         inner = _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {}
@@ -238,6 +238,6 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _digest(run: dict[str, Any]) -> str:
-    """SHA-256 of the part of a fingerprint that must not change."""
+    """Return the SHA-256 of the part of a fingerprint that must not change."""
     hard = {key: value for key, value in run.items() if key not in _ENVIRONMENT}
     return hashlib.sha256(json.dumps(hard, sort_keys=True).encode()).hexdigest()

@@ -60,7 +60,7 @@ class Run:
     """One technique that was applied, with or without leaving scales.
 
     :param modules: full names of the modules it worked on.
-    :param rounds: whether the weights are on their grid since.
+    :param rounds: True if the weights are on their grid since.
     :param settings: its parameters, seed included, as JSON values.
     """
 
@@ -71,7 +71,7 @@ class Run:
 
 
 class Ledger:
-    """What was done to a sim, in order.
+    """Record of everything that was done to a sim, in order.
 
     With all transforms applied, the weight of a module is ``W' = diag(output) W diag(input)``
     and its bias ``diag(output) b``, of a norm the effective gain ``output · gain``, where ``W``,
@@ -139,7 +139,7 @@ class Ledger:
     ) -> None:
         """Note that a scale pair was folded into weights.
 
-        :param sides: for each side the module's full name, its axis and its multiplier ``[width]``,
+        :param sides: full name of the module, axis and multiplier ``[width]`` of each side,
             expanded and raised to its power.
         :param size: number of independent scales of the pair.
         :param source: full name of the layer that the scales are taken out of.
@@ -168,9 +168,9 @@ class Ledger:
     def cumulative(
         self, rename: Callable[[str], str] = lambda name: name
     ) -> dict[str, dict[str, Tensor]]:
-        """Product of all multipliers, for each module: ``{module: {"input": …, "output": …}}``.
+        """Return the product of all multipliers as ``{module: {"input": …, "output": …}}``.
 
-        :param rename: from a module's name in the sim to its name in the original checkpoint.
+        :param rename: function that returns the name of a module in the original checkpoint.
         :returns: float32 vectors; only the axes that were scaled.
         :raises ValueError: two multipliers of one axis differ in width.
         """
@@ -234,7 +234,7 @@ class Ledger:
     def load(cls, folder: Path) -> Ledger:
         """Read what :meth:`save` wrote.
 
-        :raises CorruptFileError: the file was changed, cut short, or is not one of ours.
+        :raises CorruptFileError: the file was changed, cut short, or was not written by aimet_ext.
         """
         tensors, content = read_sealed(folder / LEDGER, _SCHEMA, _Content)
         return cls.from_tensors(tensors, content.ledger)

@@ -1,4 +1,4 @@
-"""The scales of all transforms of a sim, cumulated, as one file that fits the original model."""
+"""The cumulative scales of all transforms of a sim as one file that fits the original model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SCHEMA = "aimet_ext.scales/1"
 
 @dataclass(frozen=True, eq=False)
 class ModuleScales:
-    """What one module was multiplied by: ``W' = diag(output) W diag(input)``.
+    """Scales of one module: ``W' = diag(output) W diag(input)``.
 
     :param input: ``[in]``, one factor for each input column, or None where there was none.
     :param output: ``[out]``, one factor for each output row, or None where there was none.
@@ -50,9 +50,9 @@ class Scales(Mapping[str, ModuleScales]):
     An adapter ``B A`` of a module fits the transformed model as ``diag(output) B A diag(input)``.
 
     :param modules: :class:`ModuleScales` by module name.
-    :param techniques: what made the scales, in order.
-    :param pairs: for each scale pair its ``technique``, ``block``, ``pair``, ``kind``, ``source``
-        layer, number ``size`` of independent scales, and ``sides`` as ``[module, axis, width]``.
+    :param techniques: techniques that made the scales, in order.
+    :param pairs: ``technique``, ``block``, ``pair``, ``kind``, ``source`` layer, number ``size`` of
+        independent scales and ``sides`` as ``[module, axis, width]`` of each scale pair.
     :param origin: SHA-256 of the original checkpoint's weights, if known.
     :param version: version of aimet_ext that wrote the file.
     """
@@ -78,7 +78,7 @@ def load_scales(path: str | Path) -> Scales:
 
     :param path: the file, or the folder of a technique or an export that holds it.
     :raises FileNotFoundError: there is no such file.
-    :raises CorruptFileError: the file was changed, cut short, or is not one of ours.
+    :raises CorruptFileError: the file was changed, cut short, or was not written by aimet_ext.
     """
     path = Path(path)
     file = path / SCALES_FILE if path.is_dir() else path

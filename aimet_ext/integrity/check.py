@@ -36,7 +36,7 @@ _SHOWN = 20
 
 
 def check_integrity(path: str | Path) -> list[Finding]:
-    """Everything in an export that contradicts something else in it, or was changed since.
+    """Find everything in an export that contradicts the rest of it, or was changed since.
 
     No simulation is built and nothing is run. What is compared, each tensor by name:
 

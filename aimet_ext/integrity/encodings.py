@@ -29,7 +29,7 @@ class _Source:
 
 
 def check_encodings(state: Examination) -> None:
-    """Each tensor must have one grid: in both encodings files, and in its quantizer."""
+    """Check that each tensor has one grid: in both encodings files, and in its quantizer."""
     sources = [_quantizers(state), *_files(state)]
     names = dict.fromkeys(name for source in sources for name in source.grids)
     odd = {name: _odd(state, name, sources) for name in names}
@@ -109,7 +109,7 @@ def _odd(state: Examination, name: str, sources: list[_Source]) -> list[_Source]
 def _report(
     state: Examination, name: str, source: _Source, wrong: list[_Source], sources: list[_Source]
 ) -> None:
-    """Say what is wrong with the grid of a tensor in one file."""
+    """Add a finding for a wrong grid of a tensor in one file."""
     sound = [other for other in sources if other not in wrong]
     reference = next((other for other in sound if name in other.grids), None)
     mine = source.grids[name]
@@ -129,7 +129,7 @@ def _report(
 
 
 def _diagnosis(name: str, mine: Cells, expected: Cells, reference: _Source) -> tuple[str, str]:
-    """The kind of a wrong grid and what to say of it."""
+    """Return the check that a wrong grid fails, and the message."""
     if mine.same(expected):
         return "encodings", "the same values, and yet something of it was changed"
     if expected.mirrored(mine):
@@ -144,9 +144,9 @@ def _diagnosis(name: str, mine: Cells, expected: Cells, reference: _Source) -> t
 
 
 def _check_listed(state: Examination, sources: list[_Source]) -> None:
-    """What has an encoding in one file must have one in the other, and a quantizer in both.
+    """Check that a tensor with an encoding in one file, or a quantizer, has one in both files.
 
-    Of an ONNX sim, 2.0.0 lists outputs of operators that only move data, and 1.0.0 does not.
+    For an ONNX sim, 2.0.0 lists outputs of operators that only move data, and 1.0.0 does not.
     """
     quantizers, older, newer = sources
     names = dict.fromkeys([*older.grids, *newer.grids, *quantizers.grids])

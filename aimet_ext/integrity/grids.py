@@ -1,4 +1,4 @@
-"""Grids of one tensor from several files, in one form, and what is wrong where two differ."""
+"""Grids of one tensor from several files in one form, and their comparison."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _OUTSIDE = 0.4
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """A grid of ``steps + 1`` values a cell, the smallest ``first · scale``.
+    """Grid of ``steps + 1`` values for each cell, the smallest ``first · scale``.
 
-    :param scale: step of every cell, as the tensor lies.
+    :param scale: step of every cell, in the layout of the tensor.
     :param first: smallest value of every cell in steps.
     """
 
@@ -36,7 +36,7 @@ class Cells:
 
     @classmethod
     def of(cls, grid: Grid) -> Cells:
-        """The same grid."""
+        """Return the cells of a grid."""
         first = grid.offset.double() + grid.qmin + grid.zero_point_shift
         scale = grid.scale.double()
         return cls(scale, first.expand_as(scale), grid.qmax - grid.qmin)
@@ -53,7 +53,7 @@ class Cells:
         )
 
     def mirrored(self, other: Cells) -> bool:
-        """Whether the other one is this with a sign of its offsets changed, in any convention.
+        """Return True if the other one is this with a sign of its offsets changed.
 
         Offsets are counted from the integer 0, from the middle, or range from -max to -min.
         """
@@ -62,9 +62,9 @@ class Cells:
         return not self.same(other) and any(replace(self, first=s).same(other) for s in signs)
 
     def beside(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Values cut into cells ``[g0, b0, g1, b1, …]``, their bounds and steps to go with them.
+        """Return values cut into cells ``[g0, b0, g1, b1, …]``, with lower, upper bound and step.
 
-        :param values: as the cells lie.
+        :param values: values of the tensor, in the layout of the cells.
         """
         shape = (1,) * (values.dim() - self.scale.dim()) + tuple(self.scale.shape)
         spread = tuple(n for size in shape for n in (size, 1))
@@ -112,7 +112,7 @@ class GridIndex:
 
 
 def torch_cells(tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> dict[str, Cells]:
-    """Grids of a PyTorch sim's integer quantizers with a range, by the quantizers' names."""
+    """Return grids of a PyTorch sim's integer quantizers with a range, by the quantizers' names."""
     found: dict[str, Cells] = {}
     for name, static in described.items():
         if "qmin" not in static or not static["state"]["initialized"]:
@@ -141,10 +141,10 @@ def onnx_cells(
     described: Mapping[str, Any],
     containers: Mapping[str, list[int]],
 ) -> dict[str, Cells]:
-    """Grids of an ONNX sim's integer quantizers in use, by tensor, in the widths they travel in.
+    """Return grids of an ONNX sim's integer quantizers in use, by tensor, as they are exported.
 
-    :param tensors: of ``quantizers.safetensors``.
-    :param containers: width of its own and width of travel by tensor.
+    :param tensors: tensors of ``quantizers.safetensors``.
+    :param containers: bitwidth of the quantizer and exported bitwidth, by tensor.
     """
     found: dict[str, Cells] = {}
     for name, entry in described.items():
@@ -168,10 +168,10 @@ def onnx_cells(
 def encoded_cells(
     entry: Mapping[str, Any], newer: Mapping[str, Any] | None, shape: tuple[int, ...] | None
 ) -> Cells | None:
-    """Grid of one entry of an encodings file, None if it is no integer grid.
+    """Return the grid of one entry of an encodings file, None if it is no integer grid.
 
-    :param newer: the entry 2.0.0 of the same tensor, which alone names axes.
-    :param shape: of a constant.
+    :param newer: entry 2.0.0 of the same tensor, which alone names axes.
+    :param shape: shape of a constant.
     :raises ValueError: the entry is damaged, or does not fit the tensor.
     """
     if entry.get("dtype") == "FLOAT" or "float" in str(entry.get("output_dtype", "")):
@@ -193,11 +193,11 @@ def encoded_cells(
 
 
 def misfit(values: Tensor, cells: Cells) -> str | None:
-    """What shows that a grid was made for other values, None if nothing does.
+    """Return the evidence that a grid was made for other values, None if there is none.
 
-    Methods clip, too, but not as much as is asked for here.
+    Techniques clip values too, but fewer of them.
 
-    :param values: the tensor, as the cells lie.
+    :param values: values of the tensor, in the layout of the cells.
     """
     blocks, low, high, step = cells.beside(values.float())
     inside = tuple(range(1, blocks.dim(), 2))

@@ -1,4 +1,4 @@
-"""An ONNX file as it lies on disk: its constants, whether they are there, and what reads them."""
+"""An ONNX file on disk: its constants, those that are missing, and the tensors that are read."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ class OnnxGraph:
         return name in self.constants or name in self.producers
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Dimensions of a constant, None if there is none of that name."""
+        """Return the shape of a constant, None if there is none of that name."""
         node = self.producers.get(name)
         if node is not None and node.op_type == "Identity":
             return self.shape(node.input[0])
         return tuple(self.constants[name].dims) if name in self.constants else None
 
     def value(self, name: str) -> Array | None:
-        """Values of a constant or of what is computed from constants by dequantizing them.
+        """Return the values of a constant, or of constants that are dequantized.
 
         None if there is no such constant, or some of it is missing on disk.
         """
@@ -73,7 +73,7 @@ class OnnxGraph:
         return values[0] if node.op_type == "Identity" else _dequantized(node, values)
 
     def nodes(self) -> Iterator[tuple[str, str]]:
-        """``(first output, hash of operator, attributes and names)`` of all nodes but constants."""
+        """Yield ``(first output, hash of the node)`` of all nodes but constants."""
         for node in self.graph.node:
             if node.output[0] in self.constants:
                 continue
@@ -143,7 +143,7 @@ class OnnxGraph:
 
 
 def _inputs(node: Any) -> list[str]:
-    """All that a node reads, inside its subgraphs too."""
+    """Return the names of all that a node reads, inside its subgraphs too."""
     names = [name for name in node.input if name]
     for attribute in node.attribute:
         for graph in (attribute.g, *attribute.graphs):
@@ -153,7 +153,7 @@ def _inputs(node: Any) -> list[str]:
 
 
 def _dequantized(node: Any, values: list[Array]) -> Array:
-    """What DequantizeLinear makes of integers, a scale and perhaps a zero point."""
+    """Return the output of DequantizeLinear for integers, a scale and perhaps a zero point."""
     attributes = {item.name: item.i for item in node.attribute}
     axis, block = attributes.get("axis", 1), attributes.get("block_size", 0)
     integers = values[0].astype(np.float64)

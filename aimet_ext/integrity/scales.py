@@ -1,4 +1,4 @@
-"""The scales file of an export against the ledger, of which it is the product."""
+"""The scales file of an export against the ledger, whose product it is."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _FIELDS = ("techniques", "pairs", "origin", "version", "schema")
 
 
 def check_scales(state: Examination) -> None:
-    """Every vector must be the product of the ledger's multipliers for its module and axis."""
+    """Check that each vector is the product of the ledger's multipliers for its module and axis."""
     ledger = _ledger(state)
     mine = state.contents.stored(SCALES_FILE).tensors
     if ledger is None:
@@ -57,7 +57,7 @@ def _ledger(state: Examination) -> Ledger | None:
 
 
 def _original(name: str, known: Mapping[str, Tensor]) -> str:
-    """A module's name in the checkpoint: that in the sim, without the wrapper's prefix."""
+    """Return a module's name in the checkpoint: that in the sim, without the wrapper's prefix."""
     for start in range(name.count(".") + 1):
         short = name.split(".", start)[-1]
         if f"{short}.input" in known or f"{short}.output" in known:
@@ -66,7 +66,7 @@ def _original(name: str, known: Mapping[str, Tensor]) -> str:
 
 
 def _check_multipliers(state: Examination, ledger: Ledger) -> None:
-    """Multipliers that are not what was recorded, by the module that they were folded into."""
+    """Check multipliers against the record, by the module that they were folded into."""
     for number, entry in enumerate(ledger.entries):
         for place, side in enumerate(entry.sides):
             item = (LEDGER, f"{number}.{place}")

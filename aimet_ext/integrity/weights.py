@@ -1,4 +1,4 @@
-"""Weights and biases of an export: there, the same in every file, and read by the graph."""
+"""The weights and biases of an export: present, the same in every file, read by the graph."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def check_ranges(state: Examination) -> None:
 
 
 def _places(state: Examination, graph: OnnxGraph) -> Iterator[tuple[str, str | None]]:
-    """``(name in model.safetensors, tensor of the float model)`` of all that should be in both."""
+    """Yield ``(name in model.safetensors, tensor of the model)`` of all that both must hold."""
     if state.is_onnx:
         return
     if "onnx_constants" in state.manifest:
@@ -168,7 +168,7 @@ def _difference(state: Examination, name: str, place: str, value: Array, stored:
 
 
 def _off_grid(state: Examination, name: str, value: Array, other: Array) -> str | None:
-    """What is wrong with a constant of the QDQ model, None if it is as it must be."""
+    """Return what is wrong with a constant of the QDQ model, None if it is right."""
     if value.shape != other.shape:
         return f"shapes {value.shape} and {other.shape}"
     encodings = state.contents.encodings
