@@ -8,22 +8,22 @@ import platform
 import shutil
 import warnings
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from aimet_ext.errors import CorruptFileError
-from aimet_ext.files.folders import atomic_path, writable_folder
+from aimet_ext.files.folders import atomic_path, read_json, versions, writable_folder
 from aimet_ext.files.tensors import copy_to_cpu, hash_tensors, read_tensors, write_tensors
 
 __all__ = ["Checkpoints", "UndoJournal", "environment", "hash_tensors"]
 
 _FORMAT = "aimet_ext.checkpoints/1"
-_PACKAGES = ("aimet-ext", "aimet-torch", "torch", "transformers")
+_PACKAGES = ("python", "aimet-ext", "aimet-torch", "torch", "transformers")
 # A difference in one of these can change the last bits of a result, not its meaning.
 _ENVIRONMENT = ("versions", "threads", "device", "machine")
 
@@ -91,16 +91,12 @@ class UndoJournal:
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Return what decides the last bits of a result: versions, threads, device and machine."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
+    found = versions()
+    packages = {name: found.get(name, "not installed") for name in _PACKAGES}
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
-        "versions": versions,
+        "versions": packages,
         "threads": torch.get_num_threads(),
         "device": name,
         "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
@@ -117,7 +113,7 @@ class Checkpoints:
         ``device`` and ``machine`` (see :func:`environment`) may differ, with a warning; all else
         (settings, hashes of weights and data) must be as it was.
     :raises ValueError: the folder belongs to a run with another fingerprint.
-    :raises CorruptFileError: its ``run.json`` is damaged, missing or not ours.
+    :raises CorruptFileError: its ``run.json`` is damaged, missing or not written by aimet_ext.
     """
 
     def __init__(self, directory: str | Path, fingerprint: Mapping[str, Any]) -> None:
@@ -161,13 +157,6 @@ class Checkpoints:
             )
         return tensors, meta["meta"]
 
-    def completed(self) -> int:
-        """Return the number of blocks done: files of block 0, 1, … up to the first one missing."""
-        present, count = self._indices(), 0
-        while count in present:
-            count += 1
-        return count
-
     def __contains__(self, index: object) -> bool:
         return index in self._indices()
 
@@ -192,19 +181,18 @@ def _remove_leftovers(directory: Path, pattern: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+class _Record(BaseModel):
+    format: Literal["aimet_ext.checkpoints/1"]
+    fingerprint: dict[str, Any]
+
+
 def _read_record(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        return _Record.model_validate(read_json(path)).fingerprint
     except ValueError as error:
         raise CorruptFileError(
             f"{path} is damaged ({error}); pass an empty folder as checkpoint_dir"
         ) from error
-    if not isinstance(record, dict) or record.get("format") != _FORMAT:
-        raise CorruptFileError(
-            f"{path} must be a record of format {_FORMAT!r}; it was not written by this library. "
-            "Pass an empty folder as checkpoint_dir"
-        )
-    return record["fingerprint"]
 
 
 def _compare(path: Path, stored: dict[str, Any], now: dict[str, Any]) -> None:

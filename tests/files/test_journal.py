@@ -94,13 +94,14 @@ def test_journal_entry_that_failed_is_absent(tmp_path, monkeypatch):
 
 
 def test_checkpoints_resume(tmp_path):
-    """The same run finds its blocks; gaps end the part that is done."""
+    """The same run finds its blocks, and no others."""
     first = Checkpoints(tmp_path / "run", RUN)
-    assert first.completed() == 0
+    assert 0 not in first
     for index in (0, 1, 3):
         first.save(index, TENSORS, {**META, "block": index})
     again = Checkpoints(tmp_path / "run", RUN)
-    assert again.completed() == 2
+    assert 0 in again
+    assert 1 in again
     assert 3 in again
     assert 2 not in again
     tensors, meta = again.load(1)
@@ -128,7 +129,7 @@ def test_another_run_is_refused_by_name(tmp_path, change, named):
     Checkpoints(tmp_path, RUN).save(0, TENSORS, META)
     with pytest.raises(ValueError, match=named):
         Checkpoints(tmp_path, {**RUN, **change})
-    assert Checkpoints(tmp_path, RUN).completed() == 1
+    assert 0 in Checkpoints(tmp_path, RUN)
 
 
 def test_another_environment_warns(tmp_path):
@@ -261,7 +262,8 @@ def test_a_run_killed_before_the_last_step_of_a_write(tmp_path):
     assert len(list(tmp_path.glob(".*.tmp"))) == 2
     checkpoints = Checkpoints(tmp_path, {"data": "bb"})
     assert {path.name for path in tmp_path.iterdir()} == {"run.json", "block_00000.safetensors"}
-    assert checkpoints.completed() == 1
+    assert 0 in checkpoints
+    assert 1 not in checkpoints
     assert torch.equal(checkpoints.load(0)[0]["x"], torch.zeros(4))
 
 
