@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
 import json
 import warnings
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.data.batches import module_device
-from aimet_ext.errors import require
 from aimet_ext.files.encodings import Layout, entries, load_encodings, to_grid, to_version_1
+from aimet_ext.integrity.onnx_file import StoredGraph, hash_values
 from aimet_ext.onnx.session import open_session
 
 __all__ = ["Inputs", "OnnxFile", "float32_model", "positional_inputs", "run_onnx", "write_onnx"]
@@ -138,7 +137,8 @@ def write_onnx(
     file = OnnxFile(path)
     document = load_encodings(newer)
     places = file.find(_quantized_parameters(sim), entries(document))
-    constants = {name: Layout(file.shape(name), 0) for name in entries(document) if name in file}
+    shapes = {name: file.shape(name) for name in entries(document)}
+    constants = {name: Layout(shape, 0) for name, shape in shapes.items() if shape is not None}
     constants.update({place.tensor: place.layout for place in places.values()})
     converted = to_version_1(
         document,
@@ -152,32 +152,21 @@ def write_onnx(
     return file
 
 
-class OnnxFile:
+class OnnxFile(StoredGraph):
     """The constants of an ONNX file, read one at a time, and where a sim's parameters are in it.
 
-    :param path: its external data, if any, lies beside it.
+    :param path: path of the file; its external data, if any, lies beside it.
     """
 
     def __init__(self, path: Path) -> None:
-        self._onnx = require("onnx", "onnx")
-        from aimet_ext.onnx.index import GraphIndex
-
-        self.path = path
-        self._index = GraphIndex(self._onnx.load(str(path), load_external_data=False).graph)
+        super().__init__(path)
         self.names: dict[str, Place] = {}
-
-    def __contains__(self, name: str) -> bool:
-        return self._index.is_stored(self._index.source(name))
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a constant."""
-        return tuple(self._index.stored[self._index.source(name)].dims)
 
     def tensor(self, name: str) -> Tensor:
         """Return the values of a constant."""
-        proto = self._index.stored[self._index.source(name)]
-        array = self._onnx.numpy_helper.to_array(proto, base_dir=str(self.path.parent))
-        return torch.from_numpy(array.copy())
+        value = self.value(name)
+        assert value is not None, name
+        return torch.from_numpy(value.copy())
 
     def find(
         self, parameters: Mapping[str, tuple[Tensor, Any]], encoded: Mapping[str, Any]
@@ -190,20 +179,20 @@ class OnnxFile:
         :param encoded: encodings 2.0.0 by tensor name.
         :raises RuntimeError: one of them is not there, or not with the encoding of its quantizer.
         """
-        named: dict[tuple[Any, ...], list[str]] = {}
-        for name in self._index.stored:
-            named.setdefault(_content(self.tensor(name)), []).append(name)
+        named: dict[str | None, list[str]] = {}
+        for name in self.constants:
+            named.setdefault(self.hash(name), []).append(name)
         aliases: dict[str, list[str]] = {}
-        for alias in self._index.producer:
-            if alias in self and not self._index.is_stored(alias):  # behind Identity nodes
-                aliases.setdefault(self._index.source(alias), []).append(alias)
+        for alias in self.index.producer:
+            if alias not in self.constants:
+                aliases.setdefault(self.index.source(alias), []).append(alias)
         faults = []
         for name, (value, quantizer) in parameters.items():
             turned = [(False, value), (True, value.T)] if value.dim() == 2 else [(False, value)]
             places = [
                 Place(tensor, transposed, _layout(value, quantizer, transposed))
                 for transposed, values in turned
-                for source in named.get(_content(values), [])
+                for source in named.get(_hash(values), [])
                 for tensor in (source, *aliases.get(source, []))
                 if tensor in encoded
             ]
@@ -247,12 +236,11 @@ class OnnxFile:
 
     def missing(self, parameters: Mapping[str, Tensor]) -> list[str]:
         """Return parameters whose float values are in no constant, as they are or transposed."""
-        content = {_content(self.tensor(name)) for name in self._index.stored}
+        known = {self.hash(name) for name in self.constants}
         return [
             name
             for name, value in parameters.items()
-            if _content(value) not in content
-            and not (value.dim() == 2 and _content(value.T) in content)
+            if _hash(value) not in known and not (value.dim() == 2 and _hash(value.T) in known)
         ]
 
     def _difference(self, place: Place, encoded: Mapping[str, Any], expected: Tensor) -> float:
@@ -301,7 +289,5 @@ def _layout(value: Tensor, quantizer: Any, transposed: bool) -> Layout:
     return Layout(shape, axis, scale_bits)
 
 
-def _content(tensor: Tensor) -> tuple[Any, ...]:
-    """Return a key that equal tensors share."""
-    array = tensor.detach().cpu().contiguous()
-    return tuple(tensor.shape), str(tensor.dtype), hashlib.sha256(array.numpy().data).digest()
+def _hash(tensor: Tensor) -> str:
+    return hash_values(tensor.detach().cpu().numpy())

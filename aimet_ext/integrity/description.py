@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch
 from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
@@ -33,7 +32,7 @@ from aimet_ext.files.folders import (
 from aimet_ext.files.ledger import AIMET_FILE, SCALES_FILE
 from aimet_ext.files.tensors import read_sealed
 from aimet_ext.integrity.grids import GridIndex, encoded_cells, torch_cells
-from aimet_ext.integrity.onnx_file import OnnxGraph
+from aimet_ext.integrity.onnx_file import StoredGraph, hash_values
 
 __all__ = ["ExportContents", "Stored", "parameter_quantizer", "read_record", "write_fingerprints"]
 
@@ -87,16 +86,16 @@ class ExportContents:
         self._known: dict[str, Any] = {}
 
     @property
-    def model(self) -> OnnxGraph | None:
+    def model(self) -> StoredGraph | None:
         """The float model."""
-        graph: OnnxGraph | None = self._content(_PARTS["{}.onnx"])
+        graph: StoredGraph | None = self._content(_PARTS["{}.onnx"])
         return graph
 
     @property
-    def qdq(self) -> OnnxGraph | None:
+    def qdq(self) -> StoredGraph | None:
         """The QDQ model, if there is one."""
         part = _PARTS["{}.qdq.onnx"]
-        graph: OnnxGraph | None = self._content(part) if self._has(part) else None
+        graph: StoredGraph | None = self._content(part) if self._has(part) else None
         return graph
 
     @cached_property
@@ -192,17 +191,16 @@ def parameter_quantizer(parameter: str) -> str:
     return f"{layer}.param_quantizers.{key}".lstrip(".")
 
 
-def _constants(graph: OnnxGraph, weights: Stored) -> dict[str, str]:
+def _constants(graph: StoredGraph, weights: Stored) -> dict[str, str]:
     """Return where each tensor of ``model.safetensors`` lies in the float model, perhaps turned."""
-    named: dict[str, list[str]] = {}
-    for name in [*graph.constants, *graph.producers]:
-        value = graph.value(name)
-        if value is not None and name in graph.read:
-            named.setdefault(_hash_array("", value), []).append(name)
+    named: dict[str | None, list[str]] = {}
+    for name in [*graph.constants, *graph.index.producer]:
+        if name in graph.read:
+            named.setdefault(graph.hash(name), []).append(name)
     found = {}
     for name, tensor in weights.tensors.items():
         turned = [tensor, tensor.T] if tensor.dim() == 2 else [tensor]
-        places = [place for one in turned for place in named.get(_hash_array("", one.numpy()), [])]
+        places = [place for one in turned for place in named.get(hash_values(one.numpy()), [])]
         if places:
             found[name] = min(places, key=lambda place: name not in place)
     return found
@@ -248,26 +246,16 @@ class _Record(BaseModel):
     items: dict[str, Hashes]
 
 
-def _hash(kind: str, shape: Sequence[int], values: np.ndarray[Any, Any]) -> str:
-    digest = hashlib.sha256(json.dumps([kind, list(shape)]).encode())
-    digest.update(values.tobytes() if values.dtype.kind == "V" else values.view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def _hash_array(kind: str, values: np.ndarray[Any, Any]) -> str:
-    return _hash(kind, values.shape, np.ascontiguousarray(values))
-
-
 def _hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _of_constants(graph: OnnxGraph) -> Hashes:
-    values = ((name, graph.value(name)) for name in graph.constants)
-    return {name: _hash_array(str(v.dtype), v) for name, v in values if v is not None}
+def _of_constants(graph: StoredGraph) -> Hashes:
+    hashes = {name: graph.hash(name) for name in graph.constants}
+    return {name: value for name, value in hashes.items() if value is not None}
 
 
-def _of_nodes(graph: OnnxGraph) -> Hashes:
+def _of_nodes(graph: StoredGraph) -> Hashes:
     return dict(graph.nodes())
 
 
@@ -276,11 +264,13 @@ def _of_values(values: Mapping[str, Any]) -> Hashes:
 
 
 def _of_tensors(stored: Stored) -> Hashes:
-    flat = {name: tensor.contiguous().reshape(-1) for name, tensor in stored.tensors.items()}
-    return {
-        name: _hash(str(tensor.dtype), tensor.shape, flat[name].view(torch.uint8).numpy())
-        for name, tensor in stored.tensors.items()
-    }
+    return {name: _hash_tensor(tensor) for name, tensor in stored.tensors.items()}
+
+
+def _hash_tensor(tensor: Tensor) -> str:
+    digest = hashlib.sha256(json.dumps([str(tensor.dtype), list(tensor.shape)]).encode())
+    digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _of_fields(stored: Stored) -> Hashes:
@@ -294,7 +284,7 @@ def _of_quantizers(stored: Stored) -> Hashes:
 
 def _model(name: str, *, optional: bool = False) -> Part:
     hashes = {"": _of_constants, " nodes": _of_nodes}
-    return Part(name, OnnxGraph, lambda: None, hashes, optional)
+    return Part(name, StoredGraph, lambda: None, hashes, optional)
 
 
 def _safetensors(

@@ -11,7 +11,7 @@ import torch
 from aimet_ext.core.affine import to_blocks
 from aimet_ext.files.folders import QUANTIZERS, WEIGHTS
 from aimet_ext.integrity.grids import encoded_cells, misfit
-from aimet_ext.integrity.onnx_file import OnnxGraph
+from aimet_ext.integrity.onnx_file import StoredGraph
 
 if TYPE_CHECKING:
     from aimet_ext.integrity.check import Examination
@@ -29,7 +29,7 @@ def check_external_data(state: Examination) -> None:
     """Check that every constant of both models is on disk in full."""
     graphs = [state.contents.model, state.contents.qdq]
     for graph in filter(None, graphs):
-        for name, problem in graph.missing.items():
+        for name, problem in graph.incomplete.items():
             message = f"values of {graph.name} are not all there: {problem}"
             state.add("external data", name, message, (graph.name, name))
 
@@ -45,7 +45,7 @@ def check_weights(state: Examination) -> None:
         value = None if place is None else graph.value(place)
         if stored is None:
             problem = f"is gone from {WEIGHTS}, and {graph.name} has it"
-        elif place is not None and graph.origin(place) in graph.missing:
+        elif place is not None and graph.origin(place) in graph.incomplete:
             continue
         elif place is None or value is None:
             problem = f"was dropped: {graph.name} has no such constant"
@@ -69,21 +69,23 @@ def check_models(state: Examination) -> None:
     parameters = [name for name, quantizer in described.items() if quantizer["param"]]
     for name in dict.fromkeys([*graph.constants, *parameters]):
         value = graph.value(name)
-        place = f"{name}_qdq" if f"{name}_qdq" in qdq else name
+        place = f"{name}_qdq" if f"{name}_qdq" in qdq.index else name
         other = qdq.value(place)
         items = [(here, name), (there, name), (there, f"{name}_q")]
         used, used_there = name in graph.read, place in qdq.read
         is_bias = name.endswith("bias")
         if value is None:
-            if name in graph or name not in qdq.read:
+            if name in graph.index or name not in qdq.read:
                 continue
             problem, items = (
                 f"was dropped: {there} reads it, {here} has no such constant",
                 items[:1],
             )
-        elif value.dtype != np.float32 or value.size < 2 or {name, f"{name}_q"} & set(qdq.missing):
+        elif (
+            value.dtype != np.float32 or value.size < 2 or {name, f"{name}_q"} & set(qdq.incomplete)
+        ):
             continue
-        elif used and (place not in qdq or not used_there):
+        elif used and (place not in qdq.index or not used_there):
             problem = f"was dropped: {here} reads it, {there} does not"
         elif used_there and not used:
             problem = f"was dropped: {there} reads it, {here} does not"
@@ -126,7 +128,7 @@ def check_ranges(state: Examination) -> None:
         state.add("stale", name, message, *items, remedy=_ANEW)
 
 
-def _places(state: Examination, graph: OnnxGraph) -> Iterator[tuple[str, str | None]]:
+def _places(state: Examination, graph: StoredGraph) -> Iterator[tuple[str, str | None]]:
     """Yield ``(name in model.safetensors, tensor of the model)`` of all that both must hold."""
     if state.is_onnx:
         return
@@ -137,7 +139,7 @@ def _places(state: Examination, graph: OnnxGraph) -> Iterator[tuple[str, str | N
     for name in state.contents.stored(WEIGHTS).tensors:
         known = [tensor for full, tensor in named.items() if full in (name, f"model.{name}")]
         candidates = [*known, name, f"model.{name}"]
-        place = next((tensor for tensor in candidates if tensor in graph), None)
+        place = next((tensor for tensor in candidates if tensor in graph.index), None)
         if place is not None or known or name.endswith("bias"):
             yield name, place
 

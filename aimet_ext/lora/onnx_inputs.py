@@ -115,8 +115,9 @@ def _write_graph(
                 continue
             place = file.names.get(f"{slot}.{part}")
             tensor = f"{slot}.{part}" if place is None else place.tensor
-            transposed = place is not None and place.transposed
-            found[tensor] = (slot, key, Input(f"{module}.{part}", file.shape(tensor), transposed))
+            transposed, shape = place is not None and place.transposed, file.shape(tensor)
+            assert shape is not None, tensor
+            found[tensor] = (slot, key, Input(f"{module}.{part}", shape, transposed))
         for key in _ACTIVATIONS:
             quantizer = probes[slot].quantizers[key]
             if quantizer is not None:
