@@ -27,6 +27,7 @@ __all__ = [
     "PerTensor",
     "QSpec",
     "SeqMSEParams",
+    "TechniqueParams",
 ]
 
 STRICT = ConfigDict(extra="forbid", strict=True)
@@ -140,7 +141,16 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class OmniQuantParams:
+class TechniqueParams:
+    """Base of the settings of a technique."""
+
+    def to_dict(self) -> dict:
+        """Return the settings as plain JSON values."""
+        return TypeAdapter(type(self)).dump_python(self, mode="json")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class OmniQuantParams(TechniqueParams):
     """Settings of :func:`aimet_ext.apply_omniquant`. The defaults are the ones that were measured.
 
     :param num_iterations: optimizer steps for each block.
@@ -196,16 +206,12 @@ class OmniQuantParams:
             raise ValueError("lwc or let must be true, both are false: nothing would be learnt")
         return self
 
-    def to_dict(self) -> dict:
-        """The settings as plain JSON values."""
-        return TypeAdapter(OmniQuantParams).dump_python(self, mode="json")
-
 
 InputSymmetry = Literal["symqt", "symfp", "asym"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class LayerwiseParams:
+class LayerwiseParams(TechniqueParams):
     """Settings that all techniques share which work layer by layer on second moments.
 
     :param inp_symmetry: which inputs a layer's output error is taken on, in AIMET's words.
@@ -222,10 +228,6 @@ class LayerwiseParams:
     inp_symmetry: InputSymmetry = "symqt"
     asym_strength: Annotated[float, Field(gt=0, le=1)] = 0.5
     max_bitwidth: Annotated[int, Field(ge=2, le=8)] = 8
-
-    def to_dict(self) -> dict:
-        """The settings as plain JSON values."""
-        return TypeAdapter(type(self)).dump_python(self, mode="json")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

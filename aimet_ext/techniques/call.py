@@ -15,7 +15,7 @@ from typing import Any, Concatenate, Generic, Protocol, TypeVar
 import torch
 from torch import nn
 
-from aimet_ext.config import LayerwiseParams, OmniQuantParams
+from aimet_ext.config import TechniqueParams
 from aimet_ext.data.batches import ForwardFn
 from aimet_ext.files.folders import check_output
 from aimet_ext.registry import TECHNIQUES, Technique, load
@@ -24,7 +24,7 @@ from aimet_ext.techniques.session import RunOptions
 __all__ = ["ALIASES", "Call", "TechniqueFunction", "accepts_aimet_arguments", "technique"]
 
 F = TypeVar("F", bound=Callable[..., Any])
-P = TypeVar("P", bound=LayerwiseParams | OmniQuantParams)
+P = TypeVar("P", bound=TechniqueParams)
 R = TypeVar("R", covariant=True)
 
 #: Names of this package for AIMET's arguments, over all of its techniques.

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from aimet_ext.data.batches import map_leaves
 from aimet_ext.data.moments import Geometry
@@ -20,24 +19,20 @@ from aimet_ext.walk.protocol import Activation, Inputs
 
 __all__ = [
     "LayerOrder",
-    "check_folded",
     "check_model",
     "check_same_arguments",
     "fit_mask",
     "geometries",
-    "is_batch_norm",
     "known",
     "layer_order",
     "layers_around",
     "layers_by_name",
-    "relu_of",
     "stage_inputs",
-    "twice_called",
     "uncalled",
 ]
 
 # In place or not, the function is the same; handed out is the one that leaves its input alone.
-_RELUS: Mapping[Callable[..., Tensor], Activation] = {
+_RELUS: Mapping[Any, Activation] = {
     torch.relu: functional.relu,
     torch.relu_: functional.relu,
     functional.relu: functional.relu,
@@ -153,43 +148,6 @@ def stage_inputs(
     return seen.get("quantized"), seen.get("float"), fitting
 
 
-def relu_of(reader: object) -> Activation | None:
-    """Return the ReLU that a module, a function or a tensor's method is; None for anything else."""
-    if isinstance(reader, nn.ReLU):
-        return functional.relu
-    if isinstance(reader, nn.ReLU6):
-        return functional.relu6
-    if isinstance(reader, str):  # the name of a tensor's method
-        return functional.relu if reader in ("relu", "relu_") else None
-    return _RELUS.get(reader) if callable(reader) else None
-
-
-def is_batch_norm(reader: object) -> bool:
-    """Return True if a module or a function is a batch norm."""
-    return isinstance(reader, _BatchNorm) or reader in _BATCH_NORMS
-
-
-def check_folded(layer: str, sole_reader: object) -> None:
-    """Refuse a layer whose output goes through a batch norm first.
-
-    :param sole_reader: the module or function that alone reads the layer's output.
-    :raises ValueError: it is a batch norm.
-    """
-    if is_batch_norm(sole_reader):
-        raise ValueError(
-            f"the batch norm after layer {layer!r} must be folded into it before the simulation "
-            "is built; call aimet_torch.batch_norm_fold.fold_all_batch_norms(model, input_shapes)"
-        )
-
-
-def twice_called(layer: str) -> ValueError:
-    """Return the error for a layer that reads several inputs in one forward pass."""
-    return ValueError(
-        f"a layer must be called once in a forward pass, {layer!r} is called again; "
-        "leave it out, or give each call a layer of its own"
-    )
-
-
 def uncalled(layers: Iterable[str]) -> ValueError:
     """Return the error for layers that are no part of the forward pass."""
     return ValueError(
@@ -246,7 +204,11 @@ def layer_order(
             with watch:
                 run()
         if watch.twice is not None:
-            raise twice_called(f"{prefix}{watch.twice}")
+            raise ValueError(
+                "a layer must be called once in a forward pass, "
+                f"{f'{prefix}{watch.twice}'!r} is called again; leave it out, or give each call a "
+                "layer of its own"
+            )
         watches.append(watch)
         order.update(dict.fromkeys(watch.reads))
         found.parts.update(watch.parts())
@@ -261,9 +223,14 @@ def layer_order(
         stages.setdefault(tuple(first.get(name) for first in partners), []).append(name)
         readers = {watch.sole_reader(name) for watch in watches if name in watch.reads}
         reader = readers.pop() if len(readers) == 1 else None
-        check_folded(f"{prefix}{name}", reader)
-        if relu := relu_of(reader):
-            found.activations[name] = relu
+        if reader in _BATCH_NORMS:
+            raise ValueError(
+                f"the batch norm after layer {f'{prefix}{name}'!r} must be folded into it before "
+                "the simulation is built; call "
+                "aimet_torch.batch_norm_fold.fold_all_batch_norms(model, input_shapes)"
+            )
+        if reader in _RELUS:
+            found.activations[name] = _RELUS[reader]
     found.order, found.stages = [*order], [tuple(names) for names in stages.values()]
     return found
 

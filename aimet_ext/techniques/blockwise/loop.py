@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from aimet_ext.config import OmniQuantParams
+from aimet_ext.config import TechniqueParams
 from aimet_ext.core.equivalence import PairKind, ScalePair, expand
 from aimet_ext.core.objective import sqnr_db
 from aimet_ext.data.cache import TensorCache
@@ -45,7 +45,7 @@ from aimet_ext.walk.streamed import BlockPass, StreamedBlock
 
 __all__ = ["BlockSolver", "BlockwiseRun", "run_blockwise"]
 
-P = TypeVar("P", bound=OmniQuantParams)
+P = TypeVar("P", bound=TechniqueParams)
 
 # Largest change of a block's output by folding, relative to its largest value: at least this, and
 # so many units in the last place where weights are stored in fewer bits.
