@@ -21,6 +21,7 @@ from torch import Tensor
 
 from aimet_ext.core.affine import Grid
 from aimet_ext.core.columns import Columns
+from aimet_ext.core.objective import best_rows
 
 __all__ = ["adaround", "adaround_samples"]
 
@@ -72,7 +73,7 @@ def adaround(
         begin = _begin(problem, first)[at]
         relaxed = _Relaxed(begin, problem.qmin, problem.qmax)
         codes[at] = _anneal(relaxed, gradient, strengths, rate[at[0]], momentum)
-    return problem.rows(_best(problem, [problem.nearest, first, codes], problem.errors))
+    return problem.rows(best_rows(_candidates(problem, first, codes), problem.errors))
 
 
 @torch.no_grad()
@@ -126,7 +127,7 @@ def adaround_samples(
     relaxed = _Relaxed(_begin(problem, first), problem.qmin, problem.qmax)
     strengths = _strengths(num_iterations, first, start_strength)
     codes = _anneal(relaxed, gradient, strengths, rate, momentum)
-    return problem.rows(_best(problem, [problem.nearest, first, codes], samples.errors))
+    return problem.rows(best_rows(_candidates(problem, first, codes), samples.errors))
 
 
 class _Relaxed:
@@ -221,13 +222,11 @@ class _Samples:
         """Of every row, in units of ``curvature``, from some samples; ``[groups, 1, rows]``."""
         inputs, weights = self._inputs[:, :count], self._slope[:, :count].square()
         root = curvature.rsqrt()
-        vector = torch.ones_like(root)
-        norm = torch.ones_like(root[:, :1])
-        for _ in range(_POWER_STEPS):
-            vector = vector / norm
-            vector = inputs.mT @ (weights * (inputs @ (vector * root))) * root / inputs.shape[1]
-            norm = vector.norm(dim=1, keepdim=True).clamp_min(1e-3)
-        return norm.clamp_min(1.0)
+
+        def product(vector: Tensor) -> Tensor:
+            return inputs.mT @ (weights * (inputs @ (vector * root))) * root / inputs.shape[1]
+
+        return _largest_eigenvalue(product, root)
 
     def gradient(self, codes: Tensor, chosen: Tensor) -> Tensor:
         """Half the gradient of the mean squared error of some samples by ``Ŵ``."""
@@ -264,6 +263,10 @@ def _begin(problem: Columns, first: Tensor | None) -> Tensor:
     return torch.where(problem.dead, problem.nearest, begin)
 
 
+def _candidates(problem: Columns, first: Tensor | None, codes: Tensor) -> list[Tensor]:
+    return [problem.nearest, *([] if first is None else [first]), codes]
+
+
 def _anneal(
     relaxed: _Relaxed,
     gradient: Callable[[Tensor], Tensor],
@@ -292,12 +295,21 @@ def _strengths(count: int, first: Tensor | None, begin: float | None) -> list[fl
 
 
 def _largest_curvature(problem: Columns) -> Tensor:
-    """Largest eigenvalue of ``H_ij / sqrt(H_ii H_jj)`` of every group, ``[groups, 1, 1]``."""
+    """Return the largest eigenvalue of ``H_ij / sqrt(H_ii H_jj)`` of every group."""
     root = problem.diagonal.rsqrt()
-    vector = torch.ones_like(root)
-    norm = torch.ones_like(root[:, :1])
+    return _largest_eigenvalue(lambda v: root * torch.bmm(problem.second, root * v), root)
+
+
+def _largest_eigenvalue(product: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+    """Return the largest eigenvalue of every group by power iteration, at least 1.
+
+    :param product: function that multiplies the matrix with a vector ``[groups, in, columns]``.
+    :param like: tensor of a vector's shape and type.
+    :returns: ``[groups, 1, columns]``.
+    """
+    vector, norm = torch.ones_like(like), torch.ones_like(like[:, :1])
     for _ in range(_POWER_STEPS):
-        vector = root * torch.bmm(problem.second, root * (vector / norm))
+        vector = product(vector / norm)
         norm = vector.norm(dim=1, keepdim=True).clamp_min(1e-3)
     return norm.clamp_min(1.0)
 
@@ -310,19 +322,6 @@ def _parts(codes: Tensor) -> Iterator[tuple[slice, slice, slice]]:
     for group in range(0, groups, some_groups):
         for row in range(0, rows, some_rows):
             yield slice(group, group + some_groups), slice(None), slice(row, row + some_rows)
-
-
-def _best(
-    problem: Columns, candidates: list[Tensor | None], errors: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """For every row the candidate with the smallest error."""
-    best, lowest = problem.nearest, errors(problem.nearest)
-    for codes in candidates[1:]:
-        if codes is not None:
-            error = errors(codes)
-            best = torch.where((error < lowest)[:, None], codes, best)
-            lowest = torch.minimum(error, lowest)
-    return best
 
 
 def _minibatches(count: int, batch: int, generator: torch.Generator | None) -> Iterator[Tensor]:

@@ -32,6 +32,7 @@ __all__ = [
     "round_ste",
     "scale_offset",
     "short_scale",
+    "spread",
     "symmetric_offset",
     "to_blocks",
 ]
@@ -96,6 +97,18 @@ def from_blocks(blocks: Tensor) -> Tensor:
     """Undo :func:`to_blocks`: ``[g0, b0, g1, b1, …]`` to ``[g0·b0, g1·b1, …]``."""
     shape = blocks.shape
     return blocks.reshape([shape[i] * shape[i + 1] for i in range(0, len(shape), 2)])
+
+
+def spread(cells: Tensor, like: Tensor) -> Tensor:
+    """Return the number of each cell for every weight in it, in the shape and type of ``like``.
+
+    :param cells: numbers of a grid, ``[g0, g1]``; missing leading dimensions are 1.
+    :param like: ``[out, in]``.
+    """
+    rows, columns = _aligned(cells.shape, 2)
+    cells = cells.to(like.dtype).reshape(rows, columns)
+    wide = cells.repeat_interleave(like.shape[1] // columns, 1)
+    return wide.repeat_interleave(like.shape[0] // rows, 0)
 
 
 def round_ste(x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from aimet_ext.core.affine import (
 from aimet_ext.core.lpbq import channel_scale, integer_scale, lpbq_scale
 from aimet_ext.core.objective import moment_product, row_errors
 
-__all__ = ["GridLayout", "LearnableClipping", "default_shares", "search_ranges"]
+__all__ = ["GridLayout", "LearnableClipping", "default_shares", "free_layout", "search_ranges"]
 
 # A share of exactly 1 has an infinite logit, whose gradient is 0 for ever: starts stay inside.
 _LARGEST_START = 0.995
@@ -68,6 +68,11 @@ class GridLayout:
     def is_row_wise(self, weight: Tensor) -> bool:
         """Whether no two output rows share a cell, so that scaling a row scales its ranges."""
         return len(self.shape) == weight.dim() and self.shape[0] == weight.shape[0]
+
+
+def free_layout(layout: GridLayout) -> GridLayout:
+    """Return the same blocks, each with a float scale of its own: how AIMET's search sees LPBQ."""
+    return replace(layout, scale_bits=None, block_grouping=None)
 
 
 class LearnableClipping(nn.Module):
@@ -279,7 +284,7 @@ def _lpbq_start(
     seen: Tensor, smooth: Tensor, layout: GridLayout, second: Tensor, shares: Tensor
 ) -> Tensor:
     """Raw scale of every block by a search on its own part of ``H``, integers not yet in force."""
-    free = replace(layout, scale_bits=None, block_grouping=None)
+    free = free_layout(layout)
     columns = seen.shape[1] // layout.shape[1]
     keep = torch.block_diag(*[second.new_ones(columns, columns)] * layout.shape[1])
     scale, _ = search_ranges(seen / smooth, free, second * keep, smooth=smooth, shares=shares)

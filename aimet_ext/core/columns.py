@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from aimet_ext.core.affine import Grid, quantize, to_blocks
+from aimet_ext.core.affine import Grid, quantize, spread
 
 __all__ = ["Columns", "column_blocks"]
 
@@ -124,9 +124,6 @@ def _transposed(tensor: Tensor, groups: int) -> Tensor:
 
 
 def _cells(values: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """Numbers of the grid's cells for every weight, ``[groups, in or 1, rows]``."""
-    values = values.to(weight.dtype).reshape((1,) * (2 - values.dim()) + tuple(values.shape))
-    like = weight[:, :1] if values.shape[1] == 1 else weight
-    blocks = to_blocks(like, values.shape)  # [g0, b0, g1, b1]
-    full = values[:, None, :, None].expand(blocks.shape).reshape(like.shape)
-    return _transposed(full, groups)
+    """Return the numbers of the grid's cells for every weight, ``[groups, in or 1, rows]``."""
+    varies = values.dim() > 0 and values.shape[-1] > 1
+    return _transposed(spread(values, weight if varies else weight[:, :1]), groups)

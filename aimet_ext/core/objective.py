@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 
 __all__ = [
     "SecondMoment",
+    "best_rows",
     "moment_product",
+    "outputs_sqnr",
     "quadratic",
     "row_errors",
     "sqnr_db",
@@ -98,11 +101,42 @@ def _grouped_quadratic(rows: Tensor, moment: Tensor) -> Tensor:
     return quadratic(grouped, moment).flatten()
 
 
+def best_rows(candidates: Iterable[Tensor], errors: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the candidate with the lowest error for every row, of equal ones the first.
+
+    :param candidates: at least one, ``[out, n]`` or ``[groups, n, rows]`` each.
+    :param errors: function from a candidate to its rows' errors, ``[out]`` or ``[groups, rows]``.
+    """
+    candidates = iter(candidates)
+    best = next(candidates)
+    lowest = errors(best)
+    for candidate in candidates:
+        error = errors(candidate)
+        better = error < lowest
+        best = torch.where(better.unsqueeze(1), candidate, best)
+        lowest = torch.where(better, error, lowest)
+    return best
+
+
 def sqnr_db(signal: float, noise: float) -> float:
     """Signal to quantization noise ratio in dB, of two sums (or means) of squares."""
     if noise <= 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def outputs_sqnr(outputs: Iterable[Tensor], targets: Iterable[Tensor]) -> float:
+    """Return the ratio of :func:`sqnr_db` over all outputs, computed in float64.
+
+    :param outputs: quantized outputs, one tensor a batch.
+    :param targets: float outputs of the same shapes.
+    """
+    signal = noise = 0.0
+    for output, target in zip(outputs, targets, strict=True):
+        wide = target.double()
+        signal += float(wide.square().sum())
+        noise += float((output.double() - wide).square().sum())
+    return -math.inf if math.isnan(noise) else sqnr_db(signal, noise)
 
 
 def squared_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -> tuple[float, int]:

@@ -1,29 +1,28 @@
-"""Ranges of a weight's grid by a search on second moments: AIMET's own, and a better one."""
+"""Ranges of a weight's grid by a search on second moments: AIMET's own, and better ones."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from aimet_ext.core.affine import fake_quantize, minmax_range
-from aimet_ext.core.clipping import GridLayout, search_ranges
+from aimet_ext.core.affine import dequantize, fake_quantize, minmax_range
+from aimet_ext.core.clipping import GridLayout, free_layout, search_ranges
+from aimet_ext.core.gptq import gptq
 from aimet_ext.core.lpbq import channel_scale
-from aimet_ext.core.objective import quadratic, row_errors
+from aimet_ext.core.objective import best_rows, quadratic, row_errors
 
-__all__ = ["best_ranges", "compatible_ranges", "free_layout"]
+__all__ = ["best_ranges", "compatible_ranges", "rounding_ranges"]
 
 _FINE = 5  # steps of a fine sweep to a coarse one
 _ROWS = 256  # that are searched at a time: what a candidate needs beside them stays small
 _LEAST_GAIN = 1e-4  # relative, of a sweep, to go on
 _TOPS = torch.linspace(1.0, 0.4, 13)  # of the largest block scale, for LPBQ
 _STRETCHES = torch.linspace(0.88, 1.12, 13)  # of all scales of a row at once, for LPBQ
-
-
-def free_layout(layout: GridLayout) -> GridLayout:
-    """The same blocks, each with a float scale of its own: how AIMET's search sees LPBQ."""
-    return replace(layout, scale_bits=None, block_grouping=None)
+_SMALLEST = {2: 0.3, 3: 0.4}  # multiple of a row's full range that is tried, by bits
+_LARGEST = 1.25  # multiple of a searched range
 
 
 @torch.no_grad()
@@ -65,9 +64,9 @@ def best_ranges(
         ]
         scales, offsets = zip(*parts, strict=True)
         return torch.cat(scales), torch.cat(offsets)
+    judge = _Judge(weight, layout, second, pull)
     count = torch.arange(num_candidates, 0, -1, device=weight.device, dtype=weight.dtype)
     shares = count / num_candidates
-    free = None
     if layout.scale_bits is not None:
         # The best float scales; which integers are nearest to them is to be seen.
         free, offset = best_ranges(
@@ -78,22 +77,23 @@ def best_ranges(
             num_candidates=num_candidates,
             sweeps=sweeps,
         )
-        state = _best_top(weight, layout, second, pull, free, offset)
+        state = judge.best_of(_cut_tops(free, layout), offset)
     else:
         state = search_ranges(weight, layout, second, pull, shares=shares)
-    error = _total(weight, layout, second, pull, state)
+    error = judge.total(state)
     unit = 1.0 / (num_candidates * _FINE)
     for sweep in range(1, sweeps):
         if layout.scale_bits is not None:
-            state = search_ranges(weight, layout, second, pull, start=state)
-            state = _best_stretch(weight, layout, second, pull, *state)
+            scale, offset = search_ranges(weight, layout, second, pull, start=state)
+            # The channel's scale moves, with all integers as they are.
+            state = judge.best_of([scale, *(scale * s for s in _STRETCHES.tolist())], offset)
         else:
             step = unit if sweep == 1 else unit / 2
             moves = torch.arange(-_FINE + 1, _FINE, dtype=weight.dtype) * step
             state = search_ranges(
                 weight, layout, second, pull, start=state, shares=shares[:1], steps=moves
             )
-        before, error = error, _total(weight, layout, second, pull, state)
+        before, error = error, judge.total(state)
         if before - error <= _LEAST_GAIN * abs(before):
             break
     return state
@@ -146,6 +146,46 @@ def compatible_ranges(
     return lows.gather(0, winner[None])[0], highs.gather(0, winner[None])[0]
 
 
+@torch.no_grad()
+def rounding_ranges(
+    weight: Tensor,
+    layout: GridLayout,
+    second: Tensor,
+    pull: Tensor | None = None,
+    *,
+    candidates: int = 12,
+    damping: float = 0.01,
+) -> tuple[Tensor, Tensor]:
+    """For every row the multiple of its ranges on which GPTQ's rounding has the lowest error.
+
+    A rounding in which columns make up for each other wants wider ranges than the nearest one.
+    Multiples are taken of the full range where a row has a single symmetric cell, else of the
+    ranges that :func:`best_ranges` finds.
+
+    :param weight: ``[out, in]``.
+    :param layout: no two rows share a cell.
+    :param second: ``H [in, in]`` or ``[groups, in, in]``.
+    :param pull: ``[out, in]`` or None, see :class:`~aimet_ext.core.objective.SecondMoment`.
+    :param candidates: multiples to try.
+    :param damping: see :func:`~aimet_ext.core.gptq.gptq`.
+    :returns: ``(scale, offset)`` of the grid's shape; the scale is the raw one for LPBQ.
+    """
+    if layout.shape[1] == 1 and layout.symmetric:
+        scale, offset = layout.raw(*layout.bounds(weight))
+        smallest = _SMALLEST.get((layout.qmax - layout.qmin).bit_length(), 0.5)
+        multiples = torch.linspace(1.0, smallest, candidates)
+    else:
+        scale, offset = best_ranges(weight, layout, second, pull)
+        multiples = torch.linspace(1.0, _LARGEST, candidates)
+
+    def errors(candidate: Tensor) -> Tensor:
+        grid = layout.with_scale(candidate, offset)
+        codes = gptq(weight, grid, second, pull, damping=damping)
+        return row_errors(dequantize(codes, grid) - weight, second, pull)
+
+    return best_rows((scale * multiple for multiple in multiples.tolist()), errors), offset
+
+
 def _candidate(
     layout: GridLayout, low: Tensor, high: Tensor, number: int, count: int
 ) -> tuple[Tensor, Tensor]:
@@ -157,71 +197,32 @@ def _candidate(
     )
 
 
-def _total(
-    weight: Tensor,
-    layout: GridLayout,
-    second: Tensor,
-    pull: Tensor | None,
-    state: tuple[Tensor, Tensor],
-) -> float:
-    return float(_errors(weight, layout, second, pull, *state).sum(dtype=torch.float64))
+@dataclass(frozen=True, eq=False)
+class _Judge:
+    """Errors of a weight's rows by the scales of its grid."""
+
+    weight: Tensor
+    layout: GridLayout
+    second: Tensor
+    pull: Tensor | None
+
+    def errors(self, scale: Tensor, offset: Tensor) -> Tensor:
+        """Return the error of every row, ``[out]``."""
+        error = fake_quantize(self.weight, self.layout.with_scale(scale, offset)) - self.weight
+        return row_errors(error, self.second, self.pull)
+
+    def total(self, state: tuple[Tensor, Tensor]) -> float:
+        """Return the error of all rows."""
+        return float(self.errors(*state).sum(dtype=torch.float64))
+
+    def best_of(self, scales: Iterable[Tensor], offset: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scales with the lowest error for every row; LPBQ's rows share no cell."""
+        return best_rows(scales, lambda scale: self.errors(scale, offset)), offset
 
 
-def _errors(
-    weight: Tensor,
-    layout: GridLayout,
-    second: Tensor,
-    pull: Tensor | None,
-    scale: Tensor,
-    offset: Tensor,
-) -> Tensor:
-    error = fake_quantize(weight, layout.with_scale(scale, offset)) - weight
-    return row_errors(error, second, pull)  # [out]
-
-
-def _best_top(
-    weight: Tensor,
-    layout: GridLayout,
-    second: Tensor,
-    pull: Tensor | None,
-    free: Tensor,
-    offset: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Cut the largest block scales of each channel: finer integers for all the others."""
-    grouping, bits = layout.block_grouping or (), layout.scale_bits or 0
-    largest = channel_scale(free, grouping, bits) * 2**bits  # [out, groups]
+def _cut_tops(free: Tensor, layout: GridLayout) -> Iterator[Tensor]:
+    """Yield scales whose largest in each channel are cut: finer integers for all the others."""
+    bits = layout.scale_bits or 0
+    largest = channel_scale(free, layout.block_grouping or (), bits) * 2**bits  # [out, groups]
     largest = largest.repeat_interleave(free.shape[1] // largest.shape[1], 1)  # [out, blocks]
-    candidates = [torch.minimum(free, largest * top) for top in _TOPS.tolist()]
-    return _best_of(weight, layout, second, pull, candidates, offset)
-
-
-def _best_stretch(
-    weight: Tensor,
-    layout: GridLayout,
-    second: Tensor,
-    pull: Tensor | None,
-    scale: Tensor,
-    offset: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Move the channel's scale with all integers as they are."""
-    candidates = [scale] + [scale * stretch for stretch in _STRETCHES.tolist()]
-    return _best_of(weight, layout, second, pull, candidates, offset)
-
-
-def _best_of(
-    weight: Tensor,
-    layout: GridLayout,
-    second: Tensor,
-    pull: Tensor | None,
-    candidates: list[Tensor],
-    offset: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """For every row the scales with the lowest error; LPBQ's rows share no cell."""
-    best = candidates[0]
-    lowest = _errors(weight, layout, second, pull, best, offset)
-    for candidate in candidates[1:]:
-        errors = _errors(weight, layout, second, pull, candidate, offset)
-        better = errors < lowest
-        best = torch.where(better[:, None], candidate, best)
-        lowest = torch.where(better, errors, lowest)
-    return best, offset
+    return (torch.minimum(free, largest * top) for top in _TOPS.tolist())

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aimet_ext.core.affine import Grid, fake_quantize
+from aimet_ext.core.affine import Grid, fake_quantize, spread
 
 __all__ = ["Reader", "search_smoothing", "smoothquant_scale"]
 
@@ -132,22 +132,14 @@ def _stack(readers: Sequence[Reader]) -> _Rows:
     pulls = [reader.pull for reader in readers if reader.pull is not None]
     return _Rows(
         weight=torch.cat([reader.weight for reader in readers]),
-        scale=torch.cat([_spread(r.grid.scale, r.weight) for r in readers]),
-        offset=torch.cat([_spread(r.grid.offset, r.weight) for r in readers]),
+        scale=torch.cat([spread(r.grid.scale, r.weight) for r in readers]),
+        offset=torch.cat([spread(r.grid.offset, r.weight) for r in readers]),
         shift=by_row([grid.zero_point_shift for grid in grids]),
         qmin=by_row([grid.qmin for grid in grids]),
         qmax=by_row([grid.qmax for grid in grids]),
         pull=torch.cat(pulls) if pulls else None,
         cost=torch.cat([reader.row_weight for reader in readers]),
     )
-
-
-def _spread(cells: Tensor, weight: Tensor) -> Tensor:
-    """A value of each cell repeated for each of its weights, ``[out, in]``."""
-    cells = cells.to(weight.dtype).reshape((1,) * (2 - cells.dim()) + tuple(cells.shape))
-    out, width = weight.shape
-    columns = cells.repeat_interleave(width // cells.shape[1], 1)
-    return columns.repeat_interleave(out // cells.shape[0], 0)
 
 
 def _error(reader: Reader, smooth: Tensor) -> Tensor:

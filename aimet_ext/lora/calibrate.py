@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from aimet_ext.config import PerTensor, QSpec
-from aimet_ext.core.objective import sqnr_db
+from aimet_ext.core.objective import outputs_sqnr, sqnr_db
 from aimet_ext.data.batches import call_model, iterate_batches
 from aimet_ext.lora.sim import add_adapters, fit_adapters, lora_state, switch
 
@@ -242,7 +242,7 @@ def _measure(sim: Any, batches: list[Any], one: _Calibrated) -> AdapterReport:
             if content.a is not state.empty[slot].a
         },
         change_sqnr_db=_changes(sim, one.name),
-        logits_sqnr_db=_sqnr(one.expected, _logits(sim, batches[:_SCORED])),
+        logits_sqnr_db=outputs_sqnr(_logits(sim, batches[:_SCORED]), one.expected),
         seconds=one.seconds,
     )
 
@@ -270,11 +270,3 @@ def _changes(sim: Any, name: str) -> dict[str, float]:
 
 def _logits(sim: Any, batches: list[Any]) -> list[Tensor]:
     return [call_model(sim.model, batch).as_subclass(Tensor).cpu() for batch in batches]
-
-
-def _sqnr(expected: Iterable[Tensor], outputs: Iterable[Tensor]) -> float:
-    signal = noise = 0.0
-    for target, output in zip(expected, outputs, strict=True):
-        signal += float(target.double().square().sum())
-        noise += float((output.double() - target.double()).square().sum())
-    return sqnr_db(signal, noise)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from aimet_ext.config import GPTQParams
 from aimet_ext.core.affine import Grid
-from aimet_ext.core.rounding import coordinate_descent, gptq
-from aimet_ext.core.rounding_ranges import rounding_ranges
+from aimet_ext.core.gptq import coordinate_descent, gptq
+from aimet_ext.core.range_search import rounding_ranges
 from aimet_ext.techniques.call import Call, technique
 from aimet_ext.techniques.layerwise.deploy import Decision, Problem
 from aimet_ext.techniques.layerwise.loop import Solver, run_layerwise

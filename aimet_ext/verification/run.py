@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aimet_ext.core.objective import sqnr_db
+from aimet_ext.core.objective import outputs_sqnr
 from aimet_ext.evaluation.perplexity import perplexity_of, summed_losses
 from aimet_ext.onnx.session import open_session
 from aimet_ext.sim.protocol import adapt
@@ -113,12 +113,7 @@ def _module_outputs(model: nn.Module, feeds: Sequence[Feed]) -> list[Array]:
 def array_sqnr(value: Any, target: Any) -> float:
     """Return the signal to noise ratio in dB of an array or a list of arrays against a target."""
     values, targets = ([a] if isinstance(a, np.ndarray) else list(a) for a in (value, target))
-    signal = noise = 0.0
-    for one, two in zip(values, targets, strict=True):
-        wide = two.astype(np.float64)
-        signal += float(np.square(wide).sum())
-        noise += float(np.square(one.astype(np.float64) - wide).sum())
-    return -np.inf if np.isnan(noise) else sqnr_db(signal, noise)
+    return outputs_sqnr(map(torch.from_numpy, values), map(torch.from_numpy, targets))
 
 
 def top1_agreement(

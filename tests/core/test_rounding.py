@@ -9,11 +9,17 @@ import torch
 from rounding_reference import anneal_by_loop, descend_by_loop, gptq_by_loop, tree_by_loop
 from torch import Tensor
 
-from aimet_ext.core.adaround import _anneal, _QuadraticGradient, _Relaxed
+from aimet_ext.core.adaround import (
+    _anneal,
+    _QuadraticGradient,
+    _Relaxed,
+    adaround,
+    adaround_samples,
+)
 from aimet_ext.core.affine import Grid, dequantize, minmax_range, quantize, scale_offset
+from aimet_ext.core.gptq import coordinate_descent, gptq
 from aimet_ext.core.lpbq import lpbq_scale
 from aimet_ext.core.objective import row_errors
-from aimet_ext.core.rounding import adaround, adaround_samples, coordinate_descent, gptq
 
 OUT, IN, BLOCK = 6, 12, 4
 SHAPES = {"per_tensor": (1, 1), "per_channel": (OUT, 1), "blockwise": (OUT, IN // BLOCK)}

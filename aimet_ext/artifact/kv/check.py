@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from aimet_ext.artifact.kv.run import QDQ, CacheFiles
-from aimet_ext.core.objective import sqnr_db
+from aimet_ext.core.objective import outputs_sqnr
 from aimet_ext.errors import MissingExtraError, require
 from aimet_ext.models.huggingface import prepare_model
 from aimet_ext.models.kv_cache import CachedCausalLM
@@ -72,8 +72,7 @@ def check_quantized(
     ids = torch.from_numpy(feed["input_ids"])[:1, : files.shape.context_length]
     expected = expected[:, : ids.shape[1]]
     found = files.in_onnxruntime(QDQ).logits(ids, min(_prompt(files), ids.shape[1]))
-    signal = float(expected.double().square().sum())
-    sqnr = sqnr_db(signal, float((found - expected).double().square().sum()))
+    sqnr = outputs_sqnr([found], [expected])
     if kv_bitwidth is None and not sqnr >= _SAME_NUMBERS:
         raise RuntimeError(
             f"{', '.join(files.lengths)}, quantized, must compute what the simulation without a "
