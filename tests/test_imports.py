@@ -30,7 +30,6 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "registry": (set(), set()),
     "core*": ({"core", "config"}, {"torch"}),
     "files*": ({"files", "core", "config"}, {"torch", "safetensors", "pydantic"}),
-    "data.onnx_batches": ({"data", "onnx.ops", "core"}, {"torch", "numpy", "onnx"}),
     "data*": ({"data", "files", "core", "config"}, {"torch", "safetensors", "numpy"}),
     "walk*": ({"walk", "data", "files", "core", "config"}, {"torch"}),
     "models.huggingface": ({"models", "core", "config"}, {"torch", "transformers"}),
@@ -77,7 +76,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"integrity", "findings", "onnx.index", "files", "core"},
         {"torch", "numpy", "safetensors", "onnx", "pydantic"},
     ),
-    "evaluation*": ({"evaluation", "sim", "models", "data"}, {"torch", "numpy"}),
+    "evaluation*": ({"evaluation", "sim", "walk", "models", "data"}, {"torch", "numpy"}),
     "artifact*": (
         {"artifact", "integrity", "grids", "sim", "onnx", "models", "data", "files", "core"},
         {"torch", "numpy", "onnx", "safetensors", "pydantic"},
@@ -89,8 +88,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "verification*": (
         {
             *("verification", "findings", "linting", "integrity", "artifact", "integrations"),
-            "evaluation",
-            *("sim", "onnx", "models", "data", "files", "core"),
+            *("evaluation", "sim", "onnx", "models", "data", "files", "core"),
         },
         {"torch", "numpy", "onnx"},
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from aimet_ext.artifact.load import load
-from aimet_ext.core.objective import sqnr_db
-from aimet_ext.data.onnx_batches import check_inputs, filled_values
+from aimet_ext.core.objective import outputs_sqnr
+from aimet_ext.data.batches import call_model
+from aimet_ext.data.feeds import Feed, graph_feeds
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.encodings import entries, load_encodings
 from aimet_ext.files.folders import SETTINGS, atomic_path, read_manifest
@@ -24,6 +25,7 @@ from aimet_ext.onnx.rewrite.htp import fuse_rms_norms, set_apart, sign_second_op
 from aimet_ext.onnx.rewrite.kv import keep_keys_and_values
 from aimet_ext.onnx.rewrite.qdq import drop_casts, float_weights
 from aimet_ext.onnx.rewrite.static import bound_masks, make_static
+from aimet_ext.onnx.values import input_specs
 from aimet_ext.sim.onnx import files
 from aimet_ext.sim.onnx.build import build_target, multiplies_16_by_16
 from aimet_ext.sim.onnx.ranges import calibrate_added, put_encodings, quantize_activations
@@ -31,7 +33,7 @@ from aimet_ext.sim.onnx.readback import run
 from aimet_ext.sim.onnx.state import enabled_quantizers, only_these
 from aimet_ext.sim.protocol import adapt
 
-__all__ = ["HandOff", "feeds", "hand_off", "write_qdq"]
+__all__ = ["HandOff", "hand_off", "write_qdq"]
 
 _CONFIG = "htp_v79"
 
@@ -96,7 +98,7 @@ def hand_off(
     prefix = manifest["prefix"]
     encoded = entries(load_encodings(folder / f"{prefix}.encodings"))
     model = onnx.load(str(folder / f"{prefix}.onnx"))
-    batches = feeds(GraphIndex(model.graph).inputs.values(), dataloader)
+    batches = _batches(model, dataloader)
     reference = _outputs(sim if sim is not None else load(folder), batches[0])
     settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["create_sim"] or {}
     model, kept = _prepared(model, encoded, batches[0], kv_bitwidth is not None)
@@ -122,7 +124,7 @@ def hand_off(
         added=tuple(added),
         tables=loaded.tables,
         kept=tuple(kept),
-        same_numbers=_sqnr(output, reference),
+        same_numbers=outputs_sqnr([torch.from_numpy(output)], [torch.from_numpy(reference)]),
         sample=batches[0],
     )
 
@@ -163,29 +165,15 @@ def write_qdq(source: Any, path: str | Path) -> Path:
     return path
 
 
-def feeds(inputs: Iterable[Any], dataloader: Any) -> list[dict[str, np.ndarray[Any, Any]]]:
-    """Return batches as arrays by input, of the graph's batch size, or of 1 if that is free.
-
-    :param inputs: ``ValueInfoProto`` of the graph's inputs.
-    :param dataloader: batches of ids, tuples in the order of the inputs, or mappings. A mask of
-        ones and positions from 0 are filled in where the graph takes them.
-    :raises ValueError: there is no batch, one lacks an input, or has another shape.
-    """
-    named = {value.name: value for value in inputs}
-    found: list[dict[str, np.ndarray[Any, Any]]] = []
-    for number, batch in enumerate(dataloader):
-        tensors = filled_values(batch, list(named), number)
-        for part in _rows(tensors, named):
-            check_inputs(part, named, number)
-            found.append({name: part[name].contiguous().numpy() for name in named})
+def _batches(model: onnx.ModelProto, dataloader: Any) -> list[Feed]:
+    """Return batches of the graph's shape, all of one shape."""
+    found = graph_feeds(dataloader, input_specs(GraphIndex(model.graph).inputs))
     shapes = {tuple(array.shape for array in batch.values()) for batch in found}
     if len(shapes) > 1:
         raise ValueError(
             "batches of one shape are required, as an NPU's graph has one, got "
             f"{', '.join(map(str, sorted(shapes)[:3]))}; cut the text into windows of one length"
         )
-    if not found:
-        raise ValueError("dataloader must yield at least one batch, it yielded none")
     return found
 
 
@@ -202,31 +190,13 @@ def _prepared(
     return model, keep_keys_and_values(model) if keep else []
 
 
-def _rows(tensors: dict[str, Tensor], inputs: Mapping[str, Any]) -> Iterable[dict[str, Tensor]]:
-    """Cut a batch into ones of the graph's size, where that divides it."""
-    sizes = {
-        value.type.tensor_type.shape.dim[0].dim_value if value.type.tensor_type.shape.dim else 0
-        for value in inputs.values()
-    }
-    counts = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors.values()}
-    size, count = next(iter(sizes), 0), next(iter(counts), 0)
-    size = max(size, 1)  # a free one: an NPU takes one row at a time
-    if len(sizes) > 1 or len(counts) > 1 or count <= size or count % size:
-        return [tensors]
-    return (
-        {name: tensor[start : start + size] for name, tensor in tensors.items()}
-        for start in range(0, count, size)
-    )
-
-
 @torch.no_grad()
 def _outputs(sim: Any, batch: Mapping[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     """Return the first output of a simulation of either framework."""
     if adapt(sim).framework == "onnx":
         first: np.ndarray[Any, Any] = run(sim, batch)[0]
         return first
-    device = next((p.device for p in sim.model.parameters()), None)
-    found = sim.model(**{name: torch.from_numpy(a).to(device) for name, a in batch.items()})
+    found = call_model(sim.model, batch)
     logits = found if isinstance(found, Tensor) else found[0]
     values: np.ndarray[Any, Any] = logits.float().cpu().numpy()
     return values
@@ -236,8 +206,3 @@ def _activation_bits(encoded: Mapping[str, Mapping[str, Any]]) -> int:
     """Return the most frequent width of the tensors that have one range."""
     bits = [entry["bw"] for entry in encoded.values() if entry["enc_type"] == "PER_TENSOR"]
     return max(set(bits), key=bits.count) if bits else 16
-
-
-def _sqnr(output: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
-    wide = expected.astype(np.float64)
-    return sqnr_db(float(np.square(wide).sum()), float(np.square(output - wide).sum()))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from aimet_ext.core.affine import fake_quantize
-from aimet_ext.data.batches import module_device
+from aimet_ext.data.batches import as_tensors, call_arguments, module_device
 from aimet_ext.files.encodings import Layout, entries, load_encodings, to_grid, to_version_1
 from aimet_ext.integrity.onnx_file import StoredGraph, hash_values
 from aimet_ext.onnx.session import open_session
@@ -60,18 +60,14 @@ def positional_inputs(model: nn.Module, dummy_input: Any) -> Inputs:
         arguments; ``labels`` are left out.
     :raises TypeError: it is none of these, or does not fit ``model.forward``.
     """
-    signature = inspect.signature(model.forward)
-    if isinstance(dummy_input, Mapping):
-        named = {key: value for key, value in dummy_input.items() if key != "labels"}
-        bound = signature.bind(**named)
-    elif isinstance(dummy_input, Tensor | tuple | list):
-        args = (dummy_input,) if isinstance(dummy_input, Tensor) else tuple(dummy_input)
-        bound = signature.bind(*args)
-    else:
+    sample = as_tensors(dummy_input)
+    if not isinstance(sample, Tensor | tuple | list | Mapping):
         raise TypeError(
             "dummy_input must be a tensor, a tuple of positional arguments or a mapping of keyword "
             f"arguments, got {type(dummy_input).__name__}"
         )
+    given, named = call_arguments(sample)
+    bound = inspect.signature(model.forward).bind(*given, **named)
     last = list(bound.arguments)[-1]
     bound.apply_defaults()
     order = list(bound.arguments)

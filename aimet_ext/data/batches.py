@@ -1,8 +1,4 @@
-"""Calibration batches: checked, given to a model, and which of their tokens count.
-
-A batch is a tensor of ids ``[batch, seq]``, a tuple or list of positional arguments, or a mapping
-of keyword arguments such as a Hugging Face tokenizer returns (its ``labels`` are ignored).
-"""
+"""Calibration batches: read in every form, checked, given to a model, and which tokens count."""
 
 from __future__ import annotations
 
@@ -11,106 +7,79 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 __all__ = [
     "ForwardFn",
+    "as_tensors",
     "attended_tokens",
+    "call_arguments",
     "call_model",
+    "check_values",
     "iterate_batches",
     "map_leaves",
     "map_tensors",
     "module_device",
+    "numbered_batches",
+    "tensors_in",
+    "token_ids",
     "token_mask",
 ]
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 
+_IDS, _MASK = "input_ids", "attention_mask"
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 def iterate_batches(
-    dataloader: Iterable[Any], *, max_batches: int | None = None, opaque: bool = False
+    dataloader: Any, *, max_batches: int | None = None, opaque: bool = False
 ) -> Iterator[Any]:
-    """The batches of a dataloader, each one checked before it is handed on.
+    """Yield the batches of a dataloader for a torch module, each one checked before.
 
-    :param dataloader: iterable of batches.
-    :param max_batches: how many to take at most, all if None.
-    :param opaque: batches are of the user's own type, for the user's ``forward_fn``; only their
-        values are checked.
+    A batch is a tensor or array of ids ``[batch, seq]``, a tuple or list of positional arguments,
+    or a mapping of keyword arguments such as a tokenizer of transformers returns (its ``labels``
+    are ignored). Arrays become tensors.
+
+    :param dataloader: list, tuple, torch DataLoader or any other iterable, which is walked through
+        once; a function without arguments that returns one; or an object that makes one: Olive's
+        data containers (``create_dataloader``) and onnxruntime's ``CalibrationDataReader``
+        (``get_next``).
+    :param max_batches: largest number of batches taken, all if None.
+    :param opaque: True if batches are of the user's own type, for the user's ``forward_fn``; only
+        their values are checked.
     :raises TypeError: ``dataloader`` is one batch or no iterable, or a batch is of another type.
     :raises ValueError: there is no batch at all, or one is empty, misshapen or holds NaN; or
         ``max_batches`` is below 1.
     """
-    if isinstance(dataloader, Tensor | Mapping | str | bytes) or not _is_iterable(dataloader):
-        raise TypeError(
-            f"dataloader must be an iterable of batches, got {type(dataloader).__name__}; "
-            "put a single batch into a list"
-        )
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches must be at least 1 or None, got {max_batches}")
-    return _checked(dataloader, max_batches, opaque)
+    return _checked(numbered_batches(dataloader), max_batches, opaque)
 
 
-def _checked(dataloader: Iterable[Any], max_batches: int | None, opaque: bool) -> Iterator[Any]:
-    number = -1
-    for number, batch in enumerate(dataloader):
+def _checked(batches: Iterable[tuple[int, Any]], most: int | None, opaque: bool) -> Iterator[Any]:
+    for number, batch in batches:
         if not opaque:
+            batch = as_tensors(batch)
             _check_form(batch, number)
-        _check_values(batch, number)
+        check_values(batch, number)
         yield batch
-        if number + 1 == max_batches:
+        if number + 1 == most:
             return
-    if number < 0:
-        raise ValueError(
-            "dataloader must yield at least one batch, it yielded none; a generator can be walked "
-            "through only once, so pass a list or a torch DataLoader"
-        )
-
-
-def _is_iterable(value: object) -> bool:
-    return hasattr(value, "__iter__") or hasattr(value, "__getitem__")
-
-
-def _check_form(batch: Any, number: int) -> None:
-    if not isinstance(batch, Tensor | tuple | list | Mapping):
-        raise TypeError(
-            f"batch {number} must be a tensor of ids, a tuple of positional arguments or a mapping "
-            f"of keyword arguments, got {type(batch).__name__}; pass a forward_fn(model, batch) "
-            "that calls the model with it"
-        )
-    args, kwargs = _arguments(batch)
-    tensors = _tensors((args, kwargs))
-    if not tensors:
-        raise TypeError(
-            f"batch {number} must hold at least one tensor, got {type(batch).__name__} of "
-            f"{[type(value).__name__ for value in (*args, *kwargs.values())]}"
-        )
-    ids = kwargs.get("input_ids", tensors[0])
-    if isinstance(ids, Tensor) and (ids.ndim < 2 or ids.numel() == 0):
-        raise ValueError(
-            f"batch {number} must be of shape [batch, seq] with at least one token, got "
-            f"{list(ids.shape)}; a single sequence takes ids.unsqueeze(0)"
-        )
-
-
-def _check_values(batch: Any, number: int) -> None:
-    for tensor in _tensors(batch):
-        if tensor.is_floating_point() and not tensor.is_meta and bool(tensor.isnan().any()):
-            raise ValueError(
-                f"batch {number} holds NaN in a tensor of shape {list(tensor.shape)}; remove it "
-                "from the calibration data"
-            )
 
 
 def call_model(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None) -> Any:
-    """The model's output for one batch, which is moved to the model's device first.
+    """Return the model's output for one batch, which is moved to the model's device first.
 
     :param forward_fn: called as ``forward_fn(model, batch)`` in place of the model itself.
     :raises ValueError: the batch cannot be moved there.
     """
     device = module_device(model)
+    batch = batch if forward_fn is not None else as_tensors(batch)
     try:
-        if any(tensor.device != device for tensor in _tensors(batch)):
+        if any(tensor.device != device for tensor in tensors_in(batch)):
             batch = map_tensors(lambda tensor: tensor.to(device), batch)
     except RuntimeError as error:
         raise ValueError(
@@ -118,20 +87,44 @@ def call_model(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None
         ) from error
     if forward_fn is not None:
         return forward_fn(model, batch)
-    args, kwargs = _arguments(batch)
+    args, kwargs = call_arguments(batch)
     return model(*args, **kwargs)
 
 
+def call_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and keyword arguments of a model for one batch, without labels."""
+    if isinstance(batch, Mapping):
+        return (), {name: value for name, value in batch.items() if name != "labels"}
+    return tuple(batch) if isinstance(batch, tuple | list) else (batch,), {}
+
+
 def module_device(module: nn.Module) -> torch.device:
-    """The device of a module's first parameter or buffer, the CPU if it has none."""
+    """Return the device of a module's first parameter or buffer, the CPU if it has none."""
     for tensors in (module.parameters(), module.buffers()):
         for tensor in tensors:
             return tensor.device
     return torch.device("cpu")
 
 
+# ------------------------------------------------------------------------------ tokens of a batch
+
+
+def token_ids(batch: Any) -> Tensor | None:
+    """Return the token ids ``[batch, seq]`` of a batch or feed, None where it does not tell them.
+
+    They are ``input_ids``, the only value of a mapping, or the first positional argument.
+    """
+    if isinstance(batch, Mapping):
+        batch = batch.get(_IDS, next(iter(batch.values())) if len(batch) == 1 else None)
+    elif isinstance(batch, tuple | list):
+        batch = batch[0] if batch else None
+    ids = as_tensors(batch)
+    is_ids = isinstance(ids, Tensor) and ids.ndim == 2 and ids.dtype in _INTEGERS
+    return ids if is_ids else None
+
+
 def token_mask(batch: Any, model: nn.Module | None = None) -> Tensor | None:
-    """Which tokens of a batch are real, by its 2-D ``attention_mask``.
+    """Return which tokens of a batch or feed are real, by its 2-D ``attention_mask``.
 
     :param model: module that takes the batch's positional arguments, to tell which one is the
         mask; None if a ``forward_fn`` decides that.
@@ -143,16 +136,16 @@ def token_mask(batch: Any, model: nn.Module | None = None) -> Tensor | None:
             named = inspect.signature(model.forward).bind_partial(*batch).arguments
         except TypeError:  # too many arguments: calling the model says so better
             named = {}
-    mask = named.get("attention_mask")
+    mask = as_tensors(named.get(_MASK))
     return mask != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def attended_tokens(attention: Tensor, shape: tuple[int, int]) -> Tensor | None:
-    """Which tokens are real, by the attention mask that a block received.
+    """Return which tokens are real, by the attention mask that a block received.
 
     A token is real if a query attends to it. Libraries let the queries of padding attend to
-    everything, lest their softmax be empty: queries that look into the future are left out (the
-    last one never does).
+    everything so that their softmax is not empty: queries that look into the future are left out
+    (the last one never does).
 
     :param attention: ``[batch or 1, heads or 1, seq, seq]``, bool (True: attends) or added to the
         scores (large negative: does not), or ``[batch, seq]`` (nonzero: real).
@@ -170,6 +163,9 @@ def attended_tokens(attention: Tensor, shape: tuple[int, int]) -> Tensor | None:
     allowed = attention.bool().any(1)  # [batch or 1, query, key]
     usual = ~allowed.triu(1).any(-1)  # [batch or 1, query]
     return (allowed & usual[:, :, None]).any(1).expand(batch, seq)
+
+
+# ---------------------------------------------------------------------------------- nested values
 
 
 def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
@@ -190,19 +186,138 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
-    """:func:`map_leaves` for the tensors only; all else stays."""
+    """Apply :func:`map_leaves` to the tensors only; all else stays."""
     return map_leaves(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    """All tensors of a tree, in order."""
-    found: list[Tensor] = []
-    map_tensors(found.append, tree)
-    return found
+def as_tensors(batch: Any) -> Any:
+    """Return a batch with tensors in place of arrays of numbers; one without arrays as it is.
+
+    Memory is shared; arrays that torch cannot take are copied.
+    """
+    arrays = []
+
+    def convert(leaf: Any) -> Any:
+        if not isinstance(leaf, np.ndarray) or leaf.dtype.kind not in "fiub":
+            return leaf
+        arrays.append(leaf)
+        plain = np.ascontiguousarray(leaf).reshape(leaf.shape)
+        plain = plain.astype(plain.dtype.newbyteorder("="), copy=False)
+        return torch.from_numpy(plain if plain.flags.writeable else plain.copy())
+
+    converted = map_leaves(convert, batch)
+    return converted if arrays else batch
 
 
-def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a model for one batch."""
-    if isinstance(batch, Mapping):
-        return (), {name: value for name, value in batch.items() if name != "labels"}
-    return tuple(batch) if isinstance(batch, tuple | list) else (batch,), {}
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Return the tensors in nested sequences and mappings, such as a batch or a model's output."""
+    if isinstance(tree, Mapping):
+        tree = list(tree.values())
+    if isinstance(tree, tuple | list):
+        return [tensor for item in tree for tensor in tensors_in(item)]
+    return [tree] if isinstance(tree, Tensor) else []
+
+
+# ------------------------------------------------------------------------------ sources and checks
+
+
+def numbered_batches(dataloader: Any) -> Iterator[tuple[int, Any]]:
+    """Return an iterator over the batches of a dataloader in any form, with their numbers.
+
+    :raises TypeError: ``dataloader`` is one batch or no iterable.
+    :raises ValueError: there is no batch, which shows at the end.
+    """
+    return _numbered(_source(dataloader))
+
+
+def _source(dataloader: Any) -> Iterable[Any]:
+    if isinstance(dataloader, Tensor | np.ndarray | Mapping | str | bytes):
+        raise _no_iterable(dataloader, "put a single batch into a list")
+    if hasattr(dataloader, "create_dataloader"):
+        return _source(dataloader.create_dataloader())
+    if hasattr(dataloader, "get_next"):
+        return _read(dataloader)
+    if hasattr(dataloader, "__iter__"):
+        return dataloader  # type: ignore[no-any-return]
+    if hasattr(dataloader, "__getitem__"):
+        return _by_index(dataloader)
+    if not callable(dataloader):
+        raise _no_iterable(dataloader, "a function that returns one will do as well")
+    made = dataloader()
+    if made is None or callable(made):
+        raise TypeError(
+            "a dataloader that is a function must return an iterable of batches, got "
+            f"{type(made).__name__}"
+        )
+    return _source(made)
+
+
+def _no_iterable(dataloader: Any, remedy: str) -> TypeError:
+    return TypeError(
+        f"dataloader must be an iterable of batches, got {type(dataloader).__name__}; {remedy}"
+    )
+
+
+def _by_index(dataset: Any) -> Iterable[Any]:
+    """Return the items of a data set, which is not asked beyond its length if it knows that."""
+    if not hasattr(dataset, "__len__"):
+        return iter(dataset)
+    return (dataset[index] for index in range(len(dataset)))
+
+
+def _read(reader: Any) -> Iterator[Any]:
+    """Yield all that a reader has, from the beginning if it can be rewound."""
+    if callable(getattr(reader, "rewind", None)):
+        reader.rewind()
+    while (item := reader.get_next()) is not None:
+        yield item
+
+
+def _numbered(source: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    number = -1
+    for number, batch in enumerate(source):
+        yield number, batch
+    if number < 0:
+        raise ValueError(
+            "dataloader must yield at least one batch, it yielded none; a generator can be walked "
+            "through only once, so pass a list, a torch DataLoader or a function that returns a "
+            "generator"
+        )
+
+
+def _check_form(batch: Any, number: int) -> None:
+    if not isinstance(batch, Tensor | tuple | list | Mapping):
+        raise TypeError(
+            f"batch {number} must be a tensor of ids, a tuple of positional arguments or a mapping "
+            f"of keyword arguments, got {type(batch).__name__}; pass a forward_fn(model, batch) "
+            "that calls the model with it"
+        )
+    args, kwargs = call_arguments(batch)
+    tensors = tensors_in((args, kwargs))
+    if not tensors:
+        raise TypeError(
+            f"batch {number} must hold at least one tensor, got {type(batch).__name__} of "
+            f"{[type(value).__name__ for value in (*args, *kwargs.values())]}"
+        )
+    ids = kwargs.get(_IDS, tensors[0])
+    if isinstance(ids, Tensor) and (ids.ndim < 2 or ids.numel() == 0):
+        raise ValueError(
+            f"batch {number} must be of shape [batch, seq] with at least one token, got "
+            f"{list(ids.shape)}; a single sequence takes ids.unsqueeze(0)"
+        )
+
+
+def check_values(batch: Any, number: int) -> None:
+    """Refuse a batch that holds NaN.
+
+    :raises ValueError: it does.
+    """
+    items = batch.items() if isinstance(batch, Mapping) else [("", batch)]
+    for name, values in items:
+        for tensor in tensors_in(values):
+            if tensor.is_floating_point() and not tensor.is_meta and bool(tensor.isnan().any()):
+                place = f"input {name!r}" if name else "a tensor"
+                raise ValueError(
+                    f"batch {number} holds NaN in {place} of shape {list(tensor.shape)}; remove it "
+                    "from the calibration data"
+                )

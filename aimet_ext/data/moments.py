@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from aimet_ext.core.objective import SecondMoment
-from aimet_ext.data.memory import available_bytes, mapped_zeros
+from aimet_ext.data.cache import available_bytes, mapped_zeros
 
 __all__ = ["Geometry", "MomentSum", "sum_moments"]
 

@@ -1,25 +1,47 @@
-"""Perplexity of a model or a simulation."""
+"""Perplexity of a model, a simulation or a session of onnxruntime."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aimet_ext.data.batches import call_model, iterate_batches, token_mask
+from aimet_ext.data.batches import (
+    call_model,
+    iterate_batches,
+    token_ids,
+    token_mask,
+)
+from aimet_ext.data.feeds import InputSpec, check_inputs, filled_batches
 from aimet_ext.data.text import calibration_batches
-from aimet_ext.evaluation.sessions import SessionModel
 from aimet_ext.sim.protocol import adapt
+from aimet_ext.walk.hooks import evaluating
 
-__all__ = ["calibration_batches", "evaluate_perplexity", "perplexity_of", "summed_losses"]
+__all__ = [
+    "calibration_batches",
+    "evaluate_perplexity",
+    "perplexity_of",
+    "prepared_module",
+    "summed_losses",
+]
+
+_TYPES = {
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+}
+_IDS = "input_ids"
 
 
 @torch.no_grad()
 def evaluate_perplexity(model_or_sim: Any, batches: Iterable[Any]) -> float:
-    """``exp`` of the mean negative log-likelihood of all tokens but the first of each window.
+    """Return ``exp`` of the mean negative log-likelihood of all tokens but a window's first.
 
     A token counts if it and the one before it are real, by the batch's attention mask.
 
@@ -33,16 +55,17 @@ def evaluate_perplexity(model_or_sim: Any, batches: Iterable[Any]) -> float:
     :raises ValueError: no batch, no token that counts, or an input of an ONNX graph is missing.
     """
     model = _model_of(model_or_sim)
-    training = {module: module.training for module in model.modules()}
     total, count = 0.0, 0
-    try:
-        model.eval()
-        for batch in _batches(model, batches):
-            batch_total, batch_count = _negative_log_likelihood(model, batch)
-            total, count = total + batch_total, count + batch_count
-    finally:
-        for module, was in training.items():
-            module.training = was
+    with evaluating(model):
+        named = model.batches(batches) if isinstance(model, _SessionModel) else batches
+        for batch in iterate_batches(named):
+            output = call_model(model, batch)
+            logits = getattr(output, "logits", output).as_subclass(Tensor)
+            ids = token_ids(batch)
+            if ids is None:
+                raise ValueError(f"each batch must hold {_IDS!r} [batch, seq], got {type(batch)}")
+            losses, tokens = summed_losses(logits, ids, token_mask(batch, model))
+            total, count = total + losses, count + tokens
     if count == 0:
         raise ValueError(
             "a real token after another real one is required in some batch, got none; "
@@ -51,13 +74,15 @@ def evaluate_perplexity(model_or_sim: Any, batches: Iterable[Any]) -> float:
     return perplexity_of(total, count)
 
 
-def summed_losses(logits: Tensor, ids: Tensor, real: Tensor) -> tuple[float, int]:
+def summed_losses(logits: Tensor, ids: Tensor, real: Tensor | None) -> tuple[float, int]:
     """Return the negative log-likelihood summed over the tokens that count, and their number.
 
     :param logits: Logits, shape [batch, seq, vocab].
     :param ids: Token ids, shape [batch, seq].
-    :param real: Tokens that are not padding, bool, shape [batch, seq].
+    :param real: Tokens that are not padding, bool, shape [batch, seq]; None for all.
     """
+    ids = ids.to(logits.device).long()
+    real = torch.ones_like(ids, dtype=torch.bool) if real is None else real.to(ids.device)
     counts = real[:, 1:] & real[:, :-1]  # [batch, seq - 1]
     chosen = logits[:, :-1][counts]  # [tokens, vocab]
     chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
@@ -66,15 +91,21 @@ def summed_losses(logits: Tensor, ids: Tensor, real: Tensor) -> tuple[float, int
 
 
 def perplexity_of(total: float, count: int) -> float:
-    """Return the perplexity of a summed loss."""
+    """Return the perplexity of a summed loss, infinity where that is beyond all numbers."""
     mean = total / count
     return math.exp(mean) if mean < math.log(float("1e308")) else math.inf
 
 
-def _batches(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
-    if isinstance(model, SessionModel):
-        batches = map(model.named, batches)
-    return iterate_batches(batches)
+def prepared_module(model: Any) -> Any:
+    """Return a model of transformers prepared, so that it pads on either side; others as they are.
+
+    :param model: any object.
+    """
+    if not hasattr(model, "get_output_embeddings"):
+        return model
+    from aimet_ext.models.huggingface import prepare_model
+
+    return prepare_model(model)
 
 
 def _model_of(model_or_sim: Any) -> nn.Module:
@@ -87,25 +118,38 @@ def _model_of(model_or_sim: Any) -> nn.Module:
                 f"a model or a QuantizationSimModel is required, got {type(model_or_sim).__name__}"
             ) from error
     if not isinstance(model, nn.Module):
-        return SessionModel(model)
-    if hasattr(model, "get_output_embeddings"):  # transformers' own: for its padding on the left
-        from aimet_ext.models.huggingface import prepare_model
-
-        return prepare_model(model)
-    return model
+        return _SessionModel(model)
+    prepared: nn.Module = prepared_module(model)
+    return prepared
 
 
-def _negative_log_likelihood(model: nn.Module, batch: Any) -> tuple[float, int]:
-    """Return the summed loss of a batch and the number of tokens that count."""
-    output = call_model(model, batch)
-    logits = getattr(output, "logits", output).as_subclass(Tensor)  # [batch, seq, vocab]
-    ids = _ids(batch).to(logits.device)
-    real = token_mask(batch, model)
-    real = torch.ones_like(ids, dtype=torch.bool) if real is None else real.to(ids.device)
-    return summed_losses(logits, ids, real)
+class _SessionModel(nn.Module):
+    """A language model behind a session, called with its inputs by name.
 
+    :param session: session of onnxruntime, of a graph with the input ``input_ids`` (or else its
+        first one) and the output ``logits`` (or else its first one).
+    """
 
-def _ids(batch: Any) -> Tensor:
-    if isinstance(batch, Mapping):
-        return batch["input_ids"]
-    return batch if isinstance(batch, Tensor) else batch[0]
+    def __init__(self, session: Any) -> None:
+        super().__init__()
+        self._session = session
+        self._types = {each.name: each.type for each in session.get_inputs()}
+        outputs = [each.name for each in session.get_outputs()]
+        self._output = "logits" if "logits" in outputs else outputs[0]
+        self._ids = _IDS if _IDS in self._types else next(iter(self._types), _IDS)
+
+    def batches(self, batches: Iterable[Any]) -> Iterator[dict[str, Tensor]]:
+        """Yield batches as inputs by name, with ``input_ids`` and a mask to score by."""
+        inputs = dict.fromkeys(self._types, InputSpec())  # types are converted
+        for number, batch in filled_batches(batches, inputs):
+            check_inputs(batch, inputs, number)
+            yield {_IDS: batch[self._ids], **batch}
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """Return logits ``[batch, seq, vocab]``."""
+        feeds = {}
+        for name, kind in self._types.items():
+            array = inputs[name].detach().cpu().numpy()
+            feeds[name] = array.astype(_TYPES[kind], copy=False) if kind in _TYPES else array
+        (logits,) = self._session.run([self._output], feeds)
+        return torch.from_numpy(logits)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from aimet_ext.core.equivalence import ScalePair, transform
-from aimet_ext.data.batches import map_tensors
+from aimet_ext.data.batches import map_tensors, tensors_in
 from aimet_ext.errors import TransformRefused
-from aimet_ext.walk.hooks import evaluating, tensors_in
+from aimet_ext.walk.hooks import evaluating
 from aimet_ext.walk.stream import hidden_state
 
 __all__ = [

@@ -15,12 +15,15 @@ import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
+from aimet_ext.data.feeds import InputSpec
 from aimet_ext.onnx.index import FLOATS, attributes, elements, stored_value
+from aimet_ext.onnx.ops.common import DTYPES
 
 __all__ = [
     "can_be_given",
     "infer_shapes",
     "infer_types",
+    "input_specs",
     "is_large",
     "placeholder",
     "read_array",
@@ -83,6 +86,17 @@ def torch_array(tensor: Tensor) -> np.ndarray[Any, Any]:
         found: np.ndarray[Any, Any] = tensor.view(torch.int16).numpy().view(dtype)
         return found
     return tensor.numpy()
+
+
+def input_specs(inputs: Mapping[str, onnx.ValueInfoProto]) -> dict[str, InputSpec]:
+    """Return shapes and types that a graph requires of its inputs, by name."""
+    found = {}
+    for name, value in inputs.items():
+        kind = value.type.tensor_type
+        dims = (dim.dim_value if dim.dim_value > 0 else dim.dim_param for dim in kind.shape.dim)
+        shape = tuple(dims) if kind.HasField("shape") else None
+        found[name] = InputSpec(shape, DTYPES.get(kind.elem_type))
+    return found
 
 
 def infer_types(

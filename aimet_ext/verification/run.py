@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from aimet_ext.core.objective import outputs_sqnr
-from aimet_ext.evaluation.perplexity import perplexity_of, summed_losses
+from aimet_ext.data.batches import call_model, token_ids, token_mask
+from aimet_ext.data.feeds import Feed
+from aimet_ext.evaluation.perplexity import perplexity_of, prepared_module, summed_losses
 from aimet_ext.onnx.session import open_session
 from aimet_ext.sim.protocol import adapt
-from aimet_ext.verification.data import Feed, token_ids, token_weights
 
 __all__ = [
     "CpuSession",
@@ -84,11 +85,7 @@ def float_outputs(sim: Any, reference: Any, feeds: Sequence[Feed]) -> list[Array
     if reference is None:
         with adapt(sim).disabled_quantizers():
             return sim_outputs(sim, feeds)
-    model = reference
-    if hasattr(reference, "get_output_embeddings"):  # transformers' own
-        from aimet_ext.models.huggingface import prepare_model
-
-        model = prepare_model(reference)
+    model = prepared_module(reference)
     if not isinstance(model, nn.Module):
         raise TypeError(
             "reference must be a torch module that takes the inputs of the exported model, got "
@@ -99,11 +96,9 @@ def float_outputs(sim: Any, reference: Any, feeds: Sequence[Feed]) -> list[Array
 
 @torch.no_grad()
 def _module_outputs(model: nn.Module, feeds: Sequence[Feed]) -> list[Array]:
-    parameter = next(model.parameters(), None)
-    device = None if parameter is None else parameter.device
     found = []
     for feed in feeds:
-        output = model(**{name: torch.from_numpy(array).to(device) for name, array in feed.items()})
+        output = call_model(model, feed)
         logits = getattr(output, "logits", output)
         logits = logits if isinstance(logits, Tensor) else logits[0]
         found.append(logits.as_subclass(Tensor).float().cpu().numpy())
@@ -128,8 +123,9 @@ def top1_agreement(
         if output.ndim not in (2, 3):
             return None
         equal = torch.from_numpy(output.argmax(-1) == target.argmax(-1))
-        if output.ndim == 3:
-            equal = equal[token_weights(feed, output.shape)]
+        real = token_mask(feed)
+        if output.ndim == 3 and real is not None:
+            equal = equal[real]
         same, count = same + int(equal.sum()), count + equal.numel()
     return same / count if count else None
 
@@ -144,7 +140,7 @@ def perplexity(outputs: Sequence[Array], feeds: Sequence[Feed]) -> float | None:
         ids = token_ids(feed)
         if ids is None or output.ndim != 3 or ids.shape != output.shape[:2]:
             return None
-        real = token_weights(feed, output.shape)
-        losses, tokens = summed_losses(torch.from_numpy(output).double(), ids, real)
+        logits = torch.from_numpy(output).double()  # [batch, seq, vocab]
+        losses, tokens = summed_losses(logits, ids, token_mask(feed))
         total, count = total + losses, count + tokens
     return perplexity_of(total, count) if count else None

@@ -12,6 +12,7 @@ import numpy as np
 
 from aimet_ext.artifact.hand_off import HandOff, hand_off, write_qdq
 from aimet_ext.artifact.load import load
+from aimet_ext.data.feeds import Feed
 from aimet_ext.errors import CorruptFileError, require
 from aimet_ext.files.folders import read_manifest
 from aimet_ext.findings import Finding
@@ -20,7 +21,6 @@ from aimet_ext.integrations.qnn_process import HtpCrashed, HtpProcess
 from aimet_ext.integrations.qnn_runtime import is_available
 from aimet_ext.integrations.qnn_targets import HtpTarget
 from aimet_ext.verification import run as runs
-from aimet_ext.verification.data import Feed
 from aimet_ext.verification.layers import (
     Cause,
     LayerFacts,

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from aimet_ext.data.feeds import Feed, graph_feeds
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.folders import (
     check_output,
@@ -23,7 +24,7 @@ from aimet_ext.files.folders import (
 from aimet_ext.findings import Finding
 from aimet_ext.integrations.qnn_targets import HtpTarget, find_target
 from aimet_ext.integrity.check import check_integrity
-from aimet_ext.verification.data import Feed, graph_inputs, random_feeds, window_feeds
+from aimet_ext.verification.data import graph_inputs, random_feeds
 from aimet_ext.verification.report import Status, StepResult, Thresholds, VerifyReport
 from aimet_ext.verification.steps import Verification
 
@@ -194,7 +195,7 @@ def _feeds(folder: Path, dataloader: Any, windows: int) -> tuple[list[Feed], str
     manifest = read_manifest(folder, verify=False)
     inputs = graph_inputs(folder / f"{manifest['prefix']}.onnx")
     if dataloader is not None:
-        feeds = window_feeds(dataloader, inputs)
+        feeds = graph_feeds(dataloader, inputs)
         compared = min(windows, len(feeds))
         return feeds, f"{len(feeds)} batches to calibrate with, {compared} to compare on"
     feeds = random_feeds(inputs, windows, _vocabulary(folder))

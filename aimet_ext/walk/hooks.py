@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from aimet_ext.data.batches import ForwardFn, call_model, module_device
+from aimet_ext.data.batches import ForwardFn, call_model, module_device, tensors_in
 from aimet_ext.data.moments import Geometry
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "run_batch",
     "seen_input",
     "swapped_weights",
-    "tensors_in",
 ]
 
 Wrap = Callable[[Tensor], Any]
@@ -157,15 +156,6 @@ def _wrap(output: Any) -> Wrap:
         return lambda tensor: tensor
     kind, rest = type(output), output[1:]
     return lambda tensor: kind([tensor, *rest])
-
-
-def tensors_in(tree: Any) -> list[Tensor]:
-    """Return the tensors in nested sequences and mappings, such as a batch or a model's output."""
-    if isinstance(tree, Mapping):
-        tree = list(tree.values())
-    if isinstance(tree, tuple | list):
-        return [tensor for item in tree for tensor in tensors_in(item)]
-    return [tree] if isinstance(tree, Tensor) else []
 
 
 def _version(tensor: Tensor) -> int:

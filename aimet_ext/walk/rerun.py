@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from aimet_ext.data.batches import ForwardFn, map_tensors, module_device, token_mask
-from aimet_ext.data.values import StoredBatches, keep_batches
+from aimet_ext.data.cache import StoredBatches, keep_batches
 from aimet_ext.walk.hooks import checked_weight, run_batch, seen_input, swapped_weights
 from aimet_ext.walk.layers import (
     LayerOrder,

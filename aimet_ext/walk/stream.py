@@ -16,6 +16,7 @@ from aimet_ext.data.batches import (
     iterate_batches,
     map_leaves,
     module_device,
+    token_ids,
     token_mask,
 )
 from aimet_ext.data.cache import TensorCache
@@ -297,7 +298,7 @@ def capture_block_inputs(
         with evaluating(model), torch.no_grad():
             for number, batch in enumerate(checked):
                 if forward_fn is None:
-                    _check_length(_ids(batch), context, number)
+                    _check_length(token_ids(batch), context, number)
                 args, kwargs = _first_call(model, block, batch, forward_fn, number)
                 hidden = _hidden(args, kwargs, number)
                 _check_length(hidden[..., 0], context, number)
@@ -388,16 +389,6 @@ def _check_uniform(config: Any) -> None:
             "all blocks must receive the same attention mask and position embeddings, but this "
             f"model's config.layer_types mixes {' and '.join(kinds)}; such models are not supported"
         )
-
-
-def _ids(batch: Any) -> Tensor | None:
-    """Return the ids of a batch ``[batch, seq]`` where they are known before the model runs."""
-    if isinstance(batch, Mapping):
-        batch = batch.get("input_ids")
-    elif isinstance(batch, tuple | list) and batch:
-        batch = batch[0]
-    is_ids = isinstance(batch, Tensor) and batch.ndim == 2 and not batch.is_floating_point()
-    return batch if is_ids else None
 
 
 def _check_length(tokens: Tensor | None, context: Any, number: int) -> None:

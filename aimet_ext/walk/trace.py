@@ -10,8 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from aimet_ext.data.batches import call_model, map_leaves, map_tensors
-from aimet_ext.walk.hooks import tensors_in
+from aimet_ext.data.batches import call_model, map_leaves, map_tensors, tensors_in
 
 __all__ = [
     "Executor",

@@ -16,8 +16,9 @@ from torch import nn
 
 import aimet_ext
 from aimet_ext import LPBQ, QSpec
-from aimet_ext.artifact.hand_off import HandOff, feeds, hand_off, write_qdq
+from aimet_ext.artifact.hand_off import HandOff, hand_off, write_qdq
 from aimet_ext.core.objective import sqnr_db
+from aimet_ext.data.feeds import graph_feeds
 from aimet_ext.files.encodings import entries, load_encodings
 from aimet_ext.files.folders import read_manifest, write_manifest
 
@@ -29,6 +30,7 @@ aimet_onnx = pytest.importorskip("aimet_onnx")
 from aimet_ext.integrations.qnn_runtime import is_available  # noqa: E402
 from aimet_ext.onnx.index import stored_values  # noqa: E402
 from aimet_ext.onnx.rewrite.qdq import float_weights  # noqa: E402
+from aimet_ext.onnx.values import input_specs  # noqa: E402
 from aimet_ext.sim.onnx import files as onnx_files  # noqa: E402
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -234,12 +236,13 @@ def test_a_tensor_that_the_model_lacks_is_named(
 
 def test_batches_are_cut_to_the_graph(cases: Callable[[str], Any]) -> None:
     _, found = cases("llama")
-    inputs = found.sim.model.model.graph.input
-    assert [batch["input_ids"].shape for batch in feeds(inputs, [IDS, IDS[:1]])] == [(1, 32)] * 5
+    inputs = input_specs({v.name: v for v in found.sim.model.model.graph.input})
+    found_feeds = graph_feeds([IDS, IDS[:1]], inputs)
+    assert [batch["input_ids"].shape for batch in found_feeds] == [(1, 32)] * 5
     with pytest.raises(ValueError, match=r"\[1, 32\], got \[1, 16\]"):
-        feeds(inputs, [IDS[:1, :16]])
+        graph_feeds([IDS[:1, :16]], inputs)
     with pytest.raises(ValueError, match="at least one batch"):
-        feeds(inputs, [])
+        graph_feeds([], inputs)
 
 
 def test_free_axes_become_static(tiny_model: Callable[..., Any], tmp_path: pathlib.Path) -> None:

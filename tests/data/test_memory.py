@@ -8,8 +8,8 @@ import os
 import pytest
 import torch
 
-from aimet_ext.data import memory
-from aimet_ext.data.memory import available_bytes, mapped_zeros
+from aimet_ext.data import cache
+from aimet_ext.data.cache import available_bytes, mapped_zeros
 
 
 @pytest.fixture
@@ -17,8 +17,8 @@ def machine(monkeypatch, tmp_path):
     """Writes what the system says of its memory, None for nothing."""
 
     def say(available=None, limit=None, used=0, cached=0):
-        monkeypatch.setattr(memory, "_PROC", tmp_path / "meminfo")
-        monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+        monkeypatch.setattr(cache, "_PROC", tmp_path / "meminfo")
+        monkeypatch.setattr(cache, "_CGROUP", tmp_path)
         if available is not None:
             text = f"MemTotal: 99999 kB\nMemAvailable:   {available} kB\nBuffers: 7 kB\n"
             (tmp_path / "meminfo").write_text(text)

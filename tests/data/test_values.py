@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from aimet_ext.data.values import StoredBatches, ValueCache, keep_batches
+from aimet_ext.data.cache import StoredBatches, ValueCache, keep_batches
 
 
 @pytest.fixture(params=["memory", "disk"])

@@ -21,6 +21,7 @@ from aimet_ext import LPBQ, QSpec
 from aimet_ext.cli.errors import ErrorsAsCodes
 from aimet_ext.cli.verify import EPILOG
 from aimet_ext.cli.verify import verify as command
+from aimet_ext.data.feeds import graph_feeds
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.folders import read_manifest
 from aimet_ext.findings import Finding
@@ -30,7 +31,7 @@ from aimet_ext.integrations.qnn_runtime import is_available
 from aimet_ext.integrations.qnn_targets import find_target
 from aimet_ext.verification import run as verify_run
 from aimet_ext.verification import steps as verify_steps
-from aimet_ext.verification.data import graph_inputs, window_feeds
+from aimet_ext.verification.data import graph_inputs
 from aimet_ext.verification.layers import compared_layers
 from aimet_ext.verification.report import Thresholds, VerifyReport
 from aimet_ext.verification.steps import Verification
@@ -80,7 +81,7 @@ def prepared(
     folder: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Verification]:
     """Return a function that gives a verification with all done but compiling and running."""
-    feeds = window_feeds(BATCHES, graph_inputs(folder / "m.onnx"))
+    feeds = graph_feeds(BATCHES, graph_inputs(folder / "m.onnx"))
     run = Verification(
         folder,
         tmp_path_factory.mktemp("work"),

@@ -12,13 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from aimet_ext.data.feeds import InputSpec, graph_feeds
 from aimet_ext.findings import Finding
-from aimet_ext.verification.data import (
-    exported_length,
-    graph_inputs,
-    random_feeds,
-    window_feeds,
-)
+from aimet_ext.verification.data import exported_length, graph_inputs, random_feeds
 from aimet_ext.verification.layers import (
     LayerFacts,
     compared_layers,
@@ -52,15 +48,12 @@ def facts(**fields: Any) -> LayerFacts:
 
 
 def inputs(**shapes: Sequence[int | str]) -> dict[str, Any]:
-    kind = onnx.TensorProto.INT64
-    return {
-        name: helper.make_tensor_value_info(name, kind, shape) for name, shape in shapes.items()
-    }
+    return {name: InputSpec(tuple(shape), torch.int64) for name, shape in shapes.items()}
 
 
 def test_longer_batches_are_cut_into_windows_in_order() -> None:
     ids = torch.arange(22).reshape(2, 11)
-    feeds = window_feeds([ids], inputs(input_ids=[1, 5]))
+    feeds = graph_feeds([ids], inputs(input_ids=[1, 5]))
     assert [feed["input_ids"].tolist() for feed in feeds] == [
         [[0, 1, 2, 3, 4]],
         [[5, 6, 7, 8, 9]],
@@ -71,27 +64,27 @@ def test_longer_batches_are_cut_into_windows_in_order() -> None:
 
 def test_windows_are_gathered_to_the_graphs_batch() -> None:
     batches = [torch.full((1, 4), value) for value in (1, 2, 3)]
-    feeds = window_feeds(batches, inputs(input_ids=[2, 4]))
+    feeds = graph_feeds(batches, inputs(input_ids=[2, 4]))
     assert [feed["input_ids"][:, 0].tolist() for feed in feeds] == [[1, 2]]
 
 
 def test_a_mask_is_cut_alike_and_made_where_there_is_none() -> None:
     taken = inputs(input_ids=[1, 2], attention_mask=[1, 2])
     ids, mask = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[0, 1, 1, 1]])
-    masked, whole = window_feeds([{"input_ids": ids, "attention_mask": mask}], taken)
+    masked, whole = graph_feeds([{"input_ids": ids, "attention_mask": mask}], taken)
     assert masked["attention_mask"].tolist() == [[0, 1]]
     assert whole["attention_mask"].tolist() == [[1, 1]]
-    assert window_feeds([ids], taken)[0]["attention_mask"].tolist() == [[1, 1]]
+    assert graph_feeds([ids], taken)[0]["attention_mask"].tolist() == [[1, 1]]
 
 
 def test_too_short_a_batch_is_refused_with_both_shapes() -> None:
     with pytest.raises(ValueError, match=r"\[1, 8\], got \[1, 4\]"):
-        window_feeds([torch.zeros(1, 4, dtype=torch.long)], inputs(input_ids=[1, 8]))
+        graph_feeds([torch.zeros(1, 4, dtype=torch.long)], inputs(input_ids=[1, 8]))
 
 
 def test_too_few_windows_are_refused() -> None:
     with pytest.raises(ValueError, match="2 x 4 tokens"):
-        window_feeds([torch.zeros(1, 4, dtype=torch.long)], inputs(input_ids=[2, 4]))
+        graph_feeds([torch.zeros(1, 4, dtype=torch.long)], inputs(input_ids=[2, 4]))
 
 
 def test_made_up_inputs_are_the_same_each_time_and_need_a_shape() -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from aimet_ext.artifact.export import export
 from aimet_ext.artifact.kv.check import check_float, check_quantized
 from aimet_ext.artifact.kv.run import KIND, QDQ, CacheFiles, share_weights
 from aimet_ext.artifact.load import load
 from aimet_ext.artifact.torch_onnx import Inputs, float32_model, write_onnx
+from aimet_ext.data.batches import iterate_batches, token_ids
 from aimet_ext.files.folders import replace_folder, write_manifest
 from aimet_ext.models.kv_cache import CachedCausalLM
 from aimet_ext.sim.protocol import adapt
@@ -148,13 +148,10 @@ def _hand_off(sim: Any, source: Path | None, dataloader: Any) -> Reference:
 
     if source is not None:
         return Reference.of(hand_off(source, dataloader, sim=sim))
-    batches = list(dataloader)
-    if not batches:
-        raise ValueError("dataloader must yield at least one batch, it yielded none")
-    first = batches[0]
-    if isinstance(first, Mapping):
-        first = first["input_ids"]
-    ids: Tensor = first[0] if isinstance(first, tuple | list) else first
+    batches = list(iterate_batches(dataloader))
+    ids = token_ids(batches[0])
+    if ids is None:
+        raise ValueError(f"batches of ids [batch, seq] are required, got {type(batches[0])}")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "plain"
         export(sim, folder, "plain", ids[:1])

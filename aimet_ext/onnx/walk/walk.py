@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aimet_ext.data.onnx_batches import check_inputs
-from aimet_ext.data.values import ValueCache
+from aimet_ext.data.cache import ValueCache
+from aimet_ext.data.feeds import check_inputs
 from aimet_ext.onnx.graph import OnnxGraph, Part
 from aimet_ext.onnx.layers import OnnxLayer
+from aimet_ext.onnx.values import input_specs
 from aimet_ext.onnx.walk.schedule import PlannedStage, Section, plan_stages, plan_transitions
 from aimet_ext.walk.layers import fit_mask, known
 from aimet_ext.walk.protocol import Inputs, ReadStage, Streams
@@ -39,7 +40,7 @@ class OnnxWalk:
     :param layers: all layers of the graph, by name.
     :param shells: the module that stands for each layer.
     :param batches: inputs of the graph by name, see
-        :func:`aimet_ext.data.onnx_batches.onnx_batches`. A 2-D ``attention_mask`` among them says
+        :func:`aimet_ext.data.feeds.named_batches`. A 2-D ``attention_mask`` among them says
         which tokens count.
     :param names: the layers to walk to, linear layers and convolutions.
     :param streams: which inputs the layers' stages give.
@@ -70,8 +71,9 @@ class OnnxWalk:
         _check_names(names, layers, "names")
         if not len(batches):
             raise ValueError("batches must hold at least one, got none; pass calibration data")
+        specs = input_specs(graph.inputs)
         for number, batch in enumerate(batches):
-            check_inputs(batch, graph.inputs, number)
+            check_inputs(batch, specs, number)
         self._graph, self._all = graph, layers
         self._shells = {name: shells[name] for name in names}
         self._batches = batches

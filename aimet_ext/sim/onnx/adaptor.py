@@ -13,12 +13,13 @@ from aimet_onnx import QuantizationSimModel
 from torch import Tensor, nn
 
 from aimet_ext.data.batches import ForwardFn
-from aimet_ext.data.onnx_batches import onnx_batches
+from aimet_ext.data.feeds import named_batches
 from aimet_ext.models.topology import BlockTopology, TopologyDescription
 from aimet_ext.onnx.graph import OnnxGraph
 from aimet_ext.onnx.index import FLOATS
 from aimet_ext.onnx.layers import FoundLayers, OnnxLayer, find_layers, node_names
 from aimet_ext.onnx.shells import module_tree, shell
+from aimet_ext.onnx.values import input_specs
 from aimet_ext.onnx.walk.walk import OnnxWalk
 from aimet_ext.sim.facts import SimFacts
 from aimet_ext.sim.onnx.blocks import (
@@ -200,10 +201,10 @@ class OnnxSim(SimAdaptor):
         return self.layers.shared_weights()
 
     def batches(self, dataloader: Any, *, opaque: bool = False) -> list[Any]:
-        """Return inputs of the model, see :func:`aimet_ext.data.onnx_batches.onnx_batches`."""
+        """Return inputs of the model by name, see :func:`aimet_ext.data.feeds.named_batches`."""
         if opaque:
             raise _no_forward_fn()
-        return list(onnx_batches(dataloader, self.graph.inputs))
+        return named_batches(dataloader, input_specs(self.graph.inputs))
 
     def walk(
         self,

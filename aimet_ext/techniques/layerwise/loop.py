@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from aimet_ext.config import LayerwiseParams
 from aimet_ext.core.objective import SecondMoment
+from aimet_ext.data.batches import tensors_in
 from aimet_ext.data.moments import sum_moments
 from aimet_ext.files.folders import replace_folder, write_manifest
 from aimet_ext.files.journal import Checkpoints, hash_tensors
@@ -36,7 +37,6 @@ from aimet_ext.techniques.session import (
     open_ledger,
     undo_on_failure,
 )
-from aimet_ext.walk.hooks import tensors_in
 from aimet_ext.walk.layers import uncalled
 from aimet_ext.walk.protocol import Activation, Stage, Streams, Walk
 
