@@ -213,13 +213,13 @@ class _Samples:
         self._targets, self._slope = self._derivative(outputs, None)  # [groups, n, rows]
 
     def curvature(self) -> Tensor:
-        """Mean of ``(f'(z) x_j)²``, per code; never 0, ``[groups, in, rows]``."""
+        """Return the mean of ``(f'(z) x_j)²``, per code; never 0, ``[groups, in, rows]``."""
         count = self._inputs.shape[1]
         curvature = self._inputs.square().mT @ self._slope.square() / count
         return torch.maximum(curvature, 1e-3 * self._problem.diagonal)
 
     def largest_curvature(self, curvature: Tensor, count: int) -> Tensor:
-        """Of every row, in units of ``curvature``, from some samples; ``[groups, 1, rows]``."""
+        """Return every row's largest curvature, in units of ``curvature``, from some samples."""
         inputs, weights = self._inputs[:, :count], self._slope[:, :count].square()
         root = curvature.rsqrt()
 
@@ -229,7 +229,7 @@ class _Samples:
         return _largest_eigenvalue(product, root)
 
     def gradient(self, codes: Tensor, chosen: Tensor) -> Tensor:
-        """Half the gradient of the mean squared error of some samples by ``Ŵ``."""
+        """Return half the gradient of the mean squared error of some samples by ``Ŵ``."""
         inputs = self._inputs[:, chosen]
         problem = self._problem
         values = torch.addcmul(self._weight, codes - problem.ideal, problem.step)
@@ -238,7 +238,7 @@ class _Samples:
         return torch.bmm(inputs.mT, back).div_(len(chosen))
 
     def errors(self, codes: Tensor) -> Tensor:
-        """Mean squared error of every row over all samples, ``[groups, rows]``, in float64."""
+        """Return every row's mean squared error, ``[groups, rows]``, in float64."""
         values = self._weight + (codes - self._problem.ideal) * self._problem.step
         total = torch.zeros_like(self._bias[:, 0], dtype=torch.float64)
         for at in range(0, self._inputs.shape[1], 8192):
@@ -248,7 +248,7 @@ class _Samples:
         return total / self._inputs.shape[1]
 
     def _derivative(self, outputs: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``f(z)``, and ``f'(z)`` times its distance from the targets (times 1 without)."""
+        """Return ``f(z)``, and ``f'(z)`` times its distance from the targets (times 1 without)."""
         with torch.enable_grad():
             leaf = outputs.detach().requires_grad_()
             values = self._activation(leaf)
@@ -258,7 +258,7 @@ class _Samples:
 
 
 def _begin(problem: Columns, first: Tensor | None) -> Tensor:
-    """Where relaxed codes start, ``[groups, in, rows]``."""
+    """Return the codes at which the relaxation starts, ``[groups, in, rows]``."""
     begin = problem.ideal if first is None else first
     return torch.where(problem.dead, problem.nearest, begin)
 
@@ -274,7 +274,7 @@ def _anneal(
     rate: Tensor,
     momentum: float,
 ) -> Tensor:
-    """Codes after all steps, or as soon as none has changed for a tenth of them."""
+    """Return the codes after all steps, or as soon as none has changed for a tenth of them."""
     patience = max(len(strengths) // 10, 1)
     before: Tensor | None = None
     for index, strength in enumerate(strengths):
@@ -315,7 +315,7 @@ def _largest_eigenvalue(product: Callable[[Tensor], Tensor], like: Tensor) -> Te
 
 
 def _parts(codes: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Parts of about as many codes as fit the cache: rows of one group, or whole groups."""
+    """Yield parts of about as many codes as fit the cache: rows of one group, or whole groups."""
     groups, width, rows = codes.shape
     some_groups = max(1, _AT_ONCE // (width * rows))
     some_rows = max(64, _AT_ONCE // width)
@@ -325,7 +325,7 @@ def _parts(codes: Tensor) -> Iterator[tuple[slice, slice, slice]]:
 
 
 def _minibatches(count: int, batch: int, generator: torch.Generator | None) -> Iterator[Tensor]:
-    """Indices of samples without end, every sample once a round."""
+    """Yield indices of samples without end, every sample once a round."""
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     while True:
         order = torch.randperm(count, generator=generator, device=generator.device)

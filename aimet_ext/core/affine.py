@@ -124,7 +124,7 @@ def clamp_ste(x: Tensor, low: float, high: float) -> Tensor:
 
 
 def quantize(weight: Tensor, grid: Grid) -> Tensor:
-    """Integers of a weight on a grid, as a float tensor; differentiable (straight-through).
+    """Return the integers of a weight on a grid, as a float tensor; differentiable.
 
     :param weight: ``[out, in]``, or any shape that the grid divides.
     :raises ValueError: the grid does not divide the weight.
@@ -133,13 +133,13 @@ def quantize(weight: Tensor, grid: Grid) -> Tensor:
 
 
 def dequantize(q: Tensor, grid: Grid) -> Tensor:
-    """Values ``(q + offset + shift) · scale`` of integers on a grid, in the dtype of ``q``."""
+    """Return the values ``(q + offset + shift) · scale`` of integers, in the dtype of ``q``."""
     scale, offset = _cellwise(q, grid)
     return from_blocks(_values(to_blocks(q, grid.shape), grid, scale, offset))
 
 
 def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:
-    """The weight moved to its nearest values on a grid, in its own dtype; differentiable.
+    """Move a weight to its nearest values on a grid, in its own dtype; differentiable.
 
     Gradients pass rounding straight through, are zero for weights beyond the grid, and reach
     ``scale`` and ``offset`` as well.
@@ -166,7 +166,7 @@ def minmax_range(
     symmetric: bool,
     zero_point_shift: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Smallest range of each cell that holds zero and every weight, as AIMET calibrates it.
+    """Return each cell's smallest range with zero and every weight in it, as AIMET calibrates.
 
     A symmetric range is ``delta · (qmin, qmax)`` with ``delta = max(max w / qmax, min w / qmin)``;
     at 2 bits without shift ``delta`` is as if ``qmax`` were 2, so that no level is wasted.
@@ -207,12 +207,12 @@ def scale_offset(
 
 
 def symmetric_offset(qmin: int, qmax: int) -> int:
-    """Offset of a symmetric grid: 0 for signed integers, half the range for unsigned ones."""
+    """Return the offset of a symmetric grid: 0 for signed integers, else half the range."""
     return -round((qmin + qmax) / 2)
 
 
 def short_scale(scale: Tensor) -> Tensor:
-    """The scale rounded to 16 significant bits, which changes it by a share of 1.6e-5 at most.
+    """Round a scale to 16 significant bits, which changes it by a share of 1.6e-5 at most.
 
     Its products with the integers of 8 bits are exact in float32. So a range made of it gives it
     back to the last bit, whichever way a toolkit goes from scales to ranges and back.
@@ -222,7 +222,7 @@ def short_scale(scale: Tensor) -> Tensor:
 
 
 def minimum_scale(steps: int) -> float:
-    """Smallest scale that AIMET allows a grid of ``steps + 1`` values."""
+    """Return the smallest scale that AIMET allows a grid of ``steps + 1`` values."""
     return min(torch.finfo(torch.float32).eps, 0.01 / steps)
 
 
@@ -240,7 +240,7 @@ def _needs_gradient(grid: Grid) -> bool:
 
 
 def _is_fused(grid: Grid) -> bool:
-    """Whether AIMET hands this grid to ``torch.fake_quantize_*``."""
+    """Return whether AIMET hands this grid to ``torch.fake_quantize_*``."""
     if grid.block_size is not None or grid.zero_point_shift or grid.half_up:
         return False
     if _needs_gradient(grid):
@@ -252,7 +252,7 @@ def _is_fused(grid: Grid) -> bool:
 
 
 def _working_dtype(dtype: torch.dtype, grid: Grid) -> torch.dtype:
-    """The dtype AIMET divides and rounds in: the weight's, if it resolves a quarter of a step."""
+    """Return the dtype AIMET rounds in: the weight's, if it resolves a quarter of a step."""
     for candidate in (dtype, torch.float32):
         if torch.finfo(candidate).eps <= 0.25 / (grid.qmax - grid.qmin):
             return candidate

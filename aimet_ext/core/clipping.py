@@ -48,7 +48,7 @@ class GridLayout:
     scale_bits: int | None = None
 
     def bounds(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Smallest range ``(min, max)`` of each cell that holds every weight, differentiable."""
+        """Return each cell's smallest range ``(min, max)`` with all weights; differentiable."""
         return minmax_range(
             weight, self.shape, self.qmin, self.qmax, self.symmetric, self.zero_point_shift
         )
@@ -58,7 +58,7 @@ class GridLayout:
         return scale_offset(low, high, self.qmin, self.qmax, self.symmetric)
 
     def with_scale(self, scale: Tensor, offset: Tensor | None = None) -> Grid:
-        """The grid of these scales: raw ones, before LPBQ makes integers of them."""
+        """Return the grid of these scales: raw ones, before LPBQ makes integers of them."""
         if offset is None:
             offset = torch.full_like(scale, symmetric_offset(self.qmin, self.qmax))
         if self.scale_bits is not None:
@@ -66,7 +66,7 @@ class GridLayout:
         return Grid(scale, offset, self.qmin, self.qmax, self.block_size, self.zero_point_shift)
 
     def is_row_wise(self, weight: Tensor) -> bool:
-        """Whether no two output rows share a cell, so that scaling a row scales its ranges."""
+        """Return whether no two output rows share a cell: scaling a row then scales its ranges."""
         return len(self.shape) == weight.dim() and self.shape[0] == weight.shape[0]
 
 
@@ -100,7 +100,7 @@ class LearnableClipping(nn.Module):
     ) -> LearnableClipping:
         """Start at scales that were chosen for ``weight``, as near as shares of its range can be.
 
-        :param scale: of the grid's shape, the raw one for LPBQ.
+        :param scale: scale of the grid's shape, the raw one for LPBQ.
         """
         low, high = layout.bounds(weight)
         if layout.symmetric:
@@ -113,11 +113,11 @@ class LearnableClipping(nn.Module):
         return cls(layout, _share(chosen_low, low), _share(chosen_high, high))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The weight moved to its nearest values on the learnt grid; differentiable."""
+        """Move the weight to its nearest values on the learnt grid; differentiable."""
         return fake_quantize(weight, self.layout.with_scale(*self.layout.raw(*self.ranges(weight))))
 
     def ranges(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The learnt range ``(min, max)`` of each cell of ``weight``."""
+        """Return the learnt range ``(min, max)`` of each cell of ``weight``."""
         low, high = self.layout.bounds(weight)
         upper = self.low if self.high is None else self.high
         return torch.sigmoid(self.low) * low, torch.sigmoid(upper) * high
@@ -147,7 +147,7 @@ def search_ranges(
         ``[groups, in, in]``.
     :param pull: ``[out, in]`` or None, see :class:`~aimet_ext.core.objective.SecondMoment`.
     :param smooth: multiplier of every input column that the quantizer sees, ``[in]``; None for 1.
-    :param row_weight: what an output row counts where rows share a cell, ``[out]``.
+    :param row_weight: weight of an output row where rows share a cell, ``[out]``.
     :param shares: candidate shares of the full range, ``[candidates]``.
     :param start: scale and offset to improve; None to start at the full range.
     :param steps: shares of the full range by which either end of the current range is moved as
@@ -188,7 +188,7 @@ def search_ranges(
 
 
 def default_shares(like: Tensor, count: int = 40, lowest: float = 0.3) -> Tensor:
-    """Evenly spaced shares from the full range down to ``lowest`` of it, ``[count]``."""
+    """Return evenly spaced shares from the full range down to ``lowest`` of it, ``[count]``."""
     return torch.linspace(1.0, lowest, count, device=like.device, dtype=like.dtype)
 
 
@@ -237,7 +237,7 @@ def _best_candidate(
 def _candidates(
     seen: Tensor, layout: GridLayout, shares: Tensor, steps: Tensor | None
 ) -> Callable[[int, Tensor, Tensor], Iterator[tuple[Tensor, Tensor]]]:
-    """For a column of cells, an iterator of (scale, offset), each ``[rows of the grid]``."""
+    """Return a function that yields (scale, offset) for a column of cells, each ``[rows]``."""
     low, high = layout.bounds(seen)
 
     def by_share(cell: int, scale: Tensor, offset: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -273,7 +273,7 @@ def _candidates(
 
 
 def _in_group(top: Tensor, layout: GridLayout) -> Tensor:
-    """How many cells of each LPBQ group carry the top integer, expanded to the cells."""
+    """Return how many cells of each LPBQ group carry the top integer, expanded to the cells."""
     grouping = (layout.block_grouping or (-1,))[-1]
     per_group = top.shape[1] if grouping == -1 else grouping
     counts = top.view(top.shape[0], -1, per_group).sum(-1, keepdim=True)  # [out, groups, 1]
@@ -283,7 +283,7 @@ def _in_group(top: Tensor, layout: GridLayout) -> Tensor:
 def _lpbq_start(
     seen: Tensor, smooth: Tensor, layout: GridLayout, second: Tensor, shares: Tensor
 ) -> Tensor:
-    """Raw scale of every block by a search on its own part of ``H``, integers not yet in force."""
+    """Search the raw scale of every block on its own part of ``H``, before scales are integers."""
     free = free_layout(layout)
     columns = seen.shape[1] // layout.shape[1]
     keep = torch.block_diag(*[second.new_ones(columns, columns)] * layout.shape[1])

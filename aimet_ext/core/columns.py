@@ -77,19 +77,19 @@ class Columns:
         return self.second.diagonal(dim1=1, dim2=2)[:, :, None] <= 0
 
     def step_at(self, columns: slice) -> Tensor:
-        """Scales of some columns, ``[groups, columns, rows]``."""
+        """Return the scales of some columns, ``[groups, columns, rows]``."""
         return self.step.expand_as(self.ideal)[:, columns]
 
     def transposed(self, codes: Tensor) -> Tensor:
-        """``[out, in]`` as a new tensor ``[groups, in, rows]``."""
+        """Return ``[out, in]`` as a new tensor ``[groups, in, rows]``."""
         return _transposed(codes.to(self.ideal.dtype), self.ideal.shape[0])
 
     def rows(self, codes: Tensor) -> Tensor:
-        """``[groups, in, rows]`` back to ``[out, in]``."""
+        """Return ``[groups, in, rows]`` as ``[out, in]``."""
         return codes.mT.reshape(-1, codes.shape[1])
 
     def permuted(self, order: Tensor) -> Columns:
-        """The columns of every group in another order ``[groups, in]``."""
+        """Return the columns of every group in another order ``[groups, in]``."""
 
         def pick(tensor: Tensor) -> Tensor:
             return tensor.take_along_dim(order[:, :, None], 1)
@@ -104,7 +104,7 @@ class Columns:
         )
 
     def errors(self, codes: Tensor) -> Tensor:
-        """Objective of every row, ``[groups, rows]``, in float64."""
+        """Return the objective of every row, ``[groups, rows]``, in float64."""
         error = ((codes - self.ideal) * self.step).double()
         gradient = self.second.double() @ error
         if self.pull is not None:
@@ -113,7 +113,7 @@ class Columns:
 
 
 def column_blocks(width: int, block: int) -> list[slice]:
-    """Consecutive slices of at most ``block`` columns."""
+    """Return consecutive slices of at most ``block`` columns."""
     return [slice(start, min(start + block, width)) for start in range(0, width, block)]
 
 

@@ -49,7 +49,7 @@ class Side:
 class ScalePair:
     """All places where one scale vector ``[size]`` is multiplied in and cancels.
 
-    :param name: for people, for example ``"input_layernorm->q_proj,k_proj,v_proj"``.
+    :param name: name for messages, for example ``"input_layernorm->q_proj,k_proj,v_proj"``.
     """
 
     name: str
@@ -59,7 +59,7 @@ class ScalePair:
 
 
 def expand(side: Side, scale: Tensor, width: int) -> Tensor:
-    """The multiplier of every row or column of a side's module, 1 outside its slice.
+    """Return the multiplier of every row or column of a side's module, 1 outside its slice.
 
     :param scale: ``[size]``, the scale vector of the pair.
     :param width: rows (``axis="out"``) or columns (``axis="in"``) of the module's weight.
@@ -83,7 +83,7 @@ def expand(side: Side, scale: Tensor, width: int) -> Tensor:
 def transform(
     params: Mapping[str, Tensor], pairs_and_scales: Sequence[tuple[ScalePair, Tensor]]
 ) -> dict[str, Tensor]:
-    """The parameters of a block after its scale pairs were multiplied in, in order.
+    """Return the parameters of a block after its scale pairs were multiplied in, in order.
 
     With ``m`` the expanded multiplier, rows become ``diag(m) W`` and ``m * b``, columns
     ``W diag(m)``, and the gain of a norm ``(w + gain_offset) * m - gain_offset``.
@@ -108,7 +108,7 @@ def transform(
 
 
 def _apply(side: Side, scale: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weight, and the bias if it has one, of a side's module after multiplication."""
+    """Return the weight, and the bias if it has one, of a side's module after multiplication."""
     weight_name, bias_name = f"{side.module}.weight", f"{side.module}.bias"
     if weight_name not in params:
         raise ValueError(f"{weight_name} is required by a scale pair and is not in params")

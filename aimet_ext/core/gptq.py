@@ -29,7 +29,7 @@ def gptq(
     beams: int = 1,
     block: int = 128,
 ) -> Tensor:
-    """Round column after column, each to make up for the errors of those before (GPTQ).
+    """Round column by column and compensate each error in the remaining columns (GPTQ).
 
     Column ``j`` takes the value that is best for its row if all later columns could still take
     any real value. With ``H = M Mᵀ``, ``M`` upper triangular, and ``t = pull M⁻ᵀ`` a row's
@@ -101,7 +101,7 @@ def coordinate_descent(
     :param grid: the grid of the codes, held.
     :param second: ``H [in, in]`` or ``[groups, in, in]``.
     :param pull: ``[out, in]`` or None, see :class:`~aimet_ext.core.objective.SecondMoment`.
-    :param sweeps: how often at most every column is visited.
+    :param sweeps: largest number of visits of a column.
     :param block: columns between two large matrix products; changes nothing but the time.
     :returns: integers ``[out, in]``. Columns that never see an input are left alone.
     :raises ValueError: H does not fit the weight.
@@ -116,7 +116,7 @@ def coordinate_descent(
 
 
 def _upper_factor(second: Tensor, damping: float) -> Tensor:
-    """Upper triangular ``M`` with ``M Mᵀ = H + damping``, in float64; dead columns decoupled."""
+    """Return upper triangular ``M``, ``M Mᵀ = H + damping``, in float64; dead columns decoupled."""
     flipped = second.double().flip(1, 2)
     diagonal = flipped.diagonal(dim1=1, dim2=2)  # [groups, in]
     dead = diagonal <= 0
@@ -131,7 +131,7 @@ def _upper_factor(second: Tensor, damping: float) -> Tensor:
 
 
 def _nearest_plane(problem: Columns, coupling: Tensor, shift: Tensor, block: int) -> Tensor:
-    """Codes ``[groups, in, rows]`` of the greedy choice, one column at a time."""
+    """Return codes ``[groups, in, rows]`` of the greedy choice, one column at a time."""
     codes, error = torch.empty_like(problem.ideal), torch.empty_like(problem.ideal)
     for at in column_blocks(codes.shape[1], block):
         past = slice(0, at.start)
@@ -187,7 +187,7 @@ def _decide(
 def _beam_search(
     problem: Columns, coupling: Tensor, shift: Tensor, cost: Tensor, beams: int
 ) -> Tensor:
-    """Codes ``[groups, in, rows]`` with the smallest sum that a search with beams finds."""
+    """Return the codes ``[groups, in, rows]`` with the smallest sum that the search finds."""
     groups, width, rows = problem.ideal.shape
     best = torch.empty_like(problem.ideal)
     step = problem.step.expand_as(problem.ideal)
@@ -226,7 +226,7 @@ class _Beams:
         self.parents: list[Tensor] = []
 
     def run(self, qmin: int, qmax: int) -> Tensor:
-        """Codes of the best beam, ``[groups, in, rows]``."""
+        """Return the codes of the best beam, ``[groups, in, rows]``."""
         width = self.ideal.shape[1]
         for at in column_blocks(width, self.block):
             self._advance(at, qmin, qmax)
@@ -238,7 +238,7 @@ class _Beams:
         return torch.stack(path[::-1], 1).to(self.ideal.dtype)
 
     def _advance(self, at: slice, qmin: int, qmax: int) -> None:
-        """Branch and prune over a block of columns, then tell the later columns."""
+        """Branch and prune over a block of columns, then update the later columns."""
         groups, _, rows = self.ideal.shape
         size = at.stop - at.start
         error = self.wish.new_empty(groups, size, rows, self.beams)
@@ -267,7 +267,7 @@ class _Beams:
             ).view_as(later)
 
     def _branch(self, column: int, wish: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
-        """Both nearest codes of every beam: those with the smallest sums, and whose they are."""
+        """Extend every beam by its two nearest codes; return the best ones and their parents."""
         step = self.step[:, column, :, None]
         real = wish / step + self.ideal[:, column, :, None]
         first = real.round()

@@ -18,7 +18,7 @@ __all__ = ["channel_scale", "integer_scale", "lpbq_scale"]
 
 
 def channel_scale(raw_scale: Tensor, block_grouping: Sequence[int], scale_bits: int) -> Tensor:
-    """Float scale that the blocks of a group share: the largest raw scale / 2^scale_bits.
+    """Return the float scale that a group's blocks share: the largest raw scale / 2^scale_bits.
 
     :param raw_scale: float scale of every block, ``[out, blocks]`` for a linear layer.
     :param block_grouping: blocks of a group along each dimension, -1 for all of them;
@@ -31,7 +31,7 @@ def channel_scale(raw_scale: Tensor, block_grouping: Sequence[int], scale_bits: 
 
 
 def integer_scale(raw_scale: Tensor, block_grouping: Sequence[int], scale_bits: int) -> Tensor:
-    """Integer scale of every block, 1 … 2^scale_bits, in a float tensor; differentiable.
+    """Return the integer scale of every block, 1 … 2^scale_bits, as float; differentiable.
 
     :param raw_scale: float scale of every block, ``[out, blocks]`` for a linear layer.
     :returns: same shape as ``raw_scale``.

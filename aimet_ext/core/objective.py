@@ -1,4 +1,4 @@
-"""How far a quantized layer or block is from its float original."""
+"""Errors of a quantized layer or block against its float original."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TILE = 128  # columns; smaller ones save more products, and make each slower
 
 @dataclass(frozen=True, eq=False)
 class SecondMoment:
-    """What the output error of a linear layer needs to know of its inputs, exactly.
+    """Moments of a linear layer's inputs that determine its output error exactly.
 
     With the quantized stream's inputs ``x̂`` and the float stream's ``x = x̂ + e``, over all tokens
 
@@ -36,7 +36,7 @@ class SecondMoment:
     :param second: ``H [in, in]``, divided by the number of tokens; ``[groups, in, in]`` for a
         convolution in groups, each of which has inputs and output rows of its own.
     :param cross: ``C``, of the same shape, likewise; None where the target is ``W x̂``.
-    :param tokens: how many tokens went in.
+    :param tokens: number of tokens.
     """
 
     second: Tensor
@@ -44,12 +44,12 @@ class SecondMoment:
     tokens: int
 
     def pull(self, weight: Tensor) -> Tensor | None:
-        """The linear term ``W Cᵀ [out, in]``: where upstream errors pull the weight to."""
+        """Return the linear term ``W Cᵀ [out, in]``: where upstream errors pull the weight to."""
         return None if self.cross is None else moment_product(weight, self.cross.mT)
 
 
 def moment_product(rows: Tensor, moment: Tensor) -> Tensor:
-    """``rows · moment``, with each group's own moment for its rows.
+    """Return ``rows · moment``, with each group's own moment for its rows.
 
     :param rows: ``[out, n]``.
     :param moment: ``[n, m]``, or ``[groups, n, m]`` where ``groups`` divides ``out``.
@@ -62,7 +62,7 @@ def moment_product(rows: Tensor, moment: Tensor) -> Tensor:
 
 
 def quadratic(rows: Tensor, moment: Tensor) -> Tensor:
-    """``r H rᵀ`` of every row, with the tiles of ``H`` on and below its diagonal alone.
+    """Compute ``r H rᵀ`` of every row, with the tiles of ``H`` on and below its diagonal alone.
 
     That is half the products of ``(rows · H · rows).sum(-1)``.
 
@@ -83,7 +83,7 @@ def quadratic(rows: Tensor, moment: Tensor) -> Tensor:
 
 
 def row_errors(error: Tensor, second: Tensor, pull: Tensor | None) -> Tensor:
-    """``E H Eᵀ − 2 E · pull`` of every output row, up to a constant the mean squared output error.
+    """Return every output row's ``E H Eᵀ − 2 E · pull``: its mean squared error, up to a constant.
 
     :param error: quantized minus float weight, ``[out, in]``.
     :param second: ``H [in, in]`` or ``[groups, in, in]``.
@@ -119,7 +119,7 @@ def best_rows(candidates: Iterable[Tensor], errors: Callable[[Tensor], Tensor]) 
 
 
 def sqnr_db(signal: float, noise: float) -> float:
-    """Signal to quantization noise ratio in dB, of two sums (or means) of squares."""
+    """Return the signal to quantization noise ratio in dB of two sums (or means) of squares."""
     if noise <= 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf

@@ -103,7 +103,7 @@ def best_ranges(
 def compatible_ranges(
     weight: Tensor, layout: GridLayout, second: Tensor, cross: Tensor | None, num_candidates: int
 ) -> tuple[Tensor, Tensor]:
-    """Ranges as AIMET's SeqMSE chooses them, from second moments in place of tokens.
+    """Choose ranges as AIMET's SeqMSE does, from second moments in place of tokens.
 
     Candidates are ``i / num_candidates`` of the calibrated range; each cell is judged on its own
     columns alone, LPBQ's blocks as if each had a float scale of its own, a per-tensor range on the
@@ -156,9 +156,9 @@ def rounding_ranges(
     candidates: int = 12,
     damping: float = 0.01,
 ) -> tuple[Tensor, Tensor]:
-    """For every row the multiple of its ranges on which GPTQ's rounding has the lowest error.
+    """Choose for every row the multiple of its ranges that GPTQ rounds to with the lowest error.
 
-    A rounding in which columns make up for each other wants wider ranges than the nearest one.
+    A rounding that compensates errors in other columns wants wider ranges than the nearest one.
     Multiples are taken of the full range where a row has a single symmetric cell, else of the
     ranges that :func:`best_ranges` finds.
 
@@ -189,7 +189,7 @@ def rounding_ranges(
 def _candidate(
     layout: GridLayout, low: Tensor, high: Tensor, number: int, count: int
 ) -> tuple[Tensor, Tensor]:
-    """The range that AIMET's calibration makes of a share of a range, to the bit."""
+    """Return the range that AIMET's calibration makes of a share of a range, to the bit."""
     ends = torch.stack([low / count * (number + 1), high / count * (number + 1)], -1)
     shape = layout.shape
     return minmax_range(

@@ -1,4 +1,4 @@
-"""How to choose the scales of a function-preserving transform (LET, arXiv 2308.13137).
+"""Choice of the scales of a function-preserving transform (LET, arXiv 2308.13137).
 
 By SmoothQuant's formula (arXiv 2211.10438), or by coordinate descent on the output error that
 second moments give exactly. Both choose a multiplier for each input column of the readers; what
@@ -23,7 +23,7 @@ _BLOCK = 64
 
 
 def smoothquant_scale(activation: Tensor, weight: Tensor, alpha: float = 0.5) -> Tensor:
-    """``activation^alpha / weight^(1 − alpha)``, divided by its geometric mean.
+    """Return ``activation^alpha / weight^(1 − alpha)``, divided by its geometric mean.
 
     The mean is free, a common factor cancels. Channels that are zero throughout get 1.
 
@@ -44,9 +44,9 @@ class Reader:
     """A layer that reads the smoothed channels.
 
     :param weight: ``[out, in]``, before smoothing.
-    :param grid: what its smoothed weight is quantized on; scales as they are deployed.
+    :param grid: grid of its smoothed weight; scales as they are deployed.
     :param pull: linear term of its error ``[out, in]``, or None.
-    :param row_weight: what an error of each output row costs, ``[out]``.
+    :param row_weight: cost of an error of each output row, ``[out]``.
     """
 
     weight: Tensor
@@ -62,7 +62,7 @@ def search_smoothing(
     groups: Sequence[Tensor],
     multipliers: Tensor,
 ) -> Tensor:
-    """Column multipliers by coordinate descent on ``Σ row_weight · (E H Eᵀ − 2 E · pull)``.
+    """Choose column multipliers by descent on ``Σ row_weight · (E H Eᵀ − 2 E · pull)``.
 
     With all grids held, a new multiplier of column j changes the rounding of that column alone, so
     the error of a candidate costs a rank-one update. One sweep over all groups; the error never
@@ -101,7 +101,7 @@ def search_smoothing(
 
 
 def candidate_multipliers(like: Tensor, count: int, reach: float) -> Tensor:
-    """Factors from ``1/reach`` to ``reach``, evenly spaced in their logarithm, ``[count]``."""
+    """Return factors from ``1/reach`` to ``reach``, evenly spaced on a log scale, ``[count]``."""
     steps = torch.linspace(-1, 1, count, device=like.device, dtype=like.dtype)
     return (steps * math.log(reach)).exp()
 

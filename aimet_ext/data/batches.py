@@ -238,7 +238,7 @@ def _source(dataloader: Any) -> Iterable[Any]:
     if hasattr(dataloader, "get_next"):
         return _read(dataloader)
     if hasattr(dataloader, "__iter__"):
-        return dataloader  # type: ignore[no-any-return]
+        return dataloader
     if hasattr(dataloader, "__getitem__"):
         return _by_index(dataloader)
     if not callable(dataloader):

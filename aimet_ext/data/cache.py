@@ -188,7 +188,7 @@ class ValueCache:
     def read(
         self, batch: int, keys: Iterable[Key], device: torch.device | str = "cpu"
     ) -> dict[Key, Any]:
-        """Values of a batch, their tensors fresh copies on ``device``."""
+        """Return values of a batch, their tensors fresh copies on ``device``."""
         tensors: dict[_Slot, Tensor] = {}
 
         def fill(leaf: Any) -> Any:
@@ -205,7 +205,7 @@ class ValueCache:
         }
 
     def drop(self, batch: int, keys: Iterable[Hashable]) -> None:
-        """Forget values of a batch, if they are there, and what only they held."""
+        """Forget values of a batch, if they are there, and the tensors that only they held."""
         for key in keys:
             for slot in _slots(self._values.pop((batch, key), None)):
                 self._uses[slot] -= 1
@@ -263,7 +263,7 @@ class StoredBatches(Sequence[Any]):
 
 
 def keep_batches(batches: Iterable[Any], cache_dir: str | Path | None = None) -> Sequence[Any]:
-    """Batches that can be read again and again: lists as they are, anything else stored.
+    """Return batches that can be read repeatedly: lists as they are, anything else stored.
 
     :raises ValueError: there is no batch.
     """
@@ -277,14 +277,14 @@ def keep_batches(batches: Iterable[Any], cache_dir: str | Path | None = None) ->
 
 
 def _slots(value: Any) -> list[_Slot]:
-    """All slots in a stored value, as often as they stand there."""
+    """Return all slots in a stored value, as often as they occur."""
     found: list[_Slot] = []
     map_leaves(lambda leaf: found.append(leaf) if isinstance(leaf, _Slot) else None, value)
     return found
 
 
 def available_bytes(device: torch.device | str = "cpu") -> int | None:
-    """Bytes that can still be allocated without driving out others; None where nobody knows.
+    """Return the bytes that can still be allocated without swapping; None if that is unknown.
 
     On the CPU that is what Linux says, or what is left of the container's limit if that is less.
     """
@@ -305,7 +305,7 @@ def _machine_bytes() -> int | None:
 
 
 def _container_bytes() -> int | None:
-    """What is left of the limit of the control group (version 2), None where there is none."""
+    """Return the rest of the control group's limit (version 2), None where there is none."""
     try:
         limit = int((_CGROUP / "memory.max").read_text())
         used = int((_CGROUP / "memory.current").read_text())
@@ -320,7 +320,7 @@ def _container_bytes() -> int | None:
 def mapped_zeros(
     shape: Sequence[int], dtype: torch.dtype, folder: str | Path | None = None
 ) -> Tensor:
-    """Zeros in a memory-mapped file, which the system pages in and out as memory allows.
+    """Return zeros in a memory-mapped file, which the system pages in and out.
 
     The file has no name any more when this returns, and goes with the tensor or the process.
 

@@ -32,7 +32,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a layer's input becomes the rows that multiply its weight.
+    """The way from a layer's input to the rows that multiply its weight.
 
     Layers of equal geometry that read one input have the same second moments. Hence settings
     that make no difference (how padding is spelled, its mode where there is none, the dilation of
@@ -56,7 +56,7 @@ class Geometry:
 
     @classmethod
     def of(cls, module: nn.Module) -> Geometry:
-        """The geometry of a linear layer or of a convolution in one, two or three dimensions.
+        """Return the geometry of a linear layer or of a convolution in one to three dimensions.
 
         :raises TypeError: the module is neither.
         """
@@ -79,7 +79,7 @@ class Geometry:
         )
 
     def rows(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """All rows of an input, one per token or output position, in the weight's element order.
+        """Return all rows of an input, one per token or output position, as the weight orders them.
 
         :param x: ``[..., in]`` for a linear layer, ``[images, channels, ...]`` for a convolution,
             which takes a single image ``[channels, ...]`` as well.
@@ -92,7 +92,7 @@ class Geometry:
         return torch.cat(list(self.chunks(x, mask)), 1)
 
     def chunks(self, x: Tensor, mask: Tensor | None = None) -> Iterator[Tensor]:
-        """What :meth:`rows` returns, in order and in chunks of at most some 64 MiB of float32.
+        """Yield the result of :meth:`rows` in order, in chunks of at most some 64 MiB of float32.
 
         How rows are cut depends on shapes only: the chunks of two streams go together.
         """
@@ -121,7 +121,7 @@ class Geometry:
                 yield part.reshape(self.groups, -1, width)  # [groups, tokens, in]
 
     def _patches(self, images: Tensor) -> Tensor:
-        """The padded images seen as ``[groups, images, *output, in / kernel, *kernel]``."""
+        """Return the padded images seen as ``[groups, images, *output, in / kernel, *kernel]``."""
         spatial = len(self.kernel_size)
         if images.dim() != spatial + 2 or images.shape[1] % self.groups:
             raise ValueError(
@@ -144,7 +144,7 @@ class Geometry:
 
 
 def _padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:
-    """Padding of a convolution as ``torch.nn.functional.pad`` takes it."""
+    """Return the padding of a convolution as ``torch.nn.functional.pad`` takes it."""
     kernel, dilation, padding = module.kernel_size, module.dilation, module.padding
     if padding == "same":
         totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
@@ -157,9 +157,9 @@ def _padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:
 
 
 def _select(x: Tensor, mask: Tensor | None, most: int) -> Tensor:
-    """The part of ``x`` that counts.
+    """Return the part of ``x`` that a mask leaves.
 
-    :param most: how many dimensions the mask may have.
+    :param most: largest number of the mask's dimensions.
     """
     if mask is None:
         return x
@@ -188,7 +188,7 @@ class MomentSum:
     :param groups: each has rows and sums of its own.
     :param device: where rows are multiplied.
     :param cross: sum ``C`` as well; each :meth:`add` then needs both streams.
-    :param dtype: of the products.
+    :param dtype: type of the products.
     :param mapped_dir: folder for sums that do not fit in memory, the system's folder for
         temporary files if None. Nothing is left there.
     :param max_bytes: sums larger than this are kept in a memory-mapped file, on the CPU; half of
@@ -231,7 +231,7 @@ class MomentSum:
 
     @property
     def tokens(self) -> int:
-        """How many rows went in."""
+        """Number of rows added."""
         return self._tokens
 
     @property
@@ -298,9 +298,9 @@ class MomentSum:
 
     @torch.no_grad()
     def result(self, dtype: torch.dtype = torch.float32) -> SecondMoment:
-        """The means so far; adding may go on. ``H`` is symmetric bit for bit.
+        """Return the means so far; adding may go on. ``H`` is symmetric bit for bit.
 
-        :param dtype: of the moments. They are mapped like the sums where those are.
+        :param dtype: type of the moments, which are mapped if the sums are.
         :raises ValueError: no rows went in, or their squares overflow.
         """
         if not self._tokens:
@@ -336,7 +336,7 @@ class MomentSum:
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def _home(self, product: Tensor) -> Tensor:
-        """The product where the sums are."""
+        """Return the product where the sums are."""
         return product.to(self._strips[0][1].device)
 
 
@@ -386,7 +386,7 @@ def sum_moments(
 
 
 def _storage(size: int, device: torch.device, max_bytes: int | None) -> Storage:
-    """Where ``size`` bytes of sums go."""
+    """Choose where ``size`` bytes of sums are kept."""
     if max_bytes is None:
         available = available_bytes(device)
         if available is None:
@@ -396,7 +396,7 @@ def _storage(size: int, device: torch.device, max_bytes: int | None) -> Storage:
 
 
 def _largest(rows: Tensor, whose: str) -> Tensor:
-    """Largest magnitude over tokens, ``[groups, in]``.
+    """Return the largest magnitude over tokens, ``[groups, in]``.
 
     :raises ValueError: there is NaN or infinity among them.
     """
@@ -413,7 +413,7 @@ def _largest(rows: Tensor, whose: str) -> Tensor:
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """Products of float32 in float32, whatever the program allows for speed (TF32, bfloat16)."""
+    """Compute products of float32 in float32, although the program may allow TF32 or bfloat16."""
     backends: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
     places = [backend.matmul for backend in backends if hasattr(backend, "matmul")]
     places = [place for place in places if hasattr(place, "fp32_precision")]

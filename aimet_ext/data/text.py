@@ -24,9 +24,9 @@ def calibration_batches(
     *,
     bos_token_id: int | None = None,
 ) -> list[Tensor]:
-    """Documents joined, each after a BOS token, and cut into windows that do not overlap.
+    """Join documents, each after a BOS token, and cut them into windows that do not overlap.
 
-    :param tokenizer: of the model, from transformers.
+    :param tokenizer: the model's tokenizer, from transformers.
     :param text_or_path: one text, an iterable of documents, or a file: ``.txt`` and ``.raw`` hold
         one document, ``.jsonl`` one a line as ``{"text": …}``.
     :param seq_length: tokens of a window.
@@ -64,7 +64,7 @@ def calibration_batches(
 def _windows(
     tokenizer: Any, documents: Iterable[str], start: int, length: int, wanted: int | None
 ) -> Tensor:
-    """At most ``wanted`` windows ``[windows, length]``."""
+    """Return at most ``wanted`` windows ``[windows, length]``."""
     ids: list[int] = []
     for document in documents:
         ids.append(start)

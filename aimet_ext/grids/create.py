@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from aimet_ext.config import PerTensor, QSpec
-from aimet_ext.data.batches import as_tensors, map_tensors, module_device, token_ids
+from aimet_ext.data.batches import as_tensors, map_tensors, module_device
 from aimet_ext.errors import require
 from aimet_ext.grids.assignment import pad_mlps, plan_weights
 from aimet_ext.models.huggingface import PreparedCausalLM, causal_lm, prepare_model
@@ -148,7 +148,7 @@ def _config(config: str | Path | Mapping[str, Any] | None) -> str | dict[str, An
 
 
 def _dummy_input(sample: Any, module: nn.Module) -> Any:
-    sample = token_ids(sample) if isinstance(sample, Mapping) else as_tensors(sample)
+    sample = as_tensors(sample.get("input_ids") if isinstance(sample, Mapping) else sample)
     if not isinstance(sample, Tensor | tuple | list):
         raise TypeError(
             "sample_input_ids must be a tensor of ids, a mapping with input_ids or a tuple of "
