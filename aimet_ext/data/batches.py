@@ -34,9 +34,7 @@ _IDS, _MASK = "input_ids", "attention_mask"
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def iterate_batches(
-    dataloader: Any, *, max_batches: int | None = None, opaque: bool = False
-) -> Iterator[Any]:
+def iterate_batches(dataloader: Any, *, opaque: bool = False) -> Iterator[Any]:
     """Yield the batches of a dataloader for a torch module, each one checked before.
 
     A batch is a tensor or array of ids ``[batch, seq]``, a tuple or list of positional arguments,
@@ -47,27 +45,21 @@ def iterate_batches(
         once; a function without arguments that returns one; or an object that makes one: Olive's
         data containers (``create_dataloader``) and onnxruntime's ``CalibrationDataReader``
         (``get_next``).
-    :param max_batches: largest number of batches taken, all if None.
     :param opaque: True if batches are of the user's own type, for the user's ``forward_fn``; only
         their values are checked.
     :raises TypeError: ``dataloader`` is one batch or no iterable, or a batch is of another type.
-    :raises ValueError: there is no batch at all, or one is empty, misshapen or holds NaN; or
-        ``max_batches`` is below 1.
+    :raises ValueError: there is no batch at all, or one is empty, misshapen or holds NaN.
     """
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"max_batches must be at least 1 or None, got {max_batches}")
-    return _checked(numbered_batches(dataloader), max_batches, opaque)
+    return _checked(numbered_batches(dataloader), opaque)
 
 
-def _checked(batches: Iterable[tuple[int, Any]], most: int | None, opaque: bool) -> Iterator[Any]:
+def _checked(batches: Iterable[tuple[int, Any]], opaque: bool) -> Iterator[Any]:
     for number, batch in batches:
         if not opaque:
             batch = as_tensors(batch)
             _check_form(batch, number)
         check_values(batch, number)
         yield batch
-        if number + 1 == most:
-            return
 
 
 def call_model(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None) -> Any:

@@ -19,6 +19,7 @@ __all__ = [
     "filled_batches",
     "graph_feeds",
     "named_batches",
+    "random_feeds",
 ]
 
 Feed: TypeAlias = dict[str, np.ndarray[Any, Any]]
@@ -131,6 +132,18 @@ def graph_feeds(dataloader: Any, inputs: Mapping[str, InputSpec]) -> list[Feed]:
     return feeds
 
 
+def random_feeds(inputs: Mapping[str, InputSpec], count: int, vocabulary: int) -> list[Feed]:
+    """Return made-up inputs: ids of a fixed seed, masks of ones, positions in order, else noise.
+
+    :raises ValueError: a dimension of an input is not fixed.
+    """
+    generator = np.random.default_rng(0)
+    return [
+        {name: _made_up(name, spec, vocabulary, generator) for name, spec in inputs.items()}
+        for _ in range(count)
+    ]
+
+
 def check_inputs(batch: Mapping[str, Tensor], inputs: Mapping[str, InputSpec], number: int) -> None:
     """Refuse a batch that a graph cannot take.
 
@@ -226,3 +239,22 @@ def _on_cpu(value: Any, name: str, number: int) -> Tensor:
             f"got {kind}"
         )
     return value.detach().cpu()
+
+
+def _made_up(
+    name: str, spec: InputSpec, vocabulary: int, generator: np.random.Generator
+) -> np.ndarray[Any, Any]:
+    shape = [size or 0 for size in spec.sizes]
+    if not all(shape):
+        raise ValueError(
+            f"input {name!r} must have a fixed shape to make up data for it, got {spec.sizes}; "
+            "pass a dataloader"
+        )
+    dtype = torch.empty(0, dtype=spec.dtype).numpy().dtype
+    if name == _MASK or dtype.kind == "b":
+        return np.ones(shape, dtype)
+    if name == _POSITIONS:
+        return np.broadcast_to(np.arange(shape[-1], dtype=dtype), shape).copy()
+    if dtype.kind in "iu":
+        return generator.integers(0, vocabulary, shape).astype(dtype)
+    return generator.standard_normal(shape).astype(dtype)

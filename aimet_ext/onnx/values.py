@@ -7,6 +7,7 @@ follow from small values (shapes, axes, indices), so large ones are left out the
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from aimet_ext.data.feeds import InputSpec
-from aimet_ext.onnx.index import FLOATS, attributes, elements, stored_value
+from aimet_ext.onnx.index import FLOATS, GraphIndex, attributes, elements, stored_value
 from aimet_ext.onnx.ops.common import DTYPES
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "is_large",
     "placeholder",
     "read_array",
+    "read_input_specs",
     "set_value",
     "to_torch",
     "torch_array",
@@ -86,6 +88,12 @@ def torch_array(tensor: Tensor) -> np.ndarray[Any, Any]:
         found: np.ndarray[Any, Any] = tensor.view(torch.int16).numpy().view(dtype)
         return found
     return tensor.numpy()
+
+
+def read_input_specs(path: Path) -> dict[str, InputSpec]:
+    """Return shapes and types of the inputs of an ONNX file; its weights are not read."""
+    model = onnx.load(str(path), load_external_data=False)
+    return input_specs(GraphIndex(model.graph).inputs)
 
 
 def input_specs(inputs: Mapping[str, onnx.ValueInfoProto]) -> dict[str, InputSpec]:

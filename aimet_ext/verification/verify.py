@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from aimet_ext.data.feeds import Feed, graph_feeds
+from aimet_ext.data.feeds import Feed, graph_feeds, random_feeds
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.folders import (
     check_output,
@@ -24,11 +24,11 @@ from aimet_ext.files.folders import (
 from aimet_ext.findings import Finding
 from aimet_ext.integrations.qnn_targets import HtpTarget, find_target
 from aimet_ext.integrity.check import check_integrity
-from aimet_ext.verification.data import graph_inputs, random_feeds
+from aimet_ext.onnx.values import read_input_specs
 from aimet_ext.verification.report import Status, StepResult, Thresholds, VerifyReport
 from aimet_ext.verification.steps import Verification
 
-__all__ = ["REPORT", "verify"]
+__all__ = ["REPORT", "exported_length", "verify"]
 
 REPORT = "verify.json"
 
@@ -140,6 +140,21 @@ def verify(
         return _finish(work, report) if output is not None else report
 
 
+def exported_length(path: Path) -> int:
+    """Return the tokens of a window of the language model in an ONNX file.
+
+    :raises ValueError: it takes no ids ``[batch, seq]`` of a fixed length.
+    """
+    shapes = [spec.sizes for spec in read_input_specs(path).values()]
+    length = next((shape[1] for shape in shapes if len(shape) == 2), None)
+    if length is None:
+        raise ValueError(
+            f"{path.name} must take token ids [batch, seq] of a fixed length to be run on text, "
+            f"but its inputs have the shapes {shapes}; export it without dynamic axes"
+        )
+    return length
+
+
 def _files(folder: Path) -> tuple[StepResult, list[Finding]]:
     """Compare the files with each other."""
     start = time.perf_counter()
@@ -193,7 +208,7 @@ def _not_run(steps: Any) -> list[StepResult]:
 def _feeds(folder: Path, dataloader: Any, windows: int) -> tuple[list[Feed], str]:
     """Return inputs of the exported graph, and their description."""
     manifest = read_manifest(folder, verify=False)
-    inputs = graph_inputs(folder / f"{manifest['prefix']}.onnx")
+    inputs = read_input_specs(folder / f"{manifest['prefix']}.onnx")
     if dataloader is not None:
         feeds = graph_feeds(dataloader, inputs)
         compared = min(windows, len(feeds))

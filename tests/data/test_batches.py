@@ -52,14 +52,6 @@ def test_a_generator_works_once_and_its_second_use_is_named():
         list(iterate_batches(generator))
 
 
-def test_max_batches_takes_no_more_from_the_source():
-    """A stream without end is read as far as asked, not one batch further."""
-    taken = []
-    endless = (taken.append(i) or IDS for i in iter(int, 1))
-    assert len(list(iterate_batches(endless, max_batches=3))) == 3
-    assert len(taken) == 3
-
-
 @pytest.mark.parametrize(
     ("dataloader", "error", "text"),
     [
@@ -81,12 +73,6 @@ def test_bad_dataloaders_are_named(dataloader, error, text):
     """Who, what was required, what came: also for the batch after the first."""
     with pytest.raises(error, match=text):
         list(iterate_batches(dataloader))
-
-
-def test_max_batches_below_one_is_refused_at_once():
-    """The mistake shows where it was made, before the first batch is taken."""
-    with pytest.raises(ValueError, match="max_batches must be at least 1"):
-        iterate_batches([IDS], max_batches=0)
 
 
 def test_opaque_batches_are_the_callers_own_but_not_nan():

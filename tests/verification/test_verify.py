@@ -29,9 +29,9 @@ from aimet_ext.integrations.qnn import HtpRejected
 from aimet_ext.integrations.qnn_process import HtpCrashed
 from aimet_ext.integrations.qnn_runtime import is_available
 from aimet_ext.integrations.qnn_targets import find_target
+from aimet_ext.onnx.values import read_input_specs
 from aimet_ext.verification import run as verify_run
 from aimet_ext.verification import steps as verify_steps
-from aimet_ext.verification.data import graph_inputs
 from aimet_ext.verification.layers import compared_layers
 from aimet_ext.verification.report import Thresholds, VerifyReport
 from aimet_ext.verification.steps import Verification
@@ -81,7 +81,7 @@ def prepared(
     folder: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Verification]:
     """Return a function that gives a verification with all done but compiling and running."""
-    feeds = graph_feeds(BATCHES, graph_inputs(folder / "m.onnx"))
+    feeds = graph_feeds(BATCHES, read_input_specs(folder / "m.onnx"))
     run = Verification(
         folder,
         tmp_path_factory.mktemp("work"),

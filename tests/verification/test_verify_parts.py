@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from aimet_ext.data.feeds import InputSpec, graph_feeds
+from aimet_ext.data.feeds import InputSpec, graph_feeds, random_feeds
 from aimet_ext.findings import Finding
-from aimet_ext.verification.data import exported_length, graph_inputs, random_feeds
 from aimet_ext.verification.layers import (
     LayerFacts,
     compared_layers,
@@ -31,9 +30,12 @@ from aimet_ext.verification.report import (
     VerifyReport,
 )
 from aimet_ext.verification.run import CpuSession, array_sqnr, perplexity, top1_agreement
+from aimet_ext.verification.verify import exported_length
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
+from aimet_ext.onnx.values import read_input_specs  # noqa: E402
+
 helper, numpy_helper = onnx.helper, onnx.numpy_helper
 
 RANDOM = np.random.default_rng(0)
@@ -106,7 +108,7 @@ def test_the_exported_length_needs_a_fixed_one(tmp_path: pathlib.Path) -> None:
         graph = helper.make_graph([node], "g", [value], [helper.make_empty_tensor_value_info("y")])
         onnx.save(helper.make_model(graph), str(tmp_path / f"{name}.onnx"))
     assert exported_length(tmp_path / "fixed.onnx") == 7
-    assert list(graph_inputs(tmp_path / "fixed.onnx")) == ["input_ids"]
+    assert list(read_input_specs(tmp_path / "fixed.onnx")) == ["input_ids"]
     with pytest.raises(ValueError, match="dynamic axes"):
         exported_length(tmp_path / "free.onnx")
 
