@@ -11,12 +11,10 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from torch import Tensor
 
 from aimet_ext.artifact.load import load
 from aimet_ext.core.objective import outputs_sqnr
-from aimet_ext.data.batches import call_model
-from aimet_ext.data.feeds import Feed, graph_feeds
+from aimet_ext.data.feeds import Feed, graph_feeds, run_feeds
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.encodings import entries, load_encodings
 from aimet_ext.files.folders import SETTINGS, atomic_path, read_manifest
@@ -99,7 +97,8 @@ def hand_off(
     encoded = entries(load_encodings(folder / f"{prefix}.encodings"))
     model = onnx.load(str(folder / f"{prefix}.onnx"))
     batches = _batches(model, dataloader)
-    reference = _outputs(sim if sim is not None else load(folder), batches[0])
+    source = sim if sim is not None else load(folder)
+    (reference,) = run_feeds(adapt(source).runner, batches[:1])
     settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["create_sim"] or {}
     model, kept = _prepared(model, encoded, batches[0], kv_bitwidth is not None)
     built = build_target(
@@ -188,18 +187,6 @@ def _prepared(
     bound_masks(model)
     set_apart(model, {name: entry["enc_type"] for name, entry in encoded.items()})
     return model, keep_keys_and_values(model) if keep else []
-
-
-@torch.no_grad()
-def _outputs(sim: Any, batch: Mapping[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
-    """Return the first output of a simulation of either framework."""
-    if adapt(sim).framework == "onnx":
-        first: np.ndarray[Any, Any] = run(sim, batch)[0]
-        return first
-    found = call_model(sim.model, batch)
-    logits = found if isinstance(found, Tensor) else found[0]
-    values: np.ndarray[Any, Any] = logits.float().cpu().numpy()
-    return values
 
 
 def _activation_bits(encoded: Mapping[str, Mapping[str, Any]]) -> int:

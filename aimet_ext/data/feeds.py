@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from aimet_ext.data.batches import as_tensors, check_values, numbered_batches
+from aimet_ext.data.batches import as_tensors, call_model, check_values, numbered_batches
 
 __all__ = [
     "Feed",
@@ -20,6 +20,7 @@ __all__ = [
     "graph_feeds",
     "named_batches",
     "random_feeds",
+    "run_feeds",
 ]
 
 Feed: TypeAlias = dict[str, np.ndarray[Any, Any]]
@@ -142,6 +143,23 @@ def random_feeds(inputs: Mapping[str, InputSpec], count: int, vocabulary: int) -
         {name: _made_up(name, spec, vocabulary, generator) for name, spec in inputs.items()}
         for _ in range(count)
     ]
+
+
+@torch.no_grad()
+def run_feeds(runner: Any, feeds: Iterable[Feed]) -> list[np.ndarray[Any, Any]]:
+    """Return the first output for each feed.
+
+    :param runner: torch module, or session of onnxruntime.
+    """
+    if not isinstance(runner, nn.Module):
+        return [runner.run(None, dict(feed))[0] for feed in feeds]
+    found = []
+    for feed in feeds:
+        output = call_model(runner, feed)
+        logits = getattr(output, "logits", output)
+        logits = logits if isinstance(logits, Tensor) else logits[0]
+        found.append(logits.as_subclass(Tensor).float().cpu().numpy())
+    return found
 
 
 def check_inputs(batch: Mapping[str, Tensor], inputs: Mapping[str, InputSpec], number: int) -> None:

@@ -8,11 +8,11 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from aimet_ext.core.objective import outputs_sqnr
-from aimet_ext.data.batches import call_model, token_ids, token_mask
-from aimet_ext.data.feeds import Feed
+from aimet_ext.data.batches import token_ids, token_mask
+from aimet_ext.data.feeds import Feed, run_feeds
 from aimet_ext.evaluation.perplexity import perplexity_of, prepared_module, summed_losses
 from aimet_ext.onnx.session import open_session
 from aimet_ext.sim.protocol import adapt
@@ -23,7 +23,6 @@ __all__ = [
     "array_sqnr",
     "float_outputs",
     "perplexity",
-    "sim_outputs",
     "top1_agreement",
 ]
 
@@ -69,14 +68,6 @@ class CpuSession:
         self._session = None
 
 
-def sim_outputs(sim: Any, feeds: Sequence[Feed]) -> list[Array]:
-    """Return the first output of a simulation of either kind, for each feed."""
-    runner = adapt(sim).runner
-    if isinstance(runner, nn.Module):
-        return _module_outputs(runner, feeds)
-    return [runner.run(None, dict(feed))[0] for feed in feeds]
-
-
 def float_outputs(sim: Any, reference: Any, feeds: Sequence[Feed]) -> list[Array]:
     """Return the first output of the float model, for each feed.
 
@@ -84,25 +75,14 @@ def float_outputs(sim: Any, reference: Any, feeds: Sequence[Feed]) -> list[Array
     """
     if reference is None:
         with adapt(sim).disabled_quantizers():
-            return sim_outputs(sim, feeds)
+            return run_feeds(adapt(sim).runner, feeds)
     model = prepared_module(reference)
     if not isinstance(model, nn.Module):
         raise TypeError(
             "reference must be a torch module that takes the inputs of the exported model, got "
             f"{type(reference).__name__}"
         )
-    return _module_outputs(model, feeds)
-
-
-@torch.no_grad()
-def _module_outputs(model: nn.Module, feeds: Sequence[Feed]) -> list[Array]:
-    found = []
-    for feed in feeds:
-        output = call_model(model, feed)
-        logits = getattr(output, "logits", output)
-        logits = logits if isinstance(logits, Tensor) else logits[0]
-        found.append(logits.as_subclass(Tensor).float().cpu().numpy())
-    return found
+    return run_feeds(model, feeds)
 
 
 def array_sqnr(value: Any, target: Any) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 
 from aimet_ext.artifact.hand_off import HandOff, hand_off, write_qdq
 from aimet_ext.artifact.load import load
-from aimet_ext.data.feeds import Feed
+from aimet_ext.data.feeds import Feed, run_feeds
 from aimet_ext.errors import CorruptFileError, require
 from aimet_ext.files.folders import read_manifest
 from aimet_ext.findings import Finding
@@ -20,6 +20,7 @@ from aimet_ext.integrations.qnn import HtpRejected
 from aimet_ext.integrations.qnn_process import HtpCrashed, HtpProcess
 from aimet_ext.integrations.qnn_runtime import is_available
 from aimet_ext.integrations.qnn_targets import HtpTarget
+from aimet_ext.sim.protocol import adapt
 from aimet_ext.verification import run as runs
 from aimet_ext.verification.layers import (
     Cause,
@@ -92,7 +93,7 @@ class Verification:
     def rebuild(self) -> str:
         """Rebuild the sim from its files alone, and run it and the float model."""
         self.sim = load(self.folder)
-        self.expected = runs.sim_outputs(self.sim, self.windows)
+        self.expected = run_feeds(adapt(self.sim).runner, self.windows)
         floats = runs.float_outputs(self.sim, self.reference, self.windows)
         ratio = runs.array_sqnr(self.expected, floats)
         self._measure(sim_float_db=ratio)
@@ -199,7 +200,7 @@ class Verification:
         """Compare the device's outputs with those of the sim and of the ONNX sim."""
         assert self.session is not None
         found = [self.session.run(feed)[0] for feed in self.windows]
-        onnx_sim = runs.sim_outputs(self._hand().sim, self.windows)
+        onnx_sim = run_feeds(adapt(self._hand().sim).runner, self.windows)
         ratio = runs.array_sqnr(found, self.expected)
         self._measure(
             device_sim_db=ratio,
