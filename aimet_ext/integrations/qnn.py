@@ -7,31 +7,39 @@ right (some biases are dropped without an error), so run the result and compare.
 
 from __future__ import annotations
 
+import ctypes
+import os
 import re
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aimet_ext.errors import require
 from aimet_ext.files.folders import check_writable
-from aimet_ext.integrations.qnn_runtime import (
-    PROVIDER,
-    captured_output,
-    hexagon_device,
-    htp_library,
-    require_qnn,
-)
 from aimet_ext.integrations.qnn_targets import HtpTarget, find_target
 from aimet_ext.onnx.session import open_session
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["HtpRejected", "HtpSession", "compile_htp", "load_context"]
+__all__ = [
+    "HtpRejected",
+    "HtpSession",
+    "compile_htp",
+    "htp_library",
+    "is_available",
+    "load_context",
+    "require_qnn",
+]
 
 _UNSUPPORTED = re.compile(r"Unsupported nodes in QNN EP: (.*)")
 _NODE = re.compile(r"\{ name: (.*?), type: (\w*) \}")
@@ -40,7 +48,10 @@ _FALLBACK = "fallback to CPU EP has been explicitly disabled"
 # What a compiled model says of itself; its `arch=` is 68 for chips that QNN has no options of.
 _SOC = re.compile(rb"soc_type=(\w+)")
 _ARCH = re.compile(rb"min_arch=(\d+)")
-_CPU = "CPUExecutionProvider"
+_PROVIDER = "QNNExecutionProvider"
+_LIBRARIES = {"linux": "libQnnHtp.so", "win32": "QnnHtp.dll"}
+_OLDEST_PYTHON = (3, 11)
+_lock = threading.RLock()
 
 
 class HtpRejected(RuntimeError):
@@ -95,7 +106,7 @@ class HtpSession:
         self.outputs = tuple(value.name for value in session.get_outputs())
 
     def run(self, feed: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-        """Outputs of one call, in the order of :attr:`outputs`.
+        """Return the outputs of one call, in the order of :attr:`outputs`.
 
         :param feed: an array of the graph's own shape for every input, by name.
         :raises ValueError: an input is missing, unknown, or of another shape.
@@ -170,14 +181,18 @@ def compile_htp(
             "compile_htp: a context is written only where HTP takes every node, so context and "
             "allow_fallback cannot be given together"
         )
+    place = None
+    if isinstance(model, str | Path):
+        if not Path(model).is_file():
+            raise FileNotFoundError(f"compile_htp: model {model} is not there")
+        place = Path(model).resolve().parent
     if extra_outputs:
         from aimet_ext.onnx.rewrite.qdq import with_outputs
 
-        source = _Source(with_outputs(model, extra_outputs), _folder_of(model))
-    else:
-        source = _Source(model, _folder_of(model))
+        model = with_outputs(model, extra_outputs)
+    opened = partial(open_session, model, folder=place)
     if context is None:
-        return _compile(source, chip, allow_fallback=allow_fallback)
+        return _compile(opened, chip, allow_fallback=allow_fallback)
     wrapper = Path(context)
     if wrapper.suffix != ".onnx":
         raise ValueError(f"compile_htp: a context file *.onnx was required, got {wrapper}")
@@ -185,7 +200,7 @@ def compile_htp(
     wrapper.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=wrapper.parent, prefix=".aimet_ext.") as folder:
         aside = Path(folder) / wrapper.name
-        session = _compile(source, chip, aside=aside)
+        session = _compile(opened, chip, aside=aside)
         session.context = _put_in_place(aside, wrapper, chip)
     return session
 
@@ -202,35 +217,24 @@ def load_context(path: str | Path, target: str | HtpTarget) -> HtpSession:
         if not file.is_file():
             raise FileNotFoundError(f"load_context: {file} was required and is not there")
     _check_chip(_binary(wrapper), chip)
-    session = _compile(_Source(wrapper, wrapper.parent), chip)
+    session = _compile(partial(open_session, wrapper), chip)
     session.context = _binary(wrapper)
     return session
 
 
-class _Source:
-    """What a session is built from: a path, or a serialized graph and its values' folder."""
-
-    def __init__(self, model: str | Path | onnx.ModelProto, folder: Path | None) -> None:
-        self.folder = folder
-        self.from_file = isinstance(model, (str, Path))
-        if isinstance(model, (str, Path)):
-            if not Path(model).is_file():
-                raise FileNotFoundError(f"compile_htp: model {model} is not there")
-            self.argument: str | bytes = str(model)
-        else:
-            self.argument = model.SerializeToString()
-
-
-def _folder_of(model: str | Path | onnx.ModelProto) -> Path | None:
-    return Path(model).resolve().parent if isinstance(model, (str, Path)) else None
-
-
 def _compile(
-    source: _Source, chip: HtpTarget, *, allow_fallback: bool = False, aside: Path | None = None
+    opened: Callable[..., Any],
+    chip: HtpTarget,
+    *,
+    allow_fallback: bool = False,
+    aside: Path | None = None,
 ) -> HtpSession:
-    """One session; with all nodes on HTP, or else an error, unless the CPU may help."""
+    """Return a session with all nodes on HTP; an error otherwise, unless the CPU may help.
+
+    :param opened: :func:`.open_session`, given the model.
+    """
     require_qnn()
-    device = hexagon_device()
+    device = _hexagon_device()
     entries = {
         "session.record_ep_graph_assignment_info": "1",
         "session.disable_cpu_ep_fallback": "0" if allow_fallback else "1",
@@ -245,12 +249,10 @@ def _compile(
         "soc_model": str(chip.soc_model),
     }
     start = time.perf_counter()
-    with captured_output() as lines:
+    with _captured_output() as lines:
         try:
-            session = open_session(
-                source.argument,
+            session = opened(
                 threads=0,
-                folder=None if source.from_file else source.folder,
                 entries=entries,
                 extra="qnn",
                 device=(device, settings),
@@ -260,32 +262,32 @@ def _compile(
         except Exception as error:  # noqa: BLE001 - onnxruntime's have no class of their own
             failure = str(error)
     if failure is not None:
-        raise _rejection(failure, "".join(lines), source, chip)
+        raise _rejection(failure, "".join(lines), opened, chip)
     seconds = time.perf_counter() - start
     nodes, fallbacks = _assignment(session)
     return HtpSession(session, chip, seconds=seconds, nodes=nodes, fallbacks=fallbacks)
 
 
 def _assignment(session: Any) -> tuple[int, list[tuple[str, str]]]:
-    """How many nodes HTP has, and name and operator of those the CPU has."""
+    """Return the number of nodes on HTP, and name and operator of those on the CPU."""
     on_htp, on_cpu = 0, []
     for part in session.get_provider_graph_assignment_info():
         nodes = part.get_nodes()
-        if part.ep_name == PROVIDER:
+        if part.ep_name == _PROVIDER:
             on_htp += len(nodes)
         else:
             on_cpu += [(node.name, node.op_type) for node in nodes]
     return on_htp, on_cpu
 
 
-def _rejection(failure: str, log: str, source: _Source, chip: HtpTarget) -> HtpRejected:
-    """What to raise: the nodes that QNN's log names, else those a second try leaves to the CPU."""
+def _rejection(failure: str, log: str, opened: Callable[..., Any], chip: HtpTarget) -> HtpRejected:
+    """Build the error with the nodes of QNN's log, else those a second try leaves to the CPU."""
     reason = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", failure.strip())
     named = [node for line in _UNSUPPORTED.findall(log) for node in _NODE.findall(line)]
     if _FALLBACK in failure:
         reason = "nodes are left to the CPU"
         if not named:
-            with _compile(source, chip, allow_fallback=True) as session:
+            with _compile(opened, chip, allow_fallback=True) as session:
                 named = [*session.fallback_types.items()]
     named = list(dict.fromkeys(named or _NOT_VALID.findall(log)))
     shown = ", ".join(f"{name} ({kind})" for name, kind in named[:8])
@@ -328,3 +330,103 @@ def _check_chip(binary: Path, chip: HtpTarget) -> None:
             f"{binary}: a model compiled for {chip.soc} (v{chip.arch}) was required, but it says "
             f"{soc} (v{arch}); compile it for {chip.name} again"
         )
+
+
+def require_qnn() -> Any:
+    """Return onnxruntime after a check that QNN can be used with it.
+
+    :raises MissingExtraError: onnxruntime-qnn or onnxruntime is not installed.
+    :raises RuntimeError: there is no QNN for this version of Python.
+    """
+    if sys.version_info < _OLDEST_PYTHON:
+        raise RuntimeError(
+            f"onnxruntime-qnn requires Python {'.'.join(map(str, _OLDEST_PYTHON))} or newer, this "
+            f"is {sys.version_info.major}.{sys.version_info.minor}; run it with a newer Python"
+        )
+    require("onnxruntime_qnn", "qnn")
+    return require("onnxruntime", "qnn")
+
+
+def is_available() -> bool:
+    """Return True if models can be compiled here: QNN is installed, and knows this system."""
+    try:
+        htp_library()
+    except (ImportError, RuntimeError):
+        return False
+    return True
+
+
+def htp_library() -> Path:
+    """Return QNN's library of the HTP backend.
+
+    :raises RuntimeError: the installed onnxruntime-qnn has none, as on macOS.
+    """
+    require_qnn()
+    folder = Path(require("onnxruntime_qnn", "qnn").get_library_path()).parent
+    name = _LIBRARIES.get(sys.platform)
+    found = sorted(folder.rglob(name)) if name else []
+    if not found:
+        raise RuntimeError(
+            f"QNN's HTP backend is required and onnxruntime-qnn has none for {sys.platform} in "
+            f"{folder}; x86-64 Linux has it"
+        )
+    return found[0]
+
+
+def _hexagon_device() -> Any:
+    """Return the device that QNN's provider offers; the provider is registered on the first call.
+
+    :raises RuntimeError: it offers none.
+    """
+    onnxruntime = require_qnn()
+    with _lock:
+        found = _devices(onnxruntime)
+        if not found:
+            library = require("onnxruntime_qnn", "qnn").get_library_path()
+            with _captured_output():
+                onnxruntime.register_execution_provider_library(_PROVIDER, library)
+            found = _devices(onnxruntime)
+    if not found:
+        raise RuntimeError(
+            f"{_PROVIDER} was registered from {library} and offers no device on this machine"
+        )
+    return found[0]
+
+
+def _devices(onnxruntime: Any) -> list[Any]:
+    return [device for device in onnxruntime.get_ep_devices() if device.ep_name == _PROVIDER]
+
+
+@contextmanager
+def _captured_output() -> Iterator[list[str]]:
+    """Take what native code writes to standard output and error while the block runs.
+
+    QNN writes to both, past Python's streams. What other threads write meanwhile is taken too.
+
+    :returns: a context manager that yields a list, which has the text once the block is left.
+    """
+    text: list[str] = []
+    with _lock, tempfile.TemporaryFile() as file:
+        _flush()
+        saved = {number: os.dup(number) for number in (1, 2)}
+        try:
+            for number in saved:
+                os.dup2(file.fileno(), number)
+            yield text
+        finally:
+            _flush()
+            for number, copy in saved.items():
+                os.dup2(copy, number)
+                os.close(copy)
+            file.seek(0)
+            text.append(file.read().decode("utf-8", "replace"))
+
+
+def _flush() -> None:
+    """Write what Python and C hold back of both streams to where they point now."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with suppress(ValueError):  # closed
+                stream.flush()
+    if sys.platform != "win32":
+        ctypes.CDLL(None).fflush(None)

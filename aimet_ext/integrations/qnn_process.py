@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from aimet_ext.integrations.qnn import HtpRejected, compile_htp, load_context
-from aimet_ext.integrations.qnn_runtime import require_qnn
+from aimet_ext.integrations.qnn import HtpRejected, compile_htp, load_context, require_qnn
 from aimet_ext.integrations.qnn_targets import HtpTarget, find_target
 
 __all__ = ["HtpCrashed", "HtpProcess"]
@@ -37,7 +36,7 @@ class HtpProcess:
     :param model: file of a QDQ model, or, with ``load``, of a context.
     :param target: an architecture (``"htp_v75"``) or a chip (``"sm8650"``).
     :param load: open a compiled model instead of compiling one.
-    :param options: of :func:`~aimet_ext.integrations.qnn.compile_htp`.
+    :param options: options of :func:`~aimet_ext.integrations.qnn.compile_htp`.
     :raises HtpRejected: HTP does not take the model, or not all of it.
     :raises HtpCrashed: QNN crashed.
     :raises MissingExtraError: onnxruntime-qnn is not installed.
@@ -86,7 +85,7 @@ class HtpProcess:
         self.context = None if told["context"] is None else Path(told["context"])
 
     def run(self, feed: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-        """Outputs of one call, see :meth:`.qnn.HtpSession.run`.
+        """Return the outputs of one call, see :meth:`.qnn.HtpSession.run`.
 
         :raises HtpCrashed: QNN crashed; the process is gone.
         """
@@ -127,7 +126,7 @@ class HtpProcess:
         return self._process
 
     def _ask(self, action: str, **request: Any) -> dict[str, Any]:
-        """One question, one answer."""
+        """Send a request and return the answer."""
         process = self._running()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -162,7 +161,7 @@ class HtpProcess:
 
 
 def _answer(request: dict[str, Any], session: list[Any]) -> dict[str, Any]:
-    """What the process does for one line; the session is kept in the list."""
+    """Answer one line of the parent process; the session is kept in the list."""
     if "source" in request:
         outputs = session[0].run(load_file(request["source"]))
         arrays = {str(index): np.ascontiguousarray(each) for index, each in enumerate(outputs)}

@@ -15,7 +15,7 @@ class HtpTarget:
     chip's one counts, and a ``soc_model`` that it does not know is compiled for some other chip
     without an error. So both are given together, from this table alone.
 
-    :param name: what users call it.
+    :param name: name that users give.
     :param arch: version of the architecture.
     :param soc: name of the chip, as compiled files have it.
     :param soc_model: QNN's number of the chip.
@@ -64,12 +64,12 @@ _TARGETS = _targets()
 
 
 def target_names() -> list[str]:
-    """Names that :func:`find_target` knows: architectures first, then chips."""
+    """Return names that :func:`find_target` knows: architectures first, then chips."""
     return sorted(_TARGETS, key=lambda name: (not name.startswith("htp_"), name))
 
 
 def find_target(name: str | HtpTarget) -> HtpTarget:
-    """The target of a name, upper or lower case.
+    """Return the target of a name, upper or lower case.
 
     :param name: an architecture (``"htp_v75"``) or a chip (``"sm8650"``); a target is returned
         as it is.

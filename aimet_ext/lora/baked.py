@@ -34,6 +34,9 @@ def bake_adapter(folder: str | Path, name: str) -> tuple[Any, dict[str, dict[str
     >>> model, encodings = bake_adapter("llama-w4-lora", "poems")
     """
     onnx = require("onnx", "onnx")
+    from aimet_ext.onnx.index import keep_where
+    from aimet_ext.onnx.values import set_value
+
     folder, manifest = _opened(folder)
     if name not in manifest["adapters"]:
         raise ValueError(
@@ -43,10 +46,8 @@ def bake_adapter(folder: str | Path, name: str) -> tuple[Any, dict[str, dict[str
     weights = load_file(folder / f"{name}.safetensors")
     for proto in model.graph.initializer:
         if proto.name in weights:
-            proto.CopyFrom(onnx.numpy_helper.from_array(weights[proto.name], proto.name))
-    kept = [value for value in model.graph.input if value.name not in weights]
-    del model.graph.input[:]
-    model.graph.input.extend(kept)
+            set_value(proto, weights[proto.name])
+    keep_where(model.graph.input, lambda value: value.name not in weights)
     return model, _encodings(folder, manifest["prefix"], name)
 
 
@@ -68,6 +69,8 @@ def shared_graph(
     >>> model, encodings, adapters = shared_graph("llama-w4-lora")
     """
     onnx = require("onnx", "onnx")
+    from aimet_ext.onnx.index import keep_where
+
     folder, manifest = _opened(folder)
     names, prefix = manifest["adapters"], manifest["prefix"]
     encodings = [_encodings(folder, prefix, name) for name in names]
@@ -79,9 +82,7 @@ def shared_graph(
         )
     model = onnx.load(str(folder / f"{prefix}.onnx"))
     feeds = {name: dict(load_file(folder / f"{name}.safetensors")) for name in names}
-    kept = [proto for proto in model.graph.initializer if proto.name not in feeds[names[0]]]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
+    keep_where(model.graph.initializer, lambda proto: proto.name not in feeds[names[0]])
     return model, encodings[0], feeds
 
 

@@ -145,19 +145,20 @@ def _by_scale(path: Path) -> dict[float, tuple[str, ...]]:
 def _make_inputs(path: Path, inputs: Mapping[str, Input]) -> None:
     """Rename initializers, set them to zero, and list them as inputs of the graph as well."""
     onnx = require("onnx", "onnx")
+    from aimet_ext.onnx.index import GraphIndex, rename_reads
+    from aimet_ext.onnx.values import set_value
+
     model = onnx.load(str(path))
     graph = model.graph
-    source = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Identity"}
-    real = {source.get(name, name): entry for name, entry in inputs.items()}
+    index = GraphIndex(graph)
+    real = {index.source(name): entry for name, entry in inputs.items()}
     for node in graph.node:
-        for index, name in enumerate(node.input):
-            if name in real:
-                node.input[index] = real[name].name
+        rename_reads(node, {name: entry.name for name, entry in real.items()})
     for proto in graph.initializer:
         if proto.name in real:
             entry = real[proto.name]
-            zeros = torch.zeros(entry.shape).numpy()
-            proto.CopyFrom(onnx.numpy_helper.from_array(zeros, entry.name))
+            set_value(proto, torch.zeros(entry.shape).numpy())
+            proto.name = entry.name
             kind = onnx.helper.make_tensor_value_info(
                 entry.name, onnx.TensorProto.FLOAT, list(entry.shape)
             )

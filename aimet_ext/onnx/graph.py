@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -26,7 +26,7 @@ from aimet_ext.onnx.index import (
     keep_where,
     make_part,
     reads,
-    stored_values,
+    stored_value,
 )
 from aimet_ext.onnx.session import open_session
 from aimet_ext.onnx.values import (
@@ -90,11 +90,11 @@ class OnnxGraph(GraphIndex):
         return found
 
     def calls_function(self, node: NodeProto) -> bool:
-        """Whether a node calls a function of the model, which is not looked into."""
+        """Return True if a node calls a function of the model, which is not looked into."""
         return (node.domain, node.op_type) in self._functions
 
     def array(self, name: str) -> np.ndarray[Any, Any]:
-        """A copy of an initializer's or a Constant node's value, in its own type.
+        """Return a copy of an initializer's or a Constant node's value, in its own type.
 
         :raises ValueError: there is no stored value of that name.
         """
@@ -103,32 +103,32 @@ class OnnxGraph(GraphIndex):
     def set_array(self, name: str, array: np.ndarray[Any, Any]) -> None:
         """Write an initializer's or a Constant node's value into the model.
 
-        :param array: of the same shape and type.
+        :param array: array of the same shape and type.
         :raises ValueError: it is not, or there is no stored value of that name.
         """
         write_array(self._stored(name), array)
 
     def tensor(self, name: str) -> Tensor:
-        """The same as :meth:`array` for torch."""
+        """Return :meth:`array` as a torch tensor."""
         return to_torch(self.array(name))
 
     def set_tensor(self, name: str, values: Tensor) -> None:
-        """The same as :meth:`set_array` for torch, which is converted to the stored type."""
+        """Write a torch tensor as :meth:`set_array` does, converted to the stored type."""
         dtype = self.tensor_dtype(name)
         self.set_array(name, torch_array(values.detach().to("cpu", dtype).contiguous()))
 
     def tensor_dtype(self, name: str) -> torch.dtype:
-        """Type of a stored value in torch's words."""
+        """Return the type of a stored value in torch's words."""
         stored = self.stored.get(name) or self._stored(name)
         empty = TensorProto(data_type=stored.data_type, dims=[0])
         return to_torch(read_array(empty, "")).dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a stored value."""
+        """Return the shape of a stored value."""
         return tuple((self.stored.get(name) or self._stored(name)).dims)
 
     def elem_type(self, name: str) -> int:
-        """ONNX's type of any tensor, such as ``TensorProto.FLOAT``.
+        """Return the ONNX type of any tensor, such as ``TensorProto.FLOAT``.
 
         :raises ValueError: there is no such tensor, or its type cannot be told.
         """
@@ -152,16 +152,14 @@ class OnnxGraph(GraphIndex):
         return self._types[name]
 
     def subgraph(self, inputs: Iterable[str], outputs: Iterable[str]) -> list[int]:
-        """Nodes that it takes to compute tensors from others, in order.
+        """Return nodes that it takes to compute tensors from others, in order.
 
         :raises ValueError: a tensor is needed that neither is given nor can be computed.
         """
         given, outputs = set(inputs), list(outputs)
         needed: set[int] = set()
-        todo = [name for name in outputs if name not in given]
-        while todo:
-            name = todo.pop()
-            if name in self.initializers:
+        for name in self.behind(outputs, lambda name, _: name not in given):
+            if name in given or name in self.initializers:
                 continue
             if name not in self.producer:
                 kind = "input of the graph" if name in self.inputs else "tensor nobody makes"
@@ -169,10 +167,7 @@ class OnnxGraph(GraphIndex):
                     f"{', '.join(outputs)} must follow from {', '.join(sorted(given)) or 'nothing'}"
                     f", but {name!r} is needed too ({kind}); give it as well"
                 )
-            index = self.producer[name]
-            if index not in needed:
-                needed.add(index)
-                todo += [n for n in reads(self.nodes[index]) if n not in given]
+            needed.add(self.producer[name])
         return sorted(needed)
 
     def model(
@@ -182,40 +177,35 @@ class OnnxGraph(GraphIndex):
         outputs: Iterable[str],
         *,
         drop: Collection[str] = (),
-        dropped: Literal["external", "inputs"] = "external",
     ) -> onnx.ModelProto:
-        """A part of the graph that runs alone.
+        """Return a part of the graph that runs alone.
 
         :param nodes: indices, as :meth:`subgraph` gives them.
         :param inputs: tensors that are fed.
         :param outputs: tensors that come out.
-        :param drop: initializers whose values stay out of the part.
-        :param dropped: whether these are declared as external data, for
-            ``SessionOptions.add_external_initializers``, or as further inputs.
+        :param drop: initializers whose values stay out of the part, declared as external data for
+            ``SessionOptions.add_external_initializers``.
         """
-        inputs = list(inputs)
+        inputs, outputs = list(inputs), list(outputs)
         part = [self.nodes[index] for index in sorted(nodes)]
         read = {name for node in part for name in reads(node)} | set(outputs)
         stored = [t for name, t in self.initializers.items() if name in read - set(inputs)]
-        declared = [self._value_info(name) for name in inputs]
-        kept: list[TensorProto] = []
-        for tensor in stored:
-            if tensor.name not in drop:
-                kept.append(self._embedded(tensor))
-            elif dropped == "external":
-                kept.append(placeholder(tensor))
-            else:
-                declared.append(
-                    helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-                )
-        infos = [self._value_info(name) for name in outputs]
-        return make_part(self.proto, part, kept, declared, infos, self.opset)
+        return make_part(
+            self.proto,
+            part,
+            (placeholder(t) if t.name in drop else self._embedded(t) for t in stored),
+            map(self._value_info, inputs),
+            map(self._value_info, outputs),
+            self.opset,
+        )
 
     def _stored(self, name: str) -> TensorProto:
-        """The stored value in the model as it is now: AIMET may have put copies in its place."""
-        found = stored_values(self.proto.graph).get(name)
-        if found is None:
-            found = self.stored.get(name)  # inside of what AIMET fused
+        """Return the value that the model stores now: AIMET may have put a copy in its place."""
+        graph = self.proto.graph
+        makers = (node for node in graph.node if name in node.output)
+        found = next((tensor for tensor in graph.initializer if tensor.name == name), None)
+        found = found or next(filter(None, map(stored_value, makers)), None)
+        found = found or self.stored.get(name)  # inside of what AIMET fused
         if found is None:
             raise ValueError(
                 f"an initializer or the value of a Constant node is required, got {name!r}"
@@ -233,31 +223,25 @@ class OnnxGraph(GraphIndex):
         return helper.make_tensor_value_info(name, self.elem_type(name), None)
 
     def _known(self) -> dict[str, int]:
-        """Types that the model states."""
-        stated: dict[str, int] = {}
-        values: Iterable[onnx.ValueInfoProto] = (
-            *self.proto.graph.value_info,
-            *self.proto.graph.input,
-        )
-        for value in values:
-            if value.type.tensor_type.elem_type:
-                stated[value.name] = value.type.tensor_type.elem_type
-        for name, value in zip(self.outputs, self.proto.graph.output, strict=True):
-            stated[name] = value.type.tensor_type.elem_type or stated.get(name, 0)
-        stated.update({name: tensor.data_type for name, tensor in self.initializers.items()})
-        return {name: kind for name, kind in stated.items() if kind}
+        """Return types that the model states."""
+        graph = self.proto.graph
+        values = {value.name: value for value in (*graph.value_info, *graph.input)}
+        values.update(zip(self.outputs, graph.output, strict=True))
+        kinds = {name: value.type.tensor_type.elem_type for name, value in values.items()}
+        kinds.update((name, tensor.data_type) for name, tensor in self.initializers.items())
+        return {name: kind for name, kind in kinds.items() if kind}
 
 
 class Part:
     """A session over a part of a graph. Large stored values lie in memory once, while it lives.
 
-    :param graph: what the part belongs to.
+    :param graph: graph that the part belongs to.
     :param nodes: indices, in order.
     :param inputs: tensors that are fed.
     :param outputs: tensors that come out.
     :param layers: layers whose weights are replaced, at least.
     :param weights: weights ``[out, in, …]`` in place of those that are stored, by layer.
-    :param providers: of onnxruntime, the CPU's if None.
+    :param providers: onnxruntime's providers, the CPU's if None.
     """
 
     def __init__(
@@ -279,7 +263,7 @@ class Part:
         drop_unused(model.graph, inputs=True)
         self._outputs = list(outputs)
         self._session = open_session(
-            model.SerializeToString(),
+            model,
             # Weights in another layout beside the given ones would take their size once more.
             optimize="basic",
             given={
@@ -299,7 +283,7 @@ class Part:
         self._inputs = [value.name for value in self._session.get_inputs()]
 
     def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The outputs for these inputs, which may be more than are read."""
+        """Return the outputs for these inputs, which may be more than are read."""
         feeds = {name: torch_array(values[name].contiguous()) for name in self._inputs}
         found = self._session.run(self._outputs, feeds)
         return dict(zip(self._outputs, map(to_torch, found), strict=True))
@@ -313,7 +297,7 @@ def _replace(
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Have nodes of a part read other weights, which are declared as external data.
 
-    :param indices: of the part's nodes in the graph.
+    :param indices: places of the part's nodes in the graph.
     :returns: the arrays by the names that these weights got.
     """
     places = dict(zip(indices, model.graph.node, strict=True))
@@ -333,12 +317,12 @@ def _replace(
 
 
 def _is_turned(node: NodeProto) -> bool:
-    """Whether a node reads its weight as ``[in, out]``."""
+    """Return True if a node reads its weight as ``[in, out]``."""
     return node.op_type == "MatMul" or (node.op_type == "Gemm" and not attribute(node, "transB", 0))
 
 
 def _declared(name: str, array: np.ndarray[Any, Any]) -> TensorProto:
-    """An initializer whose value the session is given, or one that holds it where it is small."""
+    """Return an initializer whose value the session is given, or one that holds a small value."""
     kind = helper.np_dtype_to_tensor_dtype(array.dtype)
     tensor = TensorProto(name=name, data_type=kind, dims=array.shape)
     if can_be_given(tensor):
@@ -349,7 +333,7 @@ def _declared(name: str, array: np.ndarray[Any, Any]) -> TensorProto:
 def _without_quantizers(
     model: onnx.ModelProto,
 ) -> tuple[list[NodeProto], dict[str, str], dict[str, tuple[str, ...]]]:
-    """Nodes without AIMET's quantizers and without its fusions, and the names of tensors.
+    """Return nodes without AIMET's quantizers and without its fusions, and the names of tensors.
 
     :returns: copies of the nodes that read the tensors themselves; from the output of each
         quantizer, the tensor that it quantizes; from each fused node, the names of its nodes.
@@ -375,7 +359,7 @@ def _without_quantizers(
 
 
 def _inlined(call: NodeProto, function: onnx.FunctionProto) -> list[NodeProto]:
-    """The nodes of a fused pattern. AIMET keeps their names, each call has a function of its own.
+    """Return the nodes of a fused pattern; AIMET keeps their names, each call has its own function.
 
     :raises ValueError: the function has attributes, which no pattern of AIMET's has.
     """
@@ -395,7 +379,7 @@ def _inlined(call: NodeProto, function: onnx.FunctionProto) -> list[NodeProto]:
 
 
 def _seen_through(nodes: Iterable[NodeProto]) -> dict[str, str]:
-    """From the output of each quantizer to the tensor that it quantizes."""
+    """Map the output of each quantizer to the tensor that it quantizes."""
     every = (each for node in nodes for each in (node, *inner_nodes(node)))
     direct = {node.output[0]: node.input[0] for node in every if node.op_type == _QUANTIZER}
     found = {}
@@ -407,7 +391,7 @@ def _seen_through(nodes: Iterable[NodeProto]) -> dict[str, str]:
 
 
 def _plain(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
-    """A copy of a node that reads the tensors themselves, without quantizers in its subgraphs."""
+    """Return a copy of a node that reads the tensors themselves, subgraphs without quantizers."""
     found = copied(node, names)
     for each in (found, *inner_nodes(found)):
         for graph in bodies(each):

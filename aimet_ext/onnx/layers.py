@@ -1,18 +1,29 @@
-"""Layers with a weight in an ONNX graph: MatMul, MatMul + Add, Gemm, Conv, Gather."""
+"""Layers with a weight in an ONNX graph, and torch modules without weights that stand for them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from onnx import NodeProto
-from torch import nn
+from torch import Tensor, nn
 
 from aimet_ext.onnx.graph import OnnxGraph
 from aimet_ext.onnx.index import FLOATS, attribute, inner_nodes
 
-__all__ = ["FoundLayers", "OnnxLayer", "Use", "find_layers", "node_names"]
+__all__ = [
+    "FoundLayers",
+    "OnnxLayer",
+    "Use",
+    "find_layers",
+    "insert_module",
+    "module_tree",
+    "node_names",
+    "shell",
+    "stored_bias",
+    "stored_weight",
+]
 
 Kind = Literal["linear", "conv", "embedding"]
 
@@ -45,8 +56,8 @@ class Use:
 class OnnxLayer:
     """A weight and the nodes that apply it.
 
-    :param name: of the first node, or of the weight where that has none.
-    :param uses: in the graph's order.
+    :param name: name of the first node, or of the weight where that has none.
+    :param uses: places where it is applied, in order.
     :param weight: name of the initializer, or of the Constant node's output.
     :param transposed: the stored weight is ``[in, out]``.
     :param bias: name of the stored bias ``[out]``, None if there is none, or uses differ in it.
@@ -88,7 +99,7 @@ class FoundLayers(dict[str, OnnxLayer]):
         self.skipped = dict(skipped)
 
     def shared_weights(self) -> dict[str, list[str]]:
-        """Names of all layers that have the same weight, for each that shares one."""
+        """Return the names of all layers that have the same weight, for each that shares one."""
         by_weight: dict[str, list[str]] = {}
         for name, layer in self.items():
             by_weight.setdefault(layer.weight, []).append(name)
@@ -97,7 +108,7 @@ class FoundLayers(dict[str, OnnxLayer]):
 
 
 def find_layers(graph: OnnxGraph) -> FoundLayers:
-    """All layers with a weight of a graph.
+    """Return all layers with a weight of a graph.
 
     Nodes that apply one weight in the same way are one layer, named after the first of them. An
     embedding and a linear layer that share a weight are two.
@@ -145,7 +156,7 @@ def node_names(graph: OnnxGraph, layers: Mapping[str, OnnxLayer]) -> dict[str, s
 
 
 def _layer(graph: OnnxGraph, index: int, node: NodeProto) -> OnnxLayer | str | None:
-    """The layer of one node, or why it is none, or None if it has no weight."""
+    """Return the layer of one node, or why it is none, or None if it has no weight."""
     if any(inner.op_type in _WEIGHTED for inner in inner_nodes(node)):
         return "layers inside of its body are not supported, move them out of it"
     if graph.calls_function(node):
@@ -156,15 +167,9 @@ def _layer(graph: OnnxGraph, index: int, node: NodeProto) -> OnnxLayer | str | N
     if node.op_type in _UNSUPPORTED:
         weighted = any(_weight(graph, name) is not None for name in node.input)
         return _UNSUPPORTED[node.op_type] if weighted else None
-    if node.op_type == "MatMul":
-        return _matmul(graph, index, node)
-    if node.op_type == "Gemm":
-        return _gemm(graph, index, node)
-    if node.op_type == "Conv":
-        return _conv(graph, index, node)
-    if node.op_type == "Gather":
-        return _gather(graph, index, node)
-    return None
+    kinds = {"MatMul": _matmul, "Gemm": _gemm, "Conv": _conv, "Gather": _gather}
+    read = kinds.get(node.op_type)
+    return None if read is None else read(graph, index, node)
 
 
 def _matmul(graph: OnnxGraph, index: int, node: NodeProto) -> OnnxLayer | str | None:
@@ -182,13 +187,8 @@ def _matmul(graph: OnnxGraph, index: int, node: NodeProto) -> OnnxLayer | str | 
     bias = None
     if add is not None:
         bias = graph.source(next(n for n in graph.nodes[add].input if n != node.output[0]))
-    return OnnxLayer(
-        name=_name(node, weight),
-        kind="linear",
-        uses=(_use(graph, index, node.input[0], add),),
-        weight=weight,
-        transposed=not flipped,
-        bias=bias,
+    return _found(
+        graph, index, "linear", weight, node.input[0], add, transposed=not flipped, bias=bias
     )
 
 
@@ -206,14 +206,7 @@ def _gemm(graph: OnnxGraph, index: int, node: NodeProto) -> OnnxLayer | str | No
     out = graph.shape(weight)[1 if transposed else 0]
     if bias is not None and not _is_vector(graph, bias, out):
         return f"Gemm with a stored bias [{out}] is required, {bias!r} is not one"
-    return OnnxLayer(
-        name=_name(node, weight),
-        kind="linear",
-        uses=(_use(graph, index, node.input[0], None),),
-        weight=weight,
-        transposed=transposed,
-        bias=bias,
-    )
+    return _found(graph, index, "linear", weight, node.input[0], transposed=transposed, bias=bias)
 
 
 def _conv(graph: OnnxGraph, index: int, node: NodeProto) -> OnnxLayer | str | None:
@@ -228,11 +221,12 @@ def _conv(graph: OnnxGraph, index: int, node: NodeProto) -> OnnxLayer | str | No
     if bias is not None and not _is_vector(graph, bias, shape[0]):
         return f"a stored bias [{shape[0]}] is required, {bias!r} is not one"
     ones = (1,) * (len(shape) - 2)
-    return OnnxLayer(
-        name=_name(node, weight),
-        kind="conv",
-        uses=(_use(graph, index, node.input[0], None),),
-        weight=weight,
+    return _found(
+        graph,
+        index,
+        "conv",
+        weight,
+        node.input[0],
         bias=bias,
         kernel=tuple(attribute(node, "kernel_shape", shape[2:])),
         strides=tuple(attribute(node, "strides", ones)),
@@ -250,30 +244,35 @@ def _gather(graph: OnnxGraph, index: int, node: NodeProto) -> OnnxLayer | str | 
     weight, flipped = found
     if flipped:
         return "the weight of an embedding must not be transposed on the way"
-    return OnnxLayer(
-        name=_name(node, weight),
-        kind="embedding",
-        uses=(_use(graph, index, node.input[1], None),),
-        weight=weight,
-    )
+    return _found(graph, index, "embedding", weight, node.input[1])
 
 
-def _use(graph: OnnxGraph, index: int, source: str, add: int | None) -> Use:
+def _found(
+    graph: OnnxGraph,
+    index: int,
+    kind: Kind,
+    weight: str,
+    source: str,
+    add: int | None = None,
+    **fields: Any,
+) -> OnnxLayer:
+    """Return the layer of a node that reads a tensor, and of the Add of its bias."""
     last = graph.nodes[index if add is None else add]
-    return Use(node=index, input=source, output=last.output[0], add=add)
+    use = Use(node=index, input=source, output=last.output[0], add=add)
+    name = _name(graph.nodes[index], weight)
+    return OnnxLayer(name=name, kind=kind, uses=(use,), weight=weight, **fields)
 
 
 def _weight(graph: OnnxGraph, name: str) -> tuple[str, bool] | None:
-    """The stored float tensor behind a name, and whether it is transposed on the way."""
+    """Return the stored float tensor behind a name, and whether it is transposed on the way."""
     flipped = False
     while True:
         stored = graph.constant(name)
         if stored is not None:
             return (name, flipped) if stored.data_type in FLOATS else None
-        index = graph.producer.get(name)
-        if index is None:
+        node = graph.node(name)
+        if node is None:
             return None
-        node = graph.nodes[index]
         if node.op_type == "Transpose" and list(attribute(node, "perm", (1, 0))) == [1, 0]:
             flipped = not flipped
         elif node.op_type != "Identity":
@@ -282,13 +281,12 @@ def _weight(graph: OnnxGraph, name: str) -> tuple[str, bool] | None:
 
 
 def _changed_on_the_way(graph: OnnxGraph, name: str) -> str | None:
-    """Why a tensor is no weight of a layer, if nothing but a stored matrix is behind it."""
+    """Explain why a tensor is no weight of a layer, if only a stored matrix is behind it."""
     passed: list[str] = []
     while graph.constant(name) is None:
-        index = graph.producer.get(name)
-        if index is None:
+        node = graph.node(name)
+        if node is None:
             return None
-        node = graph.nodes[index]
         inputs = [n for n in node.input if n and not _is_small(graph, n)]
         if len(inputs) != 1:
             return None
@@ -300,18 +298,18 @@ def _changed_on_the_way(graph: OnnxGraph, name: str) -> str | None:
 
 
 def _is_matrix(graph: OnnxGraph, name: str) -> bool:
-    """Whether a stored tensor has more than one row and column."""
+    """Return True if a stored tensor has more than one row and column."""
     stored = graph.constant(name)
     return stored is not None and sum(d > 1 for d in stored.dims) > 1
 
 
 def _is_small(graph: OnnxGraph, name: str) -> bool:
-    """Whether a tensor is stored and no matrix: shapes, axes, scales."""
+    """Return True if a tensor is stored and no matrix: shapes, axes, scales."""
     return graph.constant(name) is not None and not _is_matrix(graph, name)
 
 
 def _bias_add(graph: OnnxGraph, output: str, width: int) -> int | None:
-    """The Add of a stored vector that alone reads a tensor."""
+    """Return the Add of a stored vector that alone reads a tensor."""
     readers = graph.consumers.get(output, [])
     if len(readers) != 1 or output in graph.outputs:
         return None
@@ -323,7 +321,7 @@ def _bias_add(graph: OnnxGraph, output: str, width: int) -> int | None:
 
 
 def _bias_input(graph: OnnxGraph, node: NodeProto) -> str | None:
-    """The tensor that a Gemm or Conv adds, None if there is none."""
+    """Return the tensor that a Gemm or Conv adds, None if there is none."""
     return graph.source(node.input[2]) if len(node.input) > 2 and node.input[2] else None
 
 
@@ -333,7 +331,7 @@ def _is_vector(graph: OnnxGraph, name: str, width: int) -> bool:
 
 
 def _joined(graph: OnnxGraph, first: OnnxLayer, more: OnnxLayer) -> OnnxLayer:
-    """One layer of two that apply the same weight."""
+    """Join two layers that apply the same weight."""
     uses = (*first.uses, *more.uses)
     if first.bias == more.bias:
         return replace(first, uses=uses)
@@ -343,6 +341,107 @@ def _joined(graph: OnnxGraph, first: OnnxLayer, more: OnnxLayer) -> OnnxLayer:
 
 
 def _name(node: NodeProto, weight: str) -> str:
-    """The name of a layer, such that a module of torch can have it."""
+    """Return the name of a layer, such that a module of torch can have it."""
     pieces = (node.name or weight).split(".")
     return ".".join(f"{p}_" if not p or p in _TAKEN else p for p in pieces)
+
+
+def stored_weight(graph: OnnxGraph, layer: OnnxLayer) -> Tensor:
+    """Return a copy of a layer's weight, output channels first."""
+    weight = graph.tensor(layer.weight)
+    return weight.mT.contiguous() if layer.transposed else weight
+
+
+def stored_bias(graph: OnnxGraph, layer: OnnxLayer) -> Tensor | None:
+    """Return a copy of a layer's bias ``[out]``, None if it has none."""
+    return None if layer.bias is None else graph.tensor(layer.bias)
+
+
+class _Shell(nn.Module):
+    """Base of all shells: no torch parameters, weight and bias as they are in the graph."""
+
+    graph: OnnxGraph
+    layer: OnnxLayer
+    # Copies. Any, for torch's classes declare parameters here.
+    weight: Any = property(lambda self: stored_weight(self.graph, self.layer))
+    bias: Any = property(lambda self: stored_bias(self.graph, self.layer))
+
+
+class _Linear(_Shell, nn.Linear):
+    """A MatMul, with its Add, or a Gemm."""
+
+    def __init__(self, graph: OnnxGraph, layer: OnnxLayer) -> None:
+        nn.Module.__init__(self)
+        self.graph, self.layer = graph, layer
+        shape = graph.shape(layer.weight)
+        self.out_features, self.in_features = reversed(shape) if layer.transposed else shape
+
+
+class _Embedding(_Shell, nn.Embedding):
+    """A Gather of rows."""
+
+    def __init__(self, graph: OnnxGraph, layer: OnnxLayer) -> None:
+        nn.Module.__init__(self)
+        self.graph, self.layer = graph, layer
+        self.num_embeddings, self.embedding_dim = graph.shape(layer.weight)
+        self.padding_idx = self.max_norm = None
+        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
+
+
+class _Convolution(_Shell):
+    """A Conv. Its padding is 0 where it is not the same on both sides: inputs come padded then."""
+
+    padding_mode: Any
+
+    def __init__(self, graph: OnnxGraph, layer: OnnxLayer) -> None:
+        nn.Module.__init__(self)
+        self.graph, self.layer = graph, layer
+        shape = graph.shape(layer.weight)
+        self.out_channels, self.in_channels = shape[0], shape[1] * layer.group
+        self.kernel_size, self.stride = layer.kernel, layer.strides
+        self.padding: Any = layer.padding or (0,) * len(layer.kernel)
+        self.dilation, self.groups = layer.dilations, layer.group
+        self.padding_mode, self.transposed = "zeros", False
+        self.output_padding = (0,) * len(layer.kernel)
+
+
+class _Conv1d(_Convolution, nn.Conv1d):
+    pass
+
+
+class _Conv2d(_Convolution, nn.Conv2d):
+    pass
+
+
+class _Conv3d(_Convolution, nn.Conv3d):
+    pass
+
+
+def shell(graph: OnnxGraph, layer: OnnxLayer) -> nn.Module:
+    """Return a layer as ``nn.Linear``, ``nn.Embedding`` or ``nn.Conv1d`` to ``nn.Conv3d``."""
+    if layer.kind == "linear":
+        return _Linear(graph, layer)
+    if layer.kind == "embedding":
+        return _Embedding(graph, layer)
+    return (_Conv1d, _Conv2d, _Conv3d)[len(layer.kernel) - 1](graph, layer)
+
+
+def module_tree(modules: Mapping[str, nn.Module]) -> nn.Module:
+    """Return a module whose ``named_modules()`` has these names for these modules.
+
+    A name is cut at its dots, as torch does.
+    """
+    root = nn.Module()
+    for name in sorted(modules, key=lambda name: name.count(".")):
+        insert_module(root, name, modules[name])
+    return root
+
+
+def insert_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module under a name, which may be cut at its dots, in place of what was there."""
+    *path, last = name.split(".")
+    for piece in path:
+        if piece not in root._modules:
+            root.add_module(piece, nn.Module())
+        root = root.get_submodule(piece)
+    root.add_module(last, module)

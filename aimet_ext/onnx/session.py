@@ -16,7 +16,7 @@ _LEVELS = {"all": "ORT_ENABLE_ALL", "basic": "ORT_ENABLE_BASIC", "none": "ORT_DI
 
 
 def open_session(
-    source: str | Path | bytes,
+    source: Any,
     *,
     optimize: Literal["all", "basic", "none"] = "all",
     threads: int | None = None,
@@ -30,11 +30,11 @@ def open_session(
 ) -> Any:
     """Return an ``onnxruntime.InferenceSession``, on the CPU unless told otherwise.
 
-    :param source: File of a model, or a serialized model.
+    :param source: File of a model, a ``ModelProto``, or a serialized one.
     :param optimize: Level of onnxruntime's graph optimizer; ``"none"`` computes the nodes as they
         are, of a QDQ model without rounding float weights and biases.
     :param threads: Number of threads within an operator, torch's if None.
-    :param folder: Folder of the external data of a serialized model.
+    :param folder: Folder of the external data of a model that is no file.
     :param given: Arrays of initializers that a serialized model declares as external data: a model
         of more than 2 GiB is given its weights this way, without a copy.
     :param entries: Further entries of the session's configuration.
@@ -53,13 +53,17 @@ def open_session(
         setattr(settings, name, value)
     for key, text in (entries or {}).items():
         settings.add_session_config_entry(key, text)
-    if folder is not None:
+    from_file = isinstance(source, str | Path)
+    if folder is not None and not from_file:
         place = "session.model_external_initializers_file_folder_path"
         settings.add_session_config_entry(place, str(folder))
     values = {n: runtime.OrtValue.ortvalue_from_numpy(a) for n, a in (given or {}).items()}
     if values:
         settings.add_external_initializers([*values], [*values.values()])
-    source = source if isinstance(source, bytes) else str(source)
+    if from_file:
+        source = str(source)
+    elif not isinstance(source, bytes):
+        source = source.SerializeToString()
     if device is not None:
         settings.add_provider_for_devices([device[0]], dict(device[1]))
         return runtime.InferenceSession(source, settings)

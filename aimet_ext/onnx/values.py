@@ -41,7 +41,7 @@ _SMALL = 1024  # elements; larger values are left out
 
 
 def read_array(tensor: TensorProto, base_dir: str) -> np.ndarray[Any, Any]:
-    """A writable copy of a tensor's value."""
+    """Return a writable copy of a tensor's value."""
     array = np.asarray(numpy_helper.to_array(tensor, base_dir))
     return array if array.flags.writeable and array.flags.owndata else array.copy()
 
@@ -75,14 +75,14 @@ def set_value(tensor: TensorProto, array: np.ndarray[Any, Any]) -> None:
 
 
 def to_torch(array: np.ndarray[Any, Any]) -> Tensor:
-    """The same memory as a torch tensor, bfloat16 too."""
+    """Return the same memory as a torch tensor, bfloat16 too."""
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
 
 def torch_array(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """The same memory as an array, bfloat16 too."""
+    """Return the same memory as an array, bfloat16 too."""
     if tensor.dtype is torch.bfloat16:
         dtype = helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16)
         found: np.ndarray[Any, Any] = tensor.view(torch.int16).numpy().view(dtype)
@@ -110,13 +110,13 @@ def input_specs(inputs: Mapping[str, onnx.ValueInfoProto]) -> dict[str, InputSpe
 def infer_types(
     model: onnx.ModelProto, nodes: Iterable[NodeProto], known: Mapping[str, int]
 ) -> dict[str, int]:
-    """Element type of every tensor of a graph.
+    """Return the element type of every tensor of a graph.
 
     Where ONNX does not know an operator, its schema or else its first float input tells.
 
-    :param model: to run shape inference on; needs no large values.
-    :param nodes: in topological order.
-    :param known: what is stated.
+    :param model: model to run shape inference on; needs no large values.
+    :param nodes: nodes in topological order.
+    :param known: types that the model states.
     """
     types = dict(known)
     inferred = onnx.shape_inference.infer_shapes(model)
@@ -136,7 +136,7 @@ def infer_types(
 def _output_type(
     node: NodeProto, place: int, types: Mapping[str, int], versions: Mapping[str, int]
 ) -> int:
-    """Type of one output, 0 if it cannot be told."""
+    """Return the type of one output, 0 if it cannot be told."""
     for name, value in attributes(node).items():
         if name in ("to", "dtype") and isinstance(value, int):
             return value
@@ -180,7 +180,7 @@ def _data_type(text: str) -> int:
 
 
 def infer_shapes(model: onnx.ModelProto, *, data_prop: bool = False) -> onnx.ModelProto:
-    """A copy of a model with the types and shapes that follow from those of its inputs.
+    """Return a copy of a model with the types and shapes that follow from those of its inputs.
 
     Large stored values are declared as external data there, so the copy is not one to run.
 
@@ -190,12 +190,12 @@ def infer_shapes(model: onnx.ModelProto, *, data_prop: bool = False) -> onnx.Mod
 
 
 def is_large(tensor: TensorProto) -> bool:
-    """Whether a stored value is none that shapes follow from."""
+    """Return True if a stored value is too large for shapes to follow from it."""
     return elements(tensor) > _SMALL
 
 
 def can_be_given(tensor: TensorProto) -> bool:
-    """Whether a stored value is large, and of a type that onnxruntime takes beside a model.
+    """Return True if a stored value is large, and of a type that onnxruntime takes beside a model.
 
     That is what numpy itself has; bfloat16 and 4 bits come from elsewhere.
     """
@@ -204,9 +204,9 @@ def can_be_given(tensor: TensorProto) -> bool:
 
 
 def placeholder(tensor: TensorProto, name: str = "") -> TensorProto:
-    """A stored value without its content, declared as external data.
+    """Return a stored value without its content, declared as external data.
 
-    :param name: in place of its own.
+    :param name: name in place of its own.
     """
     empty = TensorProto(name=name or tensor.name, data_type=tensor.data_type, dims=tensor.dims)
     empty.data_location = TensorProto.EXTERNAL

@@ -50,13 +50,12 @@ class CpuSession:
     """
 
     def __init__(self, model: Path, extra_outputs: Sequence[str] = ()) -> None:
-        source: Path | bytes = model
+        source: Any = model
         if extra_outputs:
             from aimet_ext.onnx.rewrite.qdq import with_outputs
 
-            source = with_outputs(model, extra_outputs).SerializeToString()
-        folder = model.resolve().parent if extra_outputs else None
-        self._session = open_session(source, optimize="none", folder=folder)
+            source = with_outputs(model, extra_outputs)
+        self._session = open_session(source, optimize="none", folder=model.resolve().parent)
         self.outputs = tuple(value.name for value in self._session.get_outputs())
 
     def run(self, feed: Mapping[str, Array]) -> list[Array]:

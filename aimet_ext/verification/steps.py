@@ -16,9 +16,8 @@ from aimet_ext.data.feeds import Feed, run_feeds
 from aimet_ext.errors import CorruptFileError, require
 from aimet_ext.files.folders import read_manifest
 from aimet_ext.findings import Finding
-from aimet_ext.integrations.qnn import HtpRejected
+from aimet_ext.integrations.qnn import HtpRejected, is_available
 from aimet_ext.integrations.qnn_process import HtpCrashed, HtpProcess
-from aimet_ext.integrations.qnn_runtime import is_available
 from aimet_ext.integrations.qnn_targets import HtpTarget
 from aimet_ext.sim.protocol import adapt
 from aimet_ext.verification import run as runs

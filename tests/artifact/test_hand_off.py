@@ -27,7 +27,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("aimet_torch")
 aimet_onnx = pytest.importorskip("aimet_onnx")
 
-from aimet_ext.integrations.qnn_runtime import is_available  # noqa: E402
+from aimet_ext.integrations.qnn import is_available  # noqa: E402
 from aimet_ext.onnx.index import stored_values  # noqa: E402
 from aimet_ext.onnx.rewrite.qdq import float_weights  # noqa: E402
 from aimet_ext.onnx.values import input_specs  # noqa: E402

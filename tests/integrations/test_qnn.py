@@ -14,7 +14,7 @@ import pytest
 
 from aimet_ext.core.objective import sqnr_db
 from aimet_ext.errors import MissingExtraError
-from aimet_ext.integrations import qnn_runtime
+from aimet_ext.integrations import qnn as qnn_module
 from aimet_ext.integrations.qnn import HtpRejected, HtpSession, compile_htp, load_context
 from aimet_ext.integrations.qnn_targets import find_target, target_names
 from aimet_ext.onnx.rewrite.qdq import output_names, with_outputs
@@ -25,7 +25,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 from qdq_graphs import QdqGraph, inputs_of, two_layers, with_unsupported  # noqa: E402
 
 needs_qnn = pytest.mark.skipif(
-    not qnn_runtime.is_available(), reason="onnxruntime-qnn with an HTP backend is not installed"
+    not qnn_module.is_available(), reason="onnxruntime-qnn with an HTP backend is not installed"
 )
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
@@ -297,22 +297,22 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "onnxruntime_qnn", None)
     with pytest.raises(MissingExtraError, match=r'pip install "aimet-ext\[qnn\]"'):
         compile_htp("m.onnx", "htp_v75")
-    assert not qnn_runtime.is_available()
+    assert not qnn_module.is_available()
 
 
 def test_an_older_python_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qnn_runtime, "_OLDEST_PYTHON", (99, 1))
+    monkeypatch.setattr(qnn_module, "_OLDEST_PYTHON", (99, 1))
     with pytest.raises(RuntimeError, match=r"requires Python 99\.1 or newer, this is 3\."):
         compile_htp("m.onnx", "htp_v75")
-    assert not qnn_runtime.is_available()
+    assert not qnn_module.is_available()
 
 
 @needs_qnn
 def test_a_system_without_the_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qnn_runtime.sys, "platform", "darwin")
+    monkeypatch.setattr(qnn_module.sys, "platform", "darwin")
     with pytest.raises(RuntimeError, match="none for darwin"):
-        qnn_runtime.htp_library()
-    assert not qnn_runtime.is_available()
+        qnn_module.htp_library()
+    assert not qnn_module.is_available()
 
 
 @needs_qnn

@@ -14,8 +14,11 @@ onnxruntime = pytest.importorskip("onnxruntime")
 from qdq_graphs import inputs_of, product  # noqa: E402
 
 from aimet_ext.core.objective import sqnr_db  # noqa: E402
-from aimet_ext.integrations.qnn import HtpRejected, compile_htp  # noqa: E402
-from aimet_ext.integrations.qnn_runtime import is_available  # noqa: E402
+from aimet_ext.integrations.qnn import (  # noqa: E402
+    HtpRejected,
+    compile_htp,
+    is_available,
+)
 from aimet_ext.onnx.rewrite.htp import sign_second_operands  # noqa: E402
 
 pytestmark = pytest.mark.skipif(

@@ -9,7 +9,7 @@ import signal
 import numpy as np
 import pytest
 
-from aimet_ext.integrations import qnn_runtime
+from aimet_ext.integrations import qnn as qnn_module
 from aimet_ext.integrations.qnn import HtpRejected, compile_htp
 from aimet_ext.integrations.qnn_process import HtpCrashed, HtpProcess
 
@@ -19,7 +19,7 @@ pytest.importorskip("onnxruntime")
 from qdq_graphs import inputs_of, two_layers, with_unsupported  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
-    not qnn_runtime.is_available(), reason="onnxruntime-qnn with an HTP backend is not installed"
+    not qnn_module.is_available(), reason="onnxruntime-qnn with an HTP backend is not installed"
 )
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from aimet_ext.core.objective import sqnr_db
 from aimet_ext.grids.blockwise import set_lpbq
-from aimet_ext.integrations import qnn_runtime
+from aimet_ext.integrations import qnn as qnn_module
 from aimet_ext.integrations.qnn_targets import find_target
 from aimet_ext.linting.limits import LIMITS
 from aimet_ext.linting.lint import lint
@@ -250,7 +250,7 @@ def lpbq_sqnr(folder: Path, target: str, block: int, width: int) -> float:
     return sqnr_db(float(np.square(expected).sum()), float(np.square(expected - found).sum()))
 
 
-@pytest.mark.skipif(not qnn_runtime.is_available(), reason="onnxruntime-qnn is not installed")
+@pytest.mark.skipif(not qnn_module.is_available(), reason="onnxruntime-qnn is not installed")
 @pytest.mark.parametrize(
     ("target", "block", "width"),
     [

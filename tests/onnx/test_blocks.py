@@ -29,7 +29,7 @@ from aimet_ext.onnx.blocks.capture import (  # noqa: E402
 )
 from aimet_ext.onnx.blocks.find import find_onnx_blocks  # noqa: E402
 from aimet_ext.onnx.blocks.module import OnnxBlock, read_again, write_back  # noqa: E402
-from aimet_ext.onnx.blocks.shared import to_copy  # noqa: E402
+from aimet_ext.onnx.blocks.topology import to_copy  # noqa: E402
 from aimet_ext.onnx.graph import OnnxGraph  # noqa: E402
 from aimet_ext.walk.streamed import StreamedBlock  # noqa: E402
 

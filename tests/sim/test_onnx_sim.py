@@ -16,7 +16,7 @@ from onnx_models import exported_llama, mlp_model, run_onnx  # noqa: E402
 
 import aimet_ext  # noqa: E402
 from aimet_ext.core.affine import fake_quantize  # noqa: E402
-from aimet_ext.onnx.shells import insert_module  # noqa: E402
+from aimet_ext.onnx.layers import insert_module  # noqa: E402
 from aimet_ext.sim.onnx.adaptor import OnnxSim  # noqa: E402
 from aimet_ext.sim.onnx.blocks import OnnxPart, live_quantizer  # noqa: E402
 from aimet_ext.sim.protocol import adapt  # noqa: E402

@@ -25,9 +25,8 @@ from aimet_ext.data.feeds import graph_feeds
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.folders import read_manifest
 from aimet_ext.findings import Finding
-from aimet_ext.integrations.qnn import HtpRejected
+from aimet_ext.integrations.qnn import HtpRejected, is_available
 from aimet_ext.integrations.qnn_process import HtpCrashed
-from aimet_ext.integrations.qnn_runtime import is_available
 from aimet_ext.integrations.qnn_targets import find_target
 from aimet_ext.onnx.values import read_input_specs
 from aimet_ext.verification import run as verify_run

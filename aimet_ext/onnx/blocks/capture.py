@@ -1,4 +1,4 @@
-"""What flows into the decoder blocks of an ONNX graph, and a check of blocks against the graph."""
+"""Capture of the inputs of an ONNX graph's decoder blocks, and a check of blocks against it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TAKEN = (_MASK, "hidden_states")  # parameters of a block
 
 
 def argument_names(plans: Sequence[BlockPlan]) -> tuple[str, ...]:
-    """Names by which all blocks are given their other tensors, those of the first one."""
+    """Return names by which all blocks are given their other tensors, those of the first one."""
     first = plans[0]
     names = (f"{name}_" if name in _TAKEN else name for name in first.arguments)
     pairs = zip(first.arguments, names, strict=True)
@@ -44,11 +44,11 @@ def capture_blocks(
     cache_dir: str | Path | None = None,
     device: torch.device | str | None = None,
 ) -> BlockStream:
-    """What the first block receives for every batch, and what else all blocks read.
+    """Capture the first block's inputs for every batch, and the other tensors all blocks read.
 
     :param batches: inputs of the graph by name.
-    :param quantized: from a layer's name to the weight ``[out, in]`` to use for it, None for the
-        stored one.
+    :param quantized: function from a layer's name to the weight ``[out, in]`` to use for it, None
+        for the stored one.
     :raises ValueError: blocks differ in what they receive, a batch is masked whole, or hidden
         states are not finite or not ``[batch, seq, hidden]``.
     :raises RuntimeError: onnxruntime failed on a batch.
@@ -86,7 +86,7 @@ def capture_blocks(
 
 
 def check_block(flow: Flow, block: OnnxBlock, call: BlockCall) -> float:
-    """Largest deviation of a translated block from onnxruntime, relative to the largest value.
+    """Return the largest deviation of a translated block from onnxruntime, relative to the maximum.
 
     :param block: with its float weights, no quantizer on.
     :param call: inputs to compare on.
@@ -114,7 +114,7 @@ def _run(part: Part, batch: Mapping[str, Tensor], number: int) -> dict[str, Tens
 
 
 def _check_equal(plans: Sequence[BlockPlan], found: Mapping[str, Tensor], number: int) -> None:
-    """All blocks must receive the same, whatever its name."""
+    """Check that all blocks receive the same tensors, whatever their names."""
     for plan in plans[1:]:
         for mine, first in zip(plan.arguments, plans[0].arguments, strict=True):
             if mine != first and not torch.equal(found[mine], found[first]):
@@ -139,7 +139,7 @@ def _hidden(hidden: Tensor, number: int) -> Tensor:
 def _real_tokens(
     batch: Mapping[str, Tensor], attention: Tensor | None, hidden: Tensor, number: int
 ) -> Tensor:
-    """Bool ``[batch, seq]`` from the batch's mask, else from the block's, else all true."""
+    """Return the mask ``[batch, seq]`` of the batch, else of the block, else all true."""
     shape = (hidden.shape[0], hidden.shape[1])
     given = batch.get(_MASK)
     mask: Tensor | None = None

@@ -11,8 +11,7 @@ from aimet_ext.models.families import TopologyDescription
 from aimet_ext.models.topology import BlockTopology
 from aimet_ext.onnx.blocks.flow import Flow, Norm
 from aimet_ext.onnx.blocks.roles import MismatchError, attention_roles, mlp_roles
-from aimet_ext.onnx.blocks.shared import SharedVector
-from aimet_ext.onnx.blocks.topology import block_topology
+from aimet_ext.onnx.blocks.topology import SharedVector, block_topology
 from aimet_ext.onnx.graph import OnnxGraph
 from aimet_ext.onnx.index import reads
 from aimet_ext.onnx.layers import OnnxLayer
@@ -95,13 +94,13 @@ def find_onnx_blocks(
     *,
     stack: str = "model.layers",
 ) -> tuple[Flow, list[BlockPlan]]:
-    """The decoder blocks of a graph, in order, by its structure.
+    """Return the decoder blocks of a graph, in order, by its structure.
 
     A block adds the output of its attention and then that of its MLP to the hidden states; each
     half reads them through a norm with a gain. Names of nodes do not matter.
 
     :param description: names for the roles, and ``head_dim``, in place of Llama's.
-    :param stack: what blocks are named after; checkpoints have that of the default.
+    :param stack: prefix of the blocks' names; checkpoints have that of the default.
     :returns: the graph that the plans speak of, and the plans.
     :raises ValueError: there is no such block, or blocks differ from that; all differences are
         listed.
@@ -142,7 +141,7 @@ def find_onnx_blocks(
 
 
 def _additions(flow: Flow) -> list[_Addition]:
-    """All nodes that add a layer's output to something that is none."""
+    """Return all nodes that add a layer's output to something that is none."""
     found = []
     for node in flow.graph.nodes:
         if node.op_type != "Add" or node.output[0] in flow.made:
@@ -159,7 +158,7 @@ def _additions(flow: Flow) -> list[_Addition]:
 
 
 def _longest_chain(additions: Sequence[_Addition]) -> list[_Addition]:
-    """The longest row of additions, each of which adds to what the one before gave."""
+    """Return the longest row of additions, each of which adds to what the one before gave."""
     best: dict[str, list[_Addition]] = {}
     for step in additions:
         chain = [*best.get(step.before, ()), step]
@@ -176,7 +175,7 @@ def _plan(
     inner: set[str],
     description: TopologyDescription | None,
 ) -> BlockPlan:
-    """One block, its roles told; ``inner`` are all tensors that depend on the first block's input.
+    """Describe one block; ``inner`` are all tensors that depend on the first block's input.
 
     :raises MismatchError: it is not as it should be.
     """
@@ -207,7 +206,7 @@ def _plan(
 
 
 def _region(flow: Flow, start: str, end: str) -> _Region:
-    """What lies between two tensors: nodes that depend on the first, and what else they read."""
+    """Return the nodes between two tensors that depend on the first, and what else they read."""
     graph = flow.graph
     behind = graph.behind([end], lambda name, _: name != start)
     order = sorted({graph.producer[n] for n in behind if n != start and n in graph.producer})
@@ -251,21 +250,21 @@ def _region(flow: Flow, start: str, end: str) -> _Region:
 
 
 def _counts(flow: Flow, node: NodeProto) -> bool:
-    """Whether a node counts tokens: by a shape, or by a sum over the mask that is fed."""
+    """Return True if a node counts tokens: by a shape, or by a sum over the mask that is fed."""
     if node.op_type == "ReduceSum":
         return flow.origin(node.input[0]) in flow.graph.inputs
     return node.op_type == "Shape"
 
 
 def _mask(flow: Flow, added: str | None, arguments: Sequence[str]) -> str | None:
-    """The argument that says which tokens are attended to."""
+    """Return the argument that says which tokens are attended to."""
     if added in arguments:
         return added
     return next((name for name in arguments if flow.origin(name) == "attention_mask"), None)
 
 
 def _differences(plans: Sequence[BlockPlan]) -> list[str]:
-    """Blocks that are not of one kind with the first."""
+    """Return blocks that are not of one kind with the first."""
     problems = []
     for plan in plans[1:]:
         mine, first = plan.topology, plans[0].topology

@@ -31,9 +31,9 @@ class Norm:
 
     :param gain: stored value of the gain, without ``gain_offset``.
     :param bias: stored value of the bias, None without one.
-    :param source: what is normalised.
-    :param scaled: what the node makes that multiplies by the gain.
-    :param shifted: what the node makes that adds the bias.
+    :param source: normalised tensor.
+    :param scaled: output of the node that multiplies by the gain.
+    :param shifted: output of the node that adds the bias.
     :param gain_offset: 1.0 where the graph adds 1 to the stored gain.
     """
 
@@ -70,7 +70,7 @@ class Flow:
         }
 
     def origin(self, tensor: str) -> str:
-        """The tensor whose values a tensor has, before casts and identities."""
+        """Return the tensor whose values a tensor has, before casts and identities."""
         node = self.graph.node(tensor)
         while node is not None and node.op_type in _SAME and tensor not in self.made:
             tensor = node.input[0]
@@ -78,11 +78,11 @@ class Flow:
         return tensor
 
     def operands(self, node: NodeProto) -> list[str]:
-        """Inputs of a node that are no stored values."""
+        """Return inputs of a node that are no stored values."""
         return [name for name in node.input if name and not self.graph.is_stored(name)]
 
     def behind(self, tensor: str, stop: Iterable[str] = ()) -> Iterator[str]:
-        """Tensors that a tensor's values depend on, itself first; shapes do not count.
+        """Yield tensors that a tensor's values depend on, itself first; shapes do not count.
 
         :param stop: tensors behind which nothing is looked at.
         """
@@ -92,27 +92,27 @@ class Flow:
         )
 
     def layers_behind(self, tensor: str, stop: Iterable[str] = ()) -> list[str]:
-        """Linear layers whose outputs a tensor depends on through no other linear layer."""
+        """Return linear layers whose outputs a tensor depends on through no other linear layer."""
         ends = {*self.made, *stop}
         found = [self.made[name] for name in self.behind(tensor, ends) if name in self.made]
         return sorted(set(found), key=list(self.layers).index)
 
     def layer_of(self, node: NodeProto) -> str | None:
-        """The linear layer that a node belongs to."""
+        """Return the linear layer that a node belongs to."""
         return self.made.get(node.output[0], self.unbiased.get(node.output[0]))
 
     def shape(self, layer: str) -> tuple[int, int]:
-        """Output and input channels of a linear layer."""
+        """Return output and input channels of a linear layer."""
         found = self.layers[layer]
         stored = self.graph.shape(found.weight)
         return (stored[1], stored[0]) if found.transposed else (stored[0], stored[1])
 
     def straight_to_layer(self, tensor: str) -> str | None:
-        """The layer whose output, or a part of it, a tensor is, reshaped perhaps."""
+        """Return the layer whose output, or a part of it, a tensor is, reshaped perhaps."""
         return next((self.made[name] for name in self._straight(tensor) if name in self.made), None)
 
     def half(self, tensor: str, layer: str) -> int | None:
-        """Which half of a layer's output a tensor is made of, None if it is no half."""
+        """Return the half (0 or 1) of a layer's output that a tensor is made of, else None."""
         outputs = {use.output for use in self.layers[layer].uses}
         for name in self.behind(tensor, outputs):
             node = None if name in outputs else self.graph.node(name)
@@ -128,11 +128,11 @@ class Flow:
         return None
 
     def moved(self, tensors: Iterable[str]) -> set[str]:
-        """Tensors with the same values as others, or a part of them, those themselves too."""
+        """Return tensors with the values of others, or a part of them, those themselves too."""
         return self.graph.beyond(tensors, lambda node: node.op_type in _CUTS)
 
     def writer(self, tensor: str) -> str | None:
-        """The linear layer that a tensor is the output of, a norm after it allowed for."""
+        """Return the linear layer that a tensor is the output of, a norm after it allowed for."""
         tensor = self.origin(tensor)
         if tensor in self.made:
             return self.made[tensor]
@@ -140,7 +140,7 @@ class Flow:
         return None if norm is None else self.made.get(self.origin(norm.source))
 
     def norm(self, tensor: str, sources: Iterable[str]) -> Norm | None:
-        """The norm that makes a tensor out of one of the sources, None if none does."""
+        """Return the norm that makes a tensor out of one of the sources, None if none does."""
         tensor, sources = self.origin(tensor), set(sources)
         node = self.graph.node(tensor)
         if node is None:
@@ -162,7 +162,7 @@ class Flow:
         return None if source is None else Norm(gain, bias, source, node.output[0], tensor)
 
     def reshaped(self, tensor: str, above: str) -> list[int | None]:
-        """Shape that the last reshape between a tensor and one above it gives, as far as known."""
+        """Return the shape that the last Reshape between two tensors gives, as far as known."""
         stop = {above}
         for name in self.behind(tensor, stop):
             node = self.graph.node(name)
@@ -173,7 +173,7 @@ class Flow:
         return []
 
     def integers(self, tensor: str) -> list[int | None]:
-        """A vector of integers that a graph computes, None where a value is not fixed."""
+        """Return a vector of integers that a graph computes, None where a value is not fixed."""
         stored = self.graph.constant(tensor)
         if stored is not None:
             return [int(value) for value in self.graph.array(tensor).reshape(-1)]
@@ -185,7 +185,7 @@ class Flow:
         return [None]
 
     def _straight(self, tensor: str) -> Iterator[str]:
-        """A tensor and those before it through nodes that move or cut values."""
+        """Yield a tensor and those before it through nodes that move or cut values."""
         node: NodeProto | None = None
         while True:
             yield tensor
@@ -195,7 +195,7 @@ class Flow:
             tensor = node.input[0]
 
     def _split(self, node: NodeProto) -> tuple[str | None, str | None]:
-        """The stored float vector that a node of two inputs reads, and its other input."""
+        """Return the stored float vector that a node of two inputs reads, and its other input."""
         for place, name in enumerate(node.input[:2]):
             source = self.origin(name)
             if self._is_vector(source):
@@ -219,9 +219,9 @@ class Flow:
     def _offset_norm(
         self, node: NodeProto, sources: set[str], bias: str | None, end: str
     ) -> Norm | None:
-        """A norm that multiplies by its stored gain plus 1.
+        """Return a norm that multiplies by its stored gain plus 1.
 
-        :param end: what comes out of it.
+        :param end: output of the norm.
         """
         for place, name in enumerate(node.input[:2]):
             made = self.graph.node(self.origin(name))
@@ -238,7 +238,7 @@ class Flow:
         return None
 
     def _normalised(self, tensor: str, sources: set[str]) -> str | None:
-        """The one source that a tensor is a normalised form of."""
+        """Return the one source that a tensor is a normalised form of."""
         ends, met, averaged = sources, set(), False
         for name in self.behind(tensor, ends):
             node = self.graph.node(name)
@@ -257,7 +257,7 @@ class Flow:
 
 
 def split_skips(graph: OnnxGraph) -> OnnxGraph:
-    """The same graph with each skip normalization as an addition and a normalization.
+    """Return the same graph with each skip normalization as an addition and a normalization.
 
     Stored values are shared with the graph that was given; indices of nodes are others.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +14,7 @@ from aimet_ext.errors import TransformRefused
 from aimet_ext.onnx.blocks.find import SHAPE_ARITHMETIC, BlockPlan
 from aimet_ext.onnx.blocks.flow import Flow
 from aimet_ext.onnx.graph import OnnxGraph
-from aimet_ext.onnx.ops.fused_attention import FusedAttention, find_attention
-from aimet_ext.onnx.ops.steps import Step
-from aimet_ext.onnx.ops.translate import TranslatedGraph
+from aimet_ext.onnx.ops.translate import Operation, TranslatedGraph
 
 __all__ = ["Observer", "OnnxBlock", "OnnxLinear", "read_again", "write_back"]
 
@@ -41,7 +40,7 @@ class OnnxLinear(nn.Linear):
         self.quantize: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's name
-        """Product with the quantized weight, and the bias added."""
+        """Return the product with the quantized weight, and the bias added."""
         weight = self.weight if self.quantize is None else self.quantize(self.weight)
         return functional.linear(input, weight, self.bias)
 
@@ -97,7 +96,7 @@ class OnnxBlock(TranslatedGraph):
         self._known_now: dict[int, dict[str, Tensor]] = {}
         self._leading = torch.Size()  # batch and seq of the call
         self._batch = static_batch(flow.graph)
-        self._attention = find_attention(self._steps, self.outputs)
+        self._attention = _find_attention(self._steps, self.outputs)
         self._done = [] if self._attention is None else self._last_reads(self._attention)
         self.requires_grad_(False).eval()
 
@@ -108,11 +107,11 @@ class OnnxBlock(TranslatedGraph):
         attention_mask: Tensor | None = None,
         **tensors: Tensor,
     ) -> Tensor:
-        """Hidden states ``[batch, seq, hidden]`` after the block.
+        """Return the hidden states ``[batch, seq, hidden]`` after the block.
 
         :param others: the other tensors, in the plan's order; or else by name:
-        :param attention_mask: what is added to the scores, or the mask that is fed to the graph.
-        :param tensors: what else the block reads.
+        :param attention_mask: tensor added to the scores, or the mask that is fed to the graph.
+        :param tensors: other tensors that the block reads.
         """
         if not others:
             named = {"attention_mask": attention_mask, **tensors}
@@ -125,7 +124,7 @@ class OnnxBlock(TranslatedGraph):
         return self._whole(hidden_states, *others)[:count]
 
     def _whole(self, hidden_states: Tensor, *others: Tensor) -> Tensor:
-        """The same for a batch that the graph takes."""
+        """Compute the block for a batch size that the graph takes."""
         attention = self._attention
         if attention is None or self.observer is not None:
             output: Tensor = super().forward(hidden_states, *others)  # type: ignore[assignment]
@@ -140,8 +139,8 @@ class OnnxBlock(TranslatedGraph):
                 values.pop(name, None)
         return values[self.plan.end]
 
-    def _last_reads(self, attention: FusedAttention) -> list[list[str]]:
-        """Tensors that nothing reads after each step, once attention is computed as one."""
+    def _last_reads(self, attention: _FusedAttention) -> list[list[str]]:
+        """Return tensors that nothing reads after each step, once attention is computed as one."""
         reads = {i: list(step.read()) for i, step in enumerate(self._steps)}
         reads |= {i: [] for i in attention.skipped}
         reads[attention.last] = attention.inputs
@@ -160,7 +159,7 @@ class OnnxBlock(TranslatedGraph):
         return {name: self._seen(name, value) for name, value in values.items()}
 
     def _run(self, i: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Outputs of one step; a linear layer is given ``[batch, seq, in]`` in any case."""
+        """Return the outputs of one step; a linear layer is always given ``[batch, seq, in]``."""
         if i in self._fixed:
             if i not in self._known_now:
                 self._known_now[i] = super()._run(i, values)
@@ -185,15 +184,94 @@ class OnnxBlock(TranslatedGraph):
         return self.observer(name, value)
 
 
+@dataclass(frozen=True)
+class _FusedAttention:
+    """``softmax(query · key + mask) · value`` among the steps of a block.
+
+    :param key: tensor of the keys, turned as the product takes them: ``[…, channels, seq]``.
+    :param mask: tensor added to the scores, None without one.
+    :param skipped: numbers of the steps that it takes the place of, but the last.
+    :param last: number of the last one.
+    """
+
+    query: str
+    key: str
+    value: str
+    mask: str | None
+    output: str
+    skipped: frozenset[int]
+    last: int
+
+    def __call__(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return the output ``[…, seq, channels]``."""
+        query = values[self.query]
+        mask = None if self.mask is None else values[self.mask].to(query.dtype)
+        keys = values[self.key].transpose(-1, -2)
+        return functional.scaled_dot_product_attention(
+            query, keys, values[self.value], attn_mask=mask, scale=1.0
+        )
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the tensors that it reads."""
+        return [name for name in (self.query, self.key, self.value, self.mask) if name is not None]
+
+
+def _find_attention(steps: Sequence[Operation], outputs: Sequence[str]) -> _FusedAttention | None:
+    """Return the one attention of a block that is spelt out in products, None if there is none.
+
+    :param outputs: tensors that are asked for, which must stay.
+    """
+    softmax = [n for n, step in enumerate(steps) if step.node.op_type == "Softmax"]
+    if len(softmax) != 1:
+        return None
+    step = steps[softmax[0]]
+    if step.attributes.get("axis", -1) not in (-1, 3):
+        return None
+    made = {name: n for n, other in enumerate(steps) for name in other.outputs}
+    readers: dict[str, list[int]] = {}
+    for number, other in enumerate(steps):
+        for name in other.read():
+            readers.setdefault(name, []).append(number)
+
+    def product(name: str) -> int | None:
+        number = made.get(name)
+        plain = number is not None and steps[number].node.op_type == "MatMul"
+        return number if plain and steps[made[name]].linear is None else None
+
+    scores, mask, skipped = step.inputs[0], None, [softmax[0]]
+    added = made.get(scores)
+    if added is not None and steps[added].node.op_type == "Add":
+        sides = [name for name in steps[added].inputs if product(name) is not None]
+        if len(sides) != 1:
+            return None
+        mask = next(name for name in steps[added].inputs if name != sides[0])
+        scores = sides[0]
+        skipped.append(added)
+    first, last = product(scores), readers.get(step.outputs[0], [])
+    if first is None or len(last) != 1 or steps[last[0]].node.op_type != "MatMul":
+        return None
+    skipped.append(first)
+    probabilities, value = steps[last[0]].inputs[:2]
+    inner = [name for number in skipped for name in steps[number].outputs]
+    if probabilities != step.outputs[0] or set(inner) & set(outputs):
+        return None
+    if any(len(readers.get(name, ())) != 1 for name in inner):
+        return None
+    query, key = steps[first].inputs[:2]
+    output = steps[last[0]].outputs[0]
+    return _FusedAttention(query, key, value, mask, output, frozenset(skipped), last[0])
+
+
 def static_batch(graph: OnnxGraph) -> int | None:
-    """Sequences of a batch where the graph was exported for so many, None if any number will do."""
+    """Return the number of sequences that a graph was exported for, None if it is free."""
     shapes = [value.type.tensor_type.shape.dim for value in graph.inputs.values()]
     found = {dims[0].dim_value for dims in shapes if len(dims) > 1} - {1}  # 0: any number
     return found.pop() if len(found) == 1 and 0 not in found else None
 
 
-def _by_shapes_alone(steps: Sequence[Step], integers: Collection[str]) -> frozenset[int]:
-    """Numbers of the steps whose integers follow from the shapes of the inputs alone.
+def _by_shapes_alone(steps: Sequence[Operation], integers: Collection[str]) -> frozenset[int]:
+    """Return numbers of the steps whose integers follow from the shapes of the inputs alone.
 
     :param integers: names of constants.
     """

@@ -1,10 +1,9 @@
-"""What the layers of a decoder block are for, told from an ONNX graph by its structure."""
+"""Roles of the layers of a decoder block, told from an ONNX graph by its structure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from onnx import NodeProto
 
@@ -17,7 +16,6 @@ __all__ = [
     "MismatchError",
     "MlpRoles",
     "attention_roles",
-    "config_of",
     "mlp_roles",
 ]
 
@@ -26,19 +24,18 @@ _PRODUCTS = frozenset(("Einsum", "FusedMatMul", "MatMul"))
 
 @dataclass(frozen=True)
 class Heads:
-    """What a graph says of its attention heads; None where it does not.
+    """Attention heads as far as a graph states them, named as in a model's config; else None.
 
     :param dim: channels of a head.
-    :param query: number of query heads.
-    :param value: number of key-value heads.
-    :param rotary: share of a head's channels that rotary embeddings turn, pairs ``d/2`` apart.
+    :param partial_rotary_factor: share of a head's channels that rotary embeddings turn, pairs
+        ``d/2`` apart.
     :param refusal: why queries and keys cannot be rescaled.
     """
 
     dim: int | None = None
-    query: int | None = None
-    value: int | None = None
-    rotary: float | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    partial_rotary_factor: float | None = None
     refusal: str | None = None
 
 
@@ -77,7 +74,7 @@ class MismatchError(Exception):
 
 
 def attention_roles(flow: Flow, start: str, writer: str, members: Sequence[str]) -> AttentionRoles:
-    """Roles in the first half of a block.
+    """Return roles in the first half of a block.
 
     :param start: hidden states that the half begins with.
     :param writer: the layer whose output is added to them.
@@ -115,7 +112,7 @@ def attention_roles(flow: Flow, start: str, writer: str, members: Sequence[str])
 
 
 def mlp_roles(flow: Flow, start: str, writer: str, members: Sequence[str]) -> MlpRoles:
-    """Roles in the second half of a block; parameters as for :func:`attention_roles`."""
+    """Return roles in the second half of a block; parameters as for :func:`attention_roles`."""
     tensor = flow.origin(flow.layers[writer].uses[0].input)
     node = flow.graph.node(tensor)
     gate: str | None = None
@@ -135,7 +132,7 @@ def mlp_roles(flow: Flow, start: str, writer: str, members: Sequence[str]) -> Ml
 
 
 def _core(flow: Flow, start: str, end: str) -> NodeProto:
-    """The one node of attention between the hidden states and the output projection."""
+    """Return the one node of attention between the hidden states and the output projection."""
     found: dict[str, NodeProto] = {}
     for name in flow.behind(end, {start, *flow.made}):
         node = flow.graph.node(name)
@@ -148,7 +145,7 @@ def _core(flow: Flow, start: str, end: str) -> NodeProto:
 
 
 def _explicit(flow: Flow, softmax: NodeProto) -> tuple[str, str, str, str | None]:
-    """Query, key and value tensors around a softmax, and the mask that is added before it."""
+    """Return query, key and value around a softmax, and the mask that is added before it."""
     mask: str | None = None
     tensor = softmax.input[0]
     while True:
@@ -181,7 +178,7 @@ def _explicit(flow: Flow, softmax: NodeProto) -> tuple[str, str, str, str | None
 
 
 def _packed(node: NodeProto) -> tuple[str, str, str]:
-    """Query, key and value inputs of a fused attention; the same one three times if packed."""
+    """Return query, key and value of a fused attention; one tensor three times if packed."""
     inputs = [*node.input, "", ""]
     if attribute(node, "do_rotary", 0) and len(node.input) < 9:
         raise MismatchError(f"{node.op_type} {node.name!r} turns without cos_cache and sin_cache")
@@ -191,7 +188,7 @@ def _packed(node: NodeProto) -> tuple[str, str, str]:
 
 
 def _only(flow: Flow, tensor: str, what: str) -> str:
-    """The one layer whose output a tensor is made of."""
+    """Return the one layer whose output a tensor is made of."""
     layers = flow.layers_behind(tensor)
     if len(layers) != 1:
         raise MismatchError(f"{what} must come from one layer, found {', '.join(layers) or 'none'}")
@@ -201,7 +198,7 @@ def _only(flow: Flow, tensor: str, what: str) -> str:
 def _readers(
     flow: Flow, start: str, roles: Iterable[str], members: Iterable[str]
 ) -> tuple[Norm, tuple[str, ...]]:
-    """The norm that the input layers of a half read, and its readers without a role."""
+    """Return the norm that the input layers of a half read, and its readers without a role."""
     wanted = tuple(dict.fromkeys(roles))
     inputs = {flow.origin(flow.layers[name].uses[0].input) for name in wanted}
     if len(inputs) != 1:
@@ -230,7 +227,7 @@ def _readers(
 
 
 def _real_readers(flow: Flow, tensor: str) -> Iterator[NodeProto]:
-    """Nodes that read the values of a tensor, through casts and identities."""
+    """Yield the nodes that read the values of a tensor, through casts and identities."""
     for index in flow.graph.consumers.get(tensor, ()):
         node = flow.graph.nodes[index]
         if node.op_type in ("Cast", "Identity"):
@@ -240,7 +237,7 @@ def _real_readers(flow: Flow, tensor: str) -> Iterator[NodeProto]:
 
 
 def _gains(flow: Flow, tensor: str, layer: str) -> Iterator[str]:
-    """Stored gains of norms between a projection and the scores."""
+    """Yield the stored gains of norms between a projection and the scores."""
     outputs = {use.output for use in flow.layers[layer].uses}
     sources = flow.moved(outputs)
     for name in flow.behind(tensor, outputs):
@@ -250,7 +247,7 @@ def _gains(flow: Flow, tensor: str, layer: str) -> Iterator[str]:
 
 
 def _heads(flow: Flow, core: NodeProto, found: dict[str, str], value: str) -> Heads:
-    """Head counts of a fused attention, or the head's width by the reshape of the values."""
+    """Return head counts of a fused attention, or the head's width by the reshape of the values."""
     if core.op_type == "Softmax":
         output = flow.layers[found["value"]].uses[0].output
         shape = flow.reshaped(value, output)
@@ -273,7 +270,7 @@ def _heads(flow: Flow, core: NodeProto, found: dict[str, str], value: str) -> He
 
 
 def _in_halves(flow: Flow, layer: str, direct: str, through: str) -> bool:
-    """Whether one layer holds both gate and up, rather than an activation of its own output.
+    """Return True if one layer holds both gate and up, rather than an activation of its own output.
 
     :raises MismatchError: it holds them in another order.
     """
@@ -285,15 +282,3 @@ def _in_halves(flow: Flow, layer: str, direct: str, through: str) -> bool:
             f"the rows of {layer} must be those of the gate and then those of up, found {places}"
         )
     return True
-
-
-def config_of(heads: Heads) -> Any:
-    """Head counts in the words of a model's config, for the candidate pairs."""
-    return _Config(heads.query, heads.value, heads.rotary)
-
-
-@dataclass(frozen=True)
-class _Config:
-    num_attention_heads: int | None
-    num_key_value_heads: int | None
-    partial_rotary_factor: float | None

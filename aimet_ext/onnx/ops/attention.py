@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from aimet_ext.onnx.ops.common import Attributes, Inputs, Limit, Operator, Outputs, operand
+from aimet_ext.onnx.ops.common import CONTRIB, Attributes, Inputs, Limit, Operator, Outputs, operand
 
 __all__ = ["ATTENTION", "ATTENTION_LIMITS", "attend", "rotate"]
 
@@ -23,10 +23,10 @@ def attend(
     softcap: float = 0.0,
     sink: Tensor | None = None,
 ) -> Tensor:
-    """``softmax(cap(scale · q kᵀ) + bias) v`` of every head; rows that may see nothing are zero.
+    """Return ``softmax(cap(scale · q kᵀ) + bias) v`` of every head; rows without keys are zero.
 
     :param q: ``[batch, heads, seq, size]``.
-    :param k: ``[batch, kv_heads, total, size]``; each is read by heads / kv_heads heads in a row.
+    :param k: ``[batch, kv_heads, total, size]``; heads / kv_heads consecutive heads read each.
     :param v: ``[batch, kv_heads, total, v_size]``.
     :param bias: added to the scores, broadcasts to ``[batch, heads, seq, total]``.
     :param allowed: bool, which keys a query sees, broadcasts likewise.
@@ -53,17 +53,17 @@ def attend(
 
 
 def _heads(x: Tensor, count: int) -> Tensor:
-    """``[batch, seq, count · size]`` as ``[batch, count, seq, size]``."""
+    """Return ``[batch, seq, count · size]`` as ``[batch, count, seq, size]``."""
     return x.unflatten(-1, (count, -1)).transpose(1, 2)
 
 
 def _merged(x: Tensor) -> Tensor:
-    """``[batch, heads, seq, size]`` as ``[batch, seq, heads · size]``."""
+    """Return ``[batch, heads, seq, size]`` as ``[batch, seq, heads · size]``."""
     return x.transpose(1, 2).flatten(2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
-    """Pairs of the first channels rotated by their token's angles, the other channels as they are.
+    """Rotate pairs of the first channels by their token's angles; the other channels stay.
 
     Pair i consists of channels (i, i + pairs), or if interleaved (2 i, 2 i + 1).
 
@@ -86,8 +86,22 @@ def _steps(count: int, like: Tensor) -> Tensor:
     return torch.arange(count, device=like.device)
 
 
+def _behind_past(
+    k: Tensor, v: Tensor, past_k: Tensor | None, past_v: Tensor | None
+) -> tuple[Tensor, Tensor, int]:
+    """Return keys and values behind those of a cache, and how many it holds."""
+    if past_k is None or past_v is None:
+        return k, v, 0
+    return torch.cat([past_k, k], 2), torch.cat([past_v, v], 2), past_k.shape[2]
+
+
+def _causal(q: Tensor, k: Tensor, past: int) -> Tensor:
+    """Return keys that each query may see, bool ``[seq, total]``."""
+    return _steps(k.shape[2], q)[None] <= past + _steps(q.shape[2], q)[:, None]
+
+
 def _rotary_contrib(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    """RotaryEmbedding of onnxruntime: one position for all to start at, or one per token."""
+    """Compute onnxruntime's RotaryEmbedding: one position to start at, or one per token."""
     x, positions, cos, sin = inputs
     width = attributes.get("rotary_embedding_dim", 0)
     flat = x.dim() == 3
@@ -102,7 +116,7 @@ def _rotary_contrib(attributes: Attributes, inputs: Inputs, opset: int) -> Tenso
 
 
 def _rotary_onnx(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    """ONNX's own RotaryEmbedding: tables by position, or without positions one row per token."""
+    """Compute ONNX's RotaryEmbedding: tables by position, without positions one row per token."""
     x, cos, sin = inputs[:3]
     positions = operand(inputs, 3)
     flat = x.dim() == 3
@@ -121,7 +135,7 @@ def _per_head_norm(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
 
 
 def _grouped(attributes: Attributes, inputs: Inputs, opset: int) -> Outputs:
-    """GroupQueryAttention of onnxruntime: causal, rotary inside where asked, keys in groups.
+    """Compute onnxruntime's GroupQueryAttention: causal, rotary inside if asked, grouped keys.
 
     Rows of a batch that is a prompt (no past) may be padded on the right: ``seqlens_k + 1`` keys
     of a row count. Behind a past, all rows must be of one length.
@@ -146,8 +160,7 @@ def _grouped(attributes: Attributes, inputs: Inputs, opset: int) -> Outputs:
         )
     if attributes.get("do_rotary", 0):
         q, k = _rotated_pair(q, k, past, inputs, bool(attributes.get("rotary_interleaved", 0)))
-    if past:
-        k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+    k, v, _ = _behind_past(k, v, past_k, past_v)
     allowed = _visible(seq, past, lengths, attributes)
     bias, sink = operand(inputs, 10), operand(inputs, 11)
     if sink is None and attributes.get("smooth_softmax", 0) == 1:
@@ -168,7 +181,7 @@ def _grouped(attributes: Attributes, inputs: Inputs, opset: int) -> Outputs:
 def _rotated_pair(
     q: Tensor, k: Tensor, past: int, inputs: Inputs, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys turned by their positions, ``[batch, heads, seq, size]``."""
+    """Rotate queries and keys by their positions, ``[batch, heads, seq, size]``."""
     cos, sin, positions = inputs[7], inputs[8], operand(inputs, 9)
     if positions is None:
         positions = past + _steps(q.shape[2], q)[None]  # [1, seq]
@@ -182,7 +195,7 @@ def _rotated_pair(
 
 
 def _visible(seq: int, past: int, lengths: Tensor, attributes: Attributes) -> Tensor:
-    """Which keys a query sees, bool ``[batch, 1, seq, past + seq]``."""
+    """Return which keys a query sees, bool ``[batch, 1, seq, past + seq]``."""
     query = past + _steps(seq, lengths)[:, None]  # [seq, 1]
     key = _steps(past + seq, lengths)[None]  # [1, total]
     seen = (key < lengths[:, None])[:, None, None, :]  # [batch, 1, 1, total]
@@ -195,7 +208,7 @@ def _visible(seq: int, past: int, lengths: Tensor, attributes: Attributes) -> Te
 
 
 def _grouped_limit(attributes: Attributes, given: Sequence[bool]) -> str | None:
-    """What of GroupQueryAttention is not translated."""
+    """Return what of GroupQueryAttention is not translated."""
     for name, default in (("qk_output", 0), ("sliding_window_cache", 0)):
         if attributes.get(name, default) != default:
             return f"{name}={attributes[name]!r} is not translated"
@@ -208,7 +221,7 @@ def _grouped_limit(attributes: Attributes, given: Sequence[bool]) -> str | None:
 
 
 def _multi_head(attributes: Attributes, inputs: Inputs, opset: int) -> Outputs:
-    """MultiHeadAttention of onnxruntime, of separate queries, keys and values.
+    """Compute onnxruntime's MultiHeadAttention of separate queries, keys and values.
 
     :raises ValueError: a key padding mask of other than one value per key, packed keys.
     """
@@ -226,10 +239,7 @@ def _multi_head(attributes: Attributes, inputs: Inputs, opset: int) -> Outputs:
     if k.dim() == 5:
         raise ValueError("packed keys and values are not translated")
     k, v = (_heads(k, heads), _heads(v, heads)) if k.dim() == 3 else (k, v)
-    past = 0
-    if past_k is not None:
-        past = past_k.shape[2]
-        k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+    k, v, past = _behind_past(k, v, past_k, past_v)
     if padding is not None:
         if padding.shape != (q.shape[0], k.shape[2]):
             raise ValueError(
@@ -241,14 +251,14 @@ def _multi_head(attributes: Attributes, inputs: Inputs, opset: int) -> Outputs:
         added = hidden if added is None else added + hidden
     allowed = None
     if attributes.get("unidirectional", 0):
-        allowed = _steps(k.shape[2], q)[None] <= past + _steps(q.shape[2], q)[:, None]
+        allowed = _causal(q, k, past)
     scale = attributes.get("scale", 0.0) or q.shape[-1] ** -0.5
     output = attend(q, k, v, scale=scale, bias=added, allowed=allowed)
     return _merged(output), k, v
 
 
 def _multi_head_limit(attributes: Attributes, given: Sequence[bool]) -> str | None:
-    """What of MultiHeadAttention is not translated."""
+    """Return what of MultiHeadAttention is not translated."""
     if not (len(given) > 2 and given[1] and given[2]):
         return "packed queries, keys and values are not translated"
     if any(given[8:]):
@@ -257,19 +267,16 @@ def _multi_head_limit(attributes: Attributes, given: Sequence[bool]) -> str | No
 
 
 def _attention(attributes: Attributes, inputs: Inputs, opset: int) -> Outputs:
-    """ONNX's own Attention, of ``[batch, heads, seq, size]`` or ``[batch, seq, hidden]``."""
+    """Compute ONNX's Attention of ``[batch, heads, seq, size]`` or ``[batch, seq, hidden]``."""
     q, k, v, mask, past_k, past_v = (operand(inputs, position) for position in range(6))
     flat = q.dim() == 3
     if flat:
         q = _heads(q, attributes["q_num_heads"])
         k, v = (_heads(x, attributes["kv_num_heads"]) for x in (k, v))
-    past = 0
-    if past_k is not None:
-        past = past_k.shape[2]
-        k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+    k, v, past = _behind_past(k, v, past_k, past_v)
     allowed = None
     if attributes.get("is_causal", 0):
-        allowed = _steps(k.shape[2], q)[None] <= past + _steps(q.shape[2], q)[:, None]
+        allowed = _causal(q, k, past)
     if mask is not None and mask.dtype == torch.bool:
         allowed, mask = mask if allowed is None else mask & allowed, None
     output = attend(
@@ -285,7 +292,7 @@ def _attention(attributes: Attributes, inputs: Inputs, opset: int) -> Outputs:
 
 
 def _attention_limit(attributes: Attributes, given: Sequence[bool]) -> str | None:
-    """What of ONNX's Attention is not translated."""
+    """Return what of ONNX's Attention is not translated."""
     if any(given[6:]):
         return "nonpad_kv_seqlen is not translated"
     for name in ("left_window_size", "right_window_size"):
@@ -295,25 +302,23 @@ def _attention_limit(attributes: Attributes, given: Sequence[bool]) -> str | Non
 
 
 def _rotary_limit(attributes: Attributes, given: Sequence[bool]) -> str | None:
-    """What of onnxruntime's RotaryEmbedding is not translated."""
+    """Return what of onnxruntime's RotaryEmbedding is not translated."""
     if attributes.get("is_packed_batching", 0):
         return "is_packed_batching=1 is not translated"
     return None if attributes.get("scale", 1.0) == 1.0 else "a scale is not translated"
 
 
-_CONTRIB = "com.microsoft"
-
 ATTENTION: Mapping[tuple[str, str], Operator] = {
     ("", "Attention"): _attention,
     ("", "RotaryEmbedding"): _rotary_onnx,
-    (_CONTRIB, "GroupQueryAttention"): _grouped,
-    (_CONTRIB, "MultiHeadAttention"): _multi_head,
-    (_CONTRIB, "RotaryEmbedding"): _rotary_contrib,
+    (CONTRIB, "GroupQueryAttention"): _grouped,
+    (CONTRIB, "MultiHeadAttention"): _multi_head,
+    (CONTRIB, "RotaryEmbedding"): _rotary_contrib,
 }
 
 ATTENTION_LIMITS: Mapping[tuple[str, str], Limit] = {
     ("", "Attention"): _attention_limit,
-    (_CONTRIB, "GroupQueryAttention"): _grouped_limit,
-    (_CONTRIB, "MultiHeadAttention"): _multi_head_limit,
-    (_CONTRIB, "RotaryEmbedding"): _rotary_limit,
+    (CONTRIB, "GroupQueryAttention"): _grouped_limit,
+    (CONTRIB, "MultiHeadAttention"): _multi_head_limit,
+    (CONTRIB, "RotaryEmbedding"): _rotary_limit,
 }

@@ -1,4 +1,4 @@
-"""What all tables of translated ONNX operators share: types, and reading of operands.
+"""Signature of a translated ONNX operator, and how its operands are read.
 
 A translated operator is a function ``(attributes, inputs, opset) -> Tensor | tuple[Tensor, ...]``
 of torch tensors. It is differentiable in its floating-point inputs, works in their dtype, float64
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "CONTRIB",
     "DTYPES",
     "Attributes",
     "Inputs",
@@ -23,8 +24,12 @@ __all__ = [
     "floating",
     "ints",
     "number",
+    "only",
     "operand",
 ]
+
+#: Domain of onnxruntime's own operators.
+CONTRIB = "com.microsoft"
 
 # By attribute name: int, float, str, list, Tensor or torch.dtype. "n_outputs" is the number of
 # outputs that the node names.
@@ -55,21 +60,31 @@ DTYPES: Mapping[int, torch.dtype] = {
 
 
 def operand(inputs: Inputs, position: int) -> Any:
-    """An optional input, None where it is left out."""
+    """Return an optional input, None where it is left out."""
     return inputs[position] if position < len(inputs) else None
 
 
 def ints(tensor: Tensor) -> list[int]:
-    """Values of an integer tensor of any shape, on the host."""
+    """Return values of an integer tensor of any shape, on the host."""
     return [int(value) for value in tensor.reshape(-1).tolist()]
 
 
 def number(tensor: Tensor) -> int | float:
-    """The value of a tensor with one element."""
+    """Return the value of a tensor with one element."""
     return tensor.reshape(()).item()
 
 
 def floating(attributes: Attributes, tensor: Tensor) -> torch.dtype:
-    """Dtype a norm computes in: that of ``stash_type``, and never less than the tensor's own."""
+    """Return the dtype of a norm: that of ``stash_type``, and never less than the tensor's own."""
     stash = attributes.get("stash_type", torch.float32)
     return torch.promote_types(tensor.dtype, stash)
+
+
+def only(name: str, *values: object) -> Limit:
+    """Limit of an attribute to some values, the first of them its default."""
+
+    def limit(attributes: Attributes, given: Sequence[bool]) -> str | None:
+        value = attributes.get(name, values[0])
+        return None if value in values else f"{name}={value!r} is not translated"
+
+    return limit

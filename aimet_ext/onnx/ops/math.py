@@ -1,4 +1,4 @@
-"""Differentiable torch versions of ONNX operators: arithmetic, reductions, products and norms."""
+"""Differentiable torch versions of ONNX operators: arithmetic, activations, products and norms."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from aimet_ext.onnx.ops.common import (
+    CONTRIB,
     Attributes,
     Inputs,
     Limit,
@@ -16,6 +17,7 @@ from aimet_ext.onnx.ops.common import (
     Outputs,
     floating,
     ints,
+    only,
     operand,
 )
 
@@ -23,17 +25,17 @@ __all__ = ["MATH", "MATH_LIMITS"]
 
 
 def _unary(function: Callable[[Tensor], Tensor]) -> Operator:
-    """Operator of one input without attributes."""
+    """Return the operator of one input without attributes."""
     return lambda attributes, inputs, opset: function(inputs[0])
 
 
 def _binary(function: Callable[[Tensor, Tensor], Tensor]) -> Operator:
-    """Operator of two inputs that broadcast, without attributes."""
+    """Return the operator of two inputs that broadcast, without attributes."""
     return lambda attributes, inputs, opset: function(inputs[0], inputs[1])
 
 
 def _variadic(function: Callable[[Tensor, Tensor], Tensor]) -> Operator:
-    """Operator of any number of inputs that are combined from left to right."""
+    """Return the operator of any number of inputs that are combined from left to right."""
 
     def combine(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
         result: Tensor = inputs[0]
@@ -45,30 +47,19 @@ def _variadic(function: Callable[[Tensor, Tensor], Tensor]) -> Operator:
 
 
 def _divide(a: Tensor, b: Tensor) -> Tensor:
-    """Quotient; that of integers is cut off towards zero."""
+    """Return the quotient; that of integers is cut off towards zero."""
     return a / b if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
 
 
-def _mod(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    """Remainder with the divisor's sign, or with ``fmod=1`` the dividend's."""
-    function = torch.fmod if attributes.get("fmod") else torch.remainder
-    return function(inputs[0], inputs[1])
-
-
 def _pow(a: Tensor, b: Tensor) -> Tensor:
-    """Power in the base's dtype, whatever that of the exponent."""
+    """Return the power in the base's dtype, whatever that of the exponent."""
     scalar = b.numel() == 1 and b.dim() <= a.dim() and not b.requires_grad
     power = b.item() if scalar and b.device.type == "cpu" else b  # no waiting for a device
     return torch.pow(a, power).to(a.dtype)
 
 
-def _mean(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    """Mean of all inputs, which broadcast."""
-    return torch.stack(torch.broadcast_tensors(*inputs)).mean(0)
-
-
 def _clip(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    """Values limited to a range; its ends are inputs since opset 11, attributes before."""
+    """Return values limited to a range; its ends are inputs since opset 11, attributes before."""
     low = attributes.get("min", operand(inputs, 1))
     high = attributes.get("max", operand(inputs, 2))
     result: Tensor = inputs[0]
@@ -76,35 +67,13 @@ def _clip(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
     return result if high is None else result.clamp(max=high)
 
 
-def _gelu(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    return functional.gelu(inputs[0], approximate=attributes.get("approximate", "none"))
-
-
-def _leaky_relu(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    return functional.leaky_relu(inputs[0], attributes.get("alpha", 0.01))
-
-
-def _elu(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    return functional.elu(inputs[0], attributes.get("alpha", 1.0))
-
-
-def _hard_sigmoid(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    x: Tensor = inputs[0]
-    return (attributes.get("alpha", 0.2) * x + attributes.get("beta", 0.5)).clamp(0, 1)
-
-
-def _prelu(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    x: Tensor = inputs[0]
-    return torch.where(x < 0, inputs[1] * x, x)
-
-
-def _swish(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    x: Tensor = inputs[0]
-    return x * torch.sigmoid(attributes.get("alpha", 1.0) * x)
+def _swish(alpha: float) -> Operator:
+    """Return ``x · σ(alpha x)``, ``alpha`` in place of a missing attribute."""
+    return lambda a, x, opset: x[0] * torch.sigmoid(a.get("alpha", alpha) * x[0])
 
 
 def _softmax(function: Callable[..., Tensor]) -> Operator:
-    """Softmax or its logarithm along an axis; before opset 13 along all axes from there on."""
+    """Return a softmax or its logarithm along an axis; before opset 13 all axes from it on."""
 
     def apply(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
         x: Tensor = inputs[0]
@@ -117,7 +86,7 @@ def _softmax(function: Callable[..., Tensor]) -> Operator:
 
 
 def _reduce(function: Callable[[Tensor, tuple[int, ...], bool], Tensor]) -> Operator:
-    """Reduction along ``axes``, an attribute or the second input; along all axes without."""
+    """Return a reduction along ``axes``, an attribute or the second input; all axes without."""
 
     def apply(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
         x: Tensor = inputs[0]
@@ -163,7 +132,7 @@ def _argument(function: Callable[..., Tensor]) -> Operator:
 
 
 def _cumsum(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    """Running sum along an axis, from the end with ``reverse``, without itself if ``exclusive``."""
+    """Sum up along an axis, from the end with ``reverse``, without the element if ``exclusive``."""
     x, (axis,) = inputs[0], ints(inputs[1])
     ordered = x.flip(axis) if attributes.get("reverse") else x
     total: Tensor = ordered.cumsum(axis, dtype=x.dtype)
@@ -173,7 +142,7 @@ def _cumsum(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
 
 
 def _gemm(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    """``alpha · A B + beta · C``, A and B transposed where asked."""
+    """Return ``alpha · A B + beta · C``, A and B transposed where asked."""
     a = inputs[0].mT if attributes.get("transA") else inputs[0]
     b = inputs[1].mT if attributes.get("transB") else inputs[1]
     result: Tensor = attributes.get("alpha", 1.0) * (a @ b)
@@ -181,12 +150,8 @@ def _gemm(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
     return result if c is None else result + attributes.get("beta", 1.0) * c
 
 
-def _einsum(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    return torch.einsum(attributes["equation"], *inputs)
-
-
-def layer_norm(attributes: Attributes, inputs: Inputs, opset: int) -> Outputs:
-    """Normalized input, its mean and inverse standard deviation over the axes from ``axis`` on."""
+def _layer_norm(attributes: Attributes, inputs: Inputs, opset: int) -> Outputs:
+    """Normalize over the axes from ``axis`` on; returns mean and inverse standard deviation too."""
     x = inputs[0].to(floating(attributes, inputs[0]))
     axes = tuple(range(attributes.get("axis", -1) % x.dim(), x.dim()))
     mean = x.mean(axes, keepdim=True)
@@ -198,20 +163,13 @@ def layer_norm(attributes: Attributes, inputs: Inputs, opset: int) -> Outputs:
     return (result if bias is None else result + bias), mean, inverse
 
 
-def rms_norm(attributes: Attributes, inputs: Inputs, opset: int) -> Outputs:
-    """Input over its root mean square along the axes from ``axis`` on, and that root's inverse."""
+def _rms_norm(attributes: Attributes, inputs: Inputs, opset: int) -> Outputs:
+    """Divide by the root mean square over axes from ``axis`` on; returns the inverse root too."""
     x = inputs[0].to(floating(attributes, inputs[0]))
     axes = tuple(range(attributes.get("axis", -1) % x.dim(), x.dim()))
     mean_square = x.square().mean(axes, keepdim=True)
     inverse = torch.rsqrt(mean_square + attributes.get("epsilon", 1e-5))
     return (x * inverse).to(inputs[0].dtype) * inputs[1], inverse
-
-
-def _batch_norm(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    x, scale, bias, mean, variance = inputs[:5]
-    return functional.batch_norm(
-        x, mean, variance, scale, bias, eps=attributes.get("epsilon", 1e-5)
-    )
 
 
 def _is_inf(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
@@ -220,13 +178,41 @@ def _is_inf(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
     return negative | ((x == torch.inf) & bool(attributes.get("detect_positive", 1)))
 
 
-def _dropout(attributes: Attributes, inputs: Inputs, opset: int) -> Outputs:
-    """The input as it is, as at inference, and a mask of ones."""
-    return inputs[0], torch.ones_like(inputs[0], dtype=torch.bool)
+def _with_skip(inputs: Inputs, bias: int) -> Tensor:
+    """Sum of input, skip and the bias at a position, where there is one."""
+    total: Tensor = inputs[0] + inputs[1]
+    given = operand(inputs, bias)
+    return total if given is None else total + given
 
 
-def _no_training(attributes: Attributes, given: object) -> str | None:
-    return "training_mode=1 is not translated" if attributes.get("training_mode") else None
+def _skip_rms_norm(attributes: Attributes, inputs: Inputs, opset: int) -> Outputs:
+    """Return the RMS norm of input + skip + bias, (mean), inverse root, and the sum itself."""
+    total = _with_skip(inputs, 3)
+    result, inverse = _rms_norm(_last_axis(attributes, 1e-12), [total, inputs[2]], opset)
+    return result, None, inverse, total
+
+
+def _skip_layer_norm(attributes: Attributes, inputs: Inputs, opset: int) -> Outputs:
+    """Return the layer norm of input + skip + bias, mean, inverse deviation, and the sum itself."""
+    total = _with_skip(inputs, 4)
+    operands = [total, inputs[2], operand(inputs, 3)]
+    result, mean, inverse = _layer_norm(_last_axis(attributes, 1e-12), operands, opset)
+    return result, mean, inverse, total
+
+
+def _last_axis(attributes: Attributes, epsilon: float) -> Attributes:
+    return {"axis": -1, "epsilon": attributes.get("epsilon", epsilon)}
+
+
+def _fused_matmul(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
+    """Return ``alpha · A B``; ``transBatchA`` moves A's first axis in front of its rows."""
+    factors = []
+    for x, which in zip(inputs, "AB", strict=True):
+        if attributes.get(f"transBatch{which}"):
+            x = x.movedim(0, -2)
+        factors.append(x.mT if attributes.get(f"trans{which}") and x.dim() > 1 else x)
+    result: Tensor = attributes.get("alpha", 1.0) * (factors[0] @ factors[1])
+    return result
 
 
 _UNARY: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -301,32 +287,49 @@ MATH: Mapping[tuple[str, str], Operator] = {
     **{("", name): _reduce(function) for name, function in _REDUCTIONS.items()},
     ("", "ArgMax"): _argument(torch.argmax),
     ("", "ArgMin"): _argument(torch.argmin),
-    ("", "BatchNormalization"): _batch_norm,
+    ("", "BatchNormalization"): lambda a, x, opset: functional.batch_norm(
+        x[0], x[3], x[4], x[1], x[2], eps=a.get("epsilon", 1e-5)
+    ),
     ("", "Clip"): _clip,
     ("", "CumSum"): _cumsum,
-    ("", "Dropout"): _dropout,
-    ("", "Einsum"): _einsum,
-    ("", "Elu"): _elu,
-    ("", "Gelu"): _gelu,
+    # As at inference, with a mask of ones.
+    ("", "Dropout"): lambda a, x, opset: (x[0], torch.ones_like(x[0], dtype=torch.bool)),
+    ("", "Einsum"): lambda a, x, opset: torch.einsum(a["equation"], *x),
+    ("", "Elu"): lambda a, x, opset: functional.elu(x[0], a.get("alpha", 1.0)),
+    ("", "Gelu"): lambda a, x, opset: functional.gelu(
+        x[0], approximate=a.get("approximate", "none")
+    ),
     ("", "Gemm"): _gemm,
-    ("", "HardSigmoid"): _hard_sigmoid,
+    ("", "HardSigmoid"): lambda a, x, opset: (
+        a.get("alpha", 0.2) * x[0] + a.get("beta", 0.5)
+    ).clamp(0, 1),
     ("", "IsInf"): _is_inf,
-    ("", "LayerNormalization"): layer_norm,
-    ("", "LeakyRelu"): _leaky_relu,
+    ("", "LayerNormalization"): _layer_norm,
+    ("", "LeakyRelu"): lambda a, x, opset: functional.leaky_relu(x[0], a.get("alpha", 0.01)),
     ("", "LogSoftmax"): _softmax(torch.log_softmax),
     ("", "Max"): _variadic(torch.maximum),
-    ("", "Mean"): _mean,
+    ("", "Mean"): lambda a, x, opset: torch.stack(torch.broadcast_tensors(*x)).mean(0),
     ("", "Min"): _variadic(torch.minimum),
-    ("", "Mod"): _mod,
-    ("", "PRelu"): _prelu,
-    ("", "RMSNormalization"): rms_norm,
+    # With the divisor's sign, or with fmod=1 the dividend's.
+    ("", "Mod"): lambda a, x, opset: (torch.fmod if a.get("fmod") else torch.remainder)(*x),
+    ("", "PRelu"): _binary(lambda x, slope: torch.where(x < 0, slope * x, x)),
+    ("", "RMSNormalization"): _rms_norm,
     # onnxruntime registers it in ONNX's own domain.
-    ("", "SimplifiedLayerNormalization"): rms_norm,
+    ("", "SimplifiedLayerNormalization"): _rms_norm,
     ("", "Softmax"): _softmax(torch.softmax),
     ("", "Sum"): _variadic(torch.add),
-    ("", "Swish"): _swish,
+    ("", "Swish"): _swish(1.0),
+    (CONTRIB, "BiasGelu"): _binary(lambda x, bias: functional.gelu(x + bias)),
+    (CONTRIB, "FastGelu"): lambda a, x, opset: functional.gelu(
+        x[0] if operand(x, 1) is None else x[0] + x[1], approximate="tanh"
+    ),
+    (CONTRIB, "FusedMatMul"): _fused_matmul,
+    (CONTRIB, "Gelu"): _unary(functional.gelu),
+    (CONTRIB, "QuickGelu"): _swish(1.702),
+    (CONTRIB, "SkipLayerNormalization"): _skip_layer_norm,
+    (CONTRIB, "SkipSimplifiedLayerNormalization"): _skip_rms_norm,
 }
 
 MATH_LIMITS: Mapping[tuple[str, str], Limit] = {
-    ("", "BatchNormalization"): _no_training,
+    ("", "BatchNormalization"): only("training_mode", 0),
 }

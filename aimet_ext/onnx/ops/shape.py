@@ -16,6 +16,7 @@ from aimet_ext.onnx.ops.common import (
     Outputs,
     ints,
     number,
+    only,
     operand,
 )
 
@@ -23,22 +24,14 @@ __all__ = ["SHAPE", "SHAPE_LIMITS"]
 
 
 def _axes(attributes: Attributes, inputs: Inputs) -> list[int] | None:
-    """Axes, an attribute before opset 13 and the second input since."""
+    """Return axes, an attribute before opset 13 and the second input since."""
     given = operand(inputs, 1)
     axes: list[int] | None = attributes.get("axes") if given is None else ints(given)
     return axes
 
 
-def _cast(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    return inputs[0].to(attributes["to"])
-
-
-def _cast_like(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    return inputs[0].to(inputs[1].dtype)
-
-
 def _reshape(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    """Input in a new shape; 0 copies a size unless ``allowzero``, -1 stands for the rest."""
+    """Reshape the input; 0 copies a size unless ``allowzero``, -1 stands for the rest."""
     x: Tensor = inputs[0]
     shape = ints(inputs[1])
     if not attributes.get("allowzero"):
@@ -47,20 +40,15 @@ def _reshape(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
 
 
 def _flatten(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    """Input as a matrix, the axes before ``axis`` in its rows."""
+    """Return the input as a matrix, the axes before ``axis`` in its rows."""
     x: Tensor = inputs[0]
     axis = attributes.get("axis", 1)
     axis = axis + x.dim() if axis < 0 else axis
     return x.reshape(int(torch.Size(x.shape[:axis]).numel()), -1)
 
 
-def _transpose(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    x: Tensor = inputs[0]
-    return x.permute(attributes.get("perm", list(range(x.dim()))[::-1]))
-
-
 def _unsqueeze(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    """Input with axes of size 1 put in where the result shall have them."""
+    """Return the input with axes of size 1 put in where the result shall have them."""
     x: Tensor = inputs[0]
     axes = _axes(attributes, inputs) or []
     rank = x.dim() + len(axes)
@@ -69,24 +57,8 @@ def _unsqueeze(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
     return x
 
 
-def _squeeze(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    x: Tensor = inputs[0]
-    axes = _axes(attributes, inputs)
-    return x.squeeze() if axes is None else x.squeeze(tuple(axes))
-
-
-def _expand(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    """Input broadcast against a shape, which may also hold ones where the input is wider."""
-    x: Tensor = inputs[0]
-    return x.expand(torch.broadcast_shapes(x.shape, ints(inputs[1])))
-
-
-def _tile(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    return inputs[0].repeat(ints(inputs[1]))
-
-
 def _slice(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    """Part of the input; a negative step goes backwards."""
+    """Return a part of the input; a negative step goes backwards."""
     x: Tensor = inputs[0]
     if opset < 10:
         starts, ends, axes = (attributes.get(key) for key in ("starts", "ends", "axes"))
@@ -111,7 +83,7 @@ def _slice(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
 
 
 def _split(attributes: Attributes, inputs: Inputs, opset: int) -> Outputs:
-    """Parts of the input along an axis: of given sizes, or even ones, the last one smaller."""
+    """Split the input along an axis into given sizes, or even ones, the last one smaller."""
     x: Tensor = inputs[0]
     axis = attributes.get("axis", 0)
     given = operand(inputs, 1)
@@ -123,18 +95,14 @@ def _split(attributes: Attributes, inputs: Inputs, opset: int) -> Outputs:
     return tuple(x.split(sizes, axis))
 
 
-def _concat(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    return torch.cat(list(inputs), attributes["axis"])
-
-
 def _positive(indices: Tensor, size: int) -> Tensor:
-    """Indices counted from the front, as int64."""
+    """Return indices counted from the front, as int64."""
     indices = indices.long()
     return torch.where(indices < 0, indices + size, indices)
 
 
 def _gather(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    """Slices of the data along an axis; the indices' own shape takes that axis' place."""
+    """Return slices of the data along an axis; the indices' own shape takes that axis' place."""
     data: Tensor = inputs[0]
     indices: Tensor = inputs[1]
     axis = attributes.get("axis", 0) % data.dim()
@@ -142,13 +110,8 @@ def _gather(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
     return found.reshape(data.shape[:axis] + indices.shape + data.shape[axis + 1 :])
 
 
-def _gather_elements(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    axis = attributes.get("axis", 0)
-    return inputs[0].gather(axis, _positive(inputs[1], inputs[0].shape[axis]))
-
-
 def _gather_nd(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    """Slices of the data at index tuples, which stand in the indices' last axis."""
+    """Return slices of the data at index tuples, which stand in the indices' last axis."""
     data: Tensor = inputs[0]
     indices: Tensor = inputs[1].long()
     count = attributes.get("batch_dims", 0)
@@ -179,36 +142,13 @@ def _scatter_nd(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
 
 
 def _shape(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    """The input's shape, or a slice of it, on the host."""
+    """Return the input's shape, or a slice of it, on the host."""
     shape = list(inputs[0].shape)[attributes.get("start", 0) : attributes.get("end")]
     return torch.tensor(shape, dtype=torch.int64)
 
 
-def _size(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    return torch.tensor(inputs[0].numel())
-
-
-def _constant(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    value: Tensor = next(v for v in attributes.values() if isinstance(v, Tensor))
-    return value
-
-
-def _constant_of_shape(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    value = attributes.get("value", torch.zeros(1))
-    return value.reshape(()).expand(ints(inputs[0]))
-
-
-def _range(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    start, limit, step = (number(value) for value in inputs)
-    return torch.arange(start, limit, step, dtype=inputs[0].dtype)
-
-
-def _where(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    return torch.where(inputs[0], inputs[1], inputs[2])
-
-
 def _trilu(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    """The upper or lower triangle of the last two axes, zero elsewhere."""
+    """Return the upper or lower triangle of the last two axes, zero elsewhere."""
     diagonal = operand(inputs, 1)
     function = torch.triu if attributes.get("upper", 1) else torch.tril
     return function(inputs[0], 0 if diagonal is None else int(number(diagonal)))
@@ -222,7 +162,7 @@ def _eye_like(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
 
 
 def _one_hot(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    """The second value where an index points along the new axis, the first elsewhere."""
+    """Return the second value where an index points along the new axis, the first elsewhere."""
     depth, (off, on) = int(number(inputs[1])), inputs[2].unbind()
     at = _positive(inputs[0], depth).unsqueeze(attributes.get("axis", -1))
     axis = attributes.get("axis", -1) % at.dim()
@@ -231,7 +171,7 @@ def _one_hot(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
 
 
 def _pad(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    """Input with constant values around it; negative widths cut."""
+    """Return the input with constant values around it; negative widths cut."""
     x: Tensor = inputs[0]
     widths = attributes["pads"] if "pads" in attributes else ints(inputs[1])
     given, axes = operand(inputs, 2), operand(inputs, 3)
@@ -241,28 +181,6 @@ def _pad(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
     for i, axis in enumerate(order):
         pairs[axis] = (widths[i], widths[i + len(order)])
     return functional.pad(x, [width for pair in reversed(pairs) for width in pair], value=value)
-
-
-def _top_k(attributes: Attributes, inputs: Inputs, opset: int) -> Outputs:
-    """The largest or smallest values along an axis, in order, and their indices."""
-    count = int(number(inputs[1]))
-    return tuple(
-        inputs[0].topk(count, attributes.get("axis", -1), bool(attributes.get("largest", 1)))
-    )
-
-
-def _non_zero(attributes: Attributes, inputs: Inputs, opset: int) -> Tensor:
-    return inputs[0].nonzero().T
-
-
-def _only(name: str, *values: object) -> Limit:
-    """Limit of an attribute to some values, the first of them its default."""
-
-    def limit(attributes: Attributes, given: Sequence[bool]) -> str | None:
-        value = attributes.get(name, values[0])
-        return None if value in values else f"{name}={value!r} is not translated"
-
-    return limit
 
 
 def _numbers(attributes: Attributes, given: Sequence[bool]) -> str | None:
@@ -279,41 +197,50 @@ def _known_dtype(attributes: Attributes, given: Sequence[bool]) -> str | None:
 
 
 SHAPE: Mapping[tuple[str, str], Operator] = {
-    ("", "Cast"): _cast,
-    ("", "CastLike"): _cast_like,
-    ("", "Concat"): _concat,
-    ("", "Constant"): _constant,
-    ("", "ConstantOfShape"): _constant_of_shape,
-    ("", "Expand"): _expand,
+    ("", "Cast"): lambda a, x, opset: x[0].to(a["to"]),
+    ("", "CastLike"): lambda a, x, opset: x[0].to(x[1].dtype),
+    ("", "Concat"): lambda a, x, opset: torch.cat(list(x), a["axis"]),
+    ("", "Constant"): lambda a, x, opset: next(v for v in a.values() if isinstance(v, Tensor)),
+    ("", "ConstantOfShape"): lambda a, x, opset: (
+        a.get("value", torch.zeros(1)).reshape(()).expand(ints(x[0]))
+    ),
+    # The shape may also hold ones where the input is wider.
+    ("", "Expand"): lambda a, x, opset: x[0].expand(torch.broadcast_shapes(x[0].shape, ints(x[1]))),
     ("", "EyeLike"): _eye_like,
     ("", "Flatten"): _flatten,
     ("", "Gather"): _gather,
-    ("", "GatherElements"): _gather_elements,
+    ("", "GatherElements"): lambda a, x, opset: x[0].gather(
+        a.get("axis", 0), _positive(x[1], x[0].shape[a.get("axis", 0)])
+    ),
     ("", "GatherND"): _gather_nd,
-    ("", "NonZero"): _non_zero,
+    ("", "NonZero"): lambda a, x, opset: x[0].nonzero().T,
     ("", "OneHot"): _one_hot,
     ("", "Pad"): _pad,
-    ("", "Range"): _range,
+    ("", "Range"): lambda a, x, opset: torch.arange(*map(number, x), dtype=x[0].dtype),
     ("", "Reshape"): _reshape,
     ("", "ScatterElements"): _scatter_elements,
     ("", "ScatterND"): _scatter_nd,
     ("", "Shape"): _shape,
-    ("", "Size"): _size,
+    ("", "Size"): lambda a, x, opset: torch.tensor(x[0].numel()),
     ("", "Slice"): _slice,
     ("", "Split"): _split,
-    ("", "Squeeze"): _squeeze,
-    ("", "Tile"): _tile,
-    ("", "TopK"): _top_k,
-    ("", "Transpose"): _transpose,
+    ("", "Squeeze"): lambda a, x, opset: (
+        x[0].squeeze() if (axes := _axes(a, x)) is None else x[0].squeeze(tuple(axes))
+    ),
+    ("", "Tile"): lambda a, x, opset: x[0].repeat(ints(x[1])),
+    ("", "TopK"): lambda a, x, opset: tuple(
+        x[0].topk(int(number(x[1])), a.get("axis", -1), bool(a.get("largest", 1)))
+    ),
+    ("", "Transpose"): lambda a, x, opset: x[0].permute(a.get("perm", [*range(x[0].dim())][::-1])),
     ("", "Trilu"): _trilu,
     ("", "Unsqueeze"): _unsqueeze,
-    ("", "Where"): _where,
+    ("", "Where"): lambda a, x, opset: torch.where(x[0], x[1], x[2]),
 }
 
 SHAPE_LIMITS: Mapping[tuple[str, str], Limit] = {
     ("", "Cast"): _known_dtype,
     ("", "Constant"): _numbers,
-    ("", "Pad"): _only("mode", "constant"),
-    ("", "ScatterElements"): _only("reduction", "none", "add"),
-    ("", "ScatterND"): _only("reduction", "none", "add"),
+    ("", "Pad"): only("mode", "constant"),
+    ("", "ScatterElements"): only("reduction", "none", "add"),
+    ("", "ScatterND"): only("reduction", "none", "add"),
 }

@@ -19,7 +19,6 @@ from torch import Tensor
 from aimet_ext.errors import TransformRefused
 from aimet_ext.onnx.ops.attention import ATTENTION, ATTENTION_LIMITS
 from aimet_ext.onnx.ops.common import DTYPES, Attributes, Inputs, Limit, Operator
-from aimet_ext.onnx.ops.contrib import CONTRIB
 from aimet_ext.onnx.ops.math import MATH, MATH_LIMITS
 from aimet_ext.onnx.ops.shape import SHAPE, SHAPE_LIMITS
 from aimet_ext.onnx.values import to_torch
@@ -36,7 +35,7 @@ __all__ = [
 ]
 
 # By domain ("" for ONNX's own) and operator.
-OPERATORS: Mapping[tuple[str, str], Operator] = {**MATH, **SHAPE, **ATTENTION, **CONTRIB}
+OPERATORS: Mapping[tuple[str, str], Operator] = {**MATH, **SHAPE, **ATTENTION}
 _LIMITS: Mapping[tuple[str, str], Limit] = {**MATH_LIMITS, **SHAPE_LIMITS, **ATTENTION_LIMITS}
 
 # Attributes that are a TensorProto.DataType.
@@ -70,12 +69,12 @@ _HOST_INPUTS: Mapping[str, tuple[int, ...]] = {
 
 
 def key_of(node: NodeProto) -> tuple[str, str]:
-    """Domain and operator, as the table has them; ONNX's own domain goes by two names."""
+    """Return domain and operator, as the table has them; ONNX's own domain goes by two names."""
     return ("" if node.domain == "ai.onnx" else node.domain), node.op_type
 
 
 def attributes_of(node: NodeProto) -> dict[str, Any]:
-    """Attributes as torch has them: tensors, dtypes, text; and ``n_outputs``.
+    """Return attributes as torch has them: tensors, dtypes, text; and ``n_outputs``.
 
     A value that torch has nothing for (strings in a tensor, graphs, unknown dtypes) stays ONNX's.
     """
@@ -95,7 +94,7 @@ def attributes_of(node: NodeProto) -> dict[str, Any]:
 
 
 def widened(attributes: Attributes) -> dict[str, Any]:
-    """Attributes with every floating-point tensor and dtype as float64."""
+    """Return attributes with every floating-point tensor and dtype as float64."""
     found: dict[str, Any] = {}
     for name, value in attributes.items():
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -107,7 +106,7 @@ def widened(attributes: Attributes) -> dict[str, Any]:
 
 
 def unsupported(nodes: Iterable[NodeProto]) -> list[str]:
-    """What of some nodes is not translated: ``"domain::operator (node name)"`` and the reason.
+    """List what is not translated of nodes: ``"domain::operator (node name)"`` and the reason.
 
     The reason stands behind a colon where the operator is translated but not the node's
     attributes; a node without name goes by its first output.
@@ -127,7 +126,7 @@ def unsupported(nodes: Iterable[NodeProto]) -> list[str]:
 def apply_operator(
     key: tuple[str, str], attributes: Attributes, inputs: Inputs, opset: int
 ) -> tuple[Tensor | None, ...]:
-    """Outputs of an operator; integers on the host follow the other inputs to their device."""
+    """Compute an operator; integers on the host follow the other inputs to their device."""
     device = next(
         (x.device for x in inputs if x is not None and x.device.type != "cpu"), torch.device("cpu")
     )
@@ -144,7 +143,7 @@ def apply_operator(
 def evaluate(
     node: NodeProto, values: Mapping[str, Tensor], opset: int, *, wide: bool = False
 ) -> dict[str, Tensor]:
-    """Outputs of one node by tensor name, differentiable in its inputs.
+    """Return the outputs of one node by tensor name, differentiable in its inputs.
 
     :param values: at least the node's inputs, by tensor name; none is written into.
     :param opset: version of ONNX's own domain that the model uses.
@@ -163,6 +162,6 @@ def evaluate(
 
 
 def outputs_by_name(names: Iterable[str], outputs: Iterable[Tensor | None]) -> dict[str, Tensor]:
-    """What an operator gave, under the names that the node asked for; either may have more."""
+    """Return an operator's outputs by the node's names for them; either may be longer."""
     pairs = zip(names, outputs, strict=False)
     return {name: value for name, value in pairs if name and value is not None}

@@ -2,25 +2,122 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
+from onnx import NodeProto
 from torch import Tensor, nn
 
 from aimet_ext.errors import TransformRefused
 from aimet_ext.onnx.graph import OnnxGraph, Part
 from aimet_ext.onnx.index import reads
-from aimet_ext.onnx.layers import OnnxLayer
-from aimet_ext.onnx.ops.steps import Step, compute, find_steps, needed_steps
-from aimet_ext.onnx.ops.table import evaluate, unsupported
+from aimet_ext.onnx.layers import OnnxLayer, stored_weight
+from aimet_ext.onnx.ops.common import Attributes
+from aimet_ext.onnx.ops.table import (
+    apply_operator,
+    attributes_of,
+    evaluate,
+    key_of,
+    outputs_by_name,
+    unsupported,
+    widened,
+)
 from aimet_ext.onnx.values import to_torch
 
-__all__ = ["Translated", "TranslatedGraph", "check_translation", "opset_of"]
+__all__ = ["Operation", "TranslatedGraph", "check_translation", "opset_of"]
 
 _OLDEST = 9  # opset; before it, operators broadcast in ways of their own
 _SMALL = 1024  # elements; what is computed from small constants alone is computed once
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A node, or a linear layer with its bias.
+
+    :param node: the layer's own node in that case.
+    :param label: name in errors.
+    :param inputs: names of tensors, "" for those left out.
+    :param linear: name of the submodule that computes it.
+    """
+
+    node: NodeProto
+    label: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    linear: str | None = None
+    attributes: Attributes = field(default_factory=dict)
+    wide: Attributes = field(default_factory=dict)
+
+    def read(self) -> Iterator[str]:
+        """Yield the names of the inputs that are there."""
+        return filter(None, self.inputs)
+
+    def prepared(self) -> Operation:
+        """Return the step with its attributes read, in the node's precision and in float64."""
+        attributes = attributes_of(self.node) if self.linear is None else {}
+        return replace(self, attributes=attributes, wide=widened(attributes))
+
+
+def _compute(
+    step: Operation, inputs: Sequence[Any], opset: int, *, wide: bool = False
+) -> dict[str, Tensor]:
+    """Return the outputs of a node by name.
+
+    :raises ValueError: they cannot be computed.
+    """
+    attributes = step.wide if wide else step.attributes
+    try:
+        outputs = apply_operator(key_of(step.node), attributes, inputs, opset)
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        shapes = [None if x is None else (*x.shape,) for x in inputs]
+        raise ValueError(f"{step.label} on inputs of shapes {shapes}: {error}") from error
+    return outputs_by_name(step.outputs, outputs)
+
+
+def _operations(
+    graph: OnnxGraph, nodes: Sequence[int], linears: Mapping[str, OnnxLayer]
+) -> list[Operation]:
+    """Return all nodes in order, those of linear layers with the Add of their bias in one."""
+    uses = {use.node: (name, use) for name, layer in linears.items() for use in layer.uses}
+    done = {use.output for _, use in uses.values() if use.node in nodes}
+    steps = []
+    for index in nodes:
+        node = graph.nodes[index]
+        label = f"{node.op_type} {node.name or node.output[0]!r}"
+        if index in uses:
+            name, use = uses[index]
+            steps.append(Operation(node, label, (use.input,), (use.output,), linear=name))
+        elif not done.intersection(node.output):
+            steps.append(Operation(node, label, tuple(node.input), tuple(node.output)))
+    return steps
+
+
+def _needed(
+    steps: Sequence[Operation], inputs: Sequence[str], outputs: Sequence[str]
+) -> list[Operation]:
+    """Return steps that outputs need, in order.
+
+    :raises ValueError: no step makes an output.
+    """
+    wanted, kept = {*outputs} - {*inputs}, []
+    for step in reversed(steps):
+        if wanted.intersection(step.outputs):
+            kept.append(step)
+            wanted.difference_update(step.outputs)
+            wanted.update({*step.read()} - {*inputs})
+    made = {name for step in kept for name in step.outputs} | {*inputs}
+    for name in outputs:
+        if name not in made:
+            raise ValueError(
+                f"output {name!r} is made by none of the nodes given, or lies between a linear "
+                "layer and its bias; ask for the tensor behind the bias"
+            )
+    return kept[::-1]
 
 
 class TranslatedGraph(nn.Module):
@@ -69,9 +166,7 @@ class TranslatedGraph(nn.Module):
                 f"an opset of {_OLDEST} or later is translated, the model has {self.opset}; "
                 "convert it with onnx.version_converter"
             )
-        steps = needed_steps(
-            find_steps(graph, sorted(nodes), linears or {}), self.inputs, self.outputs
-        )
+        steps = _needed(_operations(graph, sorted(nodes), linears or {}), self.inputs, self.outputs)
         refused = unsupported(step.node for step in steps if step.linear is None)
         if refused:
             raise TransformRefused(
@@ -102,7 +197,7 @@ class TranslatedGraph(nn.Module):
                 self._dead[i].append(name)
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """The outputs: one tensor alone, more as a tuple.
+        """Return the outputs: one tensor alone, more as a tuple.
 
         :raises ValueError: another number of inputs, or a node cannot be computed on them.
         """
@@ -115,7 +210,7 @@ class TranslatedGraph(nn.Module):
         return found[0] if len(found) == 1 else found
 
     def _start(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Inputs and constants by tensor name; subclasses may replace values."""
+        """Return inputs and constants by tensor name; subclasses may replace values."""
         if len(inputs) != len(self.inputs):
             raise ValueError(
                 f"{len(self.inputs)} inputs {list(self.inputs)} are required, got {len(inputs)}"
@@ -132,12 +227,12 @@ class TranslatedGraph(nn.Module):
         return bool(self.get_buffer("_precision").dtype == torch.float64)
 
     def _run(self, i: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Outputs of one step by tensor name; subclasses may replace values."""
+        """Return the outputs of one step by tensor name; subclasses may replace values."""
         step = self._steps[i]
         inputs = [values[name] if name else None for name in step.inputs]
         if step.linear is not None:
             return {step.outputs[0]: self.get_submodule(step.linear)(inputs[0])}
-        return compute(step, inputs, self.opset, wide=self._is_wide)
+        return _compute(step, inputs, self.opset, wide=self._is_wide)
 
     def _read(self, name: str) -> Tensor:
         *path, last = name.split(".")
@@ -156,7 +251,7 @@ class TranslatedGraph(nn.Module):
             raise ValueError(f"the name {name!r} is taken in a translated graph; choose another")
         setattr(holder, last, value)
 
-    def _load(self, graph: OnnxGraph, steps: Sequence[Step]) -> None:
+    def _load(self, graph: OnnxGraph, steps: Sequence[Operation]) -> None:
         """Copy the constants that steps read."""
         known = {*self.inputs, *self._stored, *(name for step in steps for name in step.outputs)}
         for name in dict.fromkeys(name for step in steps for name in step.read()):
@@ -178,8 +273,8 @@ class TranslatedGraph(nn.Module):
         self.register_buffer(buffer, value, persistent=False)
         self._stored[name] = buffer
 
-    def _folded(self, steps: Sequence[Step]) -> tuple[Step, ...]:
-        """The steps that are left once those of small constants alone are computed."""
+    def _folded(self, steps: Sequence[Operation]) -> tuple[Operation, ...]:
+        """Return the steps that are left once those of small constants alone are computed."""
         free = dict(self._host)
         free.update({n: b for n, at in self._stored.items() if (b := self._buffer(at)) is not None})
         kept = []
@@ -191,7 +286,7 @@ class TranslatedGraph(nn.Module):
             ):
                 kept.append(step)
                 continue
-            for name, value in compute(step, inputs, self.opset).items():
+            for name, value in _compute(step, inputs, self.opset).items():
                 self._keep(name, value)
                 free[name] = value
         read = {name for step in kept for name in step.read()} | {*self.outputs}
@@ -208,11 +303,10 @@ class TranslatedGraph(nn.Module):
 
 
 def _linear(graph: OnnxGraph, layer: OnnxLayer) -> nn.Linear:
-    """A layer as a module with values of its own."""
+    """Return a layer as a module with values of its own."""
     if layer.kind != "linear":
         raise ValueError(f"{layer.name}: a linear layer is required, got kind {layer.kind!r}")
-    weight = graph.tensor(layer.weight)
-    weight = (weight.T if layer.transposed else weight).contiguous()  # [out, in]
+    weight = stored_weight(graph, layer)
     module = nn.Linear(weight.shape[1], weight.shape[0], layer.bias is not None, device="meta")
     module.weight = nn.Parameter(weight)
     if layer.bias is not None:
@@ -221,38 +315,23 @@ def _linear(graph: OnnxGraph, layer: OnnxLayer) -> nn.Linear:
 
 
 def opset_of(graph: OnnxGraph) -> int:
-    """Version of ONNX's own domain that a model uses."""
+    """Return the version of ONNX's own domain that a model uses."""
     return graph.opset.get("", graph.opset.get("ai.onnx", _OLDEST))
-
-
-class Translated(Protocol):
-    """A torch form of a part of a graph, such as :class:`TranslatedGraph`."""
-
-    @property
-    def inputs(self) -> Sequence[str]:
-        """Tensors of the graph that a call takes, in this order."""
-
-    @property
-    def outputs(self) -> Sequence[str]:
-        """Tensors of the graph that a call returns: one alone, more as a tuple."""
-
-    def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Compute the outputs."""
 
 
 def check_translation(
     graph: OnnxGraph,
-    module: Translated,
+    module: TranslatedGraph,
     feeds: Sequence[Mapping[str, np.ndarray[Any, Any]]],
     tolerance: float = 1e-4,
 ) -> float:
-    """Largest deviation of a translated part's outputs from onnxruntime's.
+    """Return the largest deviation of a translated part's outputs from onnxruntime's.
 
     It is ``max|torch − onnxruntime| / max|onnxruntime|``, the largest over all outputs and feeds,
     on the CPU and with the weights that the graph's model and the module have now.
 
     :param feeds: values of the module's inputs by tensor name, at least one.
-    :param tolerance: what is allowed.
+    :param tolerance: largest deviation allowed.
     :raises TransformRefused: it is exceeded; the first node that differs on equal inputs is named.
     :raises ValueError: there is nothing to compare on.
     """
@@ -280,7 +359,7 @@ def check_translation(
 
 
 def _deviation(found: Tensor, reference: Tensor) -> float:
-    """``max|found − reference| / max|reference|``, infinite for other shapes and integers."""
+    """Return ``max|found − reference| / max|reference|``, infinite for other shapes or integers."""
     if found.shape != reference.shape:
         return float("inf")
     if not found.numel():
@@ -295,9 +374,9 @@ def _deviation(found: Tensor, reference: Tensor) -> float:
 
 
 def _culprit(
-    graph: OnnxGraph, module: Translated, inputs: Mapping[str, Tensor], tolerance: float
+    graph: OnnxGraph, module: TranslatedGraph, inputs: Mapping[str, Tensor], tolerance: float
 ) -> str:
-    """The first node whose torch form differs when it is given onnxruntime's values."""
+    """Return the first node whose torch form differs when it is given onnxruntime's values."""
     indices = graph.subgraph(module.inputs, module.outputs)
     nodes = [graph.nodes[index] for index in indices]
     known = {name for node in nodes for name in reads(node)} | {*module.outputs}

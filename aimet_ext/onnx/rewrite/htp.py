@@ -67,7 +67,7 @@ def set_apart(model: onnx.ModelProto, kinds: Mapping[str, str]) -> list[str]:
 
     Outputs keep their names, weights too, which are stored turned where a MatMul needs that.
 
-    :param kinds: what the scales of a stored weight are for: ``"LPBQ"``, ``"PER_BLOCK"``, or
+    :param kinds: kind of the scales by stored weight: ``"LPBQ"``, ``"PER_BLOCK"``, or
         others, which are left alone.
     :returns: names of the nodes that were rewritten.
     """
@@ -90,7 +90,7 @@ class _Layers:
         self.changed: list[str] = []
 
     def rewritten(self, node: NodeProto) -> list[NodeProto] | None:
-        """What takes a node's place, None for the node itself."""
+        """Return the nodes that take a node's place, None for the node itself."""
         found = None
         if node.op_type in ("Gemm", "Conv") and self.kinds.get(node.input[1]) in _BLOCKS:
             weight = self.index.constant(node.input[1])
@@ -128,7 +128,7 @@ class _Layers:
         return [alone, add]
 
     def _pointwise(self, node: NodeProto, weight: TensorProto) -> list[NodeProto] | None:
-        """A convolution that looks at one place at a time, as a MatMul with channels last."""
+        """Return a 1x1 convolution as a MatMul with channels last."""
         given = attributes(node)
         spatial = len(weight.dims) - 2
         ones = all(n == 1 for key in ("strides", "dilations") for n in given.get(key, ()))
@@ -173,7 +173,7 @@ class _Layers:
 class _Norm:
     """The steps of one norm.
 
-    :param nodes: in order.
+    :param nodes: nodes in order.
     :param source: dequantized tensor that it normalizes.
     :param gain: its dequantized weight.
     :param output: name of the result, which is quantized next.
@@ -230,7 +230,7 @@ class _Norms(GraphIndex):
         self.model = model
 
     def norm(self, mean: NodeProto) -> _Norm | None:
-        """The norm that a mean belongs to, if it is one."""
+        """Return the norm that a mean belongs to, if it is one."""
         output = self._output(mean)
         if output is None:
             return None
@@ -246,7 +246,7 @@ class _Norms(GraphIndex):
         return None
 
     def _output(self, node: NodeProto) -> str | None:
-        """The first tensor after a node that is quantized."""
+        """Return the first tensor after a node that is quantized."""
         name = node.output[0]
         for _ in range(12):
             readers = self.readers(name)
@@ -258,7 +258,7 @@ class _Norms(GraphIndex):
         return None
 
     def _region(self, output: str) -> tuple[list[NodeProto] | None, list[str]]:
-        """Nodes between dequantized tensors and an output, and those tensors."""
+        """Return nodes between dequantized tensors and an output, and those tensors."""
         nodes: dict[str, NodeProto] = {}
         sources: list[str] = []
         waiting = [output]
@@ -282,7 +282,7 @@ class _Norms(GraphIndex):
         return node is not None and all(each in self.stored for each in node.input)
 
     def _scalars(self, nodes: list[NodeProto]) -> list[float]:
-        """Small numbers that the steps add."""
+        """Return small numbers that the steps add."""
         names = {name for node in nodes if node.op_type == "Add" for name in node.input}
         values = [
             numpy_helper.to_array(self.stored[name])
@@ -292,7 +292,7 @@ class _Norms(GraphIndex):
         return [float(value.reshape(())) for value in values if value.size == 1]
 
     def _agrees(self, norm: _Norm) -> bool:
-        """Whether the steps compute what the operator does, on numbers as small as epsilon too."""
+        """Return True if the steps compute what the operator does, for small numbers too."""
         made = self.node(norm.gain)
         stored = None if made is None else self.stored.get(made.input[0])
         if stored is None or len(stored.dims) != 1:
@@ -356,7 +356,7 @@ def _grid(index: GraphIndex, name: str) -> tuple[float, int, int] | None:
 
 
 def _scale(scale: float, zero: int, bits: int) -> float:
-    """The scale of a signed 16-bit grid with room for all values of another one.
+    """Return the scale of a signed 16-bit grid with room for all values of another one.
 
     It uses all 16 bits, since HTP does not compute with the last of them: integers of 8 bits are
     multiples of 128 there.
@@ -369,7 +369,7 @@ def _scale(scale: float, zero: int, bits: int) -> float:
 
 
 def _pair(graph: onnx.GraphProto, source: str, output: str, scale: float) -> list[NodeProto]:
-    """A quantizer to signed 16 bits, its scale and zero point stored in the graph."""
+    """Return a quantizer to signed 16 bits, its scale and zero point stored in the graph."""
     grid = {f"{output}_scale": np.float32(scale), f"{output}_zero_point": np.int16(0)}
     graph.initializer.extend(numpy_helper.from_array(np.asarray(v), n) for n, v in grid.items())
     steps = (("QuantizeLinear", source, f"{output}_q"), ("DequantizeLinear", f"{output}_q", output))

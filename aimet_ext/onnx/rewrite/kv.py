@@ -54,7 +54,7 @@ def keep_keys_and_values(model: onnx.ModelProto) -> list[str]:
 
 
 def _source(index: GraphIndex, name: str) -> str:
-    """The tensor whose values another one holds, moved or times a constant."""
+    """Return the tensor whose values another one holds, moved or times a constant."""
     while (node := index.node(name)) is not None:
         if node.op_type in MOVES:
             name = node.input[0]
@@ -102,7 +102,7 @@ def same_tensors(
 
 
 def moved_from(model: onnx.ModelProto) -> dict[str, str]:
-    """Tensor whose values each output of an operator that only moves values holds."""
+    """Map each output of an operator that only moves values to the tensor whose values it holds."""
     moved: dict[str, str] = {}
     for node in model.graph.node:
         if node.op_type in MOVES:
@@ -112,7 +112,7 @@ def moved_from(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def _constant_tensors(model: onnx.ModelProto) -> set[str]:
-    """Initializers, and all that operators make of constants alone."""
+    """Return the names of initializers, and of all that operators make of constants alone."""
     found = {proto.name for proto in model.graph.initializer}
     for node in model.graph.node:
         if all(name in found for name in node.input if name):

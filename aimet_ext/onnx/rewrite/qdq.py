@@ -42,7 +42,7 @@ def drop_casts(model: onnx.ModelProto) -> int:
 
 
 def float_weights(model: onnx.ModelProto) -> list[str]:
-    """Stored float values that a MatMul, Gemm or Conv takes for its weight."""
+    """Return stored float values that a MatMul, Gemm or Conv takes for its weight."""
     index = GraphIndex(model.graph)
     floats = {n for n, proto in index.stored.items() if proto.data_type == TensorProto.FLOAT}
     for node in index.nodes:
@@ -53,12 +53,12 @@ def float_weights(model: onnx.ModelProto) -> list[str]:
 
 
 def output_names(tensors: Sequence[str]) -> list[str]:
-    """Names that :func:`with_outputs` gives to the outputs for these tensors."""
+    """Return names that :func:`with_outputs` gives to the outputs for these tensors."""
     return [f"{name}{_SUFFIX}" for name in tensors]
 
 
 def with_outputs(model: str | Path | onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
-    """A copy of a QDQ graph that returns more of its tensors, quantized as its own nodes read them.
+    """Return a copy of a QDQ graph with more outputs, quantized as the graph's nodes read them.
 
     A quantized tensor gets a dequantize node of its own behind the quantize node that is there:
     the groups of dequantize, operator and quantize that HTP takes as one stay as they were, and so
@@ -109,7 +109,7 @@ def with_outputs(model: str | Path | onnx.ModelProto, tensors: Sequence[str]) ->
 
 
 def _quantized(index: GraphIndex, name: str) -> NodeProto | None:
-    """The node that has a tensor's integers, scale and zero point: its source, or a reader."""
+    """Return the node with a tensor's integers, scale and zero point: its source, or a reader."""
     source = index.node(name)
     if source is not None and source.op_type == "DequantizeLinear":
         return source
@@ -120,6 +120,6 @@ def _quantized(index: GraphIndex, name: str) -> NodeProto | None:
 
 
 def _listed(model: onnx.ModelProto) -> dict[str, onnx.TypeProto]:
-    """Types and shapes of the tensors that a graph lists."""
+    """Return types and shapes of the tensors that a graph lists."""
     graph = model.graph
     return {value.name: value.type for value in [*graph.input, *graph.value_info, *graph.output]}

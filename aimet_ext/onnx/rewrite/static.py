@@ -32,7 +32,7 @@ _RANDOM = frozenset(
 
 
 def fold_constants(model: onnx.ModelProto, keep: Collection[str] = ()) -> onnx.ModelProto:
-    """A copy of a model in which tensors that depend on no input are stored values.
+    """Return a copy of a model in which tensors that depend on no input are stored values.
 
     Cosines and sines of positions, causal masks and shapes become what they are; a device that
     rounds every step of their computation would spoil them. An ``Identity`` of a constant becomes
@@ -86,7 +86,7 @@ def bound_masks(model: onnx.ModelProto, lowest: float = -100.0) -> list[str]:
 
 
 def _is_static(node: onnx.NodeProto, static: Collection[str], keep: Collection[str]) -> bool:
-    """Whether a node's outputs are the same in every run, and may be stored in its place."""
+    """Return True if a node's outputs are the same in every run, and may be stored in its place."""
     if node.op_type in _RANDOM or node.domain not in ("", "ai.onnx") or not node.output:
         return False
     if any(True for _ in bodies(node)):
@@ -98,7 +98,7 @@ def _is_static(node: onnx.NodeProto, static: Collection[str], keep: Collection[s
 
 
 def _boundary(graph: onnx.GraphProto, foldable: Iterable[onnx.NodeProto]) -> list[str]:
-    """Static tensors that other nodes read; outputs of the graph stay computed."""
+    """Return static tensors that other nodes read; outputs of the graph stay computed."""
     made = {name for node in foldable for name in node.output if name}
     outputs = {value.name for value in graph.output}
     read = {
@@ -117,7 +117,7 @@ def run_nodes(
     wanted: Sequence[str],
     feed: Mapping[str, np.ndarray[Any, Any]] | None = None,
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Values of tensors that some nodes of a model make, by onnxruntime.
+    """Return values of tensors that some nodes of a model make, by onnxruntime.
 
     :param stored: stored values of the model.
     :param feed: float32 values of the other tensors that the nodes read.
@@ -137,19 +137,19 @@ def run_nodes(
     inputs = [onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in feed]
     outputs = [onnx.ValueInfoProto(name=name) for name in wanted]
     part = make_part(model, nodes, protos, inputs, outputs)
-    session = open_session(part.SerializeToString(), optimize="none", threads=1, given=given)
+    session = open_session(part, optimize="none", threads=1, given=given)
     return dict(zip(wanted, session.run(list(wanted), dict(feed)), strict=True))
 
 
 def make_static(
     model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]], keep: Collection[str] = ()
 ) -> onnx.ModelProto:
-    """A copy of a model for inputs of these shapes; what depends on nothing else is stored.
+    """Return a copy of a model for inputs of these shapes; what depends on nothing else is stored.
 
     An NPU's compiler takes static shapes only.
 
     :param model: left as it is; external data has to be loaded.
-    :param shapes: of all inputs.
+    :param shapes: shapes of all inputs by name.
     :param keep: see :func:`fold_constants`.
     """
     static = onnx.ModelProto()

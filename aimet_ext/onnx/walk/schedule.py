@@ -1,4 +1,4 @@
-"""What a walk over an ONNX graph runs from stage to stage, and what it keeps between two.
+"""Schedule of a walk over an ONNX graph: nodes to run from stage to stage, tensors to keep.
 
 Three kinds of tensors are told apart. *Light* ones follow from the graph's inputs and stored values
 without a layer's weight (masks, positions, rotary tables): they are computed anew wherever they are
@@ -33,8 +33,8 @@ class PlannedStage:
     """Layers that read one tensor in the same way.
 
     :param source: the tensor.
-    :param later: what further uses of these layers read, where they have any.
-    :param padded: whether the input is handed out padded, for no shell can be told to.
+    :param later: tensors that further uses of these layers read.
+    :param padded: True if the input is handed out padded, since no shell can pad so.
     """
 
     layers: tuple[str, ...]
@@ -51,8 +51,8 @@ class Section:
 
     :param nodes: indices, in order.
     :param inputs: kept tensors and inputs of the graph that they read.
-    :param outputs: tensors to keep, at least for the while.
-    :param common: whether both streams share them.
+    :param outputs: tensors to keep.
+    :param common: True if both streams share them.
     """
 
     nodes: tuple[int, ...]
@@ -63,11 +63,11 @@ class Section:
 
 @dataclass(frozen=True)
 class Transition:
-    """The way from one stage to the next.
+    """Sections that run between one stage and the next.
 
     :param sections: those of common tensors first.
-    :param keep: tensors to keep from here to the next step, the rest may be forgotten.
-    :param later: what computes the inputs of later uses, for this stage alone.
+    :param keep: tensors to keep until the next transition; the rest may be dropped.
+    :param later: sections for the inputs of later uses, for this stage alone.
     :param open: nodes with a weight that run later than the sections.
     """
 
@@ -83,7 +83,7 @@ def plan_stages(
     shells: Mapping[str, nn.Module],
     names: Iterable[str],
 ) -> tuple[PlannedStage, ...]:
-    """The stages of these layers, in the graph's order.
+    """Return the stages of these layers, in the graph's order.
 
     :raises ValueError: a batch norm directly follows a layer.
     :raises TypeError: a layer is neither linear nor a convolution.
@@ -124,7 +124,7 @@ def plan_transitions(
     stages: Sequence[PlannedStage],
     changed: Collection[str] | None,
 ) -> list[Transition]:
-    """The way to each stage.
+    """Plan how each stage is reached.
 
     :param layers: all of the graph.
     :param changed: names of layers whose weights differ between two streams; None if there is one
@@ -175,19 +175,13 @@ class _Planner:
         self._split = changed is not None
 
     def needed(self, targets: Iterable[str], done: Collection[int]) -> set[int]:
-        """Nodes whose results are kept, that targets depend on and that did not run yet."""
-        found: set[int] = set()
-        todo = list(targets)
-        while todo:
-            index = self.graph.producer.get(todo.pop())
-            if index is None or index in self._light or index in done or index in found:
-                continue
-            found.add(index)
-            todo += reads(self.graph.nodes[index])
-        return found
+        """Return nodes whose results are kept, that targets depend on and that did not run yet."""
+        producer, past = self.graph.producer, self._light.union(done)
+        behind = self.graph.behind(targets, lambda name, _: producer[name] not in past)
+        return {producer[name] for name in behind if name in producer} - past
 
     def shapes(self, wanted: Iterable[int], done: Collection[int]) -> set[int]:
-        """Those of the nodes that take a known tensor's shape, lest the tensor be kept for it."""
+        """Return the Shape nodes of known tensors, which then need not be kept for these."""
         producer = self.graph.producer
         return {
             index
@@ -197,18 +191,18 @@ class _Planner:
         }
 
     def read_by(self, tensor: str, nodes: Collection[int]) -> bool:
-        """Whether one of the nodes reads a tensor."""
+        """Return True if one of the nodes reads a tensor."""
         return any(index in nodes for index in self.graph.consumers.get(tensor, ()))
 
     def is_light(self, tensor: str) -> bool:
-        """Whether a tensor that is no input of the graph is computed wherever it is read."""
+        """Return True if a tensor that is no input of the graph is computed wherever it is read."""
         index = self.graph.producer.get(tensor)
         return index in self._light if index is not None else tensor not in self.graph.inputs
 
     def sections(
         self, part: set[int], kept: Collection[str], wanted: Collection[str]
     ) -> Iterator[Section]:
-        """What runs the nodes of a part, from kept tensors to those that are wanted.
+        """Yield the sections that run the nodes of a part, from kept to wanted tensors.
 
         A session holds all weights of its section, so where layers between two stages are not
         walked to, several sections are made of what lies there.
@@ -227,7 +221,7 @@ class _Planner:
                     known |= outputs
 
     def _portions(self, nodes: set[int]) -> list[set[int]]:
-        """Nodes in order, cut where few tensors pass and weights would be too many for one go."""
+        """Cut nodes, in order, where few tensors pass, so that no portion has too many weights."""
         order = sorted(nodes)
         sizes = [self._weights(index) for index in order]
         passing = self._passing(order)
@@ -242,7 +236,7 @@ class _Planner:
         return [*portions, {*order[begin:]}]
 
     def _passing(self, order: Sequence[int]) -> list[int]:
-        """How many tensors that these nodes make are read beyond each of them."""
+        """Count the tensors made by these nodes that are read beyond each of them."""
         place = {index: number for number, index in enumerate(order)}
         change = [0] * (len(order) + 1)
         for index in order:
@@ -255,7 +249,7 @@ class _Planner:
         return list(accumulate(change[:-1]))
 
     def _weights(self, index: int) -> int:
-        """Elements of the weights of layers that a node holds."""
+        """Count the elements of the layer weights that a node holds."""
         if index not in self.weighted:
             return 0
         stored = [self.graph.constant(name) for name in reads(self.graph.nodes[index])]
@@ -272,7 +266,7 @@ class _Planner:
         return Section(tuple(nodes), tuple(sorted(read & given)), names, common)
 
     def _tell_light(self) -> set[int]:
-        """Light nodes, and those that compute with stored values alone."""
+        """Return light nodes, and those that compute with stored values alone."""
         light: set[int] = set()
         tensors: set[str] = {*self.graph.inputs}
         fixed: set[str] = {*self.graph.initializers}
@@ -293,7 +287,7 @@ class _Planner:
         return any(t.data_type in FLOATS and elements(t) > _LARGE for t in stored if t)
 
     def _tell_common(self, moved: Collection[int]) -> set[int]:
-        """Nodes that depend on none of the nodes whose weights change."""
+        """Return nodes that depend on none of the nodes whose weights change."""
         common: set[int] = set()
         streamed: set[str] = set()
         for index, node in enumerate(self.graph.nodes):
@@ -305,7 +299,7 @@ class _Planner:
 
 
 def _activation_after(graph: OnnxGraph, layer: OnnxLayer) -> Activation | None:
-    """The ReLU that alone reads a layer's output, at each of its uses; None without one."""
+    """Return the ReLU that alone reads a layer's output, at each of its uses; None without one."""
     found = {_relu(graph, _sole_reader(graph, use.output)) for use in layer.uses}
     return found.pop() if len(found) == 1 else None
 
@@ -326,7 +320,7 @@ def _check_no_batch_norm(graph: OnnxGraph, layer: OnnxLayer) -> None:
 
 
 def _sole_reader(graph: OnnxGraph, tensor: str) -> NodeProto | None:
-    """The one node that reads a tensor's values; its shape may be read by others."""
+    """Return the one node that reads a tensor's values; its shape may be read by others."""
     if tensor in graph.outputs:
         return None
     readers = [node for node in graph.readers(tensor) if node.op_type != "Shape"]

@@ -43,12 +43,12 @@ class OnnxWalk:
         :func:`aimet_ext.data.feeds.named_batches`. A 2-D ``attention_mask`` among them says
         which tokens count.
     :param names: the layers to walk to, linear layers and convolutions.
-    :param streams: which inputs the layers' stages give.
+    :param streams: streams of inputs that the layers' stages give.
     :param effective: weights that the quantized stream uses from the start, by layer's name; each
         is asked for once, when its layer is reached.
     :param cache_dir: folder for memory-mapped caches; None keeps them in RAM.
     :param device: where the layers' inputs are handed out, the CPU if None.
-    :param providers: of onnxruntime, the CPU's if None.
+    :param providers: onnxruntime's providers, the CPU's if None.
     :raises ValueError: a layer is unknown, named twice, or followed by a batch norm that was not
         folded; there are no batches, or one does not fit the graph's inputs.
     :raises TypeError: a layer is neither linear nor a convolution.
@@ -101,7 +101,7 @@ class OnnxWalk:
         self._peak = 0
 
     def stages(self) -> Iterator[ReadStage]:
-        """Each stage in turn, in the order of the layers' first nodes."""
+        """Yield the stages, in the order of the layers' first nodes."""
         for stage, transition in zip(self._stages, self._transitions, strict=True):
             assert not self._pending, f"{sorted(self._pending)} must be decided first"
             self._stage = None
@@ -164,7 +164,7 @@ class OnnxWalk:
             cache.close()
 
     def _checked(self, layer: str, weight: Tensor) -> Tensor:
-        """A weight to compute with in place of the stored one, on the CPU, in its type."""
+        """Return a weight to compute with in place of the stored one, on the CPU, in its type."""
         stored = self._all[layer]
         shape = self._graph.shape(stored.weight)
         shape = shape[::-1] if stored.transposed else shape
@@ -175,7 +175,7 @@ class OnnxWalk:
         return weight.detach().to("cpu", self._graph.tensor_dtype(stored.weight))
 
     def _is_open(self, layer: str) -> bool:
-        """Whether a layer's weight is still going to be used."""
+        """Return True if a layer's weight is still going to be used."""
         return any(use.node in self._open for use in self._all[layer].uses)
 
     def _advance(self, sections: Sequence[Section], keep: Collection[str]) -> None:
@@ -254,7 +254,7 @@ class OnnxWalk:
                 self._waiting.discard(name)
 
     def _lane(self, tensor: str, lane: str) -> str:
-        """Which cache holds a tensor for a stream; empty for an input of the graph."""
+        """Return the cache that holds a tensor for a stream; empty for an input of the graph."""
         if tensor in self._graph.inputs:
             return ""
         return _COMMON if tensor in self._common else lane
@@ -295,7 +295,7 @@ class OnnxWalk:
         return functional.pad(x, padding(self._all[stage.layers[0]], x.shape))
 
     def _mask(self, batch: int) -> Tensor | None:
-        """Which tokens of a batch count, of those that are no past; None where it does not say."""
+        """Return which new tokens of a batch count; None where it does not say."""
         inputs = self._batches[batch]
         mask = inputs.get(_MASK)
         if mask is None or mask.dim() != 2:
@@ -305,7 +305,7 @@ class OnnxWalk:
 
 
 def padding(layer: OnnxLayer, shape: Sequence[int]) -> list[int]:
-    """Padding of a convolution for an input of this shape, as torch's ``pad`` takes it."""
+    """Return a convolution's padding for an input of this shape, as torch's ``pad`` takes it."""
     half = len(layer.kernel)
     begins, ends = list(layer.pads[:half]), list(layer.pads[half:])
     if layer.auto_pad in ("SAME_UPPER", "SAME_LOWER"):

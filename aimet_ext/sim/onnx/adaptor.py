@@ -17,8 +17,14 @@ from aimet_ext.data.feeds import named_batches
 from aimet_ext.models.topology import BlockTopology, TopologyDescription
 from aimet_ext.onnx.graph import OnnxGraph
 from aimet_ext.onnx.index import FLOATS
-from aimet_ext.onnx.layers import FoundLayers, OnnxLayer, find_layers, node_names
-from aimet_ext.onnx.shells import module_tree, shell
+from aimet_ext.onnx.layers import (
+    FoundLayers,
+    OnnxLayer,
+    find_layers,
+    module_tree,
+    node_names,
+    shell,
+)
 from aimet_ext.onnx.values import input_specs
 from aimet_ext.onnx.walk.walk import OnnxWalk
 from aimet_ext.sim.facts import SimFacts

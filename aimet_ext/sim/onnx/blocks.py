@@ -25,9 +25,8 @@ from aimet_ext.onnx.blocks.module import (
     static_batch,
     write_back,
 )
-from aimet_ext.onnx.blocks.shared import to_copy
-from aimet_ext.onnx.layers import OnnxLayer
-from aimet_ext.onnx.shells import insert_module
+from aimet_ext.onnx.blocks.topology import to_copy
+from aimet_ext.onnx.layers import OnnxLayer, insert_module
 from aimet_ext.sim.onnx.split import Copies
 from aimet_ext.sim.protocol import Range
 from aimet_ext.walk.stream import BlockStream

@@ -14,8 +14,7 @@ from aimet_ext.core.affine import Grid, minimum_scale, symmetric_offset
 from aimet_ext.core.clipping import GridLayout
 from aimet_ext.core.lpbq import lpbq_scale
 from aimet_ext.onnx.graph import OnnxGraph
-from aimet_ext.onnx.layers import OnnxLayer
-from aimet_ext.onnx.shells import stored_weight
+from aimet_ext.onnx.layers import OnnxLayer, stored_weight
 from aimet_ext.sim.onnx.quantizer_state import (
     RAW_SCALE,
     calibrate_on,

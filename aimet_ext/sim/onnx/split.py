@@ -10,7 +10,7 @@ from typing import Any
 from aimet_onnx.common import libpymo
 from onnx import NodeProto, TensorProto, numpy_helper
 
-from aimet_ext.onnx.blocks.shared import Reading, SharedVector
+from aimet_ext.onnx.blocks.topology import Reading, SharedVector
 from aimet_ext.onnx.graph import OnnxGraph
 from aimet_ext.sim.onnx.quantizer_state import quantizer_state, restore_quantizer
 
