@@ -327,6 +327,8 @@ def run(
         tokenizer = train_tokenizer(documents["train"], settings.vocabulary, settings.positions)
     else:
         tokenizer = transformers.AutoTokenizer.from_pretrained(start, local_files_only=True)
+        for name in ("is_local", "local_files_only"):  # how it was loaded, which it would write
+            tokenizer.init_kwargs.pop(name, None)
         earlier = json.loads((start / "training.json").read_text("utf-8"))
     tokens = {name: encode(tokenizer, texts) for name, texts in documents.items()}
     held_out = pack(tokens["calibration"], settings.window)[:CURVE_WINDOWS]

@@ -174,6 +174,9 @@ def test_figures_written_down_belong_to_the_model(model: transformers.LlamaForCa
     assert report["curve"][-1]["step"] == report["settings"]["steps"]
     written = report["evaluation_perplexity"]
     assert written["float"] < written["w4"] < written["w3"] < written["untrained"]
+    card = (examples.model_dir() / "README.md").read_text("utf-8")
+    for name, label in (("float", "float"), ("w8", "W8"), ("w4", "W4"), ("w3", "W3")):
+        assert f"| {label} | {written[name]:.2f} |" in card
 
 
 def test_tokenizer_puts_bos_first_and_returns_the_text(
@@ -208,7 +211,7 @@ def test_model_has_learnt_its_text(perplexities: dict[str | int, float]) -> None
 
 def test_coarser_weights_hurt_more(perplexities: dict[str | int, float]) -> None:
     assert perplexities[8] == pytest.approx(perplexities["float"], rel=0.005)
-    assert perplexities[4] > 1.01 * perplexities["float"]
+    assert perplexities[4] > 1.02 * perplexities["float"]
     assert perplexities[3] - perplexities["float"] > 2 * (perplexities[4] - perplexities["float"])
 
 
@@ -236,6 +239,10 @@ def test_training_is_seeded_and_lowers_the_loss(
     arguments = ["--steps", "6", "--batch", "4", "--evaluation-windows", "1"]
     for name in ("one", "two"):
         assert train.main(["--output", str(tmp_path / name), *arguments]) == 0
+    assert (
+        train.main(["--output", str(tmp_path / "on"), "--start", str(tmp_path / "one"), *arguments])
+        == 0
+    )
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert {"config.json", "model.safetensors", "tokenizer.json", "training.json"} <= set(names)
     for name in names:
@@ -244,6 +251,11 @@ def test_training_is_seeded_and_lowers_the_loss(
             assert first.read_bytes() == second.read_bytes(), name
     report = json.loads((tmp_path / "one" / "training.json").read_text("utf-8"))
     assert report["curve"][-1]["held_out_loss"] < report["curve"][0]["held_out_loss"]
+    further = json.loads((tmp_path / "on" / "training.json").read_text("utf-8"))
+    assert further["earlier"] == report
+    assert further["curve"][-1]["held_out_loss"] < report["curve"][-1]["held_out_loss"]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "on" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
     assert torch.equal(torch.get_rng_state(), generator_state)
     assert torch.get_num_threads() == threads
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "one", local_files_only=True)
