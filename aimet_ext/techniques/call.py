@@ -26,6 +26,7 @@ __all__ = ["ALIASES", "Call", "TechniqueFunction", "accepts_aimet_arguments", "t
 F = TypeVar("F", bound=Callable[..., Any])
 P = TypeVar("P", bound=TechniqueParams)
 R = TypeVar("R", covariant=True)
+S = TypeVar("S", bound=TechniqueParams, contravariant=True)
 
 #: Names of this package for AIMET's arguments, over all of its techniques.
 ALIASES: Mapping[str, str] = {
@@ -52,7 +53,7 @@ class Call(Generic[P]):
     options: RunOptions
 
 
-class TechniqueFunction(Protocol[P, R]):
+class TechniqueFunction(Protocol[S, R]):
     """A public function ``apply_<name>``; :func:`technique` makes it."""
 
     # The one place that states the arguments, defaults and descriptions that techniques share.
@@ -66,7 +67,7 @@ class TechniqueFunction(Protocol[P, R]):
         output_path: str | Path | None = None,
         checkpoint_dir: str | Path | None = None,
         cache_dir: str | Path | None = None,
-        params: P | None = None,
+        params: S | None = None,
         device: torch.device | str | None = None,
         progress: bool = True,
         **settings: Any,
@@ -160,7 +161,7 @@ def technique(
             "return": signature.return_annotation,
         }
         apply.__doc__ = _docstring(row, function, kind, signature)
-        return apply  # type: ignore[return-value]
+        return apply
 
     return decorate
 
