@@ -18,9 +18,9 @@ from torch import Tensor
 
 from aimet_ext.data.feeds import InputSpec
 from aimet_ext.onnx.index import FLOATS, GraphIndex, attributes, elements, stored_value
-from aimet_ext.onnx.ops.common import DTYPES
 
 __all__ = [
+    "DTYPES",
     "can_be_given",
     "infer_shapes",
     "infer_types",
@@ -35,6 +35,23 @@ __all__ = [
     "without_large",
     "write_array",
 ]
+
+#: By ``onnx.TensorProto.DataType``.
+DTYPES: Mapping[int, torch.dtype] = {
+    1: torch.float32,
+    2: torch.uint8,
+    3: torch.int8,
+    4: torch.uint16,
+    5: torch.int16,
+    6: torch.int32,
+    7: torch.int64,
+    9: torch.bool,
+    10: torch.float16,
+    11: torch.float64,
+    12: torch.uint32,
+    13: torch.uint64,
+    16: torch.bfloat16,
+}
 
 _VALUES = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
 _SMALL = 1024  # elements; larger values are left out

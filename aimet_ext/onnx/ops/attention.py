@@ -7,7 +7,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from aimet_ext.onnx.ops.common import CONTRIB, Attributes, Inputs, Limit, Operator, Outputs, operand
+from aimet_ext.onnx.ops.signature import (
+    CONTRIB,
+    Attributes,
+    Inputs,
+    Limit,
+    Operator,
+    Outputs,
+    operand,
+)
 
 __all__ = ["ATTENTION", "ATTENTION_LIMITS", "attend", "rotate"]
 

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from aimet_ext.errors import TransformRefused
 from aimet_ext.onnx.ops.attention import ATTENTION, ATTENTION_LIMITS
-from aimet_ext.onnx.ops.common import DTYPES, Attributes, Inputs, Limit, Operator
 from aimet_ext.onnx.ops.math import MATH, MATH_LIMITS
 from aimet_ext.onnx.ops.shape import SHAPE, SHAPE_LIMITS
-from aimet_ext.onnx.values import to_torch
+from aimet_ext.onnx.ops.signature import Attributes, Inputs, Limit, Operator
+from aimet_ext.onnx.values import DTYPES, to_torch
 
 __all__ = [
     "OPERATORS",

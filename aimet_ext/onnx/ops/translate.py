@@ -15,7 +15,7 @@ from aimet_ext.errors import TransformRefused
 from aimet_ext.onnx.graph import OnnxGraph, Part
 from aimet_ext.onnx.index import reads
 from aimet_ext.onnx.layers import OnnxLayer, stored_weight
-from aimet_ext.onnx.ops.common import Attributes
+from aimet_ext.onnx.ops.signature import Attributes
 from aimet_ext.onnx.ops.table import (
     apply_operator,
     attributes_of,

@@ -15,7 +15,6 @@ from torch import Tensor
 
 __all__ = [
     "CONTRIB",
-    "DTYPES",
     "Attributes",
     "Inputs",
     "Limit",
@@ -40,23 +39,6 @@ Outputs: TypeAlias = "Tensor | tuple[Tensor | None, ...]"
 Operator: TypeAlias = Callable[[Attributes, Inputs, int], Outputs]
 # Attributes and the given inputs (False: left out) to the reason why this is not translated.
 Limit: TypeAlias = Callable[[Attributes, Sequence[bool]], "str | None"]
-
-# onnx.TensorProto.DataType
-DTYPES: Mapping[int, torch.dtype] = {
-    1: torch.float32,
-    2: torch.uint8,
-    3: torch.int8,
-    4: torch.uint16,
-    5: torch.int16,
-    6: torch.int32,
-    7: torch.int64,
-    9: torch.bool,
-    10: torch.float16,
-    11: torch.float64,
-    12: torch.uint32,
-    13: torch.uint64,
-    16: torch.bfloat16,
-}
 
 
 def operand(inputs: Inputs, position: int) -> Any:
