@@ -66,6 +66,11 @@ class BlockSolver(ABC, Generic[P]):
     technique: str
 
     @property
+    def title(self) -> str:
+        """Name beside the progress bar, that of the class."""
+        return type(self).__name__
+
+    @property
     def pairs(self) -> Collection[PairKind]:
         """Kinds of scale pairs that it may fold into the weights; none if it does not transform."""
         return ()
@@ -170,7 +175,7 @@ class BlockwiseRun:
             bar = stack.enter_context(
                 tqdm(
                     total=len(self.blocks) * solver.steps,
-                    desc=solver.technique,
+                    desc=solver.title,
                     unit="step",
                     disable=not self.options.progress,
                 )
@@ -178,7 +183,7 @@ class BlockwiseRun:
             reports = []
             blocks = stack.enter_context(closing(streams.blocks()))
             for number, data in enumerate(blocks):
-                bar.set_description(f"{solver.technique}, block {number + 1} of {len(self.blocks)}")
+                bar.set_description(f"{solver.title}, block {number + 1} of {len(self.blocks)}")
                 reports.append(self._block(number, data, checkpoints, bar))
             return reports
 
