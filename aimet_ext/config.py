@@ -1,4 +1,4 @@
-"""Settings: how a tensor is quantized, and the parameters of every technique.
+"""Settings: the quantization of a tensor, and the parameters of every technique.
 
 Everything here is frozen, keyword-only where it has more than one field, and checked when it is
 built, so that a mistake is an error before any work is done.
@@ -73,13 +73,13 @@ _SPEC_TEXT = re.compile(r"u?int(\d+)")
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class QSpec:
-    """How a tensor is quantized: width, symmetry and how ranges are shared across it.
+    """Specification of a quantized tensor: width, symmetry and the cells that share a range.
 
-    :param bitwidth: 2 to 32 bits.
-    :param symmetric: signed and symmetric if true, else unsigned with an offset.
+    :param bitwidth: Bits, 2 to 32.
+    :param symmetric: True for signed and symmetric, false for unsigned with an offset.
     :param granularity: :class:`PerTensor`, :class:`PerChannel`, :class:`Blockwise` or
         :class:`LPBQ`. Activations are always per tensor.
-    :param on_indivisible: what to do with a layer whose input width is no multiple of the block
+    :param on_indivisible: Treatment of a layer whose input width is no multiple of the block
         size: ``"error"``, ``"per_channel"`` (that layer falls back), or ``"pad"`` (the inner width
         of an MLP is padded with zeros, which leaves its function as it was).
 
@@ -119,7 +119,7 @@ class QSpec:
         return getattr(self.granularity, "block_size", None)
 
     def to_dict(self) -> dict:
-        """The spec as plain JSON values; :meth:`from_dict` reads it back."""
+        """Return the spec as plain JSON values; :meth:`from_dict` reads it back."""
         plain = TypeAdapter(QSpec).dump_python(self, mode="json")
         plain["granularity"] = {"type": type(self.granularity).__name__, **plain["granularity"]}
         return plain
@@ -153,32 +153,32 @@ class TechniqueParams:
 class OmniQuantParams(TechniqueParams):
     """Settings of :func:`aimet_ext.apply_omniquant`. The defaults are the ones that were measured.
 
-    :param num_iterations: optimizer steps for each block.
-    :param lwc: learn the clipping of weight ranges.
-    :param let: learn the scales of equivalent transforms.
-    :param pairs: kinds of scale pairs to use. ``"q_k"`` (tied across rotary pairs) rescales output
+    :param num_iterations: Optimizer steps for each block.
+    :param lwc: Learn the clipping of weight ranges.
+    :param let: Learn the scales of equivalent transforms.
+    :param pairs: Kinds of scale pairs to use. ``"q_k"`` (tied across rotary pairs) rescales output
         rows only, which no per-channel or blockwise grid can see: it serves activations.
-    :param let_start: scales at which training starts: ``"smoothquant"`` for its formula,
+    :param let_start: Scales at which training starts: ``"smoothquant"`` for its formula,
         ``"search"`` for the search's result, ``"ones"``.
-    :param smooth_alpha: exponent of SmoothQuant's formula.
-    :param search_sweeps: sweeps of the search on second moments, before training and after it; 0
+    :param smooth_alpha: Exponent of SmoothQuant's formula.
+    :param search_sweeps: Sweeps of the search on second moments, before training and after it; 0
         searches ranges alone and leaves the scales to the gradient.
-    :param float_target: search against the output of the float stream, so that a layer makes up
-        for errors before it; if false, against its own float output on the quantized stream.
-    :param lwc_lr: learning rate of the clipping logits.
-    :param let_lr: learning rate of the scales' logarithms.
-    :param lr_schedule: how both rates fall.
-    :param batch_size: sequences of a step; None for a whole batch of the dataloader.
-    :param aug_loss: weight of a second loss term, whose target is the float block on the quantized
+    :param float_target: Search against the output of the float stream, so that a layer compensates
+        the errors before it; if false, against its own float output on the quantized stream.
+    :param lwc_lr: Learning rate of the clipping logits.
+    :param let_lr: Learning rate of the scales' logarithms.
+    :param lr_schedule: Decay of both rates.
+    :param batch_size: Sequences of a step; None for a whole batch of the dataloader.
+    :param aug_loss: Weight of a second loss term, whose target is the float block on the quantized
         stream's inputs; 0 for none.
-    :param quantize_activations: train with the activation quantizers on, their ranges taken from
+    :param quantize_activations: Train with the activation quantizers on, their ranges taken from
         each batch.
-    :param autocast: train in bfloat16 where operators allow it.
-    :param evaluations: how often a block is scored on all batches while it trains, at most once an
-        epoch and at the end in any case.
-    :param patience: how often training may diverge, each time it goes on from the best state with
-        half the rates.
-    :param seed: of the order of batches.
+    :param autocast: Train in bfloat16 where operators allow it.
+    :param evaluations: Number of times that a block is scored on all batches while it trains, at
+        most once an epoch and at the end in any case.
+    :param patience: Number of times that training may diverge; each time it goes on from the best
+        state with half the rates.
+    :param seed: Seed of the order of batches.
     """
 
     num_iterations: Annotated[int, Field(ge=1)] = 800
@@ -214,15 +214,15 @@ InputSymmetry = Literal["symqt", "symfp", "asym"]
 class LayerwiseParams(TechniqueParams):
     """Settings that all techniques share which work layer by layer on second moments.
 
-    :param inp_symmetry: which inputs a layer's output error is taken on, in AIMET's words.
+    :param inp_symmetry: Inputs on which a layer's output error is taken, in AIMET's words.
         ``"symqt"``: those of the quantized model so far, for the float weight and the quantized
         one; ``"symfp"``: those of the float model for both; ``"asym"``: the quantized weight on
         the quantized model's, against the float weight on the float model's, so that a layer
-        makes up for errors before it.
-    :param asym_strength: with ``"asym"``, how much of those errors a layer is asked to make up
-        for. 1 is AIMET's target, and what SeqMSE's ``"compatible"`` mode always takes; less is
-        more robust, for what is made up for is in part noise.
-    :param max_bitwidth: layers of more bits are left to plain rounding.
+        compensates the errors before it.
+    :param asym_strength: Share of those errors that a layer compensates with ``"asym"``. 1 is the
+        target of AIMET and always of SeqMSE's mode ``"compatible"``; less is more robust, since
+        those errors are in part noise.
+    :param max_bitwidth: Bits above which a layer is left to plain rounding.
     """
 
     inp_symmetry: InputSymmetry = "symqt"
@@ -234,10 +234,10 @@ class LayerwiseParams(TechniqueParams):
 class SeqMSEParams(LayerwiseParams):
     """Settings of :func:`aimet_ext.apply_seq_mse`.
 
-    :param num_candidates: shares of the full range that are tried, evenly spaced down from it.
+    :param num_candidates: Shares of the full range that are tried, evenly spaced down from it.
     :param mode: ``"best"`` judges every cell on the full second moment and tries finer and
         one-sided ranges too; ``"compatible"`` takes what AIMET's search takes.
-    :param sweeps: over the cells of a layer, at most; of mode ``"best"``.
+    :param sweeps: Sweeps over the cells of a layer, at most, in mode ``"best"``.
     """
 
     num_candidates: Annotated[int, Field(ge=1)] = 20
@@ -249,13 +249,13 @@ class SeqMSEParams(LayerwiseParams):
 class GPTQParams(LayerwiseParams):
     """Settings of :func:`aimet_ext.apply_gptq`.
 
-    :param damping: added to the diagonal of the second moment, as a share of its mean.
-    :param act_order: round the columns with the largest inputs first.
-    :param beams: partial roundings of each row that are kept on the way; 1 is GPTQ itself, more
+    :param damping: Share of its mean that is added to the diagonal of the second moment.
+    :param act_order: Round the columns with the largest inputs first.
+    :param beams: Partial roundings of each row that are kept on the way; 1 is GPTQ itself, more
         find lower errors, in proportionally more time.
-    :param scale_candidates: multiples of each row's range that are tried, each with its own
+    :param scale_candidates: Multiples of each row's range that are tried, each with its own
         rounding, where no earlier technique froze the range; 0 keeps the ranges of plain rounding.
-    :param refine_sweeps: sweeps of coordinate descent on the full objective afterwards, at most;
+    :param refine_sweeps: Sweeps of coordinate descent on the full objective afterwards, at most;
         0 for GPTQ alone.
     """
 
@@ -271,20 +271,20 @@ class GPTQParams(LayerwiseParams):
 class AdaRoundParams(LayerwiseParams):
     """Settings of :func:`aimet_ext.apply_adaround`.
 
-    :param num_iterations: steps for each layer, at most.
-    :param start: where relaxed codes begin: at GPTQ's rounding, which they improve, or at the
-        weight itself.
-    :param momentum: share of a step that goes on in the next; None for what was measured to be
-        best, with and without samples.
-    :param learning_rate: length of a step, 1 for the inverse of the largest curvature.
-    :param batch_size: samples of a step, for layers that a ReLU follows; all others take the
+    :param num_iterations: Steps for each layer, at most.
+    :param start: Start of the relaxed codes: GPTQ's rounding, which they improve, or the weight
+        itself.
+    :param momentum: Share of a step that goes on in the next; None for the best value
+        measured, with and without samples.
+    :param learning_rate: Length of a step, 1 for the inverse of the largest curvature.
+    :param batch_size: Samples of a step, for layers that a ReLU follows; all others take the
         gradient over all tokens at once.
-    :param samples: inputs that are kept for a layer that a ReLU follows.
-    :param activation_aware: judge a layer that a ReLU follows behind the ReLU.
-    :param search_ranges: choose ranges first, where no earlier technique froze them: for every row
+    :param samples: Inputs that are kept for a layer that a ReLU follows.
+    :param activation_aware: Judge a layer that a ReLU follows behind the ReLU.
+    :param search_ranges: Choose ranges first, where no earlier technique froze them: for every row
         those on which GPTQ's rounding has the lowest error; if false those of plain rounding.
-    :param refine_sweeps: sweeps of coordinate descent on the full objective afterwards, at most.
-    :param seed: of the samples and their order.
+    :param refine_sweeps: Sweeps of coordinate descent on the full objective afterwards, at most.
+    :param seed: Seed of the samples and their order.
     """
 
     inp_symmetry: InputSymmetry = "asym"

@@ -28,8 +28,8 @@ _REPORTS = "aimet_ext_reports"
 def check_techniques(techniques: Any) -> None:
     """Check the techniques of a pass: names, names of arguments, and values of settings.
 
-    :param techniques: as in a workflow: ``[{"name": "seqmse", "num_candidates": 20}]``.
-    :raises ValueError: an unknown technique or argument, or a value that is not allowed.
+    :param techniques: Techniques as in a workflow: ``[{"name": "seqmse", "num_candidates": 20}]``.
+    :raises ValueError: An unknown technique or argument, or a value that is not allowed.
     """
     for technique in techniques:
         if not isinstance(technique, Mapping) or not isinstance(technique.get("name"), str):
@@ -50,7 +50,7 @@ def check_techniques(techniques: Any) -> None:
 
 
 def with_defaults(techniques: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Techniques as they are applied one after the other.
+    """Return techniques as they are applied one after the other.
 
     Scales of LPBQ that a later technique chooses are not chosen, and thereby frozen, before.
     """
@@ -64,7 +64,7 @@ def with_defaults(techniques: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
 
 
 def reports_of(sim: Any) -> list[dict[str, Any]]:
-    """What techniques reported, in order: plain values, and a summary for people."""
+    """Return the reports of techniques, in order: plain values, and a summary for people."""
     found = []
     for name, report in getattr(sim, _REPORTS, ()):
         # The report of grids has no numbers, but may hold that of a search.

@@ -26,9 +26,9 @@ from aimet_ext.walk.protocol import Activation
 
 __all__ = ["apply_adaround"]
 
-# Of the rounding to begin with.
+# Settings of the rounding at the start.
 _DAMPING, _BEAMS = 1e-3, 32
-# What is added to the diagonal where there are fewer tokens than inputs, as a share of its mean.
+# Share of its mean that is added to the diagonal where there are fewer tokens than inputs.
 _DOUBT = 0.05
 
 
@@ -68,7 +68,7 @@ class AdaRound(Solver[AdaRoundParams]):
         return {"learning_rate": params.learning_rate, **momentum}
 
     def _start(self, problem: Problem, grid: Grid) -> Tensor | None:
-        """Rounding to begin with: what relaxation alone does not find where H is near singular."""
+        """Return the rounding at the start, which relaxation misses where H is near singular."""
         if self.params.start == "weight":
             return None
         second, pull = problem.moment.second, problem.pull
@@ -119,10 +119,10 @@ class AdaRound(Solver[AdaRoundParams]):
 
 
 def _doubted(problem: Problem) -> Problem:
-    """The problem with the second moment drawn to equal, independent inputs if tokens are few.
+    """Return the problem with its moment drawn to equal, independent inputs if tokens are few.
 
-    Roundings make up for one another along directions that few tokens say little about, and would
-    pay for it on others. With many tokens for each input nothing changes.
+    Rounding errors compensate each other along directions that few tokens determine, at the cost of
+    others. With many tokens for each input nothing changes.
     """
     moment = problem.moment
     second = moment.second
@@ -144,13 +144,13 @@ class _Behind:
         self.targets = self._outputs(problem.weight, samples.originals.to(problem.weight))
 
     def errors(self, values: Tensor) -> Tensor:
-        """Mean squared error of every row ``[out]`` for quantized values ``[out, in]``."""
+        """Return mean squared errors of all rows ``[out]``, of quantized values ``[out, in]``."""
         outputs = self._outputs(values.to(self.inputs), self.inputs)
         difference = self.activation(outputs) - self.activation(self.targets)
         return difference.square().mean(0)
 
     def _outputs(self, weight: Tensor, inputs: Tensor) -> Tensor:
-        """``[n, out]`` before the ReLU."""
+        """Return the outputs ``[n, out]`` before the ReLU."""
         grouped = weight.view(inputs.shape[0], -1, weight.shape[1])  # [groups, out / groups, in]
         outputs = (inputs @ grouped.mT).transpose(0, 1).flatten(1)  # [n, out]
         return outputs if self.bias is None else outputs + self.bias

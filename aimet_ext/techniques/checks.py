@@ -1,4 +1,4 @@
-"""What must hold before a technique starts; each error names the layer and what to do."""
+"""Checks before a technique starts; each error names the layer and the remedy."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["frozen_by", "is_rounded", "layers_to_quantize", "refuse"]
 def layers_to_quantize(
     adaptor: SimAdaptor, blocks: Sequence[BlockTopology], exclude: Sequence[str]
 ) -> dict[str, WeightQuantizer]:
-    """Weight quantizers of the layers to work on, by their full names, checked.
+    """Return the weight quantizers of the layers to decide, by their full names, checked.
 
-    :param exclude: full names of layers to leave alone.
-    :raises ValueError: an excluded layer does not exist; a layer has no weight quantizer, a frozen
+    :param exclude: Full names of layers to leave alone.
+    :raises ValueError: An excluded layer does not exist; a layer has no weight quantizer, a frozen
         one, one of too many bits; a weight is not finite or rounded already.
     """
     names = [f"{block.name}.{layer}" for block in blocks for layer in block.linears]
@@ -67,15 +67,15 @@ def layers_to_quantize(
 
 
 def frozen_by(adaptor: SimHandle, layer: str) -> str:
-    """What froze the range of a layer, as far as the ledger knows."""
+    """Return the technique that froze the range of a layer, as far as the ledger knows."""
     runs = adaptor.ledger.runs if adaptor.ledger is not None else ()
     return next((r.technique for r in reversed(runs) if layer in r.modules), "an earlier technique")
 
 
 def refuse(names: Sequence[str], problem: str) -> None:
-    """Raise an error that names some layers and what is wrong with each, if there are any.
+    """Raise an error that names some layers and the problem of each, if there are any.
 
-    :raises ValueError: there are.
+    :raises ValueError: There are.
     """
     if names:
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
@@ -84,7 +84,7 @@ def refuse(names: Sequence[str], problem: str) -> None:
 
 @torch.no_grad()
 def is_rounded(quantizer: WeightQuantizer) -> bool:
-    """Whether a weight holds no more different values than its grid has, in each cell tried."""
+    """Return true if a weight has no more distinct values than its grid, in each cell tried."""
     weight = quantizer.weight.detach()
     if quantizer.initialized:
         return bool(torch.equal(fake_quantize(weight, quantizer.grid()), weight))

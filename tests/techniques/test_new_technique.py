@@ -73,11 +73,11 @@ def test_it_decides_the_same_on_torch_and_onnx(row: registry.Technique) -> None:
     pairs = pytest.importorskip("onnx_pairs")
     pair = pairs.PAIRS["perceptron"]()
     sims, data = pair.sims(pairs.GRIDS["channel"]), pair.arguments()
+    names = pair.names(sims[1])
     reports = [
         aimet_ext.apply_trial(sim, batches, progress=False)
         for sim, batches in zip(sims, data, strict=True)
     ]
-    names = pair.names(sims[1])
     for one, other in zip(*(report.layers for report in reports), strict=True):
         assert names[one.name] == other.name
         assert other.loss_after == pytest.approx(one.loss_after, rel=1e-3)

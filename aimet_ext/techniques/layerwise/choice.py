@@ -1,4 +1,4 @@
-"""Which layers a layer-wise technique decides, which it leaves alone, and why."""
+"""The choice of the layers that a layer-wise technique decides, with reasons for the others."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class LayerChoice:
     """The quantized layers of a simulation, by full name.
 
-    :param decided: to be worked on.
-    :param others: quantized as well, and left as they are: they compute on their grids meanwhile.
-    :param skipped: those of ``others`` that somebody may have expected to be worked on, with the
-        reason.
+    :param decided: Layers to decide.
+    :param others: Quantized layers that are left as they are; they compute on their grids.
+    :param skipped: Those of ``others`` that a user may expect to be decided, with the reason.
     """
 
     decided: Mapping[str, WeightQuantizer]
@@ -32,9 +31,9 @@ class LayerChoice:
 
 
 def module_names(adaptor: SimAdaptor, modules: Iterable[str | nn.Module]) -> set[str]:
-    """Names of modules that were given by name or as objects, AIMET's way.
+    """Return the names of modules that were given by name or as objects, as in AIMET.
 
-    :raises ValueError: one is not in the model.
+    :raises ValueError: One is not in the model.
     """
     names = dict(adaptor.model.named_modules())
     by_identity = {id(module): name for name, module in names.items()}
@@ -68,13 +67,13 @@ def choose_layers(
 ) -> LayerChoice:
     """Sort the quantized layers of a simulation.
 
-    :param exclude: left float meanwhile, as AIMET does.
-    :param technique: what is to be applied.
-    :param max_bitwidth: layers of more bits are left alone.
-    :param rounds: whether the technique rounds weights, on frozen ranges too; one that does not
+    :param exclude: Layers left float meanwhile, as in AIMET.
+    :param technique: Name of the technique.
+    :param max_bitwidth: Bits above which a layer is left alone.
+    :param rounds: True if the technique rounds weights, on frozen ranges too; one that does not
         leaves frozen ranges alone.
-    :param only: layers to decide at most; None for all.
-    :raises ValueError: an excluded module does not exist; nothing remains; the technique was
+    :param only: Layers to decide at most; None for all.
+    :raises ValueError: An excluded module does not exist; nothing remains; the technique was
         applied before; a weight is not finite, is rounded already, or is shared by two layers.
     """
     excluded = module_names(adaptor, exclude)

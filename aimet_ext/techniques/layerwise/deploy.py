@@ -1,4 +1,4 @@
-"""One layer decided and deployed: written to the simulation, read back, compared, kept or not."""
+"""The deployment of one layer: written to the simulation, read back, compared with rounding."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["Decision", "Outcome", "Problem", "deploy"]
 class Problem:
     """A layer to decide. Weights and grids are those of its matrix ``[out, in]``.
 
-    :param stored: the weight in the dtype it is stored in.
-    :param weight: the same in the dtype of the moments, float32 at least, to compute with.
-    :param bias: ``[out]`` or None.
-    :param frozen: the grid that an earlier technique decided; None where it may be chosen.
-    :param moment: of its inputs.
-    :param samples: inputs and the ReLU that follows, where the technique asked for them.
+    :param stored: Weight in the dtype it is stored in.
+    :param weight: Weight in the dtype of the moments, float32 at least, to compute with.
+    :param bias: Bias ``[out]``, or None.
+    :param frozen: Grid that an earlier technique decided; None where it may be chosen.
+    :param moment: Second moment of its inputs.
+    :param samples: Inputs and the ReLU that follows, where the technique asked for them.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Problem:
         moment: SecondMoment,
         samples: SampleSum | None,
     ) -> Problem:
-        """The problem of a layer of a simulation."""
+        """Make the problem of a layer of a simulation."""
         original = quantizer.weight.detach().flatten(1)
         stored = original.to(moment.second.device, copy=True)  # the original may be replaced
         weight = stored.to(torch.promote_types(stored.dtype, moment.second.dtype))
@@ -65,33 +65,33 @@ class Problem:
         )
 
     def errors(self, values: Tensor) -> Tensor:
-        """What the objective makes of a quantized weight, for every row ``[out]``."""
+        """Return the objective of a quantized weight, for every row ``[out]``."""
         return row_errors(values.to(self.weight) - self.weight, self.moment.second, self.pull)
 
     def nearest_grid(self) -> Grid:
-        """The grid of plain rounding: the frozen one, or the range that holds every weight."""
+        """Return the grid of plain rounding: the frozen one, or one that holds every weight."""
         if self.frozen is not None:
             return self.frozen
         scale, offset = self.layout.raw(*self.layout.bounds(self.stored.float()))
         return self.layout.with_scale(short_scale(scale), offset)
 
     def signal(self) -> float:
-        """Mean square of the float output over all tokens, summed over rows."""
+        """Return the mean square of the float output over all tokens, summed over rows."""
         power = moment_product(self.weight, self.moment.second) * self.weight
         return float(power.sum(dtype=torch.float64))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Decision:
-    """What a technique wants for a layer.
+    """Decision of a technique for a layer.
 
-    :param scale: of every cell (raw, for LPBQ), with ``offset``; None leaves the range of plain
-        rounding, or the frozen one.
-    :param range: smallest and largest value of every cell, in place of a scale.
-    :param codes: from the grid as the simulation has it to the integers ``[out, in]``; None where
-        the weight stays as it is and is rounded to nearest.
-    :param judge: objective of every row for quantized values, where it is not the problem's own.
-    :param compare: give rows back to plain rounding where that is better.
+    :param scale: Scale of every cell (raw, for LPBQ), with ``offset``; None leaves the range of
+        plain rounding, or the frozen one.
+    :param range: Smallest and largest value of every cell, in place of a scale.
+    :param codes: Function from the grid, as the simulation has it, to the integers ``[out, in]``;
+        None where the weight stays as it is and is rounded to nearest.
+    :param judge: Objective of every row for quantized values, where it is not the problem's own.
+    :param compare: True to give rows back to plain rounding where that is better.
     """
 
     scale: Tensor | None = None
@@ -104,7 +104,7 @@ class Decision:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Objective of plain rounding and as deployed, and how many rows plain rounding keeps."""
+    """Objective of plain rounding and as deployed, and number of rows that plain rounding keeps."""
 
     nearest: float
     after: float
@@ -159,7 +159,7 @@ def _give_back(
     codes: Tensor,
     rows: Tensor,
 ) -> tuple[Grid, Tensor]:
-    """Plain rounding for some rows."""
+    """Replace some rows by plain rounding."""
     if problem.frozen is None:
         where = rows[:, None] if plain.scale.shape[0] == len(rows) else rows[:1, None]
         scale = torch.where(where, plain.scale.to(grid.scale), grid.scale)
@@ -175,14 +175,14 @@ def _write(quantizer: WeightQuantizer, scale: Tensor, offset: Tensor | None) -> 
 
 
 def _read(quantizer: WeightQuantizer, weight: Tensor) -> Grid:
-    """The simulation's grid as that of a matrix."""
+    """Return the simulation's grid as that of a matrix."""
     grid, shape = quantizer.grid(), quantizer.layout.shape
     scale, offset = (t.reshape(shape).to(weight.device) for t in (grid.scale, grid.offset))
     return replace(grid, scale=scale, offset=offset)
 
 
 def _values(codes: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
-    """Values that the simulation leaves as they are, in the weight's own dtype.
+    """Return values that the simulation leaves as they are, in the weight's own dtype.
 
     Rounded to bfloat16, a value near a power of two can be nearer to the next code, and that
     one's own value a different one, which stays.
@@ -193,7 +193,7 @@ def _values(codes: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
 def _write_weight(problem: Problem, quantizer: WeightQuantizer, codes: Tensor, grid: Grid) -> None:
     """Put the rounded values in the weight's place.
 
-    :raises RuntimeError: the simulation would round them to something else.
+    :raises RuntimeError: The simulation would round them to something else.
     """
     values = _values(codes, grid, problem.stored.dtype)
     if not torch.equal(fake_quantize(values, grid), values):

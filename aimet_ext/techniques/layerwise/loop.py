@@ -129,9 +129,9 @@ def run_layerwise(
 class LayerwiseRun:
     """The walk over a simulation's layers; everything it changes is kept for undoing first.
 
-    :param quantizers: of the layers to decide, by full name.
-    :param others: quantized layers that are not decided, which compute on their grids meanwhile.
-    :param keep: to be called with a layer's name before the layer is changed.
+    :param quantizers: Weight quantizers of the layers to decide, by full name.
+    :param others: Quantized layers that are not decided, which compute on their grids meanwhile.
+    :param keep: Function to call with a layer's name before the layer is changed.
     """
 
     def __init__(
@@ -215,7 +215,7 @@ class LayerwiseRun:
         )
 
     def _ranges_hash(self) -> str:
-        """SHA-256 of the ranges that the run takes as they are."""
+        """Hash the ranges that the run takes as they are (SHA-256)."""
         fixed = {**self.others, **{n: q for n, q in self.quantizers.items() if q.frozen}}
         grids = ((name, fixed[name].grid()) for name in sorted(fixed))
         return hash_tensors(
@@ -282,7 +282,7 @@ class LayerwiseRun:
         return reports
 
     def _gather(self, stage: Stage) -> tuple[SecondMoment, str, dict[str, SampleSum]]:
-        """Second moments of a stage's input, and samples for layers that a ReLU follows."""
+        """Return second moments of a stage's input, and samples for layers that a ReLU follows."""
         params = self.solver.params
         layer: Any = self.adaptor.model.get_submodule(stage.layers[0])
         dtype = self._dtype(layer.weight)
@@ -309,7 +309,7 @@ class LayerwiseRun:
         return moment, total.storage, samples
 
     def _dtype(self, weight: Tensor) -> torch.dtype:
-        """What to compute moments and roundings in.
+        """Return the dtype of moments and roundings.
 
         A rounding is a chain of choices, and one that goes the other way moves all after it. In
         float64 the moments of one model run by two frameworks are near enough to each other that
@@ -320,7 +320,7 @@ class LayerwiseRun:
         return torch.float64 if wide else torch.promote_types(weight.dtype, torch.float32)
 
     def _in_stream(self, layer: str) -> Tensor:
-        """The weight that the quantized stream uses from now on."""
+        """Return the weight that the quantized stream uses from now on."""
         return on_grid(self.quantizers[layer], free_blocks=self.solver.aimet_stream)
 
     def _save(

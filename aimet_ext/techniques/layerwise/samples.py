@@ -15,9 +15,9 @@ class SampleSum:
 
     Every row gets a random key, the rows with the largest keys stay.
 
-    :param count: rows to keep, at most.
-    :param activation: the ReLU that follows the layer.
-    :param seed: of the keys.
+    :param count: Rows to keep, at most.
+    :param activation: The ReLU that follows the layer.
+    :param seed: Seed of the keys.
     """
 
     def __init__(self, count: int, activation: Activation, seed: int = 0) -> None:
@@ -31,8 +31,8 @@ class SampleSum:
     def add(self, rows: Tensor, originals: Tensor) -> None:
         """Take in rows of both streams.
 
-        :param rows: of the quantized stream, ``[groups, n, in]``.
-        :param originals: of the float stream; the same object where there is only one stream.
+        :param rows: Rows of the quantized stream, ``[groups, n, in]``.
+        :param originals: Rows of the float stream; the same object where there is only one stream.
         """
         one = originals is rows
         keys = torch.rand(rows.shape[1], dtype=torch.float64, generator=self._generator)
@@ -56,7 +56,7 @@ class SampleSum:
 
 
 def _pick(kept: Tensor | None, new: Tensor, chosen: Tensor) -> Tensor:
-    """``cat([kept, new], 1)[:, chosen]`` without the whole of it."""
+    """Return ``cat([kept, new], 1)[:, chosen]`` without the whole of it."""
     chosen = chosen.to(new.device)
     if kept is None:
         return new[:, chosen].clone()
