@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -26,7 +26,6 @@ from aimet_ext.files.folders import (
     SETTINGS,
     WEIGHTS,
     hash_file,
-    read_json,
     replace_file,
 )
 from aimet_ext.files.ledger import AIMET_FILE, SCALES_FILE
@@ -230,6 +229,11 @@ def _read_safetensors(path: Path) -> Stored:
         raise CorruptFileError(f"{path.name} is no safetensors file: {error}") from error
 
 
+def _read_values(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return TypeAdapter(dict[str, Any]).validate_python(content)
+
+
 def _read_encodings(path: Path) -> dict[str, dict[str, Any]]:
     try:
         return entries(load_encodings(path))
@@ -303,8 +307,8 @@ _ALL = (
     _safetensors(SCALES_FILE, _of_fields, sealed=True),
     _safetensors(LEDGER, _of_fields, sealed=True),
     _safetensors(AIMET_FILE, _of_tensors, optional=True),
-    Part(CONFIG, read_json, dict, {"": _of_values}, optional=True),
-    Part(SETTINGS, read_json, dict, {"": _of_values}, optional=True),
+    Part(CONFIG, _read_values, dict, {"": _of_values}, optional=True),
+    Part(SETTINGS, _read_values, dict, {"": _of_values}, optional=True),
     _safetensors(f"checkpoint/{WEIGHTS}", _of_tensors, optional=True),
 )
 _PARTS = {part.name: part for part in _ALL}
