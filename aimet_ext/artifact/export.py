@@ -175,7 +175,7 @@ def _refuse(kind: str, options: Mapping[str, Any]) -> None:
 
 
 class _TorchWriter:
-    """Writes what the folder of a torch sim holds beside scales and ledger.
+    """Writer of the files of a torch sim, beside scales and ledger.
 
     :param dummy_input: input to trace the model with.
     :param rounded: True to write weights at their quantized values, for transformers, as well.

@@ -44,7 +44,7 @@ Arrays = dict[str, Any]
 
 
 class OnnxWriter:
-    """Writer of what the folder of an ONNX sim holds beside scales and ledger.
+    """Writer of the files of an ONNX sim, beside scales and ledger.
 
     Each file is compared with the sim before the next one is written. The arguments are those of
     :func:`aimet_ext.export`.
