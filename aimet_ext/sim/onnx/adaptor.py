@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from aimet_onnx import QuantizationSimModel
@@ -26,17 +26,7 @@ from aimet_ext.onnx.layers import (
     shell,
 )
 from aimet_ext.onnx.values import input_specs
-from aimet_ext.onnx.walk.walk import OnnxWalk
 from aimet_ext.sim.facts import SimFacts
-from aimet_ext.sim.onnx.blocks import (
-    OnnxPart,
-    add_blocks,
-    copy_shared,
-    live_quantizer,
-    observed,
-    observed_ranges,
-    open_pass,
-)
 from aimet_ext.sim.onnx.quantizer_state import (
     is_integer,
     quantizer_state,
@@ -48,6 +38,9 @@ from aimet_ext.sim.onnx.quantizers import OnnxWeightQuantizer
 from aimet_ext.sim.protocol import Range, SimAdaptor, carried
 from aimet_ext.walk.protocol import Streams, Walk
 from aimet_ext.walk.streamed import BlockPass
+
+if TYPE_CHECKING:
+    from aimet_ext.sim.onnx.blocks import OnnxPart
 
 __all__ = ["OnnxSim"]
 
@@ -127,6 +120,8 @@ class OnnxSim(SimAdaptor):
 
     @contextmanager
     def live_activations(self, module: str) -> Iterator[None]:
+        from aimet_ext.sim.onnx.blocks import live_quantizer, observed
+
         found = self.activation_quantizers(module)
         live = {name: live_quantizer(quantizer) for name, quantizer in found.items()}
         with observed(self._module(module), lambda name, t: live[name](t) if name in live else t):
@@ -180,6 +175,8 @@ class OnnxSim(SimAdaptor):
 
     @torch.no_grad()
     def tensor_ranges(self, module: str, run: Callable[[], object]) -> dict[str, Range]:
+        from aimet_ext.sim.onnx.blocks import observed_ranges
+
         weights = {layer.weight for layer in self.layers.values()}
         every = self.sim.qc_quantize_op_dict
         watched = [n for n, q in every.items() if n not in weights and is_integer(q)]
@@ -226,6 +223,8 @@ class OnnxSim(SimAdaptor):
         """Start a walk through the graph, in onnxruntime."""
         if forward_fn is not None:
             raise _no_forward_fn()
+        from aimet_ext.onnx.walk.walk import OnnxWalk
+
         return OnnxWalk(
             self.graph,
             self.layers,
@@ -239,6 +238,8 @@ class OnnxSim(SimAdaptor):
         )
 
     def find_blocks(self, description: TopologyDescription | None) -> list[BlockTopology]:
+        from aimet_ext.sim.onnx.blocks import add_blocks
+
         return add_blocks(self, description)
 
     @contextmanager
@@ -249,6 +250,8 @@ class OnnxSim(SimAdaptor):
 
         They stay copied after it, unless it is left by an exception.
         """
+        from aimet_ext.sim.onnx.blocks import copy_shared
+
         session, stale = self.sim.session, self._stale
         copies = copy_shared(self, kinds, description)
         try:
@@ -283,6 +286,8 @@ class OnnxSim(SimAdaptor):
         """Capture both streams at the first block, the quantizers being off."""
         if forward_fn is not None:
             raise _no_forward_fn()
+        from aimet_ext.sim.onnx.blocks import open_pass
+
         return open_pass(
             self, blocks, batches, effective=effective, cache_dir=cache_dir, device=device
         )
