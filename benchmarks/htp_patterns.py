@@ -158,23 +158,23 @@ HEAD = f"""\
 
 .. _htp-patterns:
 
-###############################
-What HTP computes, and what not
-###############################
+#################
+Graphs on the HTP
+#################
 
-That HTP takes a graph says nothing of its numbers. So small graphs were quantized with
+A graph that HTP accepts may still be computed incorrectly. So small graphs were quantized with
 ``aimet_onnx``, written as QDQ graphs with AIMET's ``to_onnx_qdq``, compiled, and run in HTP's
 simulation. Figures are the signal to noise ratio in dB of HTP against the quantization simulation,
 on the same inputs.
 
-Activations have 16 bits where a row says nothing else. *right*: at least {GOOD[16]:.0f} dB, with
+Activations have 16 bits unless a row says otherwise. *right*: at least {GOOD[16]:.0f} dB, with
 activations of 8 bits {GOOD[8]:.0f} dB. *coarse*: less. *wrong*: less than {WRONG:.0f} dB, most
 often because a bias is lost. *refused*: HTP does not take every node.
 
-Rows marked **fitted** are the same layer in the form in which aimet_ext hands it to HTP: layers
+Rows marked **fitted** are the same layer in the form that aimet_ext writes for HTP: layers
 whose weights have blocks are a MatMul and an Add, a norm is one operator, and the second operand of
-a product of two activations is signed, which architectures before v73 do not take. Where there is
-no such row, that makes no difference of {NOTABLE:.0f} dB.
+a product of two activations is signed, which architectures before v73 do not take. Without
+such a row, the form makes no difference of {NOTABLE:.0f} dB.
 """
 
 
