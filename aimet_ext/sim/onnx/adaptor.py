@@ -25,7 +25,7 @@ from aimet_ext.onnx.layers import (
     node_names,
     shell,
 )
-from aimet_ext.onnx.values import input_specs
+from aimet_ext.onnx.values import input_specs, read_array, to_torch
 from aimet_ext.sim.facts import SimFacts
 from aimet_ext.sim.onnx.quantizer_state import (
     is_integer,
@@ -378,7 +378,7 @@ class OnnxSim(SimAdaptor):
 
 
 class _FloatState(Mapping[str, Tensor]):
-    """Float initializers of a model by name, each one read when it is asked for.
+    """Float initializers of a model as it is now, each one read when it is asked for.
 
     :param without: names that are left out.
     """
@@ -387,11 +387,14 @@ class _FloatState(Mapping[str, Tensor]):
         self._graph = graph
         stored = graph.initializers.items()
         self._names = [n for n, t in stored if t.data_type in FLOATS and n not in without]
+        self._now = {tensor.name: tensor for tensor in graph.proto.graph.initializer}
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._graph.initializers:
             raise KeyError(name)
-        return self._graph.tensor(name)
+        if name not in self._now:  # inside of what AIMET fused
+            return self._graph.tensor(name)
+        return to_torch(read_array(self._now[name], self._graph.base_dir))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
