@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 
-__all__ = ["CorruptFileError", "MissingExtraError", "TransformRefused", "require"]
+__all__ = ["CorruptFileError", "MissingExtraError", "TransformRefused", "require", "some"]
 
 
 class MissingExtraError(ImportError):
@@ -36,3 +37,9 @@ def require(module: str, extra: str) -> ModuleType:
             f"{module} is needed here and is not installed. "
             f'Install it with: pip install "aimet-ext[{extra}]"'
         ) from error
+
+
+def some(names: Sequence[str], most: int = 4) -> str:
+    """Return the first few names, and how many more there are, for a message."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

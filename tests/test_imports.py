@@ -255,6 +255,15 @@ def test_a_missing_extra_names_the_pip_line(name: str, hidden: str, extra: str) 
     assert f'pip install "aimet-ext[{extra}]"' in done.stdout
 
 
+@pytest.mark.parametrize("name", ["export", "load", "set_lpbq", "lora.bake_adapter", "lint"])
+def test_what_serves_onnx_needs_no_aimet_torch(name: str) -> None:
+    done = python(
+        "import sys\nsys.modules['aimet_torch'] = None\nimport aimet_ext\n"
+        f"print(callable(aimet_ext.{name}))"
+    )
+    assert done.stdout.strip() == "True", done.stderr
+
+
 # ------------------------------------------------------------------------------ the public names
 
 

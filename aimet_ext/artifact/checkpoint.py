@@ -17,13 +17,12 @@ from aimet_ext.files.folders import CONFIG, QUANTIZERS, WEIGHTS, read_json, writ
 from aimet_ext.files.tensors import read_sealed, write_sealed
 from aimet_ext.models.huggingface import causal_lm, original_name
 from aimet_ext.sim.protocol import adapt
-from aimet_ext.sim.torch.state import load_quantizers, named_quantizers, quantizers_to_tensors
+from aimet_ext.sim.torch.adaptor import TorchSim
+from aimet_ext.sim.torch.state import load_quantizers, quantizers_to_tensors
 
 __all__ = [
-    "float_state",
     "load_state",
     "read_quantizers",
-    "rounded_state",
     "write_model",
     "write_quantizers",
 ]
@@ -44,30 +43,13 @@ _TOKENIZER_FILES = (
 )
 
 
-def float_state(sim: Any) -> dict[str, Tensor]:
-    """Return float parameters and buffers of a sim; see :meth:`SimAdaptor.float_state`."""
-    return dict(adapt(sim).float_state())
-
-
-@torch.no_grad()
-def rounded_state(sim: Any) -> dict[str, Tensor]:
-    """Return :func:`float_state` with every quantized parameter at its quantized value."""
-    state = float_state(sim)
-    for name, module in sim.named_qmodules():
-        for key, quantizer in module.param_quantizers.items():
-            if quantizer is not None:
-                value = quantizer(getattr(module, key))
-                state[f"{name}.{key}"] = value.as_subclass(Tensor).detach()
-    return state
-
-
 def write_model(
     folder: Path, model: nn.Module, state: Mapping[str, Tensor], tokenizer: Any = None
 ) -> dict[str, Any]:
     """Write weights in float32 and, of a causal LM of transformers, its config and tokenizer.
 
     :param model: ``sim.model``.
-    :param state: see :func:`float_state`.
+    :param state: Float values by name in the model.
     :param tokenizer: written if given; else the files of the folder the model came from.
     :returns: the names that share a tensor with another one (``"tied"``), where the tokenizer
         came from, and whether transformers can load the folder.
@@ -104,10 +86,10 @@ class _Fields(BaseModel):
     buffers: Json[list[str]]
 
 
-def write_quantizers(folder: Path, sim: Any) -> None:
+def write_quantizers(folder: Path, adaptor: TorchSim) -> None:
     """Write ranges and state of every quantizer, and the buffers that checkpoints lack."""
-    tensors, described = quantizers_to_tensors(sim)
-    buffers = _passing_buffers(sim)
+    tensors, described = quantizers_to_tensors(adaptor.sim)
+    buffers = adaptor.passing_buffers()
     fields = {"quantizers": described, "buffers": sorted(buffers)}
     write_sealed(folder / QUANTIZERS, _SCHEMA, {**tensors, **buffers}, fields)
 
@@ -133,28 +115,15 @@ def load_state(folder: Path, sim: Any, tied: Mapping[str, str]) -> None:
         buffers[name].data = tensors[name].to(buffers[name].device)
 
 
-def _passing_buffers(sim: Any) -> dict[str, Tensor]:
-    """Return buffers that a model derives from its config and does not save.
-
-    Rotary frequencies mostly. They belong to the state of a sim nevertheless: their dtype depends
-    on how the model was cast.
-    """
-    saved = float_state(sim)
-    inside = tuple(f"{name}." for name, _ in named_quantizers(sim))
-    return {
-        name: value
-        for name, value in sim.model.named_buffers()
-        if name not in saved and not name.startswith(inside)
-    }
-
-
 def _load_weights(folder: Path, sim: Any, tied: Mapping[str, str]) -> None:
     """Copy the weights of an export into a sim of the same model, all of them and no others.
 
     :raises ValueError: a name or a shape differs; all such are named and nothing is copied.
     """
     stored = load_file(folder / WEIGHTS)
-    state = {original_name(name, sim.model): value for name, value in float_state(sim).items()}
+    state = {
+        original_name(name, sim.model): value for name, value in adapt(sim).float_state().items()
+    }
     sources = {name: tied.get(name, name) for name in state}
     faults = [f"{name} is missing" for name, source in sources.items() if source not in stored]
     faults += [f"{name} is not in the model" for name in stored.keys() - set(sources.values())]

@@ -3,41 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from aimet_ext.artifact.checkpoint import float_state, rounded_state, write_model, write_quantizers
-from aimet_ext.artifact.torch_onnx import (
-    Inputs,
-    OnnxFile,
-    float32_model,
-    positional_inputs,
-    run_onnx,
-    write_onnx,
-)
-from aimet_ext.errors import MissingExtraError, require
+from aimet_ext.errors import require, some
 from aimet_ext.files.folders import (
-    SETTINGS,
     check_output,
     replace_folder,
-    write_json,
     write_manifest,
 )
 from aimet_ext.files.ledger import Ledger, write_scales
 from aimet_ext.files.tensors import hash_tensors
 from aimet_ext.integrity.description import write_fingerprints
-from aimet_ext.models.huggingface import causal_lm, checkpoint_prefix
-from aimet_ext.sim.protocol import SimAdaptor, adapt
+from aimet_ext.sim.protocol import adapt
 
-__all__ = ["CHECKPOINT", "export"]
-
-CHECKPOINT = "checkpoint"
-# Largest deviation of onnxruntime from the float model, relative to its largest logit.
-_TOLERANCE = 1e-4
+__all__ = ["export"]
 
 
 def export(
@@ -132,14 +114,13 @@ def export(
         asked = {"bias": bias if bias != "float" else None, "qdq": qdq or None}
         _refuse("a torch", {**asked, "external_data": external_data or None})
         options = {"opset_version": opset_version or 17, "dynamic_axes": dynamic_axes}
-        writer = _TorchWriter(
-            adaptor, filename_prefix, dummy_input, tokenizer, hf_checkpoint, options
-        )
+        from aimet_ext.artifact.torch_export import TorchWriter
+
+        writer = TorchWriter(sim, filename_prefix, dummy_input, tokenizer, hf_checkpoint, options)
 
     if empty := writer.without_range:
-        shown = ", ".join(empty[:3]) + (f" and {len(empty) - 3} more" if len(empty) > 3 else "")
         raise ValueError(
-            f"every quantizer needs a range before export, but {shown} "
+            f"every quantizer needs a range before export, but {some(empty, 3)} "
             f"{'have' if len(empty) > 1 else 'has'} none; run sim.compute_encodings first"
         )
 
@@ -172,80 +153,3 @@ def _refuse(kind: str, options: Mapping[str, Any]) -> None:
             f"{', '.join(given)} cannot be used with {kind} sim; leave it out, or export a sim of "
             "the other kind"
         )
-
-
-class _TorchWriter:
-    """Writer of the files of a torch sim, beside scales and ledger.
-
-    :param dummy_input: input to trace the model with.
-    :param rounded: True to write weights at their quantized values, for transformers, as well.
-    :param options: options of the ONNX file.
-    """
-
-    def __init__(
-        self,
-        adaptor: SimAdaptor,
-        prefix: str,
-        dummy_input: Any,
-        tokenizer: Any,
-        rounded: bool,
-        options: Mapping[str, Any],
-    ) -> None:
-        self.adaptor, self.prefix, self.tokenizer = adaptor, prefix, tokenizer
-        self.rounded, self.options = rounded, options
-        quantizers = adaptor.sim.named_quantizers()
-        self.without_range = [name for name, one in quantizers if not one.is_initialized()]
-        self.inputs = positional_inputs(adaptor.model, dummy_input)
-        self.name_prefix = checkpoint_prefix(adaptor.model)
-
-    def write(self, folder: Path) -> dict[str, Any]:
-        """Write the files and return fields for the manifest."""
-        sim, model = self.adaptor.sim, self.adaptor.model
-        model.eval()
-        facts = write_model(folder, model, float_state(sim), self.tokenizer)
-        write_quantizers(folder, sim)
-        language_model = causal_lm(model)
-        config = getattr(language_model, "config", None)
-        settings = {
-            "create_sim": self.adaptor.settings if language_model is not None else None,
-            "attention": getattr(config, "_attn_implementation", None),
-            "dtype": str(getattr(language_model, "dtype", "")).removeprefix("torch."),
-        }
-        write_json(folder / SETTINGS, settings)
-        with float32_model(model):
-            file = write_onnx(sim, folder, self.prefix, self.inputs, **self.options)
-            checks = _check_onnx(file, self.adaptor, self.inputs)
-            if self.rounded:
-                write_model(folder / CHECKPOINT, model, rounded_state(sim), self.tokenizer)
-        names = {name: place.tensor for name, place in file.names.items()}
-        return {"model": facts, "checks": checks, "onnx_names": names}
-
-
-@torch.no_grad()
-def _check_onnx(file: OnnxFile, adaptor: SimAdaptor, inputs: Inputs) -> dict[str, Any]:
-    """Compare the ONNX file with the float model; results for the manifest.
-
-    :raises RuntimeError: the outputs differ.
-    """
-    weights = {name: w.float() for name, w in float_state(adaptor.sim).items() if w.dim() > 1}
-    checks: dict[str, Any] = {
-        "quantized_parameters_equal": len(file.names),
-        "weights_not_found_in_onnx": file.missing(weights),
-    }
-    try:
-        output = run_onnx(file.path, inputs)
-    except MissingExtraError:
-        return {**checks, "onnxruntime": "not installed"}
-    with adaptor.disabled_quantizers():
-        expected = adaptor.model(*inputs.args)
-    if not isinstance(expected, Tensor):
-        expected = expected[0]
-    deviation = float((output - expected.cpu()).abs().max() / expected.abs().max())
-    if not deviation <= _TOLERANCE:
-        raise RuntimeError(
-            f"{file.path.name} in onnxruntime must agree with the float model to {_TOLERANCE} of "
-            f"its largest output, but deviates by {deviation:.3g}"
-        )
-    checks["onnxruntime"] = metadata.version("onnxruntime")
-    checks["onnxruntime_relative_deviation"] = deviation
-    return checks

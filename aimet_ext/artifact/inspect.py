@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aimet_ext.artifact.checkpoint import read_quantizers
 from aimet_ext.files.encodings import load_encodings
-from aimet_ext.files.folders import MANIFEST, QUANTIZERS, read_manifest
+from aimet_ext.files.folders import MANIFEST, QUANTIZERS, of_parameter, read_manifest
 from aimet_ext.files.ledger import SCALES_FILE, load_scales
 
 __all__ = ["inspect_export"]
@@ -45,6 +44,8 @@ def inspect_export(path: str | Path) -> dict[str, Any]:
 
             quantizers = _onnx_quantizers(read_onnx_quantizers(folder)[1].quantizers)
         else:
+            from aimet_ext.artifact.checkpoint import read_quantizers
+
             quantizers = _torch_quantizers(read_quantizers(folder)[1].quantizers)
         summary["quantizers"] = _count(list(quantizers))
     summary["encodings"] = {
@@ -64,7 +65,7 @@ def _torch_quantizers(described: dict[str, dict[str, Any]]) -> Iterator[_Quantiz
             bits = (value["qmax"] - value["qmin"]).bit_length()
             kind = f"{'int' if value['qmin'] < 0 else 'uint'}{bits}"
         frozen = not any(state["overwrite"].values())
-        yield kind, ".param_quantizers." in name, frozen, state["initialized"]
+        yield kind, of_parameter(name), frozen, state["initialized"]
 
 
 def _onnx_quantizers(described: dict[str, dict[str, Any]]) -> Iterator[_Quantizer]:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from aimet_ext.artifact.checkpoint import load_state
 from aimet_ext.errors import CorruptFileError, require
 from aimet_ext.files.folders import SETTINGS, read_json, read_manifest
 from aimet_ext.files.ledger import Ledger
@@ -45,6 +44,8 @@ def load(path: str | Path, *, sim: Any = None) -> Any:
         sim = load_onnx(folder, manifest["prefix"], sim)
         adapt(sim).settings = settings.create_sim
     else:
+        from aimet_ext.artifact.checkpoint import load_state
+
         sim = _rebuild(folder, settings, manifest) if sim is None else sim
         load_state(folder, sim, manifest["model"]["tied"])
         sim.model.eval()

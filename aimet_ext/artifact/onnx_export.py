@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, Json
 from torch import Tensor
 
+from aimet_ext.errors import some
 from aimet_ext.files.encodings import entries, load_encodings
 from aimet_ext.files.folders import QUANTIZERS, SETTINGS, write_json
 from aimet_ext.files.tensors import read_sealed, write_sealed
@@ -72,8 +73,8 @@ class OnnxWriter:
         unfit = files.unfit_for_qdq(self.sim, self.wider) if qdq else []
         if unfit and not self.without_range:
             raise ValueError(
-                f"a QDQ model cannot hold {_some(unfit)}; give these tensors a width of 4, 8 or 16 "
-                "bits in float32, or leave the QDQ model out with qdq=False"
+                f"a QDQ model cannot hold {some(unfit, 5)}; give these tensors a width of 4, 8 or "
+                "16 bits in float32, or leave the QDQ model out with qdq=False"
             )
 
     def write(self, folder: Path) -> dict[str, Any]:
@@ -122,7 +123,7 @@ class OnnxWriter:
         if faults:
             raise RuntimeError(
                 f"{self.model_path.name} must hold the sim's weights, but these differ: "
-                f"{_some(faults)}"
+                f"{some(faults, 5)}"
             )
         self.checks["constants_equal"] = len(mine)
 
@@ -137,7 +138,7 @@ class OnnxWriter:
                 raise ValueError(
                     'bias="int32" needs a layer\'s input quantized to integers, as the scale of a '
                     "bias is that of the input times that of the weight; it cannot be had for "
-                    f'{_some(missing)}: quantize the inputs, or take bias="float"'
+                    f'{some(missing, 5)}: quantize the inputs, or take bias="float"'
                 )
             other = build_described(
                 onnx.load(str(self.model_path)), self.described, sample=self.sample
@@ -186,7 +187,7 @@ class OnnxWriter:
         faults = differences(self.sim, other, last_bit=last_bit)
         if faults:
             raise RuntimeError(
-                f"{name}, read back by AIMET, must quantize as the sim does, but {_some(faults)}"
+                f"{name}, read back by AIMET, must quantize as the sim does, but {some(faults, 5)}"
             )
         deviation = self._check_deviation(f"{name}, read back by AIMET,", run(other, self.sample))
         self.checks[f"{name}_relative_deviation"] = deviation
@@ -250,8 +251,3 @@ def _deviation(outputs: list[Any], expected: list[Any]) -> float:
     """Return the relative deviation of the float outputs."""
     floats = [i for i, two in enumerate(expected) if np.issubdtype(two.dtype, np.floating)]
     return deviation([outputs[i] for i in floats], [expected[i] for i in floats])
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

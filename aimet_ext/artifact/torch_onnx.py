@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,22 @@ from aimet_ext.data.batches import as_tensors, call_arguments, module_device
 from aimet_ext.files.encodings import Layout, entries, load_encodings, to_grid, to_version_1
 from aimet_ext.integrity.onnx_file import StoredGraph, hash_values
 from aimet_ext.onnx.session import open_session
+from aimet_ext.sim.protocol import SimAdaptor
+from aimet_ext.sim.torch.adaptor import TorchSim
+from aimet_ext.sim.torch.parameters import LayerParameter, quantized_parameters
 
-__all__ = ["Inputs", "OnnxFile", "float32_model", "positional_inputs", "run_onnx", "write_onnx"]
+__all__ = [
+    "Inputs",
+    "OnnxFile",
+    "check_output",
+    "float32_model",
+    "positional_inputs",
+    "run_onnx",
+    "write_onnx",
+]
+
+# Largest deviation of onnxruntime from the float model, relative to its largest logit.
+_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -103,48 +116,34 @@ def write_onnx(
 ) -> OnnxFile:
     """Write ``{prefix}.onnx`` and the encodings, both versions, and compare them with the sim.
 
-    AIMET's exporter writes the graph and encodings 2.0.0; 1.0.0 is derived from those. It rounds
-    the weights that it writes unless its own method for that is set aside, which is done here: the
-    file holds the float weights, and a reader that quantizes them gets the sim's values.
+    AIMET's exporter writes the graph and encodings 2.0.0; 1.0.0 is derived from those.
 
     :raises RuntimeError: a weight read back from the files is not quantized as in the sim.
     """
     path = folder / f"{prefix}.onnx"
     newer, older = folder / f"{prefix}.2.0.0.encodings", folder / f"{prefix}.encodings"
-    sim._apply_qdq_to_model_parameters = lambda model: contextlib.nullcontext()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.onnx and tracing, all about the past and future
-            sim.onnx.export(
-                inputs.args,
-                str(path),
-                encoding_version="2.0.0",
-                export_int32_bias=False,
-                input_names=list(inputs.names),
-                output_names=list(output_names),
-                dynamic_axes=dict(dynamic_axes) if dynamic_axes else None,
-                opset_version=opset_version,
-                dynamo=False,
-            )
-    finally:
-        del sim._apply_qdq_to_model_parameters
+    adaptor = TorchSim(sim)
+    adaptor.write_graph(
+        path,
+        inputs.args,
+        input_names=list(inputs.names),
+        output_names=list(output_names),
+        opset_version=opset_version,
+        dynamic_axes=dict(dynamic_axes) if dynamic_axes else None,
+    )
     older.rename(newer)
 
     file = OnnxFile(path)
     document = load_encodings(newer)
-    places = file.find(_quantized_parameters(sim), entries(document))
+    parameters = quantized_parameters(sim)
+    places = file.find(parameters, entries(document))
     shapes = {name: file.shape(name) for name in entries(document)}
     constants = {name: Layout(shape, 0) for name, shape in shapes.items() if shape is not None}
     constants.update({place.tensor: place.layout for place in places.values()})
-    converted = to_version_1(
-        document,
-        constants,
-        excluded_layers=sim._excluded_layer_names,
-        quantizer_args=sim.quant_args,
-    )
+    converted = to_version_1(document, constants, **adaptor.encoding_settings())
     older.write_text(json.dumps(converted, indent=2), encoding="utf-8")
     for written in (newer, older):
-        file.compare(_quantized_parameters(sim), places, written)
+        file.compare(parameters, places, written)
     return file
 
 
@@ -165,13 +164,13 @@ class OnnxFile(StoredGraph):
         return torch.from_numpy(value.copy())
 
     def find(
-        self, parameters: Mapping[str, tuple[Tensor, Any]], encoded: Mapping[str, Any]
+        self, parameters: Mapping[str, LayerParameter], encoded: Mapping[str, Any]
     ) -> dict[str, Place]:
         """Find each quantized parameter: by its values, then by its encoding, then by name.
 
         The exporter transposes and renames the weights of linear layers and merges equal ones.
 
-        :param parameters: ``(values, AIMET's quantizer)`` by name.
+        :param parameters: Quantized parameters by name.
         :param encoded: encodings 2.0.0 by tensor name.
         :raises RuntimeError: one of them is not there, or not with the encoding of its quantizer.
         """
@@ -183,17 +182,18 @@ class OnnxFile(StoredGraph):
             if alias not in self.constants:
                 aliases.setdefault(self.index.source(alias), []).append(alias)
         faults = []
-        for name, (value, quantizer) in parameters.items():
+        for name, parameter in parameters.items():
+            value = parameter.value.detach().cpu()
             turned = [(False, value), (True, value.T)] if value.dim() == 2 else [(False, value)]
             places = [
-                Place(tensor, transposed, _layout(value, quantizer, transposed))
+                Place(tensor, transposed, parameter.layout(transposed=transposed))
                 for transposed, values in turned
                 for source in named.get(_hash(values), [])
                 for tensor in (source, *aliases.get(source, []))
                 if tensor in encoded
             ]
             places.sort(key=lambda place: not place.tensor.startswith(name))
-            expected = _quantized(quantizer, value)
+            expected = parameter.rounded().cpu()
             for place in places:
                 if self._difference(place, encoded, expected) == 0:
                     self.names[name] = place
@@ -209,7 +209,7 @@ class OnnxFile(StoredGraph):
 
     def compare(
         self,
-        parameters: Mapping[str, tuple[Tensor, Any]],
+        parameters: Mapping[str, LayerParameter],
         places: Mapping[str, Place],
         encodings: Path,
     ) -> None:
@@ -220,8 +220,7 @@ class OnnxFile(StoredGraph):
         encoded = entries(load_encodings(encodings))
         faults = []
         for name, place in places.items():
-            value, quantizer = parameters[name]
-            difference = self._difference(place, encoded, _quantized(quantizer, value))
+            difference = self._difference(place, encoded, parameters[name].rounded().cpu())
             if difference:
                 faults.append(f"{name} by {difference:.3g}")
         if faults:
@@ -247,42 +246,37 @@ class OnnxFile(StoredGraph):
         return float((quantized - expected).abs().max())
 
 
-def run_onnx(path: Path, inputs: Inputs) -> Tensor:
-    """Return the first output of an ONNX file in onnxruntime on the CPU."""
+def run_onnx(path: Path, inputs: Inputs, further: Mapping[str, Tensor] | None = None) -> Tensor:
+    """Return the first output of an ONNX file in onnxruntime on the CPU.
+
+    :param further: Inputs by name beside those of the model.
+    """
     session = open_session(path)
     wanted = {value.name for value in session.get_inputs()}
-    feed = {name: t.cpu().numpy() for name, t in inputs.tensors.items() if name in wanted}
+    given = {name: tensor for name, tensor in inputs.tensors.items() if name in wanted}
+    feed = {name: t.cpu().numpy() for name, t in {**given, **(further or {})}.items()}
     return torch.from_numpy(session.run(None, feed)[0])
 
 
-def _quantized_parameters(sim: Any) -> dict[str, tuple[Tensor, Any]]:
-    return {
-        f"{name}.{key}".lstrip("."): (getattr(module, key).detach().cpu(), quantizer)
-        for name, module in sim.named_qmodules()
-        for key, quantizer in module.param_quantizers.items()
-        if quantizer is not None
-    }
+def check_output(adaptor: SimAdaptor, inputs: Inputs, output: Tensor, who: str) -> float:
+    """Return the deviation of an ONNX file's output from the float model's.
 
-
-@torch.no_grad()
-def _quantized(quantizer: Any, value: Tensor) -> Tensor:
-    """Return a parameter as AIMET's quantizer rounds it."""
-    device = next((p.device for p in quantizer.parameters()), value.device)
-    return quantizer(value.to(device)).as_subclass(Tensor).cpu()
-
-
-def _layout(value: Tensor, quantizer: Any, transposed: bool) -> Layout:
-    """Return the layout of a parameter in the file, from its quantizer's shape."""
-    cells = (1,) * (value.dim() - len(quantizer.shape)) + tuple(quantizer.shape)
-    axis = next((i for i, n in enumerate(cells) if n > 1 and n == value.shape[i]), 0)
-    grouping = getattr(quantizer, "block_grouping", None) or (1,) * len(quantizer.shape)
-    scale_bits = None
-    if any(n > 1 and group in (-1, n) for n, group in zip(quantizer.shape, grouping, strict=True)):
-        scale_bits = quantizer.decompressed_bw - quantizer.bitwidth  # LPBQ, a group a channel
-    shape = tuple(value.shape)
-    if transposed:
-        shape, axis = shape[::-1], 1 - axis
-    return Layout(shape, axis, scale_bits)
+    :param who: Name of what made the output, for the message.
+    :returns: the largest difference relative to the model's largest output.
+    :raises RuntimeError: it is too large.
+    """
+    with adaptor.disabled_quantizers():
+        expected = adaptor.model(*inputs.args)
+    if not isinstance(expected, Tensor):
+        expected = expected[0]
+    expected = expected.as_subclass(Tensor).cpu()
+    deviation = float((output - expected).abs().max() / expected.abs().max())
+    if not deviation <= _TOLERANCE:
+        raise RuntimeError(
+            f"{who} must agree with the float model to {_TOLERANCE} of its largest output, "
+            f"but deviates by {deviation:.3g}"
+        )
+    return deviation
 
 
 def _hash(tensor: Tensor) -> str:

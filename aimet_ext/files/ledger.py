@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 from safetensors.torch import save
 from torch import Tensor
 
+from aimet_ext.errors import some
 from aimet_ext.files.folders import LEDGER, replace_file, versions
 from aimet_ext.files.tensors import read_sealed, write_sealed
 
@@ -121,13 +122,13 @@ class Ledger:
                 continue
             if run.technique == technique:
                 raise ValueError(
-                    f"{technique} was already applied to {_some(common)}; a technique is applied "
+                    f"{technique} was already applied to {some(common, 3)}; a technique is applied "
                     "once: start again from a new sim"
                 )
             if run.rounds:
                 raise ValueError(
                     f"{technique} needs float weights, but {run.technique} already rounded those "
-                    f"of {_some(common)}; apply {technique} first, on a new sim"
+                    f"of {some(common, 3)}; apply {technique} first, on a new sim"
                 )
 
     def log_run(
@@ -401,8 +402,3 @@ def aimet_tensors(cumulative: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             tensors[f"{module}.foll"] = vector
     return tensors
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -30,8 +30,8 @@ __all__ = [
 class PaddingPlan:
     """MLPs to be widened.
 
-    :param blocks: all decoder blocks.
-    :param multiple: what the inner width of each becomes a multiple of.
+    :param blocks: All decoder blocks.
+    :param multiple: Number of which each inner width becomes a multiple.
     """
 
     blocks: tuple[BlockTopology, ...]
@@ -39,7 +39,7 @@ class PaddingPlan:
 
 
 def fits(name: str, pattern: str, model: nn.Module) -> bool:
-    """Whether a layer's name fits a pattern, in the model or in the checkpoint it came from."""
+    """Return True if a layer's name in the model or in its checkpoint fits a pattern."""
     return fnmatchcase(name, pattern) or fnmatchcase(original_name(name, model), pattern)
 
 
@@ -53,7 +53,7 @@ def plan_weights(
 ) -> WeightPlan:
     """Give each linear layer, convolution and embedding of a model its spec.
 
-    :param overrides: specs by pattern, matched with names of the model and of its checkpoint; the
+    :param overrides: Specs by pattern, matched with names of the model and of its checkpoint; the
         first one that fits counts.
     :raises ValueError: a pattern that fits nothing, a block size that does not divide a layer
         whose spec says ``on_indivisible="error"``, or two specs for one shared weight.
@@ -84,7 +84,7 @@ def plan_padding(
 ) -> PaddingPlan:
     """Check that MLPs can be padded so that the block sizes of a plan divide their inner widths.
 
-    :param block_sizes: of layers outside the plan, by name.
+    :param block_sizes: Block sizes of layers outside the plan, by name.
     :raises ValueError: a layer to be padded is not what leads out of an MLP.
     :raises TypeError: a layer of an MLP is no linear layer.
     """
@@ -126,7 +126,7 @@ def pad_mlps(model: nn.Module, plan: WeightPlan) -> dict[str, int]:
 def record_inner_width(model: nn.Module, widths: Mapping[str, int]) -> None:
     """Say in the config of a language model how wide its MLPs are, if all are alike.
 
-    :param widths: inner width by name of block.
+    :param widths: Inner width by name of block.
     """
     language_model = causal_lm(model)
     if language_model is not None and len(set(widths.values())) == 1:

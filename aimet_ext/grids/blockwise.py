@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 
 from aimet_ext.config import LPBQ, Blockwise, OnIndivisible, QSpec
-from aimet_ext.grids.fitting import WeightPlan, fit_blocks, some
+from aimet_ext.errors import some
+from aimet_ext.grids.fitting import WeightPlan, fit_blocks
 from aimet_ext.grids.patterns import Layers, LayerTable, select_specs
 from aimet_ext.sim.protocol import SimAdaptor, adapt
 from aimet_ext.techniques.call import accepts_aimet_arguments
@@ -29,14 +30,14 @@ _TABLES = {
 
 @dataclass(frozen=True, kw_only=True)
 class GridReport:
-    """What :func:`set_lpbq` or :func:`set_blockwise` did; ``print`` shows a table.
+    """Result of :func:`set_lpbq` or :func:`set_blockwise`; ``print`` shows a table.
 
-    :param specs: the grid each layer has now, by name; None for a weight that is float now.
-    :param per_channel_instead: layers whose width the block size does not divide, and which are
+    :param specs: Grid that each layer has now, by name; None for a weight that is float now.
+    :param per_channel_instead: Layers whose width the block size does not divide, and which are
         quantized per channel instead.
-    :param padded: new inner width of each MLP by name of block, if any was padded.
-    :param untouched: layers with a quantized weight that were left as they are.
-    :param search: of :func:`apply_lpbq`, what the search of scales did; None without data.
+    :param padded: New inner width of each MLP by name of block, if any was padded.
+    :param untouched: Layers with a quantized weight that were left as they are.
+    :param search: Report of the search for scales by :func:`apply_lpbq`; None without data.
     """
 
     specs: dict[str, QSpec | None]
@@ -105,10 +106,10 @@ def set_lpbq(
 
     :param sim: ``aimet_torch.QuantizationSimModel``, from ``create_sim`` or built by hand, or
         ``aimet_onnx.QuantizationSimModel``.
-    :param block_size: input channels of a block.
-    :param bitwidth: of a quantized weight.
-    :param scale_bits: of the integer scales.
-    :param layers: which layers, among those whose weight is quantized today; one of these or a
+    :param block_size: Input channels of a block.
+    :param bitwidth: Bits of a quantized weight.
+    :param scale_bits: Bits of the integer scales.
+    :param layers: Layers to change, among those whose weight is quantized today; one of these or a
         list of them: a name or pattern (in the model or in the checkpoint it came from); a module
         of ``sim.model``; a type of module; a function that takes a module and returns a bool; in
         an ONNX simulation a type of node such as ``"Gemm"`` (AIMET's name ``op_types`` is
@@ -117,11 +118,11 @@ def set_lpbq(
         the layer's own name, as ``"lm_head"`` does; types and functions mean all that they fit, as
         in AIMET. The output layer of an ONNX model with an embedding is what makes ``"logits"``,
         or its first output if none is called so.
-    :param modules_to_exclude: names, patterns or modules to leave as they are, with all in them
+    :param modules_to_exclude: Names, patterns or modules to leave as they are, with all in them
         (AIMET's name ``nodes_to_exclude`` is understood).
-    :param overrides: other specs by pattern, for any layer with a weight, also one that ``layers``
+    :param overrides: Other specs by pattern, for any layer with a weight, also one that ``layers``
         leaves out; None leaves the weight float. Of several that fit, the first one counts.
-    :param on_indivisible: what to do with a layer whose width ``block_size`` does not divide:
+    :param on_indivisible: Treatment of a layer whose width ``block_size`` does not divide:
         ``"error"``, ``"per_channel"``, or ``"pad"``, which widens the MLPs of all blocks, in place,
         by zeros, so that the model computes what it did; only MLPs of PyTorch models can be
         widened. Parameters of padded layers are new objects: build optimizers afterwards.
@@ -144,7 +145,7 @@ def set_lpbq(
 def lpbq_spec(
     block_size: int, bitwidth: int, scale_bits: int, on_indivisible: OnIndivisible
 ) -> QSpec:
-    """The spec that :func:`set_lpbq` gives layers."""
+    """Return the spec that :func:`set_lpbq` gives layers."""
     return QSpec(
         bitwidth=bitwidth,
         granularity=LPBQ(block_size=block_size, scale_bits=scale_bits),
@@ -170,7 +171,7 @@ def set_blockwise(
     ``set_blockwise_quantization_for_weights(sim, arg, bitwidth, symmetric, block_size)`` of AIMET
     does, and sets the ranges.
 
-    :param symmetric: signed and symmetric grids if true, else unsigned ones with an offset.
+    :param symmetric: Signed and symmetric grids if true, else unsigned ones with an offset.
     :returns: what was done.
     :raises TypeError: see :func:`set_lpbq`.
     :raises ValueError: see :func:`set_lpbq`.
@@ -199,7 +200,7 @@ def set_grids(
 ) -> GridReport:
     """Give layers their grids; all is checked before anything changes.
 
-    :param undo: gets what puts the simulation back as it was.
+    :param undo: Stack that gets the calls which put the simulation back as it was.
     """
     adaptor = adapt(sim)
     table = _table(adaptor)
@@ -225,7 +226,7 @@ def set_grids(
 
 
 def _table(adaptor: SimAdaptor) -> LayerTable:
-    """The layers of a simulation of either kind."""
+    """Return the layers of a simulation of either kind."""
     module, cls = _TABLES[adaptor.framework]
     table: LayerTable = getattr(importlib.import_module(module), cls)(adaptor)
     return table
@@ -257,7 +258,7 @@ def _updated(
     plan: WeightPlan,
     padded: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Settings with which ``create_sim`` builds the simulation as it is now."""
+    """Return the settings with which ``create_sim`` builds the simulation as it is now."""
     settings = table.adaptor.settings or {}
     new = {name: None if spec is None else spec.to_dict() for name, spec in specs.items()}
     old = {name: spec for name, spec in settings["overrides"].items() if name not in new}

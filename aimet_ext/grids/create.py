@@ -39,28 +39,29 @@ def create_sim(
     overrides: Mapping[str, QSpec | None] | None = None,
     config_file: str | Path | Mapping[str, Any] | None = None,
 ) -> QuantizationSimModel:
-    """An AIMET ``QuantizationSimModel`` of a causal LM, with the settings of an edge LLM.
+    """Build a ``QuantizationSimModel`` of a causal LM, with the settings of an edge LLM.
 
     The model is copied, in its own dtype; the original is not touched. Weights have ranges at the
     end (those of plain rounding), activations have none: run ``sim.compute_encodings`` for them,
     after the techniques of this package.
 
-    :param model: causal LM of transformers, what :func:`prepare_model` made of one, or a module of
+    :param model: Causal LM of transformers, what :func:`prepare_model` made of one, or a module of
         your own that returns logits and can be traced. The first is prepared here; where
         activations are quantized, with a ``mask_value`` of -100, which their grids can hold.
-    :param sample_input_ids: ids ``[batch, seq]`` to trace with; also a mapping with ``input_ids``,
+    :param sample_input_ids: Ids ``[batch, seq]`` to trace with; also a mapping with ``input_ids``,
         or a tuple of the arguments that a module of your own takes.
-    :param weights: of linear layers and convolutions inside the blocks; None leaves them float.
-    :param lm_head: of the output layer.
-    :param embedding: of the token embedding, one row a channel. Where it shares its weight with
-        the output layer both need the same spec, and they share the quantizer too. ``"auto"`` is
-        the spec of the output layer there, and else one scale for the tensor in as many bits: what
-        lookups of NPUs take, and ``aimet_onnx`` too, which loads no encoding by rows for one.
-    :param activations: bits (asymmetric) or spec of all inputs and outputs. None leaves them and
+    :param weights: Spec of linear layers and convolutions inside the blocks; None leaves them
+        float.
+    :param lm_head: Spec of the output layer.
+    :param embedding: Spec of the token embedding, a row is a channel. Where it shares its weight
+        with the output layer both need the same spec, and they share the quantizer too. ``"auto"``
+        is the spec of the output layer there, and else one scale for the tensor in as many bits:
+        what lookups of NPUs take, and ``aimet_onnx`` too, which loads no encoding by rows for one.
+    :param activations: Bits (asymmetric) or spec of all inputs and outputs. None leaves them and
         the gains of norms float; otherwise gains have 16 bits.
-    :param overrides: specs for the layers whose name, in the checkpoint or in the model, fits a
+    :param overrides: Specs for the layers whose name, in the checkpoint or in the model, fits a
         pattern like ``"model.layers.0.*"``; of several that fit, the first one counts.
-    :param config_file: alias, path or content of AIMET's configuration, which says what tensors
+    :param config_file: Alias, path or content of AIMET's configuration, which says what tensors
         are quantized at all. None is ``"htp_v79"``: what the NPU of a phone computes.
     :returns: the simulation. ``sim.aimet_ext_settings`` holds these settings as JSON values.
     :raises TypeError: no causal LM, or a sample that holds no ids.
@@ -103,7 +104,7 @@ def create_sim(
 
 
 def _embedding(module: nn.Module, lm_head: QSpec | None) -> QSpec | None:
-    """Spec of an embedding that was left to us."""
+    """Return the spec of an embedding for ``embedding="auto"``."""
     language_model = causal_lm(module)
     if language_model is not None:
         output = language_model.get_output_embeddings()
@@ -115,7 +116,7 @@ def _embedding(module: nn.Module, lm_head: QSpec | None) -> QSpec | None:
 
 
 def arguments_from_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of :func:`create_sim` that build the same simulation again.
+    """Return the keyword arguments of :func:`create_sim` that build the same simulation again.
 
     :param settings: ``sim.aimet_ext_settings``, or the same read back from a file.
     """
@@ -136,7 +137,7 @@ def _spec(plain: Mapping[str, Any] | None) -> QSpec | None:
 
 
 def _config(config: str | Path | Mapping[str, Any] | None) -> str | dict[str, Any]:
-    """AIMET's alias, or the content of a configuration, so that no path is left to depend on."""
+    """Return AIMET's alias, or the content of a configuration file."""
     if config is None:
         return _CONFIG
     if isinstance(config, Mapping):

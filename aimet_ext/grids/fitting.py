@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from aimet_ext.config import PerChannel, QSpec
 
-__all__ = ["LAYERS", "WeightPlan", "fit_blocks", "some"]
+__all__ = ["LAYERS", "WeightPlan", "fit_blocks"]
 
 #: Layers whose weight ``[out, in, …]`` can be cut into blocks along dimension 1.
 LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -20,10 +20,10 @@ LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class WeightPlan:
     """A grid for every layer.
 
-    :param specs: by name of module, None for a weight that stays float.
-    :param per_channel_instead: layers whose width their block size does not divide, and which are
+    :param specs: Specs by name of module, None for a weight that stays float.
+    :param per_channel_instead: Layers whose width their block size does not divide, and which are
         quantized per channel instead.
-    :param pad: layers whose width must be padded first.
+    :param pad: Layers whose width must be padded first.
     """
 
     specs: dict[str, QSpec | None]
@@ -34,7 +34,7 @@ class WeightPlan:
 def fit_blocks(layers: Mapping[str, Any], specs: Mapping[str, QSpec | None]) -> WeightPlan:
     """Decide what becomes of layers whose width a block size does not divide.
 
-    :param layers: by name, each with a ``weight`` ``[out, in, …]``.
+    :param layers: Layers by name, each with a ``weight`` ``[out, in, …]``.
     :raises ValueError: there are such layers, and their spec says ``on_indivisible="error"``.
     """
     fitted, instead, pad, problems = dict(specs), [], [], []
@@ -57,8 +57,3 @@ def fit_blocks(layers: Mapping[str, Any], specs: Mapping[str, QSpec | None]) -> 
             'choose another, or on_indivisible="per_channel" or "pad"'
         )
     return WeightPlan(fitted, tuple(instead), tuple(pad))
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

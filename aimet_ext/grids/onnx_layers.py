@@ -9,10 +9,12 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from aimet_ext.grids.fitting import WeightPlan, some
+from aimet_ext.errors import some
+from aimet_ext.grids.fitting import WeightPlan
 from aimet_ext.grids.patterns import LayerTable
 from aimet_ext.sim.onnx.grids import (
     body_names,
+    is_frozen,
     is_fused,
     parameter_quantizers,
     put_grids,
@@ -69,7 +71,6 @@ class OnnxTable(LayerTable):
         return found
 
     def matching(self, pattern: str) -> list[str]:
-        """Return the layers that fit a pattern under any of their names."""
         return [
             name
             for name, aliases in self.aliases.items()
@@ -105,7 +106,6 @@ class OnnxTable(LayerTable):
         return types
 
     def excluded(self, pattern: str) -> set[str] | None:
-        """Return the layers that fit a pattern, or are in what does; None if nothing does."""
         found = {
             name
             for name, aliases in self.aliases.items()
@@ -118,29 +118,23 @@ class OnnxTable(LayerTable):
         return fitting or None
 
     def is_name(self, pattern: str, name: str) -> bool:
-        """Return True if a pattern is one of the names of a layer."""
         return pattern in self.aliases[name]
 
     def ends_with_name(self, pattern: str, name: str) -> bool:
-        """Return True if a pattern ends with the last part of a layer's name, types left out."""
         ends = {re.split(r"[/.]", _SUFFIX.sub("", alias))[-1] for alias in self.aliases[name]}
         return _SUFFIX.sub("", pattern).endswith(tuple(end for end in ends if end))
 
     def is_frozen(self, name: str) -> bool:
-        """Return True if an earlier technique froze the range of a layer's weight."""
-        quantizer = self.quantizers[name]
-        return quantizer is not None and quantizer.is_encoding_frozen()
+        return is_frozen(self.quantizers[name])
 
     @cached_property
     def left_out(self) -> set[str]:
-        """Names of embeddings and of the output layer of a language model."""
         embeddings = {name for name, layer in self.found.items() if layer.kind == "embedding"}
         if embeddings or "inputs_embeds" in self.graph.inputs:
             return embeddings | output_layers(self.graph, self.found)
         return embeddings
 
     def example(self) -> str:
-        """Return an example of a name."""
         return repr(next(iter(self.found), ""))
 
     def apply(self, plan: WeightPlan, undo: ExitStack) -> dict[str, int]:

@@ -24,8 +24,8 @@ Layers: TypeAlias = _Layer | Iterable[_Layer]
 class LayerTable(ABC):
     """The layers of a simulation, and how their weights get other grids.
 
-    :param adaptor: the simulation.
-    :param quantizers: the weight quantizer, of any type, of each layer of AIMET's that has a
+    :param adaptor: Adaptor of the simulation.
+    :param quantizers: Weight quantizer, of any type, of each layer of AIMET's that has a
         weight; None where the weight is float.
     """
 
@@ -60,35 +60,35 @@ class LayerTable(ABC):
         }
 
     def inside(self, module: nn.Module) -> set[str]:
-        """Names of a module and of all inside it."""
+        """Return the names of a module and of all inside it."""
         return {self.names[id(inner)] for inner in module.modules()}
 
     @abstractmethod
     def matching(self, pattern: str) -> list[str]:
-        """Names of the layers that fit a pattern under any of their names."""
+        """Return the names of the layers that fit a pattern under any of their names."""
 
     @abstractmethod
     def of_type(self, word: str, excluded: Collection[str]) -> list[str] | None:
-        """Names of the quantized layers of the type that a word stands for, None if for none.
+        """Return the quantized layers of the type that a word stands for, None if it is no type.
 
-        :param excluded: names of layers that are not meant anyway.
+        :param excluded: Names of layers that are not meant anyway.
         """
 
     @abstractmethod
     def excluded(self, pattern: str) -> set[str] | None:
-        """Names of what fits a pattern and of all in it, None if nothing does."""
+        """Return the names of what fits a pattern and of all in it, None if nothing does."""
 
     @abstractmethod
     def is_name(self, pattern: str, name: str) -> bool:
-        """Whether a pattern is one of the names of a layer."""
+        """Return True if a pattern is one of the names of a layer."""
 
     @abstractmethod
     def ends_with_name(self, pattern: str, name: str) -> bool:
-        """Whether a pattern ends with the layer's own name, without that of what it is in."""
+        """Return True if a pattern ends with the last part of a layer's name."""
 
     @abstractmethod
     def is_frozen(self, name: str) -> bool:
-        """Whether an earlier technique froze the range of a layer's weight."""
+        """Return True if an earlier technique froze the range of a layer's weight."""
 
     @property
     @abstractmethod
@@ -97,13 +97,13 @@ class LayerTable(ABC):
 
     @abstractmethod
     def example(self) -> str:
-        """What names look like."""
+        """Return an example of a name, for messages."""
 
     @abstractmethod
     def apply(self, plan: WeightPlan, undo: ExitStack) -> dict[str, int]:
         """Give each layer of a plan its quantizer, with a range, tied weights the same one.
 
-        :param undo: gets what puts everything back.
+        :param undo: Stack that gets the calls which put everything back.
         :returns: new inner width of each MLP that was padded, by name of block.
         """
 
@@ -116,10 +116,10 @@ def select_specs(
     modules_to_exclude: str | nn.Module | Iterable[str | nn.Module],
     overrides: Mapping[str, QSpec | None],
 ) -> dict[str, QSpec | None]:
-    """The spec of every layer that is to change, tied ones included; nothing is changed.
+    """Return the spec of every layer that is to change, tied ones included; nothing is changed.
 
-    :param spec: of the layers selected.
-    :param overrides: specs by pattern; the first one that fits counts.
+    :param spec: Spec of the layers selected.
+    :param overrides: Specs by pattern; the first one that fits counts.
     :raises TypeError: an argument is of another type.
     :raises ValueError: a pattern, name, type, module or condition that selects nothing, a module
         that can have no such grid, or two specs for one weight.
@@ -149,7 +149,7 @@ def select_specs(
 
 
 def _excluded(table: LayerTable, entries: Any) -> set[str]:
-    """Names of the modules excluded and of all inside them."""
+    """Return the names of the modules excluded and of all inside them."""
     if isinstance(entries, str | nn.Module):
         entries = (entries,)
     excluded: set[str] = set()

@@ -26,6 +26,7 @@ from aimet_ext.files.folders import (
     SETTINGS,
     WEIGHTS,
     hash_file,
+    parameter_quantizer,
     replace_file,
 )
 from aimet_ext.files.ledger import AIMET_FILE, SCALES_FILE
@@ -33,7 +34,7 @@ from aimet_ext.files.tensors import read_sealed
 from aimet_ext.integrity.grids import GridIndex, encoded_cells, torch_cells
 from aimet_ext.integrity.onnx_file import StoredGraph, hash_values
 
-__all__ = ["ExportContents", "Stored", "parameter_quantizer", "read_record", "write_fingerprints"]
+__all__ = ["ExportContents", "Stored", "read_record", "write_fingerprints"]
 
 _SCHEMA = "aimet_ext.fingerprints/1"
 _T = TypeVar("_T")
@@ -182,12 +183,6 @@ def read_record(folder: Path) -> Mapping[str, Hashes] | None:
         return _Record.model_validate(json.loads(path.read_text(encoding="utf-8"))).items
     except ValueError as error:
         raise CorruptFileError(f"{path.name} is damaged: {error}") from error
-
-
-def parameter_quantizer(parameter: str) -> str:
-    """Return the name of the quantizer of a PyTorch sim's parameter."""
-    layer, _, key = parameter.rpartition(".")
-    return f"{layer}.param_quantizers.{key}".lstrip(".")
 
 
 def _constants(graph: StoredGraph, weights: Stored) -> dict[str, str]:

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from aimet_ext.files.folders import QUANTIZERS
-from aimet_ext.integrity.description import parameter_quantizer
+from aimet_ext.files.folders import QUANTIZERS, parameter_quantizer
 from aimet_ext.integrity.grids import Cells, encoded_cells, onnx_cells, torch_cells
 
 if TYPE_CHECKING:

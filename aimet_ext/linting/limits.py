@@ -1,4 +1,4 @@
-"""What each architecture of the HTP computes as a simulation does, as data.
+"""Limits within which each architecture of the HTP computes as a simulation does.
 
 All of it was measured in Qualcomm's own simulation of the HTP, on graphs of one layer: what the
 compiler refuses, and what it takes and computes wrongly.
@@ -16,17 +16,17 @@ MASK_LIMIT = -1e4
 
 @dataclass(frozen=True, kw_only=True)
 class HtpLimits:
-    """What one architecture takes.
+    """Limits of one architecture.
 
-    :param arch: its version.
-    :param widths: bits of weights and of activations that a layer can have together.
-    :param lpbq: bits of weights and of their integer scales.
-    :param block_multiple: an LPBQ block is a multiple of it.
-    :param small_block: a block below that, for input widths that are a multiple of it; None: none.
-    :param lpbq_conv: whether convolutions can be LPBQ.
-    :param wide_operands: whether the second operand of a product of two activations can have 16
+    :param arch: Version.
+    :param widths: Bits of weights and of activations that a layer can have together.
+    :param lpbq: Bits of weights and of their integer scales.
+    :param block_multiple: Number that divides every LPBQ block.
+    :param small_block: A block below that, for input widths that are a multiple of it; None: none.
+    :param lpbq_conv: True if convolutions can be LPBQ.
+    :param wide_operands: True if the second operand of a product of two activations can have 16
         bits; else it is rounded to 8.
-    :param float16: whether there is arithmetic in floating point.
+    :param float16: True if there is arithmetic in floating point.
     """
 
     arch: int
@@ -39,10 +39,10 @@ class HtpLimits:
     float16: bool = True
 
     def takes_block(self, block: int, width: int, *, conv: bool = False) -> bool:
-        """Whether LPBQ blocks of so many input channels are computed right.
+        """Return True if LPBQ blocks of so many input channels are computed right.
 
-        :param width: input channels of the layer; one block that is all of them is a channel.
-        :param conv: the layer is a convolution, which takes smaller ones.
+        :param width: Input channels of the layer; one block that is all of them is a channel.
+        :param conv: True for a convolution, which takes smaller ones.
         """
         if block == width or conv:
             return block % 8 == 0
@@ -51,7 +51,7 @@ class HtpLimits:
         return block % self.block_multiple == 0
 
     def blocks(self, width: int, *, conv: bool = False) -> list[int]:
-        """Usual block sizes that a layer of that input width can have, small ones first."""
+        """Return the usual block sizes for a layer of that input width, small ones first."""
         sizes = (size for size in (8, 16, 32, 64, 128, 256) if width % size == 0)
         return [size for size in sizes if self.takes_block(size, width, conv=conv)]
 

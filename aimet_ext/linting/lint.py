@@ -22,7 +22,7 @@ _TABLE_WIDTHS: dict[str, set[int]] = {"embedding": {8, 16}, "linear": set(), "co
 
 
 def lint(sim: Any, target: str | HtpTarget = "htp_v79") -> list[Finding]:
-    """What of a simulation a chip's HTP does not compute as the simulation does.
+    """Find what a chip's HTP does not compute as the simulation does.
 
     Nothing is run, compiled or changed: looked at are widths of weights and activations, grids,
     block sizes, biases beside LPBQ, lookup tables, ranges that are fixed, absent or ruined by a
@@ -31,7 +31,7 @@ def lint(sim: Any, target: str | HtpTarget = "htp_v79") -> list[Finding]:
 
     :param sim: ``aimet_torch.QuantizationSimModel`` or ``aimet_onnx.QuantizationSimModel``, best
         after ``sim.compute_encodings``.
-    :param target: architecture (``"htp_v75"``) or chip (``"sm8650"``).
+    :param target: Architecture (``"htp_v75"``) or chip (``"sm8650"``).
     :returns: the findings, each with what to do about it; none if there is nothing.
     :raises ValueError: the target is not known.
     :raises TypeError: ``sim`` is no simulation.
@@ -46,11 +46,11 @@ def lint(sim: Any, target: str | HtpTarget = "htp_v79") -> list[Finding]:
 
 @dataclass(frozen=True)
 class _LayerRule:
-    """What must not be said of a layer.
+    """A rule of single layers.
 
-    :param check: name of the rule.
-    :param fault: what is wrong with a layer, None if nothing is.
-    :param remedy: what to do, of the same layer.
+    :param check: Name of the rule.
+    :param fault: Function that returns the fault of a layer, None if it has none.
+    :param remedy: Function that returns the remedy for the same layer.
     """
 
     check: str
@@ -225,7 +225,7 @@ _LAYER_RULES = (
 
 
 def _layers(facts: SimFacts, limits: HtpLimits) -> Iterator[Finding]:
-    """The rules of single layers; where all activations are float that is said once instead."""
+    """Check single layers; where all activations are float that is one finding."""
     for layer in facts.layers:
         for rule in _LAYER_RULES:
             if rule.check == "float activation" and not facts.activations:
@@ -236,7 +236,7 @@ def _layers(facts: SimFacts, limits: HtpLimits) -> Iterator[Finding]:
 
 
 def _activations(facts: SimFacts, limits: HtpLimits) -> Iterator[Finding]:
-    """Widths that there are, and ranges that there have to be."""
+    """Check the widths of activations, and that there are integer ones."""
     if not facts.activations:
         yield Finding(
             "float activation",

@@ -14,21 +14,12 @@ if TYPE_CHECKING:
     from aimet_ext.lora.sim import base_hash, create_sim, switch
 
 _HOMES = {
-    "Adapter": "aimet_ext.lora.adapter",
-    "LoraReport": "aimet_ext.lora.calibrate",
-    "attach_adapter": "aimet_ext.lora.adapter",
-    "bake_adapter": "aimet_ext.lora.baked",
-    "base_hash": "aimet_ext.lora.sim",
-    "create_sim": "aimet_ext.lora.sim",
-    "export": "aimet_ext.lora.files",
-    "fold_adapter": "aimet_ext.lora.fold",
-    "fold_adapters": "aimet_ext.lora.fold",
-    "load": "aimet_ext.lora.files",
-    "quantize": "aimet_ext.lora.calibrate",
-    "read_adapter": "aimet_ext.lora.adapter",
-    "read_adapters": "aimet_ext.lora.adapter",
-    "shared_graph": "aimet_ext.lora.baked",
-    "switch": "aimet_ext.lora.sim",
+    "adapter": ("Adapter", "attach_adapter", "read_adapter", "read_adapters"),
+    "baked": ("bake_adapter", "shared_graph"),
+    "calibrate": ("LoraReport", "quantize"),
+    "files": ("export", "load"),
+    "fold": ("fold_adapter", "fold_adapters"),
+    "sim": ("base_hash", "create_sim", "switch"),
 }
 
 __all__ = [
@@ -52,13 +43,14 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its module, once."""
-    if name not in _HOMES:
+    home = next((home for home, names in _HOMES.items() if name in names), None)
+    if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    """The public names, loaded or not."""
+    """Return the public names, loaded or not."""
     return sorted(set(globals()) | set(__all__))

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from aimet_ext.errors import CorruptFileError, require
+from aimet_ext.errors import CorruptFileError, require, some
 from aimet_ext.models.huggingface import checkpoint_prefix
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Adapter",
     "LoraLayer",
     "Part",
+    "SIDES",
     "attach_adapter",
     "read_adapter",
     "read_adapters",
@@ -56,14 +57,26 @@ _ENDINGS: tuple[tuple[str, Kind], ...] = (
 )
 
 
+# The dimension of a tensor that lies along the input or the output of its module's weight.
+SIDES: dict[str, tuple[int, Literal["input", "output"]]] = {
+    "A": (1, "input"),
+    "B": (0, "output"),
+    "B_bias": (0, "output"),
+    "bias": (0, "output"),
+    "embedding_A": (1, "output"),
+    "embedding_B": (0, "input"),
+    "tokens": (1, "input"),
+}
+
+
 @dataclass(frozen=True)
 class Part:
-    """What one tensor of an adapter is.
+    """Meaning of one tensor of an adapter.
 
-    :param key: its name in the adapter's file.
-    :param module: the module it belongs to, as the original checkpoint names it.
-    :param kind: ``"A"`` ``[rank, in]``, ``"B"`` ``[out, rank]`` and ``"B_bias"`` ``[out]`` of a
-        linear layer or convolution; ``"embedding_A"`` ``[rank, rows]`` and ``"embedding_B"``
+    :param key: Name in the adapter's file.
+    :param module: Module that it belongs to, as the original checkpoint names it.
+    :param kind: One of ``"A"`` ``[rank, in]``, ``"B"`` ``[out, rank]`` and ``"B_bias"`` ``[out]``
+        of a linear layer or convolution; ``"embedding_A"`` ``[rank, rows]`` and ``"embedding_B"``
         ``[width, rank]`` of a table; ``"magnitude"`` ``[out]`` of DoRA; ``"tokens"``, rows of a
         table that replace its own; ``"weight"`` and ``"bias"``, which replace the module's own.
     """
@@ -77,11 +90,12 @@ class Part:
 class LoraLayer:
     """The low-rank change of one module: ``ΔW = scaling · B A``.
 
-    :param a: ``[rank, in]``, of a convolution ``[rank, in, …]``.
-    :param b: ``[out, rank]``, of a convolution ``[out, rank, 1, …]``.
-    :param bias: ``[out]``, added with ``scaling`` as well, or None.
-    :param magnitude: of DoRA, one for each output channel, or None.
-    :param embedding: the module is a table ``[rows, width]`` and its change ``scaling · (B A)ᵀ``.
+    :param a: Matrix ``[rank, in]``, of a convolution ``[rank, in, …]``.
+    :param b: Matrix ``[out, rank]``, of a convolution ``[out, rank, 1, …]``.
+    :param bias: Bias ``[out]``, added with ``scaling`` as well, or None.
+    :param magnitude: Magnitudes of DoRA, one for each output channel, or None.
+    :param embedding: True if the module is a table ``[rows, width]`` and its change ``scaling · (B
+        A)ᵀ``.
     """
 
     a: Tensor
@@ -101,10 +115,10 @@ class LoraLayer:
 class Adapter:
     """An adapter: the content of a folder that PEFT reads.
 
-    :param name: under which a model of several adapters knows it.
-    :param config: content of ``adapter_config.json``.
-    :param tensors: by the names that PEFT writes.
-    :param folded: what the adapter was folded with (see :func:`fold_adapter`); None for one that
+    :param name: Name in a model of several adapters.
+    :param config: Content of ``adapter_config.json``.
+    :param tensors: Tensors by the names that PEFT writes.
+    :param folded: Record of how it was folded (see :func:`fold_adapter`); None for one that
         fits the original checkpoint.
     """
 
@@ -120,7 +134,7 @@ class Adapter:
         if unknown:
             raise ValueError(
                 f"adapter {self.name!r}: tensors of a LoRA adapter of PEFT are required, but "
-                f"{_some(unknown)} is unknown; save the adapter again with a recent peft"
+                f"{some(unknown)} is unknown; save the adapter again with a recent peft"
             )
         parts = tuple(part for part in map(_part, self.tensors) if part is not None)
         object.__setattr__(self, "parts", parts)
@@ -163,7 +177,7 @@ class Adapter:
         return found
 
     def scaling(self, module: str, rank: int) -> float:
-        """What ``B A`` is multiplied by: alpha over the rank, or over its root (rsLoRA)."""
+        """Return the factor of ``B A``: alpha over the rank, or over its root (rsLoRA)."""
         alpha = float(self.config.get("lora_alpha", 8))
         for pattern, value in (self.config.get("alpha_pattern") or {}).items():
             if re.match(rf"(.*\.)?({pattern})$", module):
@@ -190,9 +204,9 @@ class Adapter:
 
 
 def read_adapters(source: Any) -> dict[str, Adapter]:
-    """All adapters of a folder or a model, by name.
+    """Return all adapters of a folder or a model, by name.
 
-    :param source: a folder as ``PeftModel.save_pretrained`` writes it, with an adapter, or a folder
+    :param source: Folder as ``PeftModel.save_pretrained`` writes it, with an adapter, or a folder
         for each of several; a ``PeftModel``; or an :class:`Adapter`.
     :raises FileNotFoundError: there is no adapter in the folder.
     :raises CorruptFileError: a file is damaged.
@@ -212,9 +226,9 @@ def read_adapters(source: Any) -> dict[str, Adapter]:
 
 
 def read_adapter(source: Any, name: str | None = None) -> Adapter:
-    """One adapter of a folder or a model; see :func:`read_adapters`.
+    """Return one adapter of a folder or a model; see :func:`read_adapters`.
 
-    :param name: which one; may be left out where there is one.
+    :param name: Name, needed where there are several.
     :raises ValueError: there are several and no name was given, or there is none of this name.
     """
     found = read_adapters(source)
@@ -227,11 +241,11 @@ def read_adapter(source: Any, name: str | None = None) -> Adapter:
 
 
 def attach_adapter(model: Any, adapter: Adapter, name: str | None = None) -> Any:
-    """A ``PeftModel`` of a model with an adapter on it.
+    """Return a ``PeftModel`` of a model with an adapter on it.
 
-    :param model: causal LM of transformers, whose layers PEFT wraps in place, or a ``PeftModel``,
+    :param model: Causal LM of transformers, whose layers PEFT wraps in place, or a ``PeftModel``,
         which gets one adapter more.
-    :param name: of the adapter in the model; its own by default.
+    :param name: Name of the adapter in the model; its own by default.
     :returns: the ``PeftModel``, in evaluation mode, with this adapter active.
     :raises ValueError: a tensor of the adapter found no place in the model.
     :raises MissingExtraError: peft is not installed.
@@ -250,7 +264,7 @@ def attach_adapter(model: Any, adapter: Adapter, name: str | None = None) -> Any
     lost = [*left.unexpected_keys, *filter(own.search, left.missing_keys)]
     if lost:
         raise ValueError(
-            f"adapter {name!r}: every tensor must have its place in the model, but {_some(lost)} "
+            f"adapter {name!r}: every tensor must have its place in the model, but {some(lost)} "
             "has none; give the model that the adapter was made for"
         )
     model.set_adapter(name)
@@ -303,7 +317,7 @@ def _from_model(model: Any) -> dict[str, Adapter]:
     merged = [name for name, module in model.named_modules() if getattr(module, "merged", False)]
     if merged:
         raise ValueError(
-            f"adapters beside the base's weights are required, but those of {_some(merged)} are "
+            f"adapters beside the base's weights are required, but those of {some(merged)} are "
             "merged into them; call unmerge_adapter() first"
         )
     prefix = checkpoint_prefix(model.get_base_model())
@@ -348,10 +362,6 @@ def _to_json(value: Any) -> Any:
     if isinstance(value, set | frozenset | tuple):
         return sorted(value)
     return value.value if isinstance(value, Enum) else str(value)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 assert {kind for _, kind in _ENDINGS} == set(get_args(Kind))

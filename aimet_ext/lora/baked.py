@@ -1,4 +1,4 @@
-"""The exported graph as compilers take it: with one adapter for good, or all of them as inputs."""
+"""The exported graph as compilers take it: with one adapter as constants, or all as inputs."""
 
 from __future__ import annotations
 
@@ -10,22 +10,26 @@ from safetensors.numpy import load_file
 from aimet_ext.errors import CorruptFileError, require
 from aimet_ext.files.encodings import entries, load_encodings
 from aimet_ext.files.folders import read_manifest
-from aimet_ext.lora.onnx_inputs import encodings_file
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["bake_adapter", "shared_graph"]
+__all__ = ["bake_adapter", "encodings_file", "open_folder", "shared_graph"]
+
+
+def encodings_file(prefix: str, adapter: str) -> str:
+    """Return the name of an adapter's encodings file."""
+    return f"{prefix}_{adapter}.encodings"
 
 
 def bake_adapter(folder: str | Path, name: str) -> tuple[Any, dict[str, dict[str, Any]]]:
-    """The graph that was exported with one adapter's weights as constants, and its encodings.
+    """Return the exported graph with one adapter's weights as constants, and its encodings.
 
     Compilers for NPUs take constants by channel, which as inputs they refuse; and tools that know
     nothing of adapters take such a graph as any other.
 
-    :param folder: that :func:`aimet_ext.lora.export` wrote.
-    :param name: of the adapter.
+    :param folder: Folder that :func:`aimet_ext.lora.export` wrote.
+    :param name: Name of the adapter.
     :returns: ``onnx.ModelProto``, and entries of encodings 1.0.0 by the names of their tensors,
         the base's and the adapter's.
     :raises CorruptFileError: a file was changed, or the folder is another one.
@@ -37,7 +41,7 @@ def bake_adapter(folder: str | Path, name: str) -> tuple[Any, dict[str, dict[str
     from aimet_ext.onnx.index import keep_where
     from aimet_ext.onnx.values import set_value
 
-    folder, manifest = _opened(folder)
+    folder, manifest = open_folder(folder)
     if name not in manifest["adapters"]:
         raise ValueError(
             f"the name of an adapter must be one of {manifest['adapters']}, got {name!r}"
@@ -54,13 +58,13 @@ def bake_adapter(folder: str | Path, name: str) -> tuple[Any, dict[str, dict[str
 def shared_graph(
     folder: str | Path,
 ) -> tuple[Any, dict[str, dict[str, Any]], dict[str, dict[str, np.ndarray[Any, Any]]]]:
-    """The graph that was exported with weights of adapters as inputs, and one set of encodings.
+    """Return the exported graph with adapters' weights as inputs, and one set of encodings.
 
     Once compiled, it computes with whichever adapter it is fed. HTP takes it where the weights have
     one range for each tensor.
 
-    :param folder: that :func:`aimet_ext.lora.export` wrote, of adapters that were quantized with
-        ``quantize(..., shared=True)``.
+    :param folder: Folder that :func:`aimet_ext.lora.export` wrote, of adapters that were quantized
+        with ``quantize(..., shared=True)``.
     :returns: ``onnx.ModelProto``; entries of encodings 1.0.0 by tensor; and for each adapter the
         inputs that it fills.
     :raises CorruptFileError: a file was changed, or the folder is another one.
@@ -71,7 +75,7 @@ def shared_graph(
     onnx = require("onnx", "onnx")
     from aimet_ext.onnx.index import keep_where
 
-    folder, manifest = _opened(folder)
+    folder, manifest = open_folder(folder)
     names, prefix = manifest["adapters"], manifest["prefix"]
     encodings = [_encodings(folder, prefix, name) for name in names]
     others = [name for name, one in zip(names, encodings, strict=True) if one != encodings[0]]
@@ -86,7 +90,11 @@ def shared_graph(
     return model, encodings[0], feeds
 
 
-def _opened(folder: str | Path) -> tuple[Path, dict[str, Any]]:
+def open_folder(folder: str | Path) -> tuple[Path, dict[str, Any]]:
+    """Return the folder of adapters and its manifest, after all hashes were compared.
+
+    :raises CorruptFileError: a file was changed, or the folder is another one.
+    """
     folder = Path(folder)
     manifest = read_manifest(folder)
     if manifest["kind"] != "lora":
@@ -97,6 +105,6 @@ def _opened(folder: str | Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _encodings(folder: Path, prefix: str, name: str) -> dict[str, dict[str, Any]]:
-    """Of the base and of an adapter."""
+    """Return the encodings of the base and of an adapter."""
     encoded = entries(load_encodings(folder / f"{prefix}.encodings"))
     return {**encoded, **entries(load_encodings(folder / encodings_file(prefix, name)))}

@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from aimet_ext.config import PerTensor, QSpec
 from aimet_ext.core.objective import outputs_sqnr, sqnr_db
 from aimet_ext.data.batches import call_model, iterate_batches
 from aimet_ext.lora.sim import add_adapters, fit_adapters, lora_state, switch
+from aimet_ext.sim.torch.lora import calibrating, share_ranges, slots
 
 __all__ = ["AdapterReport", "LoraReport", "quantize"]
 
@@ -23,13 +24,13 @@ _SCORED = 4  # batches whose logits are compared
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """How far a quantized adapter is from its float self, on the quantized base.
+    """Error of a quantized adapter against the float one, on the quantized base.
 
-    :param name: of the adapter.
-    :param ranks: rank by module, as the original checkpoint names it.
-    :param change_sqnr_db: signal to noise of the change ``B A`` of each module's weight.
-    :param logits_sqnr_db: signal to noise of the logits on the first calibration batches.
-    :param seconds: wall-clock time.
+    :param name: Name of the adapter.
+    :param ranks: Rank by module, as the original checkpoint names it.
+    :param change_sqnr_db: Signal to noise of the change ``B A`` of each module's weight.
+    :param logits_sqnr_db: Signal to noise of the logits on the first calibration batches.
+    :param seconds: Wall-clock time.
     """
 
     name: str
@@ -41,11 +42,11 @@ class AdapterReport:
 
 @dataclass(frozen=True)
 class LoraReport:
-    """What :func:`quantize` did.
+    """Result of :func:`quantize`.
 
-    :param adapters: one entry for each adapter.
-    :param weights: spec of the weights ``A`` and ``B``, None for float.
-    :param activations: spec of the outputs of ``A`` and ``B``, None for float.
+    :param adapters: One entry for each adapter.
+    :param weights: Spec of the weights ``A`` and ``B``, None for float.
+    :param activations: Spec of the outputs of ``A`` and ``B``, None for float.
     """
 
     adapters: tuple[AdapterReport, ...]
@@ -53,7 +54,7 @@ class LoraReport:
     activations: QSpec | None
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON values."""
+        """Return the report as JSON values."""
         return {
             "adapters": [asdict(adapter) for adapter in self.adapters],
             "weights": None if self.weights is None else self.weights.to_dict(),
@@ -87,20 +88,20 @@ def quantize(
     rounding, and the tensors between are calibrated on the batches, with the base quantized. All
     ranges of the adapter are frozen afterwards. The adapter that was active is active again.
 
-    :param sim: made by :func:`create_sim` or :func:`load`.
-    :param adapters: names of adapters in the simulation, None for all of them; or a mapping of
+    :param sim: Simulation made by :func:`create_sim` or :func:`load`.
+    :param adapters: Names of adapters in the simulation, None for all of them; or a mapping of
         names to further adapters, in any form that :func:`create_sim` takes, for layers that have
         a slot.
-    :param dataloader: batches as :func:`aimet_ext.calibration_batches` makes them.
-    :param weights: per tensor or per channel; None leaves the weights float. HTP takes weights that
-        are inputs of a graph per tensor only, and constants per channel too.
-    :param activations: bits (asymmetric) or spec of the outputs of ``A`` and ``B``. ``"auto"``: as
+    :param dataloader: Batches as :func:`aimet_ext.calibration_batches` makes them.
+    :param weights: Spec, per tensor or per channel; None leaves the weights float. HTP takes
+        weights that are inputs of a graph per tensor only, and constants per channel too.
+    :param activations: Bits (asymmetric) or spec of the outputs of ``A`` and ``B``. ``"auto"``: as
         the base's activations are; None leaves them float.
-    :param sums: range of ``base + change``: ``"adapter"`` calibrates it for each adapter;
+    :param sums: Range of ``base + change``: ``"adapter"`` calibrates it for each adapter;
         ``"base"`` keeps that of the base's layer, for runtimes that exchange the encodings of an
         adapter's own branch alone. What the adapter adds beyond it is then cut off.
-    :param shared: give all these adapters the same encodings, each range as wide as the widest
-        needs, so that one quantized graph serves them all with their weights as inputs: see
+    :param shared: True to give all these adapters the same encodings, each range as wide as the
+        widest needs, so that one quantized graph serves them all with their weights as inputs: see
         :func:`shared_graph`.
     :returns: how much was lost, by adapter and layer.
     :raises ValueError: an adapter is unknown or does not fit; or weights in blocks are asked for,
@@ -117,7 +118,8 @@ def quantize(
         batches = list(iterate_batches(dataloader))
         done = [_calibrate(sim, name, batches, weights, spec, sums) for name in names]
         if shared:
-            _share([state.adapters[name] for name in names])
+            for slot in state.slots:
+                share_ranges(state.adapters[name][slot] for name in names)
         reports = tuple(_measure(sim, batches, one) for one in done)
     except BaseException:
         state.adapters, state.sources = before, sources
@@ -164,12 +166,7 @@ def _activations(sim: Any, asked: int | QSpec | str | None) -> QSpec | None:
         return QSpec(bitwidth=asked, symmetric=False)
     if asked is None or isinstance(asked, QSpec):
         return asked
-    state = lora_state(sim)
-    for slot in state.slots:
-        output = sim.model.get_submodule(slot).base_layer.output_quantizers[0]
-        if output is not None:
-            return QSpec(bitwidth=output.bitwidth, symmetric=output.symmetric)
-    return None
+    return next((spec for slot in slots(sim).values() if (spec := slot.output_spec)), None)
 
 
 @dataclass(frozen=True)
@@ -190,17 +187,14 @@ def _calibrate(
     activations: QSpec | None,
     sums: Literal["adapter", "base"],
 ) -> _Calibrated:
-    from aimet_ext.sim.torch.lora import calibrating, freeze, quantized_content, slots
-
     started = time.perf_counter()
-    state = lora_state(sim)
+    state, places = lora_state(sim), slots(sim)
     floats = {slot: content.without_quantizers() for slot, content in state.adapters[name].items()}
     state.adapters[name] = floats
     switch(sim, name)
     expected = _logits(sim, batches[:_SCORED])
     state.adapters[name] = {
-        slot: quantized_content(
-            sim.model.get_submodule(slot),
+        slot: places[slot].quantized_content(
             content,
             weights,
             activations,
@@ -209,25 +203,12 @@ def _calibrate(
         for slot, content in floats.items()
     }
     switch(sim, name)
-    with calibrating(slots(sim).values()):
+    with calibrating(places.values()):
         for batch in batches:
             call_model(sim.model, batch)
-    freeze(q for c in state.adapters[name].values() for q in c.quantizers.values() if q)
+    for content in state.adapters[name].values():
+        content.freeze()
     return _Calibrated(name, expected, time.perf_counter() - started)
-
-
-@torch.no_grad()
-def _share(adapters: list[dict[str, Any]]) -> None:
-    """Give every quantizer of these adapters the range that holds those of all of them."""
-    for slot in adapters[0]:
-        for key, first in adapters[0][slot].quantizers.items():
-            if first is None:
-                continue
-            quantizers = [contents[slot].quantizers[key] for contents in adapters]
-            low = torch.stack([quantizer.get_min() for quantizer in quantizers]).amin(0)
-            high = torch.stack([quantizer.get_max() for quantizer in quantizers]).amax(0)
-            for quantizer in quantizers:
-                quantizer.set_range(low, high)
 
 
 @torch.no_grad()
@@ -248,18 +229,13 @@ def _measure(sim: Any, batches: list[Any], one: _Calibrated) -> AdapterReport:
 
 
 def _changes(sim: Any, name: str) -> dict[str, float]:
-    """Signal to noise of ``B A`` by original name of module, for the adapter in the slots."""
-    state = lora_state(sim)
+    """Return the signal to noise of ``B A`` by original name of module."""
+    state, places = lora_state(sim), slots(sim)
     found = {}
     for slot, content in state.adapters[name].items():
-        pairs = []
-        for key, weight in (("A", content.a), ("B", content.b)):
-            quantizer = content.quantizers[key]
-            rounded = weight if quantizer is None else quantizer(weight).as_subclass(Tensor)
-            pairs.append((weight.double(), rounded.double()))
-        table = isinstance(sim.model.get_submodule(slot).base_layer, nn.Embedding)
-        (a, a_rounded), (b, b_rounded) = pairs
-        if table:
+        a, a_rounded = content.a.double(), content.rounded("a").double()
+        b, b_rounded = content.b.double(), content.rounded("b").double()
+        if places[slot].table:
             a, a_rounded = a.T, a_rounded.T
         change = b @ a  # [out, in]
         noise = (b_rounded @ a_rounded - change).square().sum()

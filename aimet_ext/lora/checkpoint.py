@@ -33,10 +33,10 @@ _DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 class Checkpoint:
     """Weights of a model under their original names.
 
-    :param shapes: by name of parameter; tied ones under each of their names.
-    :param read: a parameter by name, in the dtype it is stored in.
+    :param shapes: Shapes by name of parameter; tied ones under each of their names.
+    :param read: Function that returns a parameter by name, in the dtype it is stored in.
     :param gain_offset: 1.0 where norms multiply by ``1 + weight``; None if the family is unknown.
-    :param source: for messages.
+    :param source: Name of the model, for messages.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -45,14 +45,14 @@ class Checkpoint:
     source: str
 
     def modules(self) -> set[str]:
-        """Names of all modules that hold a parameter."""
+        """Return the names of all modules that hold a parameter."""
         return {name.rpartition(".")[0] for name in self.shapes}
 
     def has_hash(self, origin: str, padding: Padding) -> bool:
-        """Whether this is the model that scales were made for, in whatever dtype it was then.
+        """Return True if this is the model that scales were made for, of any dtype.
 
-        :param origin: hash of that model's weights.
-        :param padding: done to its MLPs before they were hashed.
+        :param origin: Hash of that model's weights.
+        :param padding: Padding of its MLPs before they were hashed.
         """
         return any(hash_tensors(self._padded(padding, dtype)) == origin for dtype in _DTYPES)
 
@@ -69,21 +69,21 @@ class Checkpoint:
 class Padding:
     """Zero-padding of inner widths of MLPs, that ``on_indivisible="pad"`` did.
 
-    :param widths: new inner width by original name of block.
-    :param shapes: of the padded model's parameters, by original name.
+    :param widths: New inner width by original name of block.
+    :param shapes: Shapes of the padded model's parameters, by original name.
     """
 
     widths: Mapping[str, int]
     shapes: Mapping[str, tuple[int, ...]]
 
     def parameter(self, name: str, value: Tensor) -> Tensor:
-        """A parameter of the model with the shape it has after padding."""
+        """Return a parameter of the model with the shape it has after padding."""
         module = name.rpartition(".")[0]
         value = self.rows(module, value)
         return self.columns(module, value) if value.dim() > 1 else value
 
     def rows(self, module: str, value: Tensor) -> Tensor:
-        """``value`` ``[out, …]`` of a module, with zero rows where its weight has new ones.
+        """Return ``value`` ``[out, …]`` with zero rows where the weight has new ones.
 
         A fused projection has them at the end of each of its slices.
         """
@@ -96,14 +96,14 @@ class Padding:
         return pad_rows(value, fused, width - value.shape[0] // fused)
 
     def columns(self, module: str, value: Tensor) -> Tensor:
-        """``value`` ``[…, in]`` of a module, with zero columns where its weight has new ones."""
+        """Return ``value`` ``[…, in]`` with zero columns where the weight has new ones."""
         width, full = self._sizes(module, 1)
         if width is None or value.shape[1] >= full or full != width:
             return value
         return nn.functional.pad(value, (0, full - value.shape[1]))
 
     def _sizes(self, module: str, dim: int) -> tuple[int | None, int]:
-        """Inner width of the MLP that a module is in, None outside; and size of its weight."""
+        """Return the inner width of a module's MLP, None outside, and the size of its weight."""
         width = next((w for name, w in self.widths.items() if module.startswith(f"{name}.")), None)
         shape = self.shapes.get(f"{module}.weight", ())
         return (width, shape[dim]) if len(shape) > dim else (None, 0)
@@ -111,9 +111,9 @@ class Padding:
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """What is known of the transformed model that an adapter is to fit.
+    """Facts about the transformed model that an adapter is to fit.
 
-    :param checkpoint: its weights; None where there is a file of scales alone.
+    :param checkpoint: Weights; None where there is a file of scales alone.
     """
 
     checkpoint: Checkpoint | None
@@ -121,9 +121,9 @@ class Target:
 
 
 def open_target(path: Path | None) -> Target:
-    """What an export says of its model; nothing where scales lie alone.
+    """Return what an export says of its model; nothing where scales lie alone.
 
-    :param path: file of scales or folder that holds it, None for scales in memory.
+    :param path: File of scales or folder that holds it, None for scales in memory.
     :raises CorruptFileError: the export's manifest is damaged.
     """
     nothing = Target(None, Padding({}, {}))
@@ -143,9 +143,9 @@ def open_target(path: Path | None) -> Target:
 
 
 def open_checkpoint(base: Any) -> Checkpoint:
-    """Weights of the original model.
+    """Return the weights of the original model.
 
-    :param base: a module (prepared, wrapped by PEFT, or bare) or a folder that transformers reads.
+    :param base: Module (prepared, wrapped by PEFT, or bare) or a folder that transformers reads.
     :raises FileNotFoundError: no weights in the folder.
     :raises TypeError: ``base`` is something else.
     """
@@ -202,7 +202,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _tied(place: Mapping[str, Path], config: Mapping[str, Any]) -> dict[str, str]:
-    """A head that shares the embedding's weight is not in the files."""
+    """Return the head if it shares the embedding's weight: it is not in the files then."""
     head, table = "lm_head.weight", "model.embed_tokens.weight"
     shared = head not in place and table in place and config.get("tie_word_embeddings", True)
     return {head: table} if shared else {}
@@ -236,7 +236,7 @@ def _gain_offset(classes: Sequence[str], model_type: str | None) -> float | None
 
 
 def _known(name: str, checkpoint: Checkpoint) -> str:
-    """A module's original name; the simulation's has what its wrapper put before it."""
+    """Return a module's original name; the simulation's has what its wrapper put before it."""
     names = checkpoint.shapes
     while name and not any(key.startswith(f"{name}.") for key in names):
         _, _, name = name.partition(".")

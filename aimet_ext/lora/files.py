@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import BaseModel, Json
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from aimet_ext.artifact.checkpoint import read_quantizers
 from aimet_ext.artifact.load import load as load_base
@@ -28,20 +28,15 @@ from aimet_ext.files.folders import (
 )
 from aimet_ext.files.tensors import read_sealed, write_sealed
 from aimet_ext.lora.adapter import read_adapter
+from aimet_ext.lora.baked import open_folder
 from aimet_ext.lora.onnx_inputs import write_adapter_graph
 from aimet_ext.lora.sim import LoraState, lora_state, sim_with_slots, switch
 from aimet_ext.models.huggingface import original_name
 from aimet_ext.sim.protocol import adapt
-from aimet_ext.sim.torch.state import (
-    describe_quantizer,
-    make_quantizer,
-    quantizers_to_tensors,
-)
+from aimet_ext.sim.torch.lora import Content, base_state, slots
 
 if TYPE_CHECKING:
     from aimet_torch import QuantizationSimModel
-
-    from aimet_ext.sim.torch.lora import Content
 
 __all__ = ["export", "load"]
 
@@ -82,16 +77,17 @@ def export(
     One graph serves adapters of several ranks: the inputs have the largest one, and the files hold
     zeros beyond an adapter's own. The scaling ``alpha / rank`` is part of ``B``.
 
-    :param sim: made by :func:`create_sim` or :func:`load`.
-    :param path: folder; one of ours is replaced in one step, one with other files is refused.
-    :param filename_prefix: name of the ONNX and encodings files.
-    :param dummy_input: what to trace with, see :func:`aimet_ext.export`.
-    :param opset_version: of the ONNX file.
+    :param sim: Simulation made by :func:`create_sim` or :func:`load`.
+    :param path: Folder; one of this package is replaced in one step, one with other files is
+        refused.
+    :param filename_prefix: Name of the ONNX and encodings files.
+    :param dummy_input: Input to trace with, see :func:`aimet_ext.export`.
+    :param opset_version: Opset of the ONNX file.
     :returns: the manifest.
     :raises ValueError: an adapter has no file name for a name, or a quantizer no range; or the
         base is no longer that of its export.
     :raises CorruptFileError: the base's export was changed since the simulation was made.
-    :raises FileExistsError: a file, or a folder that is not ours, is there.
+    :raises FileExistsError: a file, or a folder of another program, is there.
     :raises RuntimeError: what was written differs from the simulation; nothing is left behind.
     """
     state = lora_state(sim)
@@ -124,24 +120,23 @@ def export(
 def load(path: str | Path, *, base_sim: Any = None) -> QuantizationSimModel:
     """Rebuild a simulation with adapters from its folder; all logits are the same, bit by bit.
 
-    :param path: folder that :func:`export` wrote.
-    :param base_sim: for a base that was built by hand: see :func:`aimet_ext.load`.
+    :param path: Folder that :func:`export` wrote.
+    :param base_sim: Simulation of a base that was built by hand: see :func:`aimet_ext.load`.
     :returns: the simulation in evaluation mode, with the adapter that was active in its layers.
     :raises FileNotFoundError: there is no such folder.
-    :raises CorruptFileError: a file was changed, is absent, or is not ours.
+    :raises CorruptFileError: a file was changed, is absent, or is another program's.
     """
-    folder = Path(path)
-    manifest = read_manifest(folder)
-    if manifest["kind"] != "lora":
-        raise CorruptFileError(
-            f"{folder}: a folder of aimet_ext.lora.export is required, got {manifest['kind']!r}"
-        )
+    folder, manifest = open_folder(path)
     tensors, fields = read_sealed(folder / STATE, _SCHEMA, _Fields)
     sim = sim_with_slots(load_base(folder / BASE, sim=base_sim), folder / BASE, fields.places)
     state = lora_state(sim)
+    own: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        name, slot, part = key.split("/", 2)
+        own[name, slot][part] = tensor
     for name, contents in fields.adapters.items():
         state.adapters[name] = {
-            slot: _content(state, slot, f"{name}/{slot}", described, tensors)
+            slot: Content.unpack(own[name, slot], described["quantizers"], state.empty[slot])
             for slot, described in contents.items()
         }
         state.sources[name] = read_adapter(folder / ADAPTERS / name)
@@ -176,8 +171,7 @@ def _check_ranges(state: LoraState) -> None:
         f"{name}: {state.slots[slot]} ({key})"
         for name, contents in state.adapters.items()
         for slot, content in contents.items()
-        for key, quantizer in content.quantizers.items()
-        if quantizer is not None and not quantizer.is_initialized()
+        for key in content.unset()
     ]
     if empty:
         raise ValueError(
@@ -199,23 +193,15 @@ def _check_base(sim: Any, state: LoraState) -> None:
         )
     weights, (ranges, _) = load_file(state.base / WEIGHTS), read_quantizers(state.base)
     tied = manifest["model"]["tied"]
-    own = tuple(f"{slot}.{part}." for slot in state.slots for part in ("lora_A", "lora_B", "add"))
-    present = {
-        original_name(name.replace(".base_layer.", "."), sim.model): value
-        for name, value in adapt(sim).float_state().items()
-        if not name.startswith(own)
-    }
-    changed = [
-        name
-        for name, value in present.items()
-        if not torch.equal(
-            value.cpu().to(weights[tied.get(name, name)].dtype), weights[tied.get(name, name)]
-        )
-    ]
-    tensors, _ = quantizers_to_tensors(sim)
-    for name, tensor in tensors.items():
-        known = ranges.get(name.replace(".base_layer.", "."))
-        if not name.startswith(own) and (known is None or not torch.equal(known, tensor.cpu())):
+    floats, present, _ = base_state(sim, adapt(sim).float_state())
+    changed = []
+    for name, value in floats.items():
+        original = original_name(name, sim.model)
+        stored = weights[tied.get(original, original)]
+        if not torch.equal(value.cpu().to(stored.dtype), stored):
+            changed.append(original)
+    for name, value in present.items():
+        if name not in ranges or not torch.equal(ranges[name], value.cpu()):
             changed.append(name)
     if changed:
         raise ValueError(
@@ -225,59 +211,17 @@ def _check_base(sim: Any, state: LoraState) -> None:
 
 
 def _write_state(folder: Path, sim: Any, state: LoraState) -> None:
-    from aimet_ext.sim.torch.quantizers import quantizer_state
-
     tensors: dict[str, Tensor] = {}
     adapters: dict[str, dict[str, Any]] = {}
     for name, contents in state.adapters.items():
         adapters[name] = {}
         for slot, content in contents.items():
-            place = f"{name}/{slot}"
             empty = content.a is state.empty[slot].a
-            described: dict[str, Any] = {"empty": empty, "quantizers": {}}
-            for key in ("a", "b", "bias"):
-                value = getattr(content, key)
-                if value is not None and not empty:
-                    tensors[f"{place}/{key}"] = value
-            for key, quantizer in content.quantizers.items():
-                if quantizer is None:
-                    continue
-                values, meta = quantizer_state(quantizer)
-                described["quantizers"][key] = {**describe_quantizer(quantizer), "state": meta}
-                for part, value in values.items():
-                    tensors[f"{place}/{key}/{part}"] = value
-            adapters[name][slot] = described
-    places = {
-        module: sim.model.get_submodule(slot).lora_B.bias is not None
-        for slot, module in state.slots.items()
-    }
+            values, described = content.pack()
+            adapters[name][slot] = {"empty": empty, "quantizers": described}
+            for key, value in values.items():
+                if not (empty and key in ("a", "b", "bias")):
+                    tensors[f"{name}/{slot}/{key}"] = value
+    found = slots(sim)
+    places = {module: found[slot].takes_bias for slot, module in state.slots.items()}
     write_sealed(folder / STATE, _SCHEMA, tensors, {"places": places, "adapters": adapters})
-
-
-def _content(
-    state: LoraState,
-    slot: str,
-    place: str,
-    described: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-) -> Content:
-    """What :func:`_write_state` wrote of one adapter in one slot."""
-    from aimet_ext.sim.torch.lora import QUANTIZERS as KEYS
-    from aimet_ext.sim.torch.lora import Content, freeze
-    from aimet_ext.sim.torch.quantizers import restore_quantizer
-
-    quantizers: dict[str, Any] = dict.fromkeys(KEYS)
-    for key, description in described["quantizers"].items():
-        quantizer = make_quantizer(description)
-        names = [name for name, _ in quantizer.named_parameters(recurse=False)]
-        values = {name: tensors[f"{place}/{key}/{name}"] for name in names}
-        restore_quantizer(quantizer, values, dict(description["state"]))
-        if quantizer.is_initialized():
-            freeze([quantizer])
-        quantizers[key] = quantizer
-    if described["empty"]:
-        empty = state.empty[slot]
-        return Content(empty.a, empty.b, empty.bias, quantizers)
-    a, b = (nn.Parameter(tensors[f"{place}/{key}"]) for key in ("a", "b"))
-    stored = tensors.get(f"{place}/bias")
-    return Content(a, b, None if stored is None else nn.Parameter(stored), quantizers)

@@ -1,4 +1,13 @@
-"""Adapters of the original model, made to fit the model that scales were folded into."""
+"""Adapters of the original model, made to fit the model that scales were folded into.
+
+A transform is ``W' = diag(output) W diag(input)``. A change ``ΔW = BA`` of the weight becomes
+``diag(output) B A diag(input)``, so that ``W' + ΔW' = diag(output) (W + ΔW) diag(input)``: the
+adapted weight is transformed as the base is, and what the transform leaves unchanged on the base,
+it leaves unchanged with any adapter.
+
+DoRA multiplies the rows of ``W + ΔW`` by ``m / ‖W + ΔW‖``. The transformed rows have other norms,
+``n' = |output| ‖(W + ΔW) diag(input)‖``, so ``m' = m n' / n`` keeps every factor as it was.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from aimet_ext.files.folders import check_output, replace_folder, versions, write_manifest
 from aimet_ext.files.ledger import SCALES_FILE, ModuleScales, Scales, load_scales
 from aimet_ext.files.tensors import hash_tensors
-from aimet_ext.lora.adapter import Adapter, Part, read_adapter, read_adapters
+from aimet_ext.lora.adapter import SIDES, Adapter, Part, read_adapter, read_adapters
 from aimet_ext.lora.checkpoint import Checkpoint, Target, open_checkpoint, open_target
-from aimet_ext.lora.fold_rules import columns, dora_magnitude, rows
 from aimet_ext.lora.unfit import check_fit, check_variant, named_like, refuse
 
 __all__ = ["fold_adapter", "fold_adapters", "scales_digest"]
@@ -30,7 +39,7 @@ def fold_adapter(
     name: str | None = None,
     base: Any = None,
 ) -> Adapter:
-    r"""The adapter that does to the transformed model what it did to the original one.
+    r"""Return the adapter that does to the transformed model what it did to the original one.
 
     With ``W' = diag(output) W diag(input)``, a module's change ``ΔW = s B A`` becomes
 
@@ -47,12 +56,12 @@ def fold_adapter(
     The adapter may have been trained on the original model before or after the transform was
     chosen; it is folded after training.
 
-    :param adapter: folder that PEFT wrote, ``PeftModel`` or :class:`Adapter`. Not changed.
-    :param scales: what :func:`aimet_ext.load_scales` returns, or the file or folder itself. Best is
+    :param adapter: Folder that PEFT wrote, ``PeftModel`` or :class:`Adapter`. Not changed.
+    :param scales: Result of :func:`aimet_ext.load_scales`, or the file or folder itself. Best is
         the folder of an export: it says what modules there are, and which were padded.
-    :param output: folder for the adapter, for PEFT to read; one of ours is replaced.
-    :param name: of the adapter, where there are several.
-    :param base: the original model or its folder; by default what the ``PeftModel`` is around, or
+    :param output: Folder for the adapter, for PEFT to read; one of this package is replaced.
+    :param name: Name of the adapter, where there are several.
+    :param base: Original model or its folder; by default what the ``PeftModel`` is around, or
         the folder that the adapter's config names, if it is there. Its hash must be the one in the
         scales.
     :returns: the adapter, with ``folded`` set.
@@ -60,7 +69,7 @@ def fold_adapter(
     :raises CorruptFileError: a file is damaged.
     :raises ValueError: the adapter or ``base`` belongs to another model, the adapter was folded
         before, or modules cannot be folded; all of these are named, with the reason.
-    :raises FileExistsError: ``output`` holds files that are not ours.
+    :raises FileExistsError: ``output`` holds files of another program.
 
     >>> folded = fold_adapter("adapter", "llama-w4", "adapter-w4")
     """
@@ -75,7 +84,7 @@ def fold_adapters(
     *,
     base: Any = None,
 ) -> dict[str, Adapter]:
-    """:func:`fold_adapter` of all adapters of a folder or a model, by name.
+    """Fold all adapters of a folder or a model, see :func:`fold_adapter`; by name.
 
     In ``output``, the adapter ``"default"`` lies at the top and others in folders of their names,
     as PEFT writes them.
@@ -84,7 +93,7 @@ def fold_adapters(
 
 
 def scales_digest(scales: Scales) -> str:
-    """SHA-256 of scales: names, widths and values."""
+    """Return the SHA-256 of scales: names, widths and values."""
     named = {
         f"{module}.{axis}": vector
         for module, of_module in scales.items()
@@ -129,7 +138,7 @@ def _load(path: Path) -> Scales:
 
 
 def _original(source: Any, adapter: Adapter, base: Any) -> Checkpoint | None:
-    """Weights of the original model, if there is a way to know them."""
+    """Return the weights of the original model, if there is a way to know them."""
     if base is not None:
         return open_checkpoint(base)
     if hasattr(source, "get_base_model"):
@@ -165,7 +174,7 @@ class _Folding:
         self.problems: dict[str, str] = {}
 
     def run(self, digest: str) -> Adapter:
-        """The folded adapter.
+        """Return the folded adapter.
 
         :raises ValueError: modules do not fit; all are named.
         """
@@ -192,7 +201,7 @@ class _Folding:
         return replace(padded, tensors=changed, folded=record)
 
     def _padded(self) -> Adapter:
-        """The adapter with zeros where MLPs of the base were padded."""
+        """Return the adapter with zeros where MLPs of the base were padded."""
         padding = self.target.padding
         if not padding.widths:
             return self.adapter
@@ -212,29 +221,21 @@ class _Folding:
         return replace(self.adapter, tensors=tensors)
 
     def _part(self, adapter: Adapter, part: Part, value: Tensor) -> Tensor:
-        """One tensor after the transform."""
+        """Return one tensor after the transform."""
         scales = self.scales.get(part.module, _NONE)
         if scales.input is None and scales.output is None:
             return value
-        match part.kind:
-            case "A":
-                return columns(value, scales.input)
-            case "B" | "B_bias" | "bias":
-                return rows(value, scales.output)
-            case "embedding_A":
-                return columns(value, scales.output)
-            case "embedding_B":
-                return rows(value, scales.input)
-            case "tokens":
-                return columns(value, scales.input)
-            case "magnitude":
-                return self._magnitude(adapter, part.module, value, scales)
+        if part.kind in SIDES:
+            dim, side = SIDES[part.kind]
+            return _times(value, getattr(scales, side), dim)
+        if part.kind == "magnitude":
+            return self._magnitude(adapter, part.module, value, scales)
         if value.dim() == 1:
             return self._gain(value, scales)
-        return columns(rows(value, scales.output), scales.input)
+        return _times(_times(value, scales.output, 0), scales.input, 1)
 
     def _gain(self, value: Tensor, scales: ModuleScales) -> Tensor:
-        """A norm's weight; some norms multiply by ``1 + weight``."""
+        """Return a norm's weight; some norms multiply by ``1 + weight``."""
         known = self.target.checkpoint or self.original
         offset = None if known is None else known.gain_offset
         if offset is None:
@@ -242,7 +243,7 @@ class _Folding:
                 "whether this norm multiplies by its weight or by 1 + weight is not known; pass "
                 "base= the original model, of a known family"
             )
-        return rows(value + offset, scales.output) - offset
+        return _times(value + offset, scales.output, 0) - offset
 
     def _magnitude(
         self, adapter: Adapter, module: str, value: Tensor, scales: ModuleScales
@@ -251,7 +252,7 @@ class _Folding:
         if layer.embedding:  # its norms are those of the columns
             scales = ModuleScales(input=scales.output, output=scales.input)
         if scales.input is None:
-            return dora_magnitude(value, scales)
+            return _dora_magnitude(value, scales)
         if self.original is None:
             raise ValueError(
                 "DoRA divides by norms of the original weights, which are not known; pass base= "
@@ -263,7 +264,51 @@ class _Folding:
         weight = self.target.padding.columns(module, weight)
         a, b = layer.a.double(), layer.b.double()
         change = layer.scaling * (b.flatten(1) @ a.flatten(1))
-        return dora_magnitude(value, scales, weight, change.view(weight.shape).to(weight.device))
+        return _dora_magnitude(value, scales, weight, change.view(weight.shape).to(weight.device))
+
+
+def _dora_magnitude(
+    magnitude: Tensor,
+    scales: ModuleScales,
+    weight: Tensor | None = None,
+    change: Tensor | None = None,
+) -> Tensor:
+    """Return magnitudes ``m'`` that leave the factor of each row in DoRA as it was.
+
+    :param magnitude: Magnitudes ``m``, ``[out]``, or ``[1, out, 1, …]`` of a convolution.
+    :param weight: Weight ``W`` ``[out, in, …]`` of the original base; not needed where
+        ``scales.input`` is None, as norms then change by ``|output|`` alone.
+    :param change: Change ``ΔW`` of the same shape.
+    :raises ValueError: a row of ``W + ΔW`` is zero, and has no direction.
+    """
+    factor = torch.ones_like(magnitude, dtype=torch.float64).flatten()
+    if scales.output is not None:
+        factor = factor * scales.output.double().abs()
+    if scales.input is not None:
+        assert weight is not None and change is not None
+        adapted = weight.double() + change.double()  # [out, in, …]
+        before = adapted.flatten(1).norm(dim=1)
+        if not bool((before > 0).all()):
+            raise ValueError("a row of its weight is zero, which DoRA cannot multiply to a norm")
+        factor = factor * _times(adapted, scales.input, 1).flatten(1).norm(dim=1) / before
+    return (magnitude.double() * factor.view(magnitude.shape)).to(magnitude.dtype)
+
+
+def _times(value: Tensor, scale: Tensor | None, dim: int) -> Tensor:
+    """Multiply a dimension of ``value`` by ``scale``, None: leave it.
+
+    :raises ValueError: ``scale`` has another length.
+    """
+    if scale is None:
+        return value
+    if value.dim() <= dim or len(scale) != value.shape[dim]:
+        raise ValueError(
+            f"a width of {len(scale)} is required, as the scales have, got shape "
+            f"{tuple(value.shape)}"
+        )
+    shape = [1] * value.dim()
+    shape[dim] = -1
+    return (value.double() * scale.to(value.device).double().view(shape)).to(value.dtype)
 
 
 def _write(output: Path, adapters: Mapping[str, Adapter], scales: Scales) -> None:

@@ -13,20 +13,26 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aimet_ext.artifact.torch_onnx import Inputs, OnnxFile, float32_model, write_onnx
+from aimet_ext.artifact.torch_onnx import (
+    Inputs,
+    OnnxFile,
+    check_output,
+    float32_model,
+    run_onnx,
+    write_onnx,
+)
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.errors import MissingExtraError, require
 from aimet_ext.files.encodings import Layout, entries, load_encodings, to_grid, to_version_1
+from aimet_ext.lora.baked import encodings_file
 from aimet_ext.lora.sim import LoraState, lora_state, switch
-from aimet_ext.onnx.session import open_session
 from aimet_ext.sim.protocol import adapt
+from aimet_ext.sim.torch.lora import described_entry, slots
 
-__all__ = ["LORA_NAMES", "AdapterGraph", "encodings_file", "write_adapter_graph"]
+__all__ = ["LORA_NAMES", "AdapterGraph", "write_adapter_graph"]
 
 LORA_NAMES = "lora_names.json"
 _WEIGHT_LIST = "lora_weight_list.txt"
-# Largest deviation of onnxruntime from the float model, relative to its largest logit.
-_TOLERANCE = 1e-4
 _ACTIVATIONS = ("A_output", "B_output", "sum")
 
 
@@ -34,22 +40,35 @@ _ACTIVATIONS = ("A_output", "B_output", "sum")
 class Input:
     """An input of the graph that an adapter fills.
 
-    :param name: in the graph.
-    :param shape: there, with the largest rank of all adapters.
-    :param transposed: whether it lies there with the output channels as columns.
+    :param name: Name in the graph.
+    :param shape: Shape there, with the largest rank of all adapters.
+    :param transposed: True if it lies there with the output channels as columns.
     """
 
     name: str
     shape: tuple[int, ...]
     transposed: bool
 
+    @property
+    def layout(self) -> Layout:
+        """Shape and channel axis."""
+        return Layout(self.shape, 1 if self.transposed else 0)
+
+    def laid_out(self, value: Tensor) -> Tensor:
+        """Return a weight as the graph takes it: turned, with zeros up to the graph's rank."""
+        value = value.detach().float().cpu()
+        value = value.T if self.transposed else value
+        padded = torch.zeros(self.shape)
+        padded[tuple(slice(n) for n in value.shape)] = value
+        return padded
+
 
 @dataclass(frozen=True)
 class AdapterGraph:
-    """Where the adapters' tensors are in the ONNX graph.
+    """Places of the adapters' tensors in the ONNX graph.
 
-    :param inputs: by slot and ``"a"``, ``"b"`` or ``"bias"``.
-    :param activations: names of tensors by slot and key of quantizer; several where the tensor
+    :param inputs: Inputs by slot and ``"a"``, ``"b"`` or ``"bias"``.
+    :param activations: Names of tensors by slot and key of quantizer; several where the tensor
         is reshaped or transposed, of which AIMET gives each an encoding.
     """
 
@@ -57,13 +76,8 @@ class AdapterGraph:
     activations: Mapping[tuple[str, str], tuple[str, ...]]
 
     def of(self, *keys: str) -> list[str]:
-        """Names of all activations of these quantizers."""
+        """Return the names of all activations of these quantizers."""
         return [n for (_, key), names in self.activations.items() if key in keys for n in names]
-
-
-def encodings_file(prefix: str, adapter: str) -> str:
-    """Name of an adapter's encodings file."""
-    return f"{prefix}_{adapter}.encodings"
 
 
 @torch.no_grad()
@@ -94,15 +108,13 @@ def write_adapter_graph(
 def _write_graph(
     sim: Any, folder: Path, prefix: str, inputs: Inputs, opset_version: int
 ) -> AdapterGraph:
-    """The graph with zeros for the adapters' weights, which are inputs with these as defaults."""
-    from aimet_ext.sim.torch.lora import probe_content, put_content
-
+    """Write the graph; adapters' weights are inputs with zeros as defaults."""
     state = lora_state(sim)
     probes = {}
-    for number, slot in enumerate(state.slots):
-        module = sim.model.get_submodule(slot)
-        probes[slot] = probe_content(module, _rank(state, slot), number)
-        put_content(module, probes[slot])
+    for number, (name, slot) in enumerate(slots(sim).items()):
+        rank = max(contents[name].b.shape[1] for contents in state.adapters.values())
+        probes[name] = slot.probe_content(rank, number)
+        slot.put(probes[name])
     with float32_model(sim.model):
         file = write_onnx(
             sim, folder, prefix, inputs, opset_version=opset_version, dynamic_axes=None
@@ -121,19 +133,15 @@ def _write_graph(
         for key in _ACTIVATIONS:
             quantizer = probes[slot].quantizers[key]
             if quantizer is not None:
-                activations[slot, key] = names[float(quantizer.get_scale())]
+                activations[slot, key] = names[probes[slot].scale(key)]
     _make_inputs(file.path, {tensor: entry for tensor, (_, _, entry) in found.items()})
     graph = AdapterGraph({(slot, key): e for slot, key, e in found.values()}, activations)
     _clean_base_encodings(sim, folder, prefix, set(found), graph)
     return graph
 
 
-def _rank(state: LoraState, slot: str) -> int:
-    return max(contents[slot].b.shape[1] for contents in state.adapters.values())
-
-
 def _by_scale(path: Path) -> dict[float, tuple[str, ...]]:
-    """Names of activations by their scale."""
+    """Return the names of activations by their scale."""
     found: dict[float, tuple[str, ...]] = {}
     for name, entry in entries(load_encodings(path)).items():
         if isinstance(entry.get("y_scale"), float):
@@ -184,8 +192,6 @@ def _clean_base_encodings(
     sim: Any, folder: Path, prefix: str, weights: set[str], graph: AdapterGraph
 ) -> None:
     """Leave the base's encodings alone in its files; sums are as the base alone has them."""
-    from aimet_ext.sim.torch.lora import described_entry
-
     state = lora_state(sim)
     branches = set(graph.of("A_output", "B_output"))
     sums = {
@@ -216,20 +222,18 @@ def _write_adapter(
     state: LoraState, folder: Path, prefix: str, name: str, graph: AdapterGraph
 ) -> None:
     """Write ``{name}.safetensors``, what the graph's inputs take, and the encodings."""
-    from aimet_ext.sim.torch.lora import described_entry
-
     tensors, found, layouts = {}, [], {}
     for (slot, key), place in graph.inputs.items():
         content = state.adapters[name][slot]
         value = getattr(content, key)
-        tensors[place.name] = _laid_out(value, place)
+        tensors[place.name] = place.laid_out(value)
         quantizer = None if key == "bias" else content.quantizers[key.upper()]
         if quantizer is None:
             continue
-        layout = Layout(place.shape, 1 if place.transposed else 0)
-        layouts[place.name] = layout
-        padded = place.shape[layout.channel_axis] - value.shape[0]
-        found.append(described_entry(place.name, quantizer, layout.channel_axis, padded))
+        layouts[place.name] = place.layout
+        axis = place.layout.channel_axis
+        padded = place.shape[axis] - value.shape[0]
+        found.append(described_entry(place.name, quantizer, axis, padded))
     for (slot, key), names in graph.activations.items():
         quantizer = state.adapters[name][slot].quantizers[key]
         if quantizer is not None:
@@ -239,17 +243,6 @@ def _write_adapter(
     path.write_text(json.dumps(document, indent=2), encoding="utf-8")
     save_file(tensors, folder / f"{name}.safetensors")
     _compare(state, name, graph, document, tensors)
-
-
-def _laid_out(value: Tensor, place: Input) -> Tensor:
-    """A weight as the graph takes it: turned, and with zeros up to the graph's rank."""
-    value = value.detach().float().cpu()
-    value = value.T if place.transposed else value
-    widths = [
-        n for have, want in zip(value.shape, place.shape, strict=True) for n in (0, want - have)
-    ]
-    pads = [n for pair in zip(widths[::2][::-1], widths[1::2][::-1], strict=True) for n in pair]
-    return torch.nn.functional.pad(value, pads).contiguous()
 
 
 def _compare(
@@ -264,12 +257,10 @@ def _compare(
     for (slot, key), place in graph.inputs.items():
         if place.name not in encoded:
             continue
-        content = state.adapters[name][slot]
-        value = getattr(content, key).float()
-        quantized = content.quantizers[key.upper()](value).as_subclass(Tensor)
-        layout = Layout(place.shape, 1 if place.transposed else 0)
-        read = fake_quantize(tensors[place.name], to_grid(encoded[place.name], layout))
-        if not torch.equal(read, _laid_out(quantized, place)):
+        quantized = state.adapters[name][slot].rounded(key, torch.float32)
+        grid = to_grid(encoded[place.name], place.layout)
+        read = fake_quantize(tensors[place.name], grid)
+        if not torch.equal(read, place.laid_out(quantized)):
             raise RuntimeError(
                 f"adapter {name!r}: {place.name} quantized by its encodings must equal the "
                 "simulation's, but differs"
@@ -320,26 +311,17 @@ def _check(
         if value.dim() > 1 and not name.startswith(own)
     }
     checks: dict[str, Any] = {"base_weights_not_found_in_onnx": file.missing(weights)}
-    try:
-        session = open_session(file.path)
-    except MissingExtraError:
-        return {**checks, "onnxruntime": "not installed"}
-    wanted = {value.name for value in session.get_inputs()}
-    feed = {name: t.cpu().numpy() for name, t in inputs.tensors.items() if name in wanted}
     deviations = {}
     for name in (None, *lora_state(sim).adapters):
         switch(sim, name)
         own_feed = {} if name is None else load_file(folder / f"{name}.safetensors")
-        output = session.run(None, {**feed, **{k: v.numpy() for k, v in own_feed.items()}})[0]
-        with float32_model(sim.model), adaptor.disabled_quantizers():
-            expected = adaptor.model(*inputs.args).as_subclass(Tensor).cpu()
-        deviation = float((torch.from_numpy(output) - expected).abs().max() / expected.abs().max())
-        if not deviation <= _TOLERANCE:
-            raise RuntimeError(
-                f"{prefix}.onnx with adapter {name!r} must agree with the float model to "
-                f"{_TOLERANCE} of its largest output, but deviates by {deviation:.3g}"
-            )
-        deviations[name or ""] = deviation
+        try:
+            output = run_onnx(file.path, inputs, own_feed)
+        except MissingExtraError:
+            return {**checks, "onnxruntime": "not installed"}
+        with float32_model(sim.model):
+            who = f"{prefix}.onnx with adapter {name!r}"
+            deviations[name or ""] = check_output(adaptor, inputs, output, who)
     checks["onnxruntime"] = metadata.version("onnxruntime")
     checks["onnxruntime_relative_deviation"] = deviations
     return checks

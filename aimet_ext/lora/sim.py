@@ -12,21 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from aimet_ext.artifact.load import load
-from aimet_ext.errors import require
+from aimet_ext.errors import require, some
 from aimet_ext.files.folders import MANIFEST, hash_file
 from aimet_ext.files.ledger import Ledger, load_scales
 from aimet_ext.files.tensors import hash_tensors
-from aimet_ext.grids.fitting import some
 from aimet_ext.lora.adapter import Adapter, LoraLayer, read_adapters
 from aimet_ext.lora.fold import fold_adapter, fold_adapters, scales_digest
 from aimet_ext.models.huggingface import causal_lm, checkpoint_prefix, context_length
 from aimet_ext.sim.protocol import adapt
-from aimet_ext.sim.torch.state import load_quantizers, named_quantizers, quantizers_to_tensors
+from aimet_ext.sim.torch.lora import Content, LoraSlot, base_state, build_lora_sim, renamed, slots
 
 if TYPE_CHECKING:
     from aimet_torch import QuantizationSimModel
-
-    from aimet_ext.sim.torch.lora import Content
 
 __all__ = [
     "LoraState",
@@ -54,13 +51,13 @@ _REFUSED = {
 class LoraState:
     """The adapters of a simulation. It is an attribute of the simulation and is copied with it.
 
-    :param base: folder of the base's export.
-    :param base_manifest: hash of its manifest.
-    :param slots: for each slot, by its name in the sim's model, the module's original name.
-    :param adapters: what each adapter puts into each slot.
-    :param empty: what stands in each slot where there is no adapter.
-    :param sources: the adapters as they were given, folded.
-    :param active: name of the adapter that is in the slots, None for the base alone.
+    :param base: Folder of the base's export.
+    :param base_manifest: Hash of its manifest.
+    :param slots: Original name of the module by name of the slot in the sim's model.
+    :param adapters: Content of each slot by adapter.
+    :param empty: Content of each slot without an adapter.
+    :param sources: Adapters as they were given, folded.
+    :param active: Name of the adapter that is in the slots, None for the base alone.
     """
 
     base: Path
@@ -75,7 +72,7 @@ class LoraState:
 def create_sim(
     peft_model: Any, base_export: str | Path, *, base_sim: Any = None
 ) -> QuantizationSimModel:
-    """A simulation of a PEFT model on the base that was exported, its quantizers untouched.
+    """Return a simulation of a PEFT model on the base that was exported, its quantizers untouched.
 
     The base's weights and ranges are those of the export, bit by bit, and frozen; of the PEFT
     model only the adapters are read, and folded so that they fit the base's transformed weights
@@ -86,8 +83,8 @@ def create_sim(
 
     :param peft_model: ``PeftModel`` with one or more LoRA adapters, a folder of them as PEFT
         writes it, an :class:`Adapter`, or a mapping of names to any of these with one adapter.
-    :param base_export: folder that :func:`aimet_ext.export` wrote of a torch simulation.
-    :param base_sim: for a base that was built by hand: see :func:`aimet_ext.load`.
+    :param base_export: Folder that :func:`aimet_ext.export` wrote of a torch simulation.
+    :param base_sim: Simulation of a base that was built by hand: see :func:`aimet_ext.load`.
     :returns: an ``aimet_torch.QuantizationSimModel`` in evaluation mode, with the PEFT model's
         active adapter, or the first one, in its layers.
     :raises ValueError: an adapter does not fit the base or would change its weights; each module
@@ -101,7 +98,7 @@ def create_sim(
     """
     require("aimet_torch", "torch")
     base = load(base_export, sim=base_sim)
-    if not hasattr(base, "onnx"):
+    if adapt(base).framework != "torch":
         raise ValueError(
             f"{base_export}: an export of a torch simulation is required, got one of ONNX; "
             "adapters of ONNX graphs are inputs of the graph, see aimet_ext.lora.export"
@@ -114,14 +111,12 @@ def create_sim(
 
 
 def sim_with_slots(base: Any, folder: str | Path, places: Mapping[str, bool]) -> Any:
-    """A simulation of a base with empty slots and no adapters.
+    """Return a simulation of a base with empty slots and no adapters.
 
-    :param base: a simulation, left as it is.
-    :param folder: its export.
-    :param places: original names of modules, each with whether its slot takes a bias.
+    :param base: Simulation, left as it is.
+    :param folder: Export of it.
+    :param places: True by original name of module if its slot takes a bias.
     """
-    from aimet_ext.sim.torch.lora import empty_content
-
     prefix = checkpoint_prefix(base.model)
     sim = _build(base, {prefix + module: bias for module, bias in places.items()})
     state = LoraState(
@@ -129,17 +124,16 @@ def sim_with_slots(base: Any, folder: str | Path, places: Mapping[str, bool]) ->
         base_manifest=hash_file(Path(folder) / MANIFEST),
         slots={prefix + module: module for module in places},
     )
-    for slot in state.slots:
-        state.empty[slot] = empty_content(sim.model.get_submodule(slot))
+    state.empty = {name: slot.empty_content() for name, slot in slots(sim).items()}
     setattr(sim, _STATE, state)
     switch(sim, None)
     return sim
 
 
 def fit_adapters(source: Any, base_export: str | Path) -> dict[str, Adapter]:
-    """Adapters that fit an export's weights, by name.
+    """Return the adapters that fit an export's weights, by name.
 
-    :param source: see :func:`create_sim`.
+    :param source: Adapters, see :func:`create_sim`.
     """
     if isinstance(source, Mapping):
         found = {}
@@ -171,28 +165,23 @@ def fit_adapters(source: Any, base_export: str | Path) -> dict[str, Adapter]:
 def add_adapters(sim: Any, adapters: Mapping[str, Adapter]) -> None:
     """Put further adapters, float, into a simulation that has slots for their layers.
 
-    :param adapters: folded, by name; one of a name that is known takes its place.
+    :param adapters: Folded adapters by name; one of a name that is known takes its place.
     :raises ValueError: one does not fit; each module is named and nothing is changed.
     """
-    from aimet_ext.sim.torch.lora import float_content
-
-    state = lora_state(sim)
+    state, places = lora_state(sim), slots(sim)
+    names = {original: slot for slot, original in state.slots.items()}
     made = {}
     for name, adapter in adapters.items():
         _check_parts(name, adapter)
         layers = adapter.layers
-        slots = {original: slot for slot, original in state.slots.items()}
-        faults = [f"{module} (no slot)" for module in layers if module not in slots]
-        contents = {}
+        faults, contents = [], {}
         for module, layer in layers.items():
-            if module not in slots:
-                continue
-            slot = sim.model.get_submodule(slots[module])
-            fault = _misfit(slot, layer)
-            if fault:
+            slot = places.get(names.get(module, ""))
+            fault = "no slot" if slot is None else _misfit(slot, layer)
+            if slot is None or fault:
                 faults.append(f"{module} ({fault})")
-                continue
-            contents[slots[module]] = float_content(slot, *_scaled(layer))
+            else:
+                contents[names[module]] = slot.float_content(*_scaled(layer))
         if faults:
             raise ValueError(
                 f"adapter {name!r} must fit the simulation's slots, but these modules do not: "
@@ -208,31 +197,29 @@ def add_adapters(sim: Any, adapters: Mapping[str, Adapter]) -> None:
 
 
 def switch(sim: Any, name: str | None) -> None:
-    """Have a simulation compute with another of its adapters.
+    """Make a simulation compute with another of its adapters.
 
     Weights and quantizers of the adapter's own layers are exchanged; no tensor and no quantizer of
     the base is written to.
 
-    :param sim: made by :func:`create_sim` or :func:`load`.
-    :param name: of the adapter; None for the base alone, whose logits are those of the base's
+    :param sim: Simulation made by :func:`create_sim` or :func:`load`.
+    :param name: Name of the adapter; None for the base alone, whose logits are those of the base's
         export, bit by bit.
     :raises ValueError: there is no adapter of that name.
     """
-    from aimet_ext.sim.torch.lora import put_content
-
     state = lora_state(sim)
     if name is not None and name not in state.adapters:
         raise ValueError(
             f"the name of an adapter must be one of {sorted(state.adapters)} or None, got {name!r}"
         )
     contents = state.empty if name is None else state.adapters[name]
-    for slot, content in contents.items():
-        put_content(sim.model.get_submodule(slot), content)
+    for place, slot in slots(sim).items():
+        slot.put(contents[place])
     state.active = name
 
 
 def lora_state(sim: Any) -> LoraState:
-    """The adapters of a simulation.
+    """Return the adapters of a simulation.
 
     :raises TypeError: the simulation has none.
     """
@@ -251,24 +238,20 @@ def base_hash(sim: Any) -> str:
     Names are those that the base has in a simulation without adapters, so that the hash is also
     that of the base's own simulation.
     """
-    state = getattr(sim, _STATE, None)
-    slots = state.slots if isinstance(state, LoraState) else {}
-    own = tuple(f"{slot}.{part}." for slot in slots for part in ("lora_A", "lora_B", "add"))
-    tensors, described = quantizers_to_tensors(sim)
-    items: dict[str, Tensor] = {**adapt(sim).float_state(), **tensors}
+    floats, ranges, described = base_state(sim, adapt(sim).float_state())
+    skipped = ("state", "same_as")
     grids = {
-        _original_place(name): {key: entry[key] for key in entry if key not in ("state", "same_as")}
+        name: {key: value for key, value in entry.items() if key not in skipped}
         for name, entry in described.items()
-        if not name.startswith(own)
     }
     text = json.dumps(grids, sort_keys=True).encode()
-    items["quantizers"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    kept = {_original_place(n): tensor for n, tensor in items.items() if not n.startswith(own)}
-    return hash_tensors((name, kept[name]) for name in sorted(kept))
+    marks = {"quantizers": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+    items = {**floats, **ranges, **marks}
+    return hash_tensors((name, items[name]) for name in sorted(items))
 
 
 def _places(base: Any, adapters: Mapping[str, Adapter]) -> dict[str, bool]:
-    """Where slots are needed, by original name of module, each with whether it takes a bias."""
+    """Return where slots are needed: True by original name of module if it takes a bias."""
     prefix = checkpoint_prefix(base.model)
     biases: dict[str, bool] = {}
     for name, adapter in adapters.items():
@@ -301,31 +284,28 @@ def _check_parts(name: str, adapter: Adapter) -> None:
         )
 
 
-def _misfit(slot: Any, layer: LoraLayer) -> str | None:
-    """Why a layer's change does not fit a slot, None if it does."""
-    table = isinstance(slot.base_layer, nn.Embedding)
-    if table != layer.embedding:
+def _misfit(slot: LoraSlot, layer: LoraLayer) -> str | None:
+    """Return the reason why a layer's change does not fit a slot, None if it does."""
+    if slot.table != layer.embedding:
         return "a change of a table" if layer.embedding else "a change of a linear layer"
     rows, columns = slot.base_layer.weight.shape
-    wanted = (columns, rows) if table else (rows, columns)
+    wanted = (columns, rows) if slot.table else (rows, columns)
     if (layer.b.shape[0], layer.a.shape[1]) != wanted or layer.a.dim() != 2:
         return f"B A is {layer.b.shape[0]} by {tuple(layer.a.shape[1:])}, the layer {wanted}"
-    if layer.bias is not None and slot.lora_B.bias is None:
+    if layer.bias is not None and not slot.takes_bias:
         return "a bias, for which the slot has no place"
     return None
 
 
 def _scaled(layer: LoraLayer) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Weights of a slot: the scaling goes into B, exactly where it is a power of two."""
+    """Return the weights of a slot: the scaling goes into B, exactly where it is a power of two."""
     a = layer.a.T if layer.embedding else layer.a
     bias = None if layer.bias is None else layer.bias.double() * layer.scaling
     return a, layer.b.double() * layer.scaling, bias
 
 
 def _build(base: Any, places: Mapping[str, bool]) -> Any:
-    """A simulation with slots, the base's quantizers in their places and frozen."""
-    from aimet_ext.sim.torch.lora import QUANTIZERS, build_lora_sim, freeze
-
+    """Return a simulation with slots, the base's quantizers in their places and frozen."""
     settings = adapt(base).settings or {}
     length = min(8, context_length(base.model) or 8)
     model = causal_lm(base.model)
@@ -333,31 +313,6 @@ def _build(base: Any, places: Mapping[str, bool]) -> Any:
         raise ValueError("the base must be a causal LM of transformers, but it holds none")
     sample = torch.arange(length)[None] % model.config.get_text_config().vocab_size  # [1, length]
     sim = build_lora_sim(base, places, sample, settings.get("config_file") or _CONFIG)
-    for name in places:
-        slot = sim.model.get_submodule(name)
-        for container, key in QUANTIZERS.values():
-            holder: Any = slot.get_submodule(container)
-            holder[int(key) if key.isdigit() else key] = None
-        for part in (slot.lora_A, slot.lora_B, slot.add):
-            for index in range(len(part.input_quantizers)):
-                part.input_quantizers[index] = None
-
-    tensors, described = quantizers_to_tensors(base)
-    load_quantizers(
-        sim,
-        {_renamed(key, places): value for key, value in tensors.items()},
-        {
-            _renamed(name, places): (
-                {"same_as": _renamed(entry["same_as"], places)} if "same_as" in entry else entry
-            )
-            for name, entry in described.items()
-        },
-    )
-    for name in places:  # both branches read one tensor
-        slot = sim.model.get_submodule(name)
-        if len(slot.base_layer.input_quantizers) and not isinstance(slot.base_layer, nn.Embedding):
-            slot.lora_A.input_quantizers[0] = slot.base_layer.input_quantizers[0]
-    freeze(quantizer for _, quantizer in named_quantizers(sim))
     adaptor = adapt(sim)
     for parameter in adaptor.float_parameters("").values():
         parameter.requires_grad_(False)
@@ -366,26 +321,15 @@ def _build(base: Any, places: Mapping[str, bool]) -> Any:
     return sim
 
 
-def _original_place(name: str) -> str:
-    """Undo :func:`_renamed`."""
-    return name.replace(".base_layer.", ".")
-
-
-def _renamed(name: str, places: Iterable[str]) -> str:
-    """Name of something of the base in a model with slots."""
-    place = next((p for p in places if name == p or name.startswith(f"{p}.")), None)
-    return name if place is None else f"{place}.base_layer{name[len(place) :]}"
-
-
 def _renamed_ledger(ledger: Ledger | None, places: Iterable[str]) -> Ledger | None:
     if ledger is None:
         return None
     tensors, fields = ledger.to_tensors()
     for entry in fields["entries"]:
-        entry["sides"] = [[_renamed(module, places), axis] for module, axis in entry["sides"]]
-        entry["source"] = _renamed(entry["source"], places)
+        entry["sides"] = [[renamed(module, places), axis] for module, axis in entry["sides"]]
+        entry["source"] = renamed(entry["source"], places)
     for run in fields["runs"]:
-        run["modules"] = [_renamed(module, places) for module in run["modules"]]
+        run["modules"] = [renamed(module, places) for module in run["modules"]]
     return Ledger.from_tensors(tensors, fields)
 
 

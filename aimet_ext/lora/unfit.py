@@ -1,4 +1,4 @@
-"""What of an adapter cannot be folded, or belongs to another model: found, and named."""
+"""Checks that an adapter can be folded and belongs to the model; every fault is named."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from aimet_ext.files.ledger import ModuleScales, Scales
-from aimet_ext.lora.adapter import Adapter
+from aimet_ext.lora.adapter import SIDES, Adapter
 from aimet_ext.lora.checkpoint import Checkpoint, Target
 
 __all__ = ["check_fit", "check_variant", "named_like", "refuse"]
 
-# Fields of the config that make an adapter something else than W + s B A: what it is, and a way.
+# Fields of the config that make an adapter something else than W + s B A, and the reason.
 _VARIANTS = {
     "use_qalora": "QA-LoRA averages groups of inputs, which scales tell apart",
     "use_bdlora": "block-diagonal LoRA has matrices in blocks",
@@ -57,7 +57,7 @@ def check_variant(adapter: Adapter) -> None:
 
 
 def named_like(scales: Scales, names: Collection[str]) -> Scales:
-    """Scales under the names of a checkpoint, where a wrapper put one of its own before them."""
+    """Return scales under the names of a checkpoint, without a wrapper's prefix."""
     inner = {name.partition(".")[2]: value for name, value in scales.items()}
     if scales.keys() & set(names) or not inner.keys() & set(names):
         return scales
@@ -67,9 +67,9 @@ def named_like(scales: Scales, names: Collection[str]) -> Scales:
 def check_fit(
     adapter: Adapter, scales: Scales, target: Target, original: Checkpoint | None
 ) -> dict[str, str]:
-    """Reasons why modules of an adapter, padded already, do not fit; by module.
+    """Return the reasons why modules of a padded adapter do not fit; by module.
 
-    :param original: weights that are not padded; compared where the target's are not known.
+    :param original: Weights that are not padded; compared where the target's are not known.
     :raises ValueError: the scales belong to another model altogether.
     """
     known = target.checkpoint or original
@@ -97,7 +97,7 @@ def check_fit(
 
 
 def refuse(adapter: Adapter, problems: Mapping[str, str]) -> NoReturn:
-    """One error for all modules.
+    """Raise one error for all modules.
 
     :raises ValueError: always.
     """
@@ -106,7 +106,7 @@ def refuse(adapter: Adapter, problems: Mapping[str, str]) -> NoReturn:
 
 
 def _check_names(adapter: Adapter, scales: Scales) -> None:
-    """With nothing else known, an adapter of another model shows by names that never meet.
+    """Refuse an adapter that has no module in common with the scales.
 
     :raises ValueError: no module of the adapter is one of the scales'.
     """
@@ -121,7 +121,7 @@ def _check_names(adapter: Adapter, scales: Scales) -> None:
 
 
 def _misfit(adapter: Adapter, kinds: Mapping[str, Tensor], shape: tuple[int, ...]) -> str | None:
-    """Why tensors do not fit a weight, or None."""
+    """Return the reason why tensors do not fit a weight, or None."""
     whole = kinds.get("weight")
     if whole is not None and tuple(whole.shape) != shape:
         return f"its weight must have the base's shape {list(shape)}, got {list(whole.shape)}"
@@ -130,26 +130,18 @@ def _misfit(adapter: Adapter, kinds: Mapping[str, Tensor], shape: tuple[int, ...
     outs, ins = shape[:2]
     if adapter.config.get("fan_in_fan_out") and "A" in kinds:
         outs, ins = ins, outs
-    wanted = {
-        "A": (1, ins),
-        "B": (0, outs),
-        "B_bias": (0, outs),
-        "bias": (0, outs),
-        "embedding_A": (1, outs),
-        "embedding_B": (0, ins),
-        "tokens": (1, ins),
-    }
-    for kind, (dim, size) in wanted.items():
-        if kind in kinds and kinds[kind].shape[dim] != size:
-            got = list(kinds[kind].shape)
-            return f"{kind} must have {size} at dimension {dim}, as the base's weight, got {got}"
+    sizes = {"input": ins, "output": outs}
+    for kind, (dim, side) in SIDES.items():
+        if kind in kinds and kinds[kind].shape[dim] != sizes[side]:
+            got = f"got {list(kinds[kind].shape)}"
+            return f"{kind} must have {sizes[side]} at dimension {dim}, as the base's weight, {got}"
     return None
 
 
 def _scaled_misfit(
     adapter: Adapter, kinds: Mapping[str, Any], scales: ModuleScales | None, module: str
 ) -> str | None:
-    """Why scales do not fit the tensors of a module, or None."""
+    """Return the reason why scales do not fit the tensors of a module, or None."""
     if scales is None:
         return None
     weight = kinds.get("weight")
@@ -157,14 +149,9 @@ def _scaled_misfit(
         return "a whole weight cannot be folded with fan_in_fan_out, which may hold for it or not"
     if scales.output is not None and "tokens" in kinds:
         return "rows of a table whose rows are scaled cannot be folded"
-    lengths = (
-        (scales.input, {"A": 1, "embedding_B": 0, "tokens": 1}),
-        (scales.output, {"B": 0, "B_bias": 0, "bias": 0, "embedding_A": 1}),
-    )
-    for vector, places in lengths:
-        for kind, dim in places.items():
-            if vector is None or kind not in kinds or kinds[kind].shape[dim] == len(vector):
-                continue
+    for kind, (dim, side) in SIDES.items():
+        vector = getattr(scales, side)
+        if vector is not None and kind in kinds and kinds[kind].shape[dim] != len(vector):
             return (
                 f"its scales have width {len(vector)}, {kind} has {kinds[kind].shape[dim]}; if the "
                 "base was padded, fold with the folder of its export, which says so"
@@ -173,7 +160,7 @@ def _scaled_misfit(
 
 
 def _tied(adapter: Adapter, scales: Scales) -> dict[str, str]:
-    """Modules that share one adapter, but not one transform."""
+    """Return the modules that share one adapter, but not one transform."""
     if not adapter.config.get("ensure_weight_tying"):
         return {}
     tied = [name for name in adapter.modules if name.endswith(("embed_tokens", "lm_head"))]

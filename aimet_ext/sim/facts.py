@@ -25,10 +25,10 @@ FIXED_RANGES: dict[str, tuple[float, float]] = {
 class Activation:
     """An integer quantizer of an activation that is in use.
 
-    :param name: the quantizer's, or the tensor's.
-    :param bitwidth: bits of a value.
-    :param low: smallest value, None while there is no range.
-    :param high: largest value.
+    :param name: Name of the quantizer or of the tensor.
+    :param bitwidth: Bits of a value.
+    :param low: Smallest value, None while there is no range.
+    :param high: Largest value.
     """
 
     name: str
@@ -38,18 +38,18 @@ class Activation:
 
     @property
     def has_range(self) -> bool:
-        """Whether it is calibrated."""
+        """True if it is calibrated."""
         return self.low is not None
 
     @property
     def step(self) -> float:
-        """Between two neighbouring values; 0 without a range."""
+        """Difference of two neighbouring values; 0 without a range."""
         if self.low is None or self.high is None:
             return 0.0
         return (self.high - self.low) / ((1 << self.bitwidth) - 1)
 
     def grid(self) -> tuple[int, float | None, float | None]:
-        """What two quantizers have in common that quantize alike."""
+        """Return the properties that are equal in quantizers which quantize alike."""
         return (self.bitwidth, self.low, self.high)
 
 
@@ -57,16 +57,16 @@ class Activation:
 class LintLayer:
     """A layer with a weight.
 
-    :param name: in the simulation.
-    :param kind: what it computes.
-    :param width: input channels that one output channel reads.
-    :param kernel: of a convolution.
-    :param weight: its quantizer, None where the weight is float.
-    :param tied: the weight is another layer's too.
-    :param fused: the operator within which the graph adds a float bias: ``"Gemm"`` (also without
+    :param name: Name in the simulation.
+    :param kind: Kind of its operator.
+    :param width: Input channels that one output channel reads.
+    :param kernel: Kernel of a convolution.
+    :param weight: Quantizer of the weight, None where the weight is float.
+    :param tied: True if another layer has the same weight.
+    :param fused: Operator within which the graph adds a float bias: ``"Gemm"`` (also without
         one), ``"MatMul+Add"`` or ``"Conv"``.
-    :param reads: quantizer of what it reads, None where there is none or it is not known.
-    :param makes: quantizer of what it makes, likewise.
+    :param reads: Quantizer of its input, None where there is none or it is not known.
+    :param makes: Quantizer of its output, likewise.
     :param floats: ``"input"`` and ``"output"``, where that is known to be float.
     """
 
@@ -84,18 +84,18 @@ class LintLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class SimFacts:
-    """A simulation.
+    """Everything that a lint judges of a simulation.
 
-    :param layers: with a weight, by which an NPU is chosen; gains of norms are none.
-    :param activations: all integer ones.
-    :param unset: parameters whose quantizers have no range.
-    :param fixed: outputs of operators that have the same range always, by the operator.
-    :param masked: what holds scores with the mask added to them, or the mask.
-    :param mask: the number that the model itself adds to masked scores, None if not known.
-    :param operands: second operands of products of two activations.
-    :param tied: pairs that have to quantize alike, as the second becomes the first at the next
+    :param layers: Layers with a weight, by which an NPU is chosen; gains of norms are none.
+    :param activations: All integer quantizers of activations.
+    :param unset: Parameters whose quantizers have no range.
+    :param fixed: Outputs of operators whose range is always the same, with the operator.
+    :param masked: Tensors that hold the mask, or scores to which it was added.
+    :param mask: Number that the model itself adds to masked scores, None if not known.
+    :param operands: Second operands of products of two activations.
+    :param tied: Pairs that have to quantize alike, as the second becomes the first at the next
         call.
-    :param conversions: a tensor's quantizer, and one that quantizes it once more.
+    :param conversions: Pairs of a tensor's quantizer and one that quantizes it once more.
     """
 
     layers: tuple[LintLayer, ...]

@@ -118,11 +118,18 @@ class _Root(nn.Module):
 
 
 class _Tracer(fx.Tracer):
-    """Calls leaves: AIMET's and torch's modules, and all others without children."""
+    """Calls leaves: those given, torch's modules, and all others without children."""
 
-    def __init__(self, layers: Iterable[nn.Module], opened: set[nn.Module], inputs: int) -> None:
+    def __init__(
+        self,
+        layers: Iterable[nn.Module],
+        leaves: Iterable[nn.Module],
+        opened: set[nn.Module],
+        inputs: int,
+    ) -> None:
         super().__init__()
         self._layers = set(layers)
+        self._leaves = set(leaves)
         self._opened = opened
         self._inputs = inputs
 
@@ -131,7 +138,7 @@ class _Tracer(fx.Tracer):
             return m in self._layers
         if isinstance(m, nn.Sequential):
             return False
-        childless = next(m.children(), None) is None or hasattr(m, "param_quantizers")
+        childless = next(m.children(), None) is None or m in self._leaves
         return childless or super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(
@@ -144,11 +151,17 @@ class _Tracer(fx.Tracer):
         return root_fn, [self.root, proxies]
 
 
-def trace_model(model: nn.Module, batches: Iterable[Any], layers: Mapping[str, nn.Module]) -> Trace:
+def trace_model(
+    model: nn.Module,
+    batches: Iterable[Any],
+    layers: Mapping[str, nn.Module],
+    leaves: Iterable[nn.Module] = (),
+) -> Trace:
     """Trace a model symbolically, with its layers as leaves.
 
     :param batches: Batches of the run; only their tensors may differ.
     :param layers: Modules to walk to, by name.
+    :param leaves: Modules with children that are called and not looked into.
     :raises NotTraceable: the forward pass depends on values or shapes, or batches on their kind.
     """
     kinds = iter(batches)
@@ -158,7 +171,7 @@ def trace_model(model: nn.Module, batches: Iterable[Any], layers: Mapping[str, n
         raise NotTraceable("batches differ in more than their tensors")
     root = _Root(model, first)
     opened = {root.get_submodule(parent) for name in layers for parent in _parents(name)}
-    tracer = _Tracer(layers.values(), opened, len(tensors_in(first)))
+    tracer = _Tracer(layers.values(), leaves, opened, len(tensors_in(first)))
     try:
         graph = tracer.trace(root)
     except Exception as error:

@@ -44,6 +44,7 @@ def walk_graph(
     forward_fn: ForwardFn | None = None,
     cache_dir: str | Path | None = None,
     device: torch.device | str | None = None,
+    leaves: Iterable[nn.Module] = (),
 ) -> Walk:
     """Return a :class:`GraphWalk` where the model can be traced, else a :class:`RerunWalk`.
 
@@ -56,7 +57,9 @@ def walk_graph(
     try:
         if forward_fn is None:
             try:
-                return GraphWalk(model, kept, layers, cache_dir=cache_dir, **settings)
+                return GraphWalk(
+                    model, kept, layers, cache_dir=cache_dir, leaves=leaves, **settings
+                )
             except NotTraceable as error:
                 reason = f"the model cannot be traced ({error})"
         LOGGER.warning(
@@ -75,6 +78,7 @@ class GraphWalk(ModelWalk):
     Between two stages, only values that a later operation reads are kept. Each weight of
     ``effective`` is asked for once, when its module is reached.
 
+    :param leaves: Modules with children that are called and not looked into.
     :param settings: Arguments of :class:`~aimet_ext.walk.rerun.ModelWalk` but ``forward_fn``.
     :raises NotTraceable: the forward pass is no fixed graph, or the graph computes something else.
     """
@@ -86,12 +90,13 @@ class GraphWalk(ModelWalk):
         layers: Sequence[str],
         *,
         cache_dir: str | Path | None = None,
+        leaves: Iterable[nn.Module] = (),
         **settings: Any,
     ) -> None:
         super().__init__(model, batches, layers, cache_dir=cache_dir, **settings)
         self._home = module_device(model)
         self._cache_dir = cache_dir
-        self._trace = trace_model(model, self._batches, self._layers)
+        self._trace = trace_model(model, self._batches, self._layers, leaves)
         self._executor = Executor(self._trace)
         outputs: list[Any] = []
 

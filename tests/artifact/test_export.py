@@ -275,7 +275,7 @@ def test_without_onnxruntime_the_manifest_says_so(
     def missing(*args: Any) -> None:
         raise MissingExtraError("onnxruntime")
 
-    monkeypatch.setattr("aimet_ext.artifact.export.run_onnx", missing)
+    monkeypatch.setattr("aimet_ext.artifact.torch_export.run_onnx", missing)
     manifest = aimet_ext.export(sim, tmp_path / "out", "m", IDS)
     assert manifest["checks"]["onnxruntime"] == "not installed"
 
@@ -303,7 +303,9 @@ def test_a_wrong_file_is_noticed_and_the_old_folder_stays(
     elif fault == "order":
         monkeypatch.setattr(encodings, "_flatten", lambda values, layout: values.flatten())
     elif fault == "output":
-        monkeypatch.setattr("aimet_ext.artifact.export.run_onnx", lambda *_: logits(sim) * 1.001)
+        monkeypatch.setattr(
+            "aimet_ext.artifact.torch_export.run_onnx", lambda *_: logits(sim) * 1.001
+        )
     else:
         monkeypatch.setattr(onnx_file.OnnxFile, "hash", lambda self, name: None)
     with pytest.raises(RuntimeError, match=r"m\.onnx"):

@@ -428,7 +428,8 @@ def test_a_simulation_with_its_quantizers_off(net, walk_class, config):
     adaptor, plain = TorchSim(sim), walk_through(walk_class(net, batches, layers), net)
     decided = {}
     with adaptor.disabled_quantizers():
-        walk = walk_class(sim.model, batches, layers, streams="both")
+        leaves = {"leaves": sim.qmodules()} if walk_class is GraphWalk else {}
+        walk = walk_class(sim.model, batches, layers, streams="both", **leaves)
     stages = walk.stages()
     for expected in plain:
         with adaptor.disabled_quantizers():

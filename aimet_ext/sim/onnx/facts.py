@@ -24,9 +24,9 @@ _CACHES = (("past_key_values", "present"), ("past", "present"), ("past", "new"))
 
 
 def read_facts(adaptor: Any) -> SimFacts:
-    """See :class:`SimFacts`.
+    """Return the facts of an ONNX simulation.
 
-    :param adaptor: of ``aimet_onnx.QuantizationSimModel``.
+    :param adaptor: Adaptor of ``aimet_onnx.QuantizationSimModel``.
     """
     return _Reader(adaptor).facts()
 
@@ -41,7 +41,7 @@ class _Reader:
         }
 
     def facts(self) -> SimFacts:
-        """Everything, the graph gone over once for each part."""
+        """Return all facts; the graph is gone over once for each."""
         shared = self.adaptor.layers.shared_weights()
         return SimFacts(
             layers=tuple(
@@ -59,7 +59,7 @@ class _Reader:
         )
 
     def source(self, tensor: str) -> Activation | None:
-        """Quantizer that the values of a tensor went through last, None if they are float."""
+        """Return the quantizer that a tensor's values went through last, None if they are float."""
         while tensor not in self.activations:
             index = self.graph.producer.get(tensor)
             if index is None or self.graph.nodes[index].op_type not in _MOVES:
@@ -68,7 +68,7 @@ class _Reader:
         return self.activations[tensor]
 
     def target(self, tensor: str) -> Activation | None:
-        """Quantizer that the values of a tensor go through next, what AIMET fuses passed over."""
+        """Return the next quantizer of a tensor's values, beyond what AIMET fuses."""
         while tensor not in self.activations:
             readers = self.graph.consumers.get(tensor, ())
             if len(readers) != 1 or self.graph.nodes[readers[0]].op_type not in _FUSED | _MOVES:
@@ -99,20 +99,20 @@ class _Reader:
         )
 
     def _table(self, name: str, layer: OnnxLayer) -> WeightQuantizer | None:
-        """Quantizer of a lookup table, which AIMET counts among the activations."""
+        """Return the quantizer of a lookup table, which AIMET counts among the activations."""
         quantizer = self.adaptor.sim.qc_quantize_op_dict.get(layer.weight)
         if not is_integer(quantizer):
             return None
         return OnnxWeightQuantizer(name, self.graph, layer, quantizer, self.adaptor.touch)
 
     def _made(self, layer: OnnxLayer) -> Activation | None:
-        """Quantizer of a layer's result, before the Add of its bias where that is one too."""
+        """Return the quantizer of a layer's result, before the Add of its bias if that has one."""
         use = layer.uses[0]
         own = self.graph.nodes[use.node].output[0]
         return self.activations.get(own) or self.target(use.output)
 
     def _fused(self, layer: OnnxLayer) -> str | None:
-        """The operator in which the graph adds a float bias; also a Gemm without one."""
+        """Return the operator in which the graph adds a float bias; also a Gemm without one."""
         if layer.kind == "conv":
             return "Conv" if layer.bias is not None and not self._is_int32(layer.bias) else None
         for use in layer.uses:
@@ -128,7 +128,7 @@ class _Reader:
         return is_integer(quantizer) and int(quantizer.bitwidth) == 32
 
     def _operands(self) -> dict[str, Activation]:
-        """Quantizers of the second factors of products of two activations."""
+        """Return the quantizers of the second factors of products of two activations."""
         found = {}
         weights = {use.node for layer in self.adaptor.layers.values() for use in layer.uses}
         for index, node in enumerate(self.graph.nodes):
@@ -153,7 +153,7 @@ class _Reader:
                 yield node.op_type, self.activations[node.output[0]]
 
     def _masked(self) -> dict[str, Activation]:
-        """Quantizers of what goes into each Softmax, and of what was added to it."""
+        """Return the quantizers of what goes into each Softmax, and of what was added to it."""
         found = {}
         for node in self.graph.nodes:
             if node.op_type != "Softmax":
@@ -170,7 +170,7 @@ class _Reader:
         return found
 
     def _origin(self, tensor: str) -> str:
-        """The tensor of which another one holds the values, moved."""
+        """Return the tensor of which another one holds the values, moved."""
         while (index := self.graph.producer.get(tensor)) is not None:
             if self.graph.nodes[index].op_type not in _MOVES:
                 break
@@ -178,7 +178,7 @@ class _Reader:
         return tensor
 
     def _tied(self) -> Iterator[tuple[Activation | None, Activation | None, str, str]]:
-        """A cache's quantizers and the names of its two tensors, as input and as output."""
+        """Yield a cache's quantizers and the names of its two tensors, as input and as output."""
         for name in self.graph.inputs:
             for old, new in _CACHES:
                 output = name.replace(old, new, 1)

@@ -25,7 +25,15 @@ if TYPE_CHECKING:
     from aimet_ext.onnx.layers import OnnxLayer
     from aimet_ext.sim.onnx.adaptor import OnnxSim
 
-__all__ = ["aimet_spec", "body_names", "is_fused", "parameter_quantizers", "put_grids", "readers"]
+__all__ = [
+    "aimet_spec",
+    "body_names",
+    "is_frozen",
+    "is_fused",
+    "parameter_quantizers",
+    "put_grids",
+    "readers",
+]
 
 
 def parameter_quantizers(adaptor: OnnxSim) -> dict[str, QcQuantizeOp]:
@@ -52,6 +60,11 @@ def body_names(adaptor: OnnxSim) -> dict[str, list[str]]:
     """Return the names of the nodes of each function of the simulation's model, by its domain."""
     functions = adaptor.sim.model.model.functions
     return {function.domain: [node.name for node in function.node] for function in functions}
+
+
+def is_frozen(quantizer: QcQuantizeOp | None) -> bool:
+    """Return True if an earlier technique froze the range of a quantizer."""
+    return quantizer is not None and quantizer.is_encoding_frozen()
 
 
 def is_fused(node: NodeProto) -> bool:

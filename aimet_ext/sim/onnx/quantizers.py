@@ -59,7 +59,6 @@ class OnnxWeightQuantizer(WeightQuantizer):
 
     @property
     def weight(self) -> Tensor:
-        """The layer's float weight, output channels first; a copy."""
         return stored_weight(self.graph, self.layer)
 
     @torch.no_grad()

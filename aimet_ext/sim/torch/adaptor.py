@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from aimet_torch import QuantizationSimModel
@@ -13,13 +14,15 @@ from aimet_torch.nn import BaseQuantizationMixin
 from aimet_torch.quantization.base import QuantizerBase
 from torch import Tensor, nn
 
+from aimet_ext.core.affine import Grid, fake_quantize, minmax_range, scale_offset
 from aimet_ext.data.batches import ForwardFn, iterate_batches
+from aimet_ext.files.folders import of_parameter, parameter_quantizer
 from aimet_ext.models.topology import BlockTopology, TopologyDescription, find_blocks
 from aimet_ext.sim.facts import SimFacts
 from aimet_ext.sim.protocol import Range, SimAdaptor
-from aimet_ext.sim.torch.live_ranges import forwards, live, observer, widen
-from aimet_ext.sim.torch.quantizers import (
-    TorchWeightQuantizer,
+from aimet_ext.sim.torch.quantizers import TorchWeightQuantizer
+from aimet_ext.sim.torch.state import (
+    named_quantizers,
     quantizer_state,
     restore_quantizer,
     uninitialize,
@@ -31,9 +34,13 @@ from aimet_ext.walk.traced import walk_graph
 
 __all__ = ["TorchSim"]
 
+_T = TypeVar("_T")
+
 
 class TorchSim(SimAdaptor):
-    """See :class:`aimet_ext.sim.protocol.SimAdaptor`. It holds no state of its own.
+    """See :class:`aimet_ext.sim.protocol.SimAdaptor`, which documents the methods.
+
+    The adaptor holds no state of its own.
 
     :param sim: built by ``create_sim`` or by hand.
     """
@@ -45,7 +52,6 @@ class TorchSim(SimAdaptor):
 
     @property
     def model(self) -> nn.Module:
-        """The model with its quantizers."""
         return self.sim.model
 
     def weight_quantizer(self, name: str) -> TorchWeightQuantizer | None:
@@ -61,8 +67,7 @@ class TorchSim(SimAdaptor):
         return TorchWeightQuantizer(name, module)
 
     def layer_names(self) -> Iterator[str]:
-        """Return the names of all quantized modules."""
-        return (name for name, _ in self._quantized(""))
+        return (name for name, _ in self.sim.named_qmodules())
 
     @contextmanager
     def disabled_quantizers(
@@ -73,19 +78,18 @@ class TorchSim(SimAdaptor):
         activations: bool = True,
         keep: Iterable[str] = (),
     ) -> Iterator[None]:
-        """Context in which a module computes in float; restored at the end whatever happens.
+        """Open a context in which a module computes in float; restored at the end whatever happens.
 
-        :param module: name, ``""`` for the whole model.
-        :param weights: quantizers of parameters, norm gains and biases among them.
-        :param activations: quantizers of inputs and outputs.
-        :param keep: names of layers whose weight quantizers stay on.
+        :param module: Name, ``""`` for the whole model.
+        :param weights: Switch for quantizers of parameters, norm gains and biases among them.
+        :param activations: Switch for quantizers of inputs and outputs.
+        :param keep: Names of layers whose weight quantizers stay on.
         """
-        kept = {(f"{name}.param_quantizers", "weight") for name in keep}
+        kept = {parameter_quantizer(f"{name}.weight") for name in keep}
         places = [
-            (self.model.get_submodule(parent), key, quantizer)
-            for (parent, key), quantizer in self._places(module).items()
-            if (weights if parent.endswith("param_quantizers") else activations)
-            and (parent, key) not in kept
+            (self.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], quantizer)
+            for name, quantizer in self._quantizers(module)
+            if (weights if of_parameter(name) else activations) and name not in kept
         ]
         try:
             for container, key, _ in places:
@@ -97,32 +101,26 @@ class TorchSim(SimAdaptor):
 
     @contextmanager
     def live_activations(self, module: str) -> Iterator[None]:
-        """Context in which inputs and outputs are quantized on the range of the tensor at hand.
+        """Quantize inputs and outputs on the range of the tensor at hand, in a context.
 
         Calibrated or not, frozen or not: the quantizers' own ranges are neither read nor written.
         Gradients pass straight through the rounding; the range counts as a constant.
         """
         quantizers = self.activation_quantizers(module).values()
-        with forwards({quantizer: live(quantizer) for quantizer in quantizers}):
+        with _forwards({quantizer: _live(quantizer) for quantizer in quantizers}):
             yield
 
     def float_parameters(self, module: str) -> dict[str, nn.Parameter]:
-        """Parameters of a module, named within it, without those of quantizers."""
         root = self._module(module)
-        inside = tuple(name + "." for name, _ in _named_quantizers(root))
-        return {
-            name: parameter
-            for name, parameter in root.named_parameters()
-            if not name.startswith(inside)
-        }
+        return _outside(root.named_parameters(), named_quantizers(root))
 
     @torch.no_grad()
     def snapshot(
         self, module: str, *, weights: bool = True
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Copies of a module's weights and the whole state of its quantizers.
+        """Return copies of a module's weights and the whole state of its quantizers.
 
-        :param weights: false where weights are not going to change.
+        :param weights: False where weights are not going to change.
         :returns: tensors, and plain JSON values beside them.
         """
         tensors = {
@@ -131,59 +129,51 @@ class TorchSim(SimAdaptor):
             if weights
         }
         meta = {}
-        for name, quantizer in _named_quantizers(self._module(module)):
+        for name, quantizer in _once(named_quantizers(self._module(module))):
             state, meta[name] = quantizer_state(quantizer)
             tensors.update({f"{name}.{key}": value for key, value in state.items()})
         return tensors, {"quantizers": meta}
 
     @torch.no_grad()
     def restore(self, module: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Put back what :meth:`snapshot` returned; the parameters stay the same objects."""
         for name, parameter in self.float_parameters(module).items():
             if name in tensors:
                 parameter.copy_(tensors[name])
-        for name, quantizer in _named_quantizers(self._module(module)):
-            state = {
-                key: tensors[f"{name}.{key}"]
-                for key, _ in quantizer.named_parameters(recurse=False)
-            }
-            restore_quantizer(quantizer, state, meta["quantizers"][name])
+        for name, quantizer in _once(named_quantizers(self._module(module))):
+            restore_quantizer(quantizer, tensors, meta["quantizers"][name], f"{name}.")
 
     def activation_quantizers(self, module: str = "") -> dict[str, QuantizerBase]:
-        """Input and output quantizers inside a module by their full names."""
         return {
             name: quantizer
-            for name, quantizer in self._quantizers(module).items()
-            if _is_activation(name)
+            for name, quantizer in _once(self._quantizers(module))
+            if not of_parameter(name)
         }
 
     @torch.no_grad()
     def tensor_ranges(self, module: str, run: Callable[[], object]) -> dict[str, Range]:
-        """Range of what each quantizer of a module quantizes while ``run`` runs it in float.
+        """Return the range of what each quantizer of a module reads while ``run`` runs in float.
 
         Layers' weights are left out: they have their own :meth:`TorchWeightQuantizer.calibrate`.
 
-        :param module: name of the module to watch.
-        :param run: runs it, as often as there are batches.
+        :param module: Name of the module to watch.
+        :param run: Function that runs it, as often as there are batches.
         :returns: ``(min, max)`` by the full names of the quantizers that saw something.
         """
         ranges: dict[str, Range] = {}
         watched = self.activation_quantizers(module)
-        for name in self._quantizers(module):
-            if name not in watched and not self._is_layer_weight(name):
-                widen(ranges, name, self._parameter_of(name))
-        observers = {quantizer: observer(ranges, name) for name, quantizer in watched.items()}
-        with forwards(observers), self.disabled_quantizers(module, activations=False):
+        for name, _ in _once(self._quantizers(module)):
+            if name not in watched:
+                layer, _, key = name.rpartition(".param_quantizers.")
+                value: Tensor = getattr(self.model.get_submodule(layer), key)
+                if key != "weight" or value.dim() < 2:
+                    _widen(ranges, name, value)
+        observers = {quantizer: _observer(ranges, name) for name, quantizer in watched.items()}
+        with _forwards(observers), self.disabled_quantizers(module, activations=False):
             run()
         return ranges
 
     def reset_encodings(self, names: Iterable[str]) -> list[str]:
-        """Drop the ranges of these quantizers, frozen or not, for ``compute_encodings`` to fill.
-
-        :param names: full names, as :meth:`tensor_ranges` gives them.
-        :returns: those that had a range.
-        """
-        quantizers = self._quantizers("")
+        quantizers = dict(self._quantizers(""))
         had = [name for name in names if quantizers[name].is_initialized()]
         for name in had:
             uninitialize(quantizers[name])
@@ -191,30 +181,33 @@ class TorchSim(SimAdaptor):
         return had
 
     def float_state(self) -> dict[str, Tensor]:
-        """Parameters and persistent buffers of the model without those of its quantizers.
+        """Return parameters and persistent buffers of the model without those of quantizers.
 
         Tied parameters stand under each of their names.
 
         :returns: the tensors themselves, detached, by their names in the model.
         """
-        inside = tuple(f"{key}." for key in map(".".join, self._places("")))
-        every = self.model.state_dict(keep_vars=True)
-        return {
-            name: value.detach()
-            for name, value in every.items()
-            if isinstance(value, Tensor) and not name.startswith(inside)
-        }
+        state = self.model.state_dict(keep_vars=True)
+        every = ((name, v.detach()) for name, v in state.items() if isinstance(v, Tensor))
+        return _outside(every, self._quantizers(""))
+
+    def passing_buffers(self) -> dict[str, Tensor]:
+        """Return buffers that a model derives from its config and does not save.
+
+        Mostly rotary frequencies. They belong to the state of a simulation nevertheless: their
+        dtype depends on how the model was cast.
+        """
+        saved = self.float_state()
+        buffers = (item for item in self.model.named_buffers() if item[0] not in saved)
+        return _outside(buffers, self._quantizers(""))
 
     def full_name(self, name: str) -> str:
-        """The name itself: modules have one."""
-        return name
+        return name  # modules have one
 
     def unsupported_layers(self) -> dict[str, str]:
-        """None: what is no layer here is known by its type."""
-        return {}
+        return {}  # what is no layer is known by its type
 
     def shared_weights(self) -> dict[str, list[str]]:
-        """Names of all modules that hold the same weight, for each that shares one."""
         by_weight: dict[int, list[str]] = {}
         for name, module in self.model.named_modules(remove_duplicate=False):
             weight: Any = getattr(module, "weight", None)
@@ -224,7 +217,6 @@ class TorchSim(SimAdaptor):
         return {name: names for names in shared for name in names}
 
     def batches(self, dataloader: Any, *, opaque: bool = False) -> list[Any]:
-        """The batches of a dataloader, see :func:`aimet_ext.data.batches.iterate_batches`."""
         return list(iterate_batches(dataloader, opaque=opaque))
 
     def walk(
@@ -238,7 +230,6 @@ class TorchSim(SimAdaptor):
         cache_dir: str | Path | None,
         device: torch.device | str | None,
     ) -> Walk:
-        """By blocks where the model repeats them, else by its graph."""
         settings: dict[str, Any] = {
             "streams": streams,
             "effective": effective,
@@ -249,17 +240,15 @@ class TorchSim(SimAdaptor):
         blocks = find_stack(self.model, layers)
         if blocks:
             return BlockWalk(self.model, blocks, batches, layers, **settings)
-        return walk_graph(self.model, batches, layers, **settings)
+        return walk_graph(self.model, batches, layers, leaves=self.sim.qmodules(), **settings)
 
     def find_blocks(self, description: TopologyDescription | None) -> list[BlockTopology]:
-        """Decoder blocks, see :func:`aimet_ext.models.topology.find_blocks`."""
         return find_blocks(self.model, description)
 
     def own_parameters(
         self, kinds: Collection[str], description: TopologyDescription | None
     ) -> AbstractContextManager[None]:
-        """Changes nothing: each module has its own."""
-        return nullcontext()
+        return nullcontext()  # each module has its own
 
     def block_pass(
         self,
@@ -271,7 +260,6 @@ class TorchSim(SimAdaptor):
         cache_dir: str | Path | None,
         device: torch.device | str | None,
     ) -> BlockPass:
-        """Capture both streams at the first block, the quantizers being off."""
         return open_pass(
             self.model,
             blocks,
@@ -283,11 +271,10 @@ class TorchSim(SimAdaptor):
         )
 
     def commit(self, module: str) -> None:
-        """Nothing to do: nobody holds copies."""
+        """Do nothing: no one holds copies."""
 
     @contextmanager
     def preserved_state(self) -> Iterator[None]:
-        """Context that restores training flags, ``requires_grad`` and ``use_cache``."""
         training = {module: module.training for module in self.model.modules()}
         gradients = {p: (p.requires_grad, p.grad) for p in self.model.parameters()}
         configs = [module.config for module in training if hasattr(module, "config")]
@@ -305,19 +292,42 @@ class TorchSim(SimAdaptor):
 
     @property
     def framework(self) -> Literal["torch"]:
-        """The framework that the simulation runs in."""
         return "torch"
 
     @property
     def runner(self) -> nn.Module:
-        """The model with the quantizers that are on."""
         return self.model
 
     def lint_facts(self) -> SimFacts:
-        """Return the facts of the simulation that a lint judges."""
         from aimet_ext.sim.torch.facts import read_facts
 
         return read_facts(self)
+
+    def write_graph(self, path: Path, args: tuple[Any, ...], **options: Any) -> None:
+        """Write an ONNX file of the float weights, and encodings 2.0.0 beside it.
+
+        AIMET's exporter rounds the weights that it writes unless its own method for that is set
+        aside: a reader that quantizes the file's weights gets the simulation's values.
+
+        :param path: Path of the ONNX file; the encodings file has the ending ``.encodings``.
+        :param args: Positional arguments to trace with.
+        :param options: Arguments of ``torch.onnx.export``.
+        """
+        self.sim._apply_qdq_to_model_parameters = lambda model: nullcontext()
+        settings = {"encoding_version": "2.0.0", "export_int32_bias": False, "dynamo": False}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch.onnx and tracing, about past and future
+                self.sim.onnx.export(args, str(path), **settings, **options)
+        finally:
+            del self.sim._apply_qdq_to_model_parameters
+
+    def encoding_settings(self) -> dict[str, Any]:
+        """Return the settings of the simulation that encodings 1.0.0 hold."""
+        return {
+            "excluded_layers": self.sim._excluded_layer_names,
+            "quantizer_args": self.sim.quant_args,
+        }
 
     def _module(self, name: str) -> nn.Module:
         try:
@@ -328,43 +338,65 @@ class TorchSim(SimAdaptor):
                 "see the names in sim.model.named_modules()"
             ) from error
 
-    def _quantized(self, module: str) -> Iterator[tuple[str, Any]]:
-        """Quantized layers inside a module by their full names."""
-        prefix = f"{module}." if module else ""
-        for name, layer in self._module(module).named_modules():
-            if isinstance(layer, BaseQuantizationMixin):
-                yield (prefix + name).rstrip("."), layer
-
-    def _quantizers(self, module: str) -> dict[str, QuantizerBase]:
-        prefix = f"{module}." if module else ""
-        return {prefix + name: found for name, found in _named_quantizers(self._module(module))}
-
-    def _places(self, module: str) -> dict[tuple[str, str], QuantizerBase]:
-        """Every place that holds a quantizer: name of its container and key in it."""
-        prefix = f"{module}." if module else ""
-        named = self._module(module).named_modules(remove_duplicate=False)  # tied weights share
-        places = {}
-        for name, found in named:
-            if isinstance(found, QuantizerBase):
-                container, _, key = (prefix + name).rpartition(".")
-                places[container, key] = found
-        return places
-
-    def _parameter_of(self, quantizer: str) -> Tensor:
-        layer, _, parameter = quantizer.rpartition(".param_quantizers.")
-        return getattr(self.model.get_submodule(layer), parameter)
-
-    def _is_layer_weight(self, quantizer: str) -> bool:
-        if _is_activation(quantizer):
-            return False
-        return quantizer.endswith(".weight") and self._parameter_of(quantizer).dim() > 1
+    def _quantizers(self, module: str) -> list[tuple[str, QuantizerBase]]:
+        """Return quantizers inside a module by their full names, a shared one under all of them."""
+        return named_quantizers(self._module(module), module)
 
 
-def _named_quantizers(root: nn.Module) -> Iterator[tuple[str, QuantizerBase]]:
-    for name, module in root.named_modules():
-        if isinstance(module, QuantizerBase):
-            yield name, module
+def _outside(
+    named: Iterable[tuple[str, _T]], quantizers: Iterable[tuple[str, Any]]
+) -> dict[str, _T]:
+    """Return the values that are in none of the quantizers."""
+    inside = tuple(f"{name}." for name, _ in quantizers)
+    return {name: value for name, value in named if not name.startswith(inside)}
 
 
-def _is_activation(quantizer: str) -> bool:
-    return ".param_quantizers." not in f".{quantizer}"
+def _once(named: Iterable[tuple[str, _T]]) -> list[tuple[str, _T]]:
+    """Return each object under its first name."""
+    first: dict[int, tuple[str, _T]] = {}
+    for item in named:
+        first.setdefault(id(item[1]), item)
+    return list(first.values())
+
+
+@contextmanager
+def _forwards(replacements: Mapping[Any, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Open a context in which quantizers compute something else."""
+    try:
+        for quantizer, forward in replacements.items():
+            quantizer.forward = forward
+        yield
+    finally:
+        for quantizer in replacements:
+            vars(quantizer).pop("forward", None)
+
+
+def _live(quantizer: Any) -> Callable[[Tensor], Tensor]:
+    """Return a function that quantizes a tensor as a quantizer does, on the tensor's own range."""
+
+    def quantize(tensor: Tensor) -> Tensor:
+        if not tensor.numel():
+            return tensor
+        integers = (quantizer.qmin, quantizer.qmax, quantizer.symmetric)
+        low, high = minmax_range(tensor.detach(), tuple(quantizer.shape), *integers)
+        scale, offset = scale_offset(low.float(), high.float(), *integers)
+        return fake_quantize(tensor, Grid(scale, offset, *integers[:2], quantizer.block_size))
+
+    return quantize
+
+
+def _observer(ranges: dict[str, Range], name: str) -> Callable[[Tensor], Tensor]:
+    """Return a function that passes a tensor on and notes its range under a name."""
+
+    def observe(tensor: Tensor) -> Tensor:
+        _widen(ranges, name, tensor)
+        return tensor
+
+    return observe
+
+
+def _widen(ranges: dict[str, Range], name: str, tensor: Tensor) -> None:
+    """Make a range hold all of a tensor."""
+    if tensor.numel():
+        low, high = ranges.get(name, (float("inf"), -float("inf")))
+        ranges[name] = (min(low, float(tensor.min())), max(high, float(tensor.max())))

@@ -28,12 +28,12 @@ _FUSED = {
 
 
 def read_facts(adaptor: Any) -> SimFacts:
-    """See :class:`SimFacts`.
+    """Return the facts of a PyTorch simulation.
 
     A torch simulation quantizes what modules read and make. What functions between them make has
     no quantizer here and gets one when the model is handed over, so that is no finding.
 
-    :param adaptor: of ``aimet_torch.QuantizationSimModel``.
+    :param adaptor: Adaptor of ``aimet_torch.QuantizationSimModel``.
     """
     return _Reader(adaptor).facts()
 
@@ -50,7 +50,7 @@ class _Reader:
         self.operators = self._operators()
 
     def facts(self) -> SimFacts:
-        """Everything, the modules gone over once for each part."""
+        """Return all facts; the modules are gone over once for each."""
         shared = self.adaptor.shared_weights()
         layers = [
             self._layer(name, module, name in shared)
@@ -67,7 +67,7 @@ class _Reader:
         )
 
     def _operators(self) -> dict[str, Any]:
-        """Operators of AIMET's graph by the name of their module."""
+        """Return the operators of AIMET's graph by the name of their module."""
         graph = getattr(self.adaptor.sim, "connected_graph", None)
         operators = () if graph is None else graph.ordered_ops
         named = ((self.names.get(id(op.get_module())), op) for op in operators)
@@ -93,19 +93,19 @@ class _Reader:
         )
 
     def _weight(self, name: str) -> Any:
-        """Integer quantizer of a layer's weight, None where there is none."""
+        """Return the integer quantizer of a layer's weight, None where there is none."""
         found = dict(getattr(self.modules[name], "param_quantizers", {})).get("weight")
         return self.adaptor.weight_quantizer(name) if hasattr(found, "qmin") else None
 
     def _own(self, module: Any, key: str) -> Activation | None:
-        """The first of a module's own input or output quantizers."""
+        """Return the first of a module's own input or output quantizers."""
         for quantizer in getattr(module, key, None) or ():
             if quantizer is not None:
                 return self.activations.get(id(quantizer))
         return None
 
     def _read(self, name: str) -> Activation | None:
-        """Output quantizer of the module that makes what a layer reads, as far as it is known."""
+        """Return the output quantizer of the module whose output a layer reads, if it is known."""
         op = self.operators.get(name)
         while op is not None:
             op = op.inputs[0].producer if op.inputs else None
@@ -115,7 +115,7 @@ class _Reader:
         return None
 
     def _made(self, name: str, module: Any) -> tuple[Activation | None, bool]:
-        """Quantizer of what a layer makes, and whether AIMET takes it with what comes next."""
+        """Return the quantizer of a layer's output; True if AIMET takes it with what comes next."""
         own = self._own(module, "output_quantizers")
         op = self.operators.get(name)
         while own is None and op is not None:
@@ -148,7 +148,7 @@ class _Reader:
                     yield operator, made
 
     def _conversions(self) -> Iterator[tuple[Activation, Activation]]:
-        """Where a module quantizes what another one has quantized to other bits."""
+        """Yield pairs of quantizers that quantize one tensor to different bits."""
         for name, module in self.modules.items():
             again = self._own(module, "input_quantizers")
             first = self._read(name) if again is not None else None
@@ -156,7 +156,7 @@ class _Reader:
                 yield first, again
 
     def _mask(self) -> float | None:
-        """What a prepared language model adds to masked scores, None for all other models."""
+        """Return the number that a prepared language model adds to masked scores, else None."""
         if "transformers" not in sys.modules:
             return None
         from aimet_ext.models.huggingface import PreparedCausalLM

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from aimet_ext.core.affine import Grid, symmetric_offset
 from aimet_ext.core.clipping import GridLayout
 from aimet_ext.sim.protocol import WeightQuantizer
+from aimet_ext.sim.torch.state import uninitialize
 
-__all__ = ["TorchWeightQuantizer", "quantizer_state", "restore_quantizer", "uninitialize"]
+__all__ = ["TorchWeightQuantizer"]
 
 
 class TorchWeightQuantizer(WeightQuantizer):
@@ -42,22 +43,18 @@ class TorchWeightQuantizer(WeightQuantizer):
 
     @property
     def weight(self) -> nn.Parameter:
-        """The layer's float weight."""
         return self.module.weight
 
     @torch.no_grad()
     def set_weight(self, values: Tensor) -> None:
-        """Put values in the weight's place; the parameter stays the same object."""
         self.weight.copy_(values)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Cells of the grid along each dimension of the weight."""
         return tuple(self.quantizer.shape)
 
     @cached_property
     def layout(self) -> GridLayout:
-        """The grid but its ranges, as that of a matrix ``[out, in]``."""
         own, qmin, qmax = self.quantizer, int(self.quantizer.qmin), int(self.quantizer.qmax)
         lpbq = isinstance(own, GroupedBlockQuantizeDequantize)
         size = own.block_size
@@ -74,20 +71,14 @@ class TorchWeightQuantizer(WeightQuantizer):
 
     @property
     def frozen(self) -> bool:
-        """Whether ``sim.compute_encodings`` leaves the range alone."""
         return not self.quantizer.is_overwrite_allowed()
 
     @property
     def initialized(self) -> bool:
-        """Whether there is a range."""
         return self.quantizer.is_initialized()
 
     @torch.no_grad()
     def grid(self) -> Grid:
-        """Return the grid that AIMET quantizes with, in float32.
-
-        :raises ValueError: the quantizer has no range yet.
-        """
         if not self.initialized:
             raise self.no_range()
         return Grid(
@@ -151,55 +142,19 @@ class TorchWeightQuantizer(WeightQuantizer):
         self.set_range(low, best)
 
     def calibrate(self) -> None:
-        """Set the range from the weight, as ``sim.compute_encodings`` does; not if frozen."""
         self.module.compute_param_encodings()
 
     def freeze(self, frozen: bool = True) -> None:
-        """Have ``sim.compute_encodings`` leave the range alone, or no longer."""
         self.quantizer.allow_overwrite(not frozen)
 
     def reset(self) -> None:
-        """Drop the range, frozen or not."""
         if self.initialized:
             uninitialize(self.quantizer)
             self.quantizer.allow_overwrite(True)
 
 
-def quantizer_state(quantizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Copies of a quantizer's parameters, and as JSON values which are set and which may change."""
-    tensors = {
-        name: parameter.detach().clone()
-        for name, parameter in quantizer.named_parameters(recurse=False)
-    }
-    meta = {
-        "initialized": quantizer.is_initialized(),
-        "overwrite": {key: quantizer.is_overwrite_allowed(key) for key in _bounds(quantizer)},
-    }
-    return tensors, meta
-
-
-@torch.no_grad()
-def restore_quantizer(quantizer: Any, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Put back what :func:`quantizer_state` returned."""
-    for name, parameter in quantizer.named_parameters(recurse=False):
-        parameter.copy_(tensors[name])
-    if not meta["initialized"]:
-        uninitialize(quantizer)
-    quantizer.allow_overwrite(**meta["overwrite"])
-
-
-def uninitialize(quantizer: Any) -> None:
-    """Make AIMET see a quantizer's parameters as never set, so that calibration fills them."""
-    for name, parameter in list(quantizer.named_parameters(recurse=False)):
-        quantizer.register_quantization_parameter(name, parameter)
-
-
-def _bounds(quantizer: Any) -> tuple[str, ...]:
-    return ("min", "max") if isinstance(quantizer, AffineQuantizerBase) else ()
-
-
 def _neighbours(x: Tensor) -> list[Tensor]:
-    """The float32 numbers next to ``x``, two on either side."""
+    """Return the float32 numbers next to ``x``, two on either side."""
     up, down = torch.full_like(x, torch.inf), torch.full_like(x, -torch.inf)
     above, below = torch.nextafter(x, up), torch.nextafter(x, down)
     return [above, below, torch.nextafter(above, up), torch.nextafter(below, down)]

@@ -18,14 +18,7 @@ from torch import Tensor, nn
 
 from aimet_ext.config import LPBQ, PerTensor, QSpec
 
-__all__ = [
-    "build_sim",
-    "calibrate_alone",
-    "calibrated_weight_quantizer",
-    "parameter_quantizers",
-    "put_quantizer",
-    "weight_quantizer_for",
-]
+__all__ = ["build_sim", "quiet", "weight_quantizer_for"]
 
 _NORM_BITS = 16
 
@@ -39,16 +32,16 @@ def build_sim(
     *,
     in_place: bool = False,
 ) -> QuantizationSimModel:
-    """A simulation whose weights are quantized layer by layer as asked, ranges already set.
+    """Return a simulation whose weights are quantized as asked for each layer, with ranges.
 
-    :param model: traceable; copied unless ``in_place``.
-    :param dummy_input: what the model is traced with.
-    :param weights: a spec by name of module, None for float. Modules not named (norms) have 16-bit
+    :param model: Traceable model; copied unless ``in_place``.
+    :param dummy_input: Input to trace the model with.
+    :param weights: Spec by name of module, None for float. Modules not named (norms) have 16-bit
         parameters, or float ones where activations are float.
-    :param activations: spec of every input and output quantizer, None for float.
-    :param config: alias or path of AIMET's configuration file, or its content.
+    :param activations: Spec of every input and output quantizer, None for float.
+    :param config: Alias or path of AIMET's configuration file, or its content.
     """
-    with _config_file(config) as config_file, _quiet():
+    with _config_file(config) as config_file, quiet():
         sim = QuantizationSimModel(
             model,
             dummy_input,
@@ -63,7 +56,7 @@ def build_sim(
 
 
 def weight_quantizer_for(spec: QSpec, weight: Tensor) -> nn.Module:
-    """AIMET's quantizer for a weight, without a range, on the weight's device.
+    """Return AIMET's quantizer for a weight, without a range, on the weight's device.
 
     Blocks run along the input channels, dimension 1 of linear layers and convolutions.
 
@@ -95,53 +88,6 @@ def weight_quantizer_for(spec: QSpec, weight: Tensor) -> nn.Module:
     )
 
 
-def parameter_quantizers(sim: QuantizationSimModel) -> dict[str, dict[str, nn.Module | None]]:
-    """Quantizers of the parameters of each layer that can have some, None where one is float.
-
-    :returns: by name of layer and name of parameter, of whatever type; a layer that stands at two
-        places is listed once.
-    """
-    return {
-        name: dict(layer.param_quantizers.items())
-        for name, layer in sim.model.named_modules()
-        if isinstance(layer, BaseQuantizationMixin)
-    }
-
-
-def put_quantizer(layer: Any, parameter: str, quantizer: nn.Module | None) -> None:
-    """Quantize a parameter of AIMET's layer with this quantizer, None: leave it float."""
-    layer.param_quantizers[parameter] = quantizer
-
-
-def calibrated_weight_quantizer(spec: QSpec, layer: Any) -> nn.Module:
-    """A quantizer for a layer's weight with the range that ``sim.compute_encodings`` would set.
-
-    The layer itself is left as it is.
-
-    :param layer: AIMET's layer.
-    :raises ValueError: the block size does not divide the input width.
-    """
-    quantizer = weight_quantizer_for(spec, layer.weight)
-    calibrate_alone(layer, "weight", quantizer)
-    return quantizer
-
-
-def calibrate_alone(layer: Any, parameter: str, quantizer: nn.Module) -> None:
-    """Set a quantizer's range from a parameter, by AIMET's own rule.
-
-    The layer's own quantizers, of this parameter and of others, keep their ranges.
-    """
-    own = dict(layer.param_quantizers.items())
-    try:
-        for key in own:
-            layer.param_quantizers[key] = quantizer if key == parameter else None
-        with _quiet():
-            layer.compute_param_encodings()
-    finally:
-        for key, kept in own.items():
-            layer.param_quantizers[key] = kept
-
-
 def _set_activations(sim: QuantizationSimModel, spec: QSpec | None) -> None:
     for name, quantizer in list(sim.named_quantizers()):
         parent, _, key = name.rpartition(".")
@@ -170,13 +116,13 @@ def _set_weights(
         elif not keep_others:
             for parameter in layer.param_quantizers:
                 layer.param_quantizers[parameter] = None
-        with _quiet():
+        with quiet():
             layer.compute_param_encodings()
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without warnings of what AIMET calls: torch.jit is deprecated, and so is some of its own."""
+def quiet() -> Iterator[None]:
+    """Silence warnings of what AIMET calls: torch.jit and some of its own are deprecated."""
     with warnings.catch_warnings():
         for category in (FutureWarning, DeprecationWarning, torch.jit.TracerWarning):
             warnings.simplefilter("ignore", category)

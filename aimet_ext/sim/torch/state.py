@@ -1,20 +1,33 @@
-"""The quantizers of a whole sim as tensors and JSON values, and the way back."""
+"""Quantizers of a PyTorch simulation as tensors and JSON values, and the way back."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
-
-from aimet_ext.sim.torch.quantizers import quantizer_state, restore_quantizer
+import torch
+from aimet_torch.quantization.affine import (
+    AffineQuantizerBase,
+    GroupedBlockQuantizeDequantize,
+    QuantizeDequantize,
+)
+from aimet_torch.quantization.base import QuantizerBase
+from torch import Tensor, nn
 
 __all__ = [
     "describe_quantizer",
+    "freeze",
     "load_quantizers",
     "make_quantizer",
     "named_quantizers",
+    "pack_quantizers",
+    "put_quantizer",
+    "quantizer_state",
     "quantizers_to_tensors",
+    "restore_quantizer",
+    "uninitialize",
+    "unset_quantizers",
+    "unpack_quantizer",
 ]
 
 _STATIC = (
@@ -29,33 +42,102 @@ _STATIC = (
     "exponent_bits",
     "mantissa_bits",
 )
+MADE = (QuantizeDequantize.__name__, GroupedBlockQuantizeDequantize.__name__)
 
 
-def named_quantizers(sim: Any) -> list[tuple[str, Any]]:
-    """Every quantizer of a sim by its name in ``sim.model``; a shared one under all its names."""
-    known = {id(quantizer) for _, quantizer in sim.named_quantizers()}
-    every = sim.model.named_modules(remove_duplicate=False)
-    return [(name, module) for name, module in every if id(module) in known]
+def named_quantizers(root: nn.Module, name: str = "") -> list[tuple[str, Any]]:
+    """Return every quantizer inside a module by name, a shared one under all its names.
+
+    :param name: Name of the module, put before those inside it.
+    """
+    every = root.named_modules(remove_duplicate=False, prefix=name)
+    return [(inner, module) for inner, module in every if isinstance(module, QuantizerBase)]
 
 
-def quantizers_to_tensors(sim: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All quantizers of a sim by their names in ``sim.model``.
+def unset_quantizers(sim: Any) -> list[str]:
+    """Return the names of the quantizers that have no range, each object once."""
+    return [name for name, quantizer in sim.named_quantizers() if not quantizer.is_initialized()]
 
-    :returns: their parameters as ``{quantizer}.{parameter}``, and for each quantizer its class and
-        grid, whether it is initialized and frozen, or of which other one it is the same object.
+
+def put_quantizer(root: nn.Module, name: str, quantizer: nn.Module | None) -> None:
+    """Put a quantizer in the place of that name, None: leave the tensor float."""
+    container, _, key = name.rpartition(".")
+    setattr(root.get_submodule(container), key, quantizer)
+
+
+def freeze(quantizers: Iterable[Any]) -> None:
+    """Keep ``compute_encodings`` and training from changing these ranges."""
+    for quantizer in quantizers:
+        quantizer.allow_overwrite(False)
+        quantizer.requires_grad_(False)
+
+
+def uninitialize(quantizer: Any) -> None:
+    """Make AIMET see a quantizer's parameters as never set, so that calibration fills them."""
+    for name, parameter in list(quantizer.named_parameters(recurse=False)):
+        quantizer.register_quantization_parameter(name, parameter)
+
+
+def quantizer_state(quantizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return copies of a quantizer's parameters, and its flags as JSON values."""
+    own = quantizer.named_parameters(recurse=False)
+    tensors = {name: parameter.detach().clone() for name, parameter in own}
+    bounds = ("min", "max") if isinstance(quantizer, AffineQuantizerBase) else ()
+    return tensors, {
+        "initialized": quantizer.is_initialized(),
+        "overwrite": {key: quantizer.is_overwrite_allowed(key) for key in bounds},
+    }
+
+
+@torch.no_grad()
+def restore_quantizer(
+    quantizer: Any, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], prefix: str = ""
+) -> None:
+    """Put back what :func:`quantizer_state` returned.
+
+    :param prefix: Prefix of the parameters' names in ``tensors``.
+    """
+    for name, parameter in quantizer.named_parameters(recurse=False):
+        parameter.copy_(tensors[prefix + name])
+    if not meta["initialized"]:
+        uninitialize(quantizer)
+    quantizer.allow_overwrite(**meta["overwrite"])
+
+
+def pack_quantizers(
+    named: Iterable[tuple[str, Any]], separator: str = "."
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return quantizers as tensors and JSON values.
+
+    :returns: their parameters as ``{quantizer}{separator}{parameter}``, and for each quantizer its
+        class and grid, whether it is initialized and frozen, or the name of the quantizer that is
+        the same object.
     """
     tensors: dict[str, Tensor] = {}
     described: dict[str, Any] = {}
     first: dict[int, str] = {}
-    for name, quantizer in named_quantizers(sim):
-        if id(quantizer) in first:
+    for name, quantizer in named:
+        if first.setdefault(id(quantizer), name) != name:
             described[name] = {"same_as": first[id(quantizer)]}
             continue
-        first[id(quantizer)] = name
         state, meta = quantizer_state(quantizer)
-        tensors.update({f"{name}.{key}": value for key, value in state.items()})
+        tensors.update({f"{name}{separator}{key}": value for key, value in state.items()})
         described[name] = {**describe_quantizer(quantizer), "state": meta}
     return tensors, described
+
+
+def unpack_quantizer(
+    name: str, described: Mapping[str, Any], tensors: Mapping[str, Tensor], separator: str = "."
+) -> Any:
+    """Return a new quantizer of what :func:`pack_quantizers` returned."""
+    quantizer = make_quantizer(described)
+    restore_quantizer(quantizer, tensors, described["state"], name + separator)
+    return quantizer
+
+
+def quantizers_to_tensors(sim: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return all quantizers of a simulation by their names in ``sim.model``."""
+    return pack_quantizers(named_quantizers(sim.model))
 
 
 def load_quantizers(
@@ -68,7 +150,7 @@ def load_quantizers(
     :raises ValueError: the sim lacks a place for a quantizer, or one is of a class that cannot be
         made anew; all such are named and nothing is changed.
     """
-    existing = dict(named_quantizers(sim))
+    existing = dict(named_quantizers(sim.model))
     made: dict[str, Any] = {}
     faults = []
     for name, description in described.items():
@@ -77,9 +159,9 @@ def load_quantizers(
         static = {key: value for key, value in description.items() if key != "state"}
         if name in existing and describe_quantizer(existing[name]) == static:
             made[name] = existing[name]
-        elif _container(sim, name) is None:
+        elif not _has_place(sim.model, name):
             faults.append(f"{name} (the model has no such place)")
-        elif static["class"] not in ("QuantizeDequantize", "GroupedBlockQuantizeDequantize"):
+        elif static["class"] not in MADE:
             faults.append(f"{name} (a {static['class']} must be set in the sim before)")
         else:
             made[name] = make_quantizer(static)
@@ -88,25 +170,19 @@ def load_quantizers(
             "a sim of the model that was exported is required, but these quantizers do not fit: "
             + ", ".join(faults)
         )
-    for name in existing:
-        if name not in described:
-            _put(sim, name, None)
+    for name in existing.keys() - described.keys():
+        put_quantizer(sim.model, name, None)
+    device = next((t.device for t in sim.model.parameters()), None)
     for name, description in described.items():
-        if "same_as" in description:
-            _put(sim, name, made[description["same_as"]])
-            continue
-        quantizer = made[name]
+        quantizer = made[description.get("same_as", name)]
         if existing.get(name) is not quantizer:
-            _put(sim, name, quantizer)
-        keys = [key for key, _ in quantizer.named_parameters(recurse=False)]
-        device = next((t.device for t in sim.model.parameters()), None)
-        quantizer.to(device)
-        state = {key: tensors[f"{name}.{key}"] for key in keys}
-        restore_quantizer(quantizer, state, dict(description["state"]))
+            put_quantizer(sim.model, name, quantizer)
+        if name in made:
+            restore_quantizer(quantizer.to(device), tensors, description["state"], f"{name}.")
 
 
 def describe_quantizer(quantizer: Any) -> dict[str, Any]:
-    """What of a quantizer does not change when it is calibrated, as JSON values."""
+    """Return the properties of a quantizer that calibration leaves alone, as JSON values."""
     found = {key: getattr(quantizer, key) for key in _STATIC if hasattr(quantizer, key)}
     plain = {key: _plain(value) for key, value in found.items()}
     keys = sorted(key for key, _ in quantizer.named_parameters(recurse=False))
@@ -114,22 +190,21 @@ def describe_quantizer(quantizer: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON values; a copy made by ``copy.deepcopy`` has tensors in its block size."""
+    """Return JSON values; a copy made by ``copy.deepcopy`` has tensors in its block size."""
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     return value.item() if isinstance(value, Tensor) else value
 
 
 def make_quantizer(static: Mapping[str, Any]) -> Any:
-    """A new quantizer, without a range, of what :func:`describe_quantizer` returned."""
-    from aimet_torch.quantization import affine
+    """Return a new quantizer, without a range, of what :func:`describe_quantizer` returned."""
 
     def tuple_of(key: str) -> tuple[int, ...] | None:
         return None if static[key] is None else tuple(static[key])
 
     shape, block_size = tuple(static["shape"]), tuple_of("block_size")
-    if static["class"] == "GroupedBlockQuantizeDequantize":
-        quantizer = affine.GroupedBlockQuantizeDequantize(
+    if static["class"] == GroupedBlockQuantizeDequantize.__name__:
+        quantizer = GroupedBlockQuantizeDequantize(
             shape,
             (static["qmax"] - static["qmin"]).bit_length(),
             static["symmetric"],
@@ -139,7 +214,7 @@ def make_quantizer(static: Mapping[str, Any]) -> Any:
         )
         quantizer.qmin, quantizer.qmax = static["qmin"], static["qmax"]
         return quantizer
-    return affine.QuantizeDequantize(
+    return QuantizeDequantize(
         shape,
         static["qmin"],
         static["qmax"],
@@ -149,18 +224,11 @@ def make_quantizer(static: Mapping[str, Any]) -> Any:
     )
 
 
-def _container(sim: Any, name: str) -> Any:
-    """The list or dict of a layer where a quantizer of that name stands, None if there is none."""
+def _has_place(model: nn.Module, name: str) -> bool:
+    """Return True if a layer has a container with that place for a quantizer."""
     parent, _, key = name.rpartition(".")
     try:
-        container = sim.model.get_submodule(parent)
+        container: Any = model.get_submodule(parent)
     except AttributeError:
-        return None
-    fits = int(key) < len(container) if key.isdigit() else key in container
-    return container if fits else None
-
-
-def _put(sim: Any, name: str, quantizer: Any) -> None:
-    key = name.rpartition(".")[2]
-    container = _container(sim, name)
-    container[int(key) if key.isdigit() else key] = quantizer
+        return False
+    return int(key) < len(container) if key.isdigit() else key in container
