@@ -111,10 +111,10 @@ def _write_graph(
     """Write the graph; adapters' weights are inputs with zeros as defaults."""
     state = lora_state(sim)
     probes = {}
-    for number, (name, slot) in enumerate(slots(sim).items()):
+    for number, (name, room) in enumerate(slots(sim).items()):
         rank = max(contents[name].b.shape[1] for contents in state.adapters.values())
-        probes[name] = slot.probe_content(rank, number)
-        slot.put(probes[name])
+        probes[name] = room.probe_content(rank, number)
+        room.put(probes[name])
     with float32_model(sim.model):
         file = write_onnx(
             sim, folder, prefix, inputs, opset_version=opset_version, dynamic_axes=None
