@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from aimet_ext.errors import require
 
 __all__ = ["open_session"]
@@ -46,7 +44,11 @@ def open_session(
     """
     runtime = require("onnxruntime", extra)
     settings = runtime.SessionOptions()
-    settings.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
+    if threads is None:
+        import torch  # which takes seconds: QNN's processes never ask for it
+
+        threads = torch.get_num_threads()
+    settings.intra_op_num_threads = threads
     settings.log_severity_level = 3
     settings.graph_optimization_level = getattr(runtime.GraphOptimizationLevel, _LEVELS[optimize])
     for name, value in options.items():
