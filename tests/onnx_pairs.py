@@ -80,16 +80,19 @@ class Pair:
         self.feed = feed or (lambda batch: {key: value.numpy() for key, value in batch.items()})
         kinds = (nn.Linear, nn.Conv2d)
         self.layers = [name for name, p in module.named_modules() if isinstance(p, kinds)]
+        self._names: dict[str, str] | None = None
 
     def sims(self, spec: QSpec) -> tuple[Any, Any]:
         sample = tuple(self.batches[0].values())
         theirs = torch_sim(self.module, sample, dict.fromkeys(self.layers, spec))
         feed = self.feed(self.batches[0])  # AIMET's own has no token that counts
-        names = self.names(onnx_sim(self.model, {}, feed=feed))
+        names = self._names or self.names(onnx_sim(self.model, {}, feed=feed))
         return theirs, onnx_sim(self.model, dict.fromkeys(names.values(), spec), feed=feed)
 
     def names(self, sim: Any) -> dict[str, str]:
-        """Node by module: the one with the module's weight."""
+        """Node by module: the one with the module's weight, the same in every simulation."""
+        if self._names is not None:
+            return self._names
         every = adapt(sim).model
         shells = {n: m for n, m in every.named_modules() if getattr(m, "weight", None) is not None}
         found = {}
@@ -98,6 +101,7 @@ class Pair:
             fitting = [n for n, m in shells.items() if torch.equal(m.weight, own)]
             assert len(fitting) == 1, (name, fitting)
             found[name] = fitting[0]
+        self._names = found
         return found
 
     def arguments(self) -> tuple[Any, Any]:
@@ -147,10 +151,11 @@ def perceptron() -> Pair:
     return network(seeded(lambda: nn.Sequential(*parts[:-1])), mixed[:64], mixed[64:])
 
 
+#: Each is built once; simulations are made of copies.
 PAIRS: dict[str, Callable[[], Pair]] = {
-    "llama": lambda: language_model("llama"),
-    "qwen2": lambda: language_model("qwen2"),
-    "genai": lambda: as_genai_builds_it("qwen2"),
-    "convolutions": lambda: network(seeded(Net), *IMAGES),
-    "perceptron": perceptron,
+    "llama": functools.cache(lambda: language_model("llama")),
+    "qwen2": functools.cache(lambda: language_model("qwen2")),
+    "genai": functools.cache(lambda: as_genai_builds_it("qwen2")),
+    "convolutions": functools.cache(lambda: network(seeded(Net), *IMAGES)),
+    "perceptron": functools.cache(perceptron),
 }

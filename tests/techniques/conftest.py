@@ -186,6 +186,12 @@ def batches(ids: Callable[..., Tensor]) -> list[Tensor]:
 
 
 @pytest.fixture(scope="session")
+def pair(ids: Callable[..., Tensor]) -> list[Tensor]:
+    """Two batches of one size, which any form of data can hold."""
+    return [ids(2, 16, 1), ids(2, 16, 2)]
+
+
+@pytest.fixture(scope="session")
 def make_sim(tiny_model: Callable[..., Any]) -> Callable[..., Any]:
     """``make_sim(family, spec, **settings of create_sim)``: a sim of its own, weights only."""
     pytest.importorskip("aimet_torch")
@@ -277,6 +283,26 @@ def result_of() -> Callable[[Any], dict[str, str]]:
         return found
 
     return read
+
+
+@pytest.fixture(scope="session")
+def outcome(
+    make_sim: Callable[..., Any], result_of: Callable[[Any], dict[str, str]]
+) -> Callable[..., tuple[dict[str, str], Any]]:
+    """``outcome(technique, batches, layers)``: result and report of a plain call, made once."""
+    kept: dict[tuple[Any, ...], tuple[dict[str, str], Any]] = {}
+
+    def find(
+        technique: Technique, batches: Sequence[Tensor], layers: int = 2
+    ) -> tuple[dict[str, str], Any]:
+        key = technique.name, layers, *(_digest(batch) for batch in batches)
+        if key not in kept:
+            sim = make_sim(layers=layers)
+            report = technique.apply(sim, batches)
+            kept[key] = result_of(sim), report
+        return kept[key]
+
+    return find
 
 
 @pytest.fixture(scope="session")

@@ -31,11 +31,12 @@ def test_what_stands_in_padding_is_not_seen(
     assert result_of(one) == result_of(other)
 
 
-def test_padding_weighs_nothing(technique: Any, make_sim: Any, ids: Any) -> None:
-    plain, filled = make_sim(layers=1), make_sim(layers=1)
-    units = technique.units(technique.apply(plain, [ids(2, 16, 1), ids(2, 16, 2)]))
+def test_padding_weighs_nothing(
+    technique: Any, make_sim: Any, ids: Any, pair: list[Tensor], outcome: Any
+) -> None:
+    units = technique.units(outcome(technique, pair, 1)[1])
     again = technique.units(
-        technique.apply(filled, [padded(ids(2, 16, seed), 9) for seed in (1, 2)])
+        technique.apply(make_sim(layers=1), [padded(ids(2, 16, seed), 9) for seed in (1, 2)])
     )
     for (name, nearest, after), (same, nearest_too, after_too) in zip(units, again, strict=True):
         assert name == same
