@@ -46,9 +46,10 @@ types: $(DEPENDENCIES)
 	$(BIN)/mypy
 
 # One thread a worker, for workers with more threads than cores wait for each other.
+# Modules go to workers in the order of tests/conftest.py: long ones first.
 # AIMET_EXT_TEST_INSTALLED makes tests/conftest.py refuse to run on the checkout.
 tests: $(PACKAGE)
-	OMP_NUM_THREADS=1 AIMET_EXT_TEST_INSTALLED=1 PYTHONSAFEPATH=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope
+	OMP_NUM_THREADS=1 AIMET_EXT_TEST_INSTALLED=1 PYTHONSAFEPATH=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
 docs: $(PACKAGE)
 	PYTHONSAFEPATH=1 $(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import collections
+import gc
+import importlib.util
 import os
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from warm_python import WarmPython
 
 import aimet_ext
 
@@ -24,15 +28,58 @@ ASSETS = ROOT.parent / "shared" / "assets"
 RECURSION_LIMIT = 10_000
 
 
+def one_thread_for_onnxruntime() -> None:
+    """Give a session one thread, unless a number was asked for, as OMP_NUM_THREADS does for torch.
+
+    Its threads wait for work by spinning: they would take the processors of the other workers.
+    """
+    if importlib.util.find_spec("onnxruntime") is None:
+        return
+    import onnxruntime
+
+    start = onnxruntime.InferenceSession.__init__
+
+    def with_one_thread(
+        session: Any, path_or_bytes: Any, sess_options: Any = None, *args: Any, **settings: Any
+    ) -> None:
+        options = onnxruntime.SessionOptions() if sess_options is None else sess_options
+        options.intra_op_num_threads = options.intra_op_num_threads or 1
+        start(session, path_or_bytes, options, *args, **settings)
+
+    onnxruntime.InferenceSession.__init__ = with_one_thread
+
+
 def pytest_configure() -> None:
     """Refuse to test the checkout where the installed package was asked for (``make test``)."""
     sys.setrecursionlimit(max(RECURSION_LIMIT, sys.getrecursionlimit()))
+    one_thread_for_onnxruntime()
     location = pathlib.Path(aimet_ext.__file__).resolve().parent
     if os.environ.get("AIMET_EXT_TEST_INSTALLED") and location == ROOT / "aimet_ext":
         raise pytest.UsageError(
             f"the installed package is to be tested, but aimet_ext was imported from {location}; "
             "run `make test`, or pytest without `python -m` and PYTHONPATH"
         )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put modules with slow tests first, then those with many tests.
+
+    So that at the end of a run in several processes none waits long for another one.
+    """
+    weights: collections.Counter[pathlib.Path] = collections.Counter()
+    for item in items:
+        weights[item.path] += 1 if item.get_closest_marker("slow") is None else 1000
+    items.sort(key=lambda item: -weights[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported, which stays, out of every garbage collection of the run.
+
+    AIMET's graphs and copies of them are so many objects that collections took a tenth of it.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
 
 
 def pytest_report_header() -> str:
@@ -52,6 +99,15 @@ def assets() -> pathlib.Path:
     if not ASSETS.is_dir():
         pytest.skip(f"{ASSETS} is absent: its models and texts are no part of the project")
     return ASSETS
+
+
+@pytest.fixture(scope="session")
+def warm_python() -> Iterator[WarmPython]:
+    """Return what runs scripts in new processes that have the frameworks imported already."""
+    pytest.importorskip("aimet_torch")
+    warm = WarmPython(pathlib.Path(aimet_ext.__file__).parent.parent)
+    yield warm
+    warm.close()
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+from warm_python import WarmPython
 
 import aimet_ext
 from aimet_ext import examples
@@ -18,22 +19,6 @@ from aimet_ext import examples
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SNIPPETS = sorted((ROOT / "snippets").rglob("*.py"))
 MARKER = re.compile(r"^# (End of )?\[([\w-]+)\]$", re.MULTILINE)
-
-
-def execute(script: pathlib.Path, folder: pathlib.Path) -> str:
-    """Run a script in an empty folder and return what it printed."""
-    package = str(pathlib.Path(aimet_ext.__file__).parent.parent)
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=folder,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": package},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=540,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
 
 
 @pytest.mark.parametrize("script", SNIPPETS, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -45,8 +30,12 @@ def test_markers_pair_up(script: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("script", SNIPPETS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_a_snippet_runs(script: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    printed = execute(script, tmp_path)
+def test_a_snippet_runs(
+    script: pathlib.Path, warm_python: WarmPython, tmp_path: pathlib.Path
+) -> None:
+    done = warm_python.run(script, folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    printed = done.stdout
     figures = dict(re.findall(r"^(float|quantized)\s+([\d.]+)$", printed, re.MULTILINE))
     assert float(figures["float"]) < float(figures["quantized"]) < 1.1 * float(figures["float"])
     exports = "aimet_ext.export(" in script.read_text("utf-8")
@@ -63,5 +52,15 @@ def test_the_example_of_the_readme(tmp_path: pathlib.Path) -> None:
     lines = [json.dumps({"text": document}) for document in examples.documents("calibration")]
     (tmp_path / "text.jsonl").write_text("\n".join(lines), "utf-8")
     (tmp_path / "example.py").write_text(code, "utf-8")
-    execute(tmp_path / "example.py", tmp_path)
+    package = str(pathlib.Path(aimet_ext.__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "example.py"],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": package},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=540,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
     assert (tmp_path / "quantized/model.onnx").is_file()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import pathlib
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from warm_python import WarmPython
 
 import aimet_ext
 from aimet_ext import lora
@@ -67,31 +66,27 @@ def test_it_is_read_back_bit_by_bit(sim: Any, folder: pathlib.Path, lora_ids: Te
 
 @pytest.mark.slow
 def test_a_new_process_needs_the_folder_alone(
-    sim: Any, folder: pathlib.Path, lora_ids: Tensor, tmp_path: pathlib.Path
+    sim: Any,
+    folder: pathlib.Path,
+    lora_ids: Tensor,
+    warm_python: WarmPython,
+    tmp_path: pathlib.Path,
 ) -> None:
     save_file({"logits": logits(sim, lora_ids), "ids": lora_ids}, tmp_path / "expected")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-c",
-            "import sys\n"
-            f"sys.path.insert(0, {str(pathlib.Path(aimet_ext.__file__).parents[1])!r})\n"
-            "import torch\n"
-            "from safetensors.torch import load_file\n"
-            "from aimet_ext import lora\n"
-            f"expected = load_file({str(tmp_path / 'expected')!r})\n"
-            f"sim = lora.load({str(folder)!r})\n"
-            "with torch.no_grad():\n"
-            "    same = torch.equal(sim.model(expected['ids']), expected['logits'])\n"
-            "print('same' if same else 'other')\n",
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import warnings\n"
+        "warnings.simplefilter('ignore')\n"
+        "import torch\n"
+        "from safetensors.torch import load_file\n"
+        "from aimet_ext import lora\n"
+        f"expected = load_file({str(tmp_path / 'expected')!r})\n"
+        f"sim = lora.load({str(folder)!r})\n"
+        "with torch.no_grad():\n"
+        "    same = torch.equal(sim.model(expected['ids']), expected['logits'])\n"
+        "print('same' if same else 'other')\n"
     )
+    done = warm_python.run(script, folder=tmp_path)
     assert done.stdout.strip().endswith("same"), done.stderr
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import signal
-import subprocess
-import sys
 import textwrap
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from warm_python import WarmPython
 
 import aimet_ext
 from aimet_ext import CorruptFileError
@@ -58,8 +56,11 @@ class Interruption:
         monkeypatch.setattr(TorchWeightQuantizer, "freeze", raising)
 
 
-@pytest.mark.parametrize("on_disk", [False, True], ids=["RAM", "cache_dir"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError("none left")], ids=repr)
+@pytest.mark.parametrize(
+    ("on_disk", "error"),
+    [(False, KeyboardInterrupt()), (True, MemoryError("none left"))],
+    ids=["RAM", "cache_dir"],
+)
 def test_a_failure_in_the_second_block_undoes_the_first(
     technique: Any,
     lived_in: Any,
@@ -293,30 +294,22 @@ KILLED = """
 @pytest.mark.techniques(where=lambda t: t.name in ("omniquant", "gptq"))  # blocks, layers
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_a_killed_process_is_resumed_to_the_bit(
-    technique: Any, tiny_model: Any, result_of: Any, tmp_path: pathlib.Path
+    technique: Any,
+    tiny_model: Any,
+    result_of: Any,
+    warm_python: WarmPython,
+    tmp_path: pathlib.Path,
 ) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "model")
-    environment = dict(os.environ)
-    package = pathlib.Path(aimet_ext.__file__).parent.parent
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(package), *filter(None, [environment.get("PYTHONPATH")])]
-    )
     places = [str(tmp_path / name) for name in ("model", "checkpoints", "cache")]
-    ended = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            textwrap.dedent(KILLED),
-            str(torch.get_num_threads()),
-            *places,
-            technique.function.__name__,
-            repr(sorted(technique.quick.items())),
-        ],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+    (tmp_path / "script.py").write_text(textwrap.dedent(KILLED))
+    ended = warm_python.run(
+        tmp_path / "script.py",
+        str(torch.get_num_threads()),
+        *places,
+        technique.function.__name__,
+        repr(sorted(technique.quick.items())),
+        folder=tmp_path,
     )
     assert ended.returncode == -signal.SIGKILL, ended.stderr
 
@@ -344,43 +337,46 @@ def test_a_finished_run_is_read_back_whole(
 
 
 def test_two_runs_are_identical(
-    technique: Any, make_sim: Any, batches: list[Tensor], result_of: Any, tmp_path: pathlib.Path
+    technique: Any,
+    make_sim: Any,
+    batches: list[Tensor],
+    outcome: Any,
+    result_of: Any,
+    tmp_path: pathlib.Path,
 ) -> None:
     """Seeded, whatever the state of the global generators, in RAM and on disk."""
-    first, second = make_sim(), make_sim()
+    sim = make_sim()
     torch.manual_seed(1)
-    technique.apply(first, batches)
+    result, _ = outcome(technique, batches)
     torch.manual_seed(2)
     torch.rand(5)
     state = torch.get_rng_state()
-    technique.apply(second, batches, cache_dir=tmp_path)
-    assert result_of(first) == result_of(second)
+    technique.apply(sim, batches, cache_dir=tmp_path)
+    assert result_of(sim) == result
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_block_in_training_mode_is_calibrated_without_dropout(
-    technique: Any, make_sim: Any, batches: list[Tensor], result_of: Any
+    technique: Any, make_sim: Any, batches: list[Tensor], outcome: Any, result_of: Any
 ) -> None:
-    evaluating, training = make_sim(), make_sim()
+    training = make_sim()
     for module in training.model.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.5
     training.model.train()
-    technique.apply(evaluating, batches)
     technique.apply(training, batches)
     assert all(module.training for module in training.model.modules())
-    assert result_of(training) == result_of(evaluating)
+    assert result_of(training) == outcome(technique, batches)[0]
 
 
 def test_no_gradient_mode_of_the_caller_does_not_matter(
-    technique: Any, make_sim: Any, batches: list[Tensor], result_of: Any
+    technique: Any, make_sim: Any, batches: list[Tensor], outcome: Any, result_of: Any
 ) -> None:
-    one, other, third = make_sim(), make_sim(), make_sim()
-    technique.apply(one, batches)
+    one, other = make_sim(), make_sim()
     with torch.no_grad():
-        technique.apply(other, batches)
-    for parameter in third.model.parameters():
+        technique.apply(one, batches)
+    for parameter in other.model.parameters():
         parameter.requires_grad_(False)
-    technique.apply(third, batches)
-    assert result_of(one) == result_of(other) == result_of(third)
-    assert isinstance(third.model, nn.Module)
+    technique.apply(other, batches)
+    assert result_of(one) == result_of(other) == outcome(technique, batches)[0]
+    assert isinstance(other.model, nn.Module)
