@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pathlib
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -293,10 +294,14 @@ right = onnx_file.to_version_1
 
 @pytest.mark.parametrize("fault", ["offset", "order", "output", "absent"])
 def test_a_wrong_file_is_noticed_and_the_old_folder_stays(
-    tmp_path: pathlib.Path, sim: Any, monkeypatch: pytest.MonkeyPatch, fault: str
+    tmp_path: pathlib.Path,
+    sim: Any,
+    folder: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
 ) -> None:
     """Plant errors in what is written; each is found when it is read back."""
-    aimet_ext.export(sim, tmp_path / "out", "m", IDS)
+    shutil.copytree(folder, tmp_path / "out")
     before = read_manifest(tmp_path / "out")
     if fault == "offset":
         monkeypatch.setattr(onnx_file, "to_version_1", wrong_sign)

@@ -41,7 +41,7 @@ def made(tiny_model: Callable[..., Any], tmp_path_factory: Any) -> pathlib.Path:
     ids = torch.randint(3, 1024, (2, 16), generator=torch.Generator().manual_seed(0))
     loaded = type(model).from_pretrained(root / "original")
     sim = aimet_ext.create_sim(loaded, ids)
-    aimet_ext.apply_omniquant(sim, [ids], num_iterations=2, progress=False)
+    aimet_ext.apply_omniquant(sim, [ids], num_iterations=2, search_sweeps=0, progress=False)
     sim.compute_encodings(lambda quantized: quantized(ids))
     aimet_ext.export(sim, root / "export", "model", ids[:1])
     wrapped = peft.get_peft_model(
