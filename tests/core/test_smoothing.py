@@ -9,9 +9,9 @@ import torch
 from search_reference import objective_by_loop, reader_error_by_loop, search_smoothing_by_loop
 from torch import Tensor
 
-from aimet_ext.core import smoothing
+from aimet_ext.core import equivalence
 from aimet_ext.core.clipping import GridLayout
-from aimet_ext.core.smoothing import (
+from aimet_ext.core.equivalence import (
     Reader,
     candidate_multipliers,
     search_smoothing,
@@ -98,7 +98,7 @@ def test_gradient_carries_over_from_one_block_of_columns_to_the_next(monkeypatch
     second, smooth = moment(generator), torch.ones(IN, dtype=torch.float64)
     multipliers = candidate_multipliers(smooth, 6, 1.5)
     expected = search_smoothing(readers, second, smooth, GROUPS["shared"], multipliers)
-    monkeypatch.setattr(smoothing, "_BLOCK", size)
+    monkeypatch.setattr(equivalence, "_BLOCK", size)
     found = search_smoothing(readers, second, smooth, GROUPS["shared"], multipliers)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 

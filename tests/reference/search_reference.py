@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aimet_ext.core.affine import Grid
 from aimet_ext.core.clipping import GridLayout
-from aimet_ext.core.smoothing import Reader
+from aimet_ext.core.equivalence import Reader
 
 
 def quantized_by_loop(

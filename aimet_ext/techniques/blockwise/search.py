@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.core.clipping import GridLayout, search_ranges
-from aimet_ext.core.equivalence import ScalePair
-from aimet_ext.core.objective import SecondMoment, row_errors
-from aimet_ext.core.smoothing import (
+from aimet_ext.core.equivalence import (
     Reader,
+    ScalePair,
     candidate_multipliers,
     search_smoothing,
     smoothquant_scale,
 )
+from aimet_ext.core.objective import SecondMoment, row_errors
 from aimet_ext.data.moments import sum_moments
 from aimet_ext.techniques.blockwise.block import Block, BlockState
 
