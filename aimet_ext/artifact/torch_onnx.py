@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.data.batches import as_tensors, call_arguments, module_device
 from aimet_ext.files.encodings import Layout, entries, load_encodings, to_grid, to_version_1
-from aimet_ext.integrity.onnx_file import StoredGraph, hash_values
+from aimet_ext.integrity.stored import StoredGraph, hash_values
 from aimet_ext.onnx.session import open_session
 from aimet_ext.sim.protocol import SimAdaptor
 from aimet_ext.sim.torch.adaptor import TorchSim

@@ -31,8 +31,13 @@ from aimet_ext.files.folders import (
 )
 from aimet_ext.files.ledger import AIMET_FILE, SCALES_FILE
 from aimet_ext.files.tensors import read_sealed
-from aimet_ext.integrity.grids import GridIndex, encoded_cells, torch_cells
-from aimet_ext.integrity.onnx_file import StoredGraph, hash_values
+from aimet_ext.integrity.stored import (
+    GridIndex,
+    StoredGraph,
+    encoded_cells,
+    hash_values,
+    torch_cells,
+)
 
 __all__ = ["ExportContents", "Stored", "read_record", "write_fingerprints"]
 
