@@ -26,6 +26,7 @@ from aimet_ext.cli.options import (
     Seed,
     SeqLength,
     chosen_techniques,
+    folder_argument,
     on_blocks,
     stdout_for_results,
     table,
@@ -114,12 +115,7 @@ Examples:
 """
 )
 def quantize(
-    model_dir: Annotated[
-        Path,
-        typer.Argument(
-            exists=True, file_okay=False, metavar="MODEL_DIR", help="A Hugging Face model."
-        ),
-    ],
+    model_dir: Annotated[Path, folder_argument("MODEL_DIR", "A Hugging Face model.")],
     calibration: Calibration,
     output: Output,
     technique: Annotated[
@@ -217,13 +213,7 @@ Example:
 )
 def evaluate(
     folder: Annotated[
-        Path,
-        typer.Argument(
-            exists=True,
-            file_okay=False,
-            metavar="FOLDER",
-            help="A Hugging Face model, or what quantize wrote.",
-        ),
+        Path, folder_argument("FOLDER", "A Hugging Face model, or what quantize wrote.")
     ],
     text: Annotated[
         Path, typer.Option(exists=True, dir_okay=False, help="Text to score: .txt, or .jsonl.")
@@ -253,10 +243,7 @@ Examples:
 """
 )
 def inspect(
-    folder: Annotated[
-        Path,
-        typer.Argument(exists=True, file_okay=False, metavar="FOLDER", help="What quantize wrote."),
-    ],
+    folder: Annotated[Path, folder_argument("FOLDER", "What quantize wrote.")],
     as_json: AsJson = False,
 ) -> None:
     """Check an exported folder and list it."""

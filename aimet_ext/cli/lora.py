@@ -16,6 +16,7 @@ from aimet_ext.cli.options import (
     NumBatches,
     Output,
     SeqLength,
+    folder_argument,
     stdout_for_results,
     width_or_none,
     width_or_word,
@@ -35,13 +36,7 @@ app = typer.Typer(
 
 
 AdapterDir = Annotated[
-    Path,
-    typer.Argument(
-        exists=True,
-        file_okay=False,
-        metavar="ADAPTER",
-        help="Folder that PEFT wrote, with one adapter or several.",
-    ),
+    Path, folder_argument("ADAPTER", "Folder that PEFT wrote, with one adapter or several.")
 ]
 Name = Annotated[str | None, typer.Option(help="Only this one of several adapters.")]
 
@@ -104,13 +99,7 @@ Examples:
 def quantize(
     adapter: AdapterDir,
     export_dir: Annotated[
-        Path,
-        typer.Argument(
-            exists=True,
-            file_okay=False,
-            metavar="EXPORT",
-            help="The quantized base: what aimet-ext quantize wrote.",
-        ),
+        Path, folder_argument("EXPORT", "The quantized base: what aimet-ext quantize wrote.")
     ],
     calibration: Calibration,
     output: Output,

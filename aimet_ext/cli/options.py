@@ -29,6 +29,7 @@ __all__ = [
     "Seed",
     "SeqLength",
     "chosen_techniques",
+    "folder_argument",
     "on_blocks",
     "stdout_for_results",
     "table",
@@ -70,6 +71,14 @@ def table(rows: Sequence[tuple[str, str]]) -> str:
     """Return rows of two columns as aligned lines."""
     longest = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{longest}}  {value}" for name, value in rows)
+
+
+def folder_argument(metavar: str, text: str) -> Any:
+    """Return an argument that names an existing folder.
+
+    :param text: Help.
+    """
+    return typer.Argument(exists=True, file_okay=False, metavar=metavar, help=text)
 
 
 class OnIndivisible(str, enum.Enum):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from aimet_ext.cli.options import AsJson, stdout_for_results
+from aimet_ext.cli.options import AsJson, folder_argument, stdout_for_results
 
 __all__ = ["EPILOG", "FAILED", "verify"]
 
@@ -28,10 +28,7 @@ Examples:
 
 
 def verify(
-    folder: Annotated[
-        Path,
-        typer.Argument(exists=True, file_okay=False, metavar="FOLDER", help="What quantize wrote."),
-    ],
+    folder: Annotated[Path, folder_argument("FOLDER", "What quantize wrote.")],
     target: Annotated[
         str, typer.Option(help="An architecture, htp_v68 to htp_v81, or a chip such as sm8650.")
     ] = "htp_v75",

@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -133,29 +133,22 @@ def run_blockwise(
     return report
 
 
+@dataclass
 class BlockwiseRun:
     """The loop over blocks; everything it changes is kept for undoing first.
 
     :param quantizers: Weight quantizers of the layers to decide, by full name.
     :param keep: Function to call with a block's name before the block is changed.
+    :param refused: Kinds of scale pairs that are not used, with the reason.
     """
 
-    def __init__(
-        self,
-        adaptor: SimAdaptor,
-        blocks: Sequence[BlockTopology],
-        quantizers: Mapping[str, WeightQuantizer],
-        solver: BlockSolver[Any],
-        options: RunOptions,
-        keep: Callable[[str], None],
-    ) -> None:
-        self.adaptor = adaptor
-        self.blocks = blocks
-        self.quantizers = quantizers
-        self.solver = solver
-        self.options = options
-        self.keep = keep
-        self.refused: dict[str, str] = {}
+    adaptor: SimAdaptor
+    blocks: Sequence[BlockTopology]
+    quantizers: Mapping[str, WeightQuantizer]
+    solver: BlockSolver[Any]
+    options: RunOptions
+    keep: Callable[[str], None]
+    refused: dict[str, str] = field(default_factory=dict)
 
     def all_blocks(self, dataloader: Iterable[Any]) -> list[BlockReport]:
         """Decide every block in order."""

@@ -10,7 +10,7 @@ import copy
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -126,30 +126,23 @@ def run_layerwise(
     return report
 
 
+@dataclass
 class LayerwiseRun:
     """The walk over a simulation's layers; everything it changes is kept for undoing first.
 
     :param quantizers: Weight quantizers of the layers to decide, by full name.
     :param others: Quantized layers that are not decided, which compute on their grids meanwhile.
     :param keep: Function to call with a layer's name before the layer is changed.
+    :param cost: Cost of the walk, once it is done.
     """
 
-    def __init__(
-        self,
-        adaptor: SimAdaptor,
-        quantizers: Mapping[str, WeightQuantizer],
-        others: Mapping[str, WeightQuantizer],
-        solver: Solver[Any],
-        options: RunOptions,
-        keep: Callable[[str], None],
-    ) -> None:
-        self.adaptor = adaptor
-        self.quantizers = quantizers
-        self.others = others
-        self.solver = solver
-        self.options = options
-        self.keep = keep
-        self.cost: dict[str, Any] = {}
+    adaptor: SimAdaptor
+    quantizers: Mapping[str, WeightQuantizer]
+    others: Mapping[str, WeightQuantizer]
+    solver: Solver[Any]
+    options: RunOptions
+    keep: Callable[[str], None]
+    cost: dict[str, Any] = field(default_factory=dict)
 
     def all_layers(self, dataloader: Iterable[Any]) -> list[LayerReport]:
         """Decide every layer, in the order in which data flows."""
