@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.folders import is_ours, read_manifest
 from aimet_ext.files.tensors import hash_tensors
-from aimet_ext.models.families import FAMILIES
 from aimet_ext.models.huggingface import causal_lm, checkpoint_prefix
 from aimet_ext.models.padding import pad_rows
+from aimet_ext.models.topology import FAMILIES
 
 __all__ = ["Checkpoint", "Padding", "Target", "open_checkpoint", "open_target"]
 

@@ -1,22 +1,25 @@
 """Decoder blocks and their scale pairs, as names, found by family tables or a description.
 
 Works on a Hugging Face model, on a wrapper around it, and on the model of a simulation: only names,
-class names of the blocks and the shapes of weights are read.
+class names of the blocks and the shapes of weights are read. A new family is a new row of
+:data:`FAMILIES`, in the names of transformers. A row is a claim, and
+:func:`aimet_ext.models.proof.prove_pairs` holds it against the model at hand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from aimet_ext.core.equivalence import PairKind, ScalePair, Side
-from aimet_ext.models.families import FAMILIES, TopologyDescription
+from aimet_ext.walk.stream import nearest_config
 
 __all__ = [
+    "FAMILIES",
     "BlockTopology",
     "TopologyDescription",
     "candidate_pairs",
@@ -24,7 +27,101 @@ __all__ = [
     "select_pairs",
 ]
 
+
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopologyDescription:
+    """The modules of a decoder block, named relative to the block.
+
+    Roles that share a module are fused: its output rows hold the roles one after another, in the
+    order query, key, value or gate, up. Every module of the block that has a weight must be named.
+
+    :param name: Name of the family, for messages.
+    :param block_class: Class name of the block, matched against the classes it derives from.
+    :param attention_norm: Norm that the attention's input projections read.
+    :param mlp_norm: Norm that the MLP's input projections read.
+    :param q: Projection to the queries; ``k``, ``v`` likewise, ``o`` the output projection.
+    :param gate: projection that goes through the activation and multiplies ``up``; None for an
+        MLP without a gate, where ``up`` goes through the activation.
+    :param attention_readers: all other layers that read the attention norm.
+    :param mlp_readers: all other layers that read the MLP norm, a router for example.
+    :param qk_norms: norms between the q and k projections and their product.
+    :param others: all other modules that have a weight and are in no pair.
+    :param gain_offset: 1.0 where norms multiply by ``1 + weight``.
+    :param head_dim: width of a head; None to read it from the attention module or the config.
+    """
+
+    name: str
+    block_class: str
+    attention_norm: str = "input_layernorm"
+    mlp_norm: str = "post_attention_layernorm"
+    q: str = "self_attn.q_proj"
+    k: str = "self_attn.k_proj"
+    v: str = "self_attn.v_proj"
+    o: str = "self_attn.o_proj"
+    gate: str | None = "mlp.gate_proj"
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+    attention_readers: tuple[str, ...] = ()
+    mlp_readers: tuple[str, ...] = ()
+    qk_norms: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    gain_offset: float = 0.0
+    head_dim: int | None = None
+
+    @property
+    def attention_inputs(self) -> tuple[str, ...]:
+        """All layers that read the attention norm."""
+        return tuple(dict.fromkeys((self.q, self.k, self.v, *self.attention_readers)))
+
+    @property
+    def mlp_inputs(self) -> tuple[str, ...]:
+        """All layers that read the MLP norm."""
+        gate = () if self.gate is None else (self.gate,)
+        return tuple(dict.fromkeys((*gate, self.up, *self.mlp_readers)))
+
+    @property
+    def stages(self) -> tuple[tuple[str, ...], ...]:
+        """Linear layers in dependency order: what goes in and out of attention, then of the MLP."""
+        return self.attention_inputs, (self.o,), self.mlp_inputs, (self.down,)
+
+
+_QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+_SANDWICH = ("post_attention_layernorm", "post_feedforward_layernorm")
+
+FAMILIES: tuple[TopologyDescription, ...] = (
+    TopologyDescription(name="llama", block_class="LlamaDecoderLayer"),
+    TopologyDescription(name="qwen2", block_class="Qwen2DecoderLayer"),
+    TopologyDescription(name="qwen3", block_class="Qwen3DecoderLayer", qk_norms=_QK_NORMS),
+    TopologyDescription(name="mistral", block_class="MistralDecoderLayer"),
+    TopologyDescription(
+        name="phi3",
+        block_class="Phi3DecoderLayer",
+        q="self_attn.qkv_proj",
+        k="self_attn.qkv_proj",
+        v="self_attn.qkv_proj",
+        gate="mlp.gate_up_proj",
+        up="mlp.gate_up_proj",
+    ),
+    TopologyDescription(name="gemma", block_class="GemmaDecoderLayer", gain_offset=1.0),
+    TopologyDescription(
+        name="gemma2",
+        block_class="Gemma2DecoderLayer",
+        mlp_norm="pre_feedforward_layernorm",
+        others=_SANDWICH,
+        gain_offset=1.0,
+    ),
+    TopologyDescription(
+        name="gemma3",
+        block_class="Gemma3DecoderLayer",
+        mlp_norm="pre_feedforward_layernorm",
+        qk_norms=_QK_NORMS,
+        others=_SANDWICH,
+        gain_offset=1.0,
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -79,27 +176,9 @@ def find_blocks(
     return [_block_topology(model, name, block, table) for name, block, table in found]
 
 
-def select_pairs(
-    block: BlockTopology,
-    kinds: Iterable[PairKind],
-    *,
-    unavailable: Literal["error", "skip"] = "error",
-) -> tuple[ScalePair, ...]:
-    """Return the pairs of a block that are of the given kinds, in the block's order.
-
-    :param unavailable: Treatment of a kind that the block cannot have.
-    :raises ValueError: a kind does not exist, or is unavailable and not to be skipped.
-    """
-    wanted = set(kinds)
-    if not wanted <= set(get_args(PairKind)):
-        raise ValueError(
-            f"kinds of scale pairs must be among {', '.join(get_args(PairKind))}, "
-            f"got {', '.join(sorted(wanted))}"
-        )
-    missing = [f"{kind}: {block.unavailable[kind]}" for kind in block.unavailable if kind in wanted]
-    if missing and unavailable == "error":
-        raise ValueError(f"{block.name} cannot have these scale pairs: {'; '.join(missing)}")
-    return tuple(pair for pair in block.pairs if pair.kind in wanted)
+def select_pairs(block: BlockTopology, kinds: Collection[PairKind]) -> tuple[ScalePair, ...]:
+    """Return the pairs of a block that are of the given kinds, in the block's order."""
+    return tuple(pair for pair in block.pairs if pair.kind in kinds)
 
 
 def _weight(block: nn.Module, name: str) -> Tensor | None:
@@ -187,7 +266,7 @@ def _block_topology(
         layer: tuple(block.get_parameter(f"{layer}.weight").shape)
         for layer in (*linears, table.attention_norm, table.mlp_norm)
     }
-    config = _config(model, name, table)
+    config = nearest_config(model, f"{name}.{table.o}".lstrip("."), "num_attention_heads")
     attention = block.get_submodule(table.o.rpartition(".")[0])
     head_dim = table.head_dim or getattr(attention, "head_dim", None)
     if head_dim is None and config is not None:
@@ -195,16 +274,6 @@ def _block_topology(
         head_dim = head_dim or config.hidden_size // config.num_attention_heads
     pairs, unavailable = candidate_pairs(table, shapes, head_dim, config)
     return BlockTopology(name, linears, table.stages, pairs, unavailable)
-
-
-def _config(model: nn.Module, name: str, table: TopologyDescription) -> Any:
-    """Return the config of the nearest module around the attention that states head counts."""
-    path = f"{name}.{table.o}".lstrip(".").split(".")
-    for end in range(len(path) - 1, -1, -1):
-        config = getattr(model.get_submodule(".".join(path[:end])), "config", None)
-        if hasattr(config, "num_attention_heads"):
-            return config
-    return None
 
 
 # ---- candidate pairs ----------------------------------------------------------------------------

@@ -18,11 +18,10 @@ from aimet_ext.core.affine import Grid
 from aimet_ext.core.gptq import coordinate_descent, gptq
 from aimet_ext.core.range_search import best_ranges, rounding_ranges
 from aimet_ext.techniques.call import Call, technique
-from aimet_ext.techniques.layerwise.deploy import Decision, Problem
+from aimet_ext.techniques.layerwise.deploy import Decision, Problem, SampleSum
 from aimet_ext.techniques.layerwise.loop import Solver, run_layerwise
-from aimet_ext.techniques.layerwise.samples import SampleSum
 from aimet_ext.techniques.report import LayerwiseReport
-from aimet_ext.walk.protocol import Activation
+from aimet_ext.walk.layers import Activation
 
 __all__ = ["apply_adaround"]
 

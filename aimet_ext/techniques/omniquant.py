@@ -6,21 +6,217 @@ arXiv 2308.13137.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from contextlib import ExitStack
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from aimet_ext.config import OmniQuantParams
+from aimet_ext.core.clipping import LearnableClipping
 from aimet_ext.core.equivalence import PairKind
+from aimet_ext.data.cache import TensorCache
 from aimet_ext.models.topology import TopologyDescription
 from aimet_ext.techniques.blockwise.block import Block, BlockState, Choice
 from aimet_ext.techniques.blockwise.loop import BlockSolver, run_blockwise
 from aimet_ext.techniques.blockwise.search import BlockSearch
-from aimet_ext.techniques.blockwise.training import train_block
 from aimet_ext.techniques.call import Call, technique
 from aimet_ext.techniques.report import BlockwiseReport
 
 __all__ = ["OmniQuantReport", "apply_omniquant"]
+
+_LARGEST_LOG_SCALE = math.log(1e3)
+_DIVERGED = 10.0  # times the loss at the start
+
+
+class _Learner(nn.Module):
+    """Learnable logarithms of scales, and learnable clipping of every layer (eq. 1 to 5)."""
+
+    def __init__(self, block: Block, start: BlockState, params: OmniQuantParams) -> None:
+        super().__init__()
+        self.block = block
+        self.pair_names = tuple(start.smooth)
+        self.log_scales = nn.ParameterList(
+            nn.Parameter(scale.detach().log(), requires_grad=params.let)
+            for scale in start.smooth.values()
+        )
+        weights = block.quantized(start.smooth, lambda layer, weight: weight)
+        self.clippings = nn.ModuleList()
+        self.by_layer: dict[str, LearnableClipping] = {}
+        for layer in block.layers:
+            weight = weights[f"{layer}.weight"].flatten(1).float()
+            clipping = LearnableClipping.from_scale(
+                block.layout(layer), weight, *start.grids[layer]
+            )
+            if not params.lwc:  # a share of exactly 1, which no finite logit has
+                for logit in clipping.parameters():
+                    logit.data.fill_(math.inf)
+            self.clippings.append(clipping.requires_grad_(params.lwc))
+            self.by_layer[layer] = clipping
+
+    def smooth(self) -> dict[str, Tensor]:
+        """Return the current scale of each pair."""
+        logs = (log.clamp(-_LARGEST_LOG_SCALE, _LARGEST_LOG_SCALE) for log in self.log_scales)
+        return {name: log.exp() for name, log in zip(self.pair_names, logs, strict=True)}
+
+    def parameters_now(self) -> dict[str, Tensor]:
+        """Return the block's parameters with quantized weights, differentiable."""
+        return self.block.quantized(
+            self.smooth(), lambda layer, weight: self.by_layer[layer](weight)
+        )
+
+    @torch.no_grad()
+    def state(self) -> BlockState:
+        """Return the state that would be deployed now."""
+        grids: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def quantize(layer: str, weight: Tensor) -> Tensor:
+            clipping = self.by_layer[layer]
+            raw = clipping.layout.raw(*clipping.ranges(weight.float()))
+            grids[layer] = (raw[0].detach(), raw[1].detach())
+            return weight
+
+        smooth = {name: scale.detach() for name, scale in self.smooth().items()}
+        self.block.quantized(smooth, quantize)
+        return BlockState(smooth, grids)
+
+
+def train_block(
+    block: Block,
+    start: BlockState,
+    start_score: float,
+    params: OmniQuantParams,
+    *,
+    seed: int,
+    float_outputs: TensorCache | None = None,
+    on_step: Callable[[float], None] = lambda loss: None,
+) -> tuple[BlockState, float]:
+    """Train from a start; the best state on all batches is returned, which may be the start.
+
+    :param start_score: Score of the start, see :meth:`Block.score`.
+    :param seed: Seed of the order of batches.
+    :param float_outputs: Outputs of the float block on the quantized stream, for
+        ``params.aug_loss``.
+    :param on_step: Function called with the loss of every step.
+    :returns: the best state and its score; the start, where all of the block is excluded.
+    """
+    learner = _Learner(block, start, params)
+    if not any(parameter.requires_grad for parameter in learner.parameters()):
+        return start, start_score
+    best, best_score = start, start_score
+    best_weights = _copy(learner.state_dict())
+    rate, failures = 1.0, 0
+    optimizer = _optimizer(learner, params)
+    order = _batches(block, params.batch_size, seed)
+    # No more often than once an epoch: a score costs a forward pass over all batches.
+    interval = max(len(block.quantized_stream), params.num_iterations // params.evaluations)
+    for step in range(params.num_iterations):
+        _set_rates(optimizer, params, rate * _schedule(params, step))
+        loss = _step(block, learner, optimizer, next(order), params, float_outputs)
+        on_step(loss)
+        last = step + 1 == params.num_iterations
+        score = math.nan
+        if math.isfinite(loss) and ((step + 1) % interval == 0 or last):
+            state = learner.state()
+            score = block.score(block.state_params(state))
+            if score < best_score:
+                best, best_score = state, score
+                best_weights = _copy(learner.state_dict())
+        diverged = not math.isfinite(loss) or score > _DIVERGED * start_score
+        if diverged:
+            failures += 1
+            if failures > params.patience:
+                break
+            learner.load_state_dict(best_weights)
+            rate, optimizer = rate / 2, _optimizer(learner, params)
+    return best, best_score
+
+
+def _step(
+    block: Block,
+    learner: _Learner,
+    optimizer: torch.optim.Optimizer,
+    where: tuple[int, list[int] | None],
+    params: OmniQuantParams,
+    float_outputs: TensorCache | None,
+) -> float:
+    """Take a step on one minibatch and return the loss before it, NaN if that is not finite."""
+    index, rows = where
+    call = block.quantized_stream.select(index, rows)
+    device = block.quantized_stream.device
+
+    def cut(cache: TensorCache) -> Tensor:
+        full = cache.read(index, device)
+        return (full if rows is None else full[rows])[call.mask].float()
+
+    amp: Any = (
+        torch.autocast(device.type, dtype=torch.bfloat16) if params.autocast else nullcontext()
+    )
+    with torch.enable_grad(), block.float_weights(), block.activations():
+        with amp:
+            output = block.run(call, learner.parameters_now())[call.mask].float()
+        loss = (output - cut(block.targets)).square().mean()
+        if float_outputs is not None:
+            loss = loss + params.aug_loss * (output - cut(float_outputs)).square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        if not bool(torch.isfinite(loss)):
+            return math.nan
+        loss.backward()
+    gradients = [p.grad for p in learner.parameters() if p.grad is not None]
+    if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+        return math.nan
+    optimizer.step()
+    return loss.item()
+
+
+def _optimizer(learner: _Learner, params: OmniQuantParams) -> torch.optim.Optimizer:
+    scales = [p for p in learner.log_scales if p.requires_grad]
+    shares = [p for p in learner.clippings.parameters() if p.requires_grad]
+    groups = [
+        {"params": found, "lr": rate, "start": rate}
+        for found, rate in ((scales, params.let_lr), (shares, params.lwc_lr))
+        if found
+    ]
+    return torch.optim.Adam(groups)
+
+
+def _set_rates(optimizer: torch.optim.Optimizer, params: OmniQuantParams, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["start"] * factor
+
+
+def _schedule(params: OmniQuantParams, step: int) -> float:
+    """Share of the learning rate at a step."""
+    done = step / params.num_iterations
+    if params.lr_schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return 1 - done if params.lr_schedule == "linear" else 1.0
+
+
+def _batches(
+    block: Block, batch_size: int | None, seed: int
+) -> Iterator[tuple[int, list[int] | None]]:
+    """Yield minibatches without end: a batch's number and some sequences, each once an epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    stream = block.quantized_stream
+    pieces: list[tuple[int, list[int] | None]] = []
+    for index in range(len(stream)):
+        count = stream.shape(index)[0]
+        if batch_size is None or batch_size >= count:
+            pieces.append((index, None))
+            continue
+        rows = torch.randperm(count, generator=generator).tolist()
+        pieces += [(index, rows[at : at + batch_size]) for at in range(0, count, batch_size)]
+    while True:
+        for place in torch.randperm(len(pieces), generator=generator).tolist():
+            yield pieces[place]
+
+
+def _copy(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.clone() for name, value in state.items()}
+
 
 OmniQuantReport = BlockwiseReport
 

@@ -1,10 +1,10 @@
-"""The frame of a run that all techniques share: options, undo, checkpoints, ledger, weights."""
+"""The frame of a run that all techniques share: options, undo, checkpoints, layers to decide."""
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aimet_ext.core.affine import fake_quantize
+from aimet_ext.core.affine import fake_quantize, to_blocks
 from aimet_ext.data.batches import ForwardFn
 from aimet_ext.files.folders import writable_folder
-from aimet_ext.files.journal import Checkpoints, UndoJournal, environment, hash_tensors
 from aimet_ext.files.ledger import Ledger
-from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer
+from aimet_ext.files.tensors import Checkpoints, UndoJournal, environment, hash_tensors
+from aimet_ext.models.topology import BlockTopology
+from aimet_ext.sim.protocol import SimAdaptor, SimHandle, WeightQuantizer
 
 try:
     import resource
@@ -26,16 +27,20 @@ except ModuleNotFoundError:  # Windows
     resource = None  # type: ignore[assignment]
 
 __all__ = [
+    "LayerChoice",
     "OnGrids",
     "RunOptions",
+    "choose_layers",
+    "layers_to_quantize",
     "on_grid",
     "open_checkpoints",
     "open_ledger",
     "original_names",
     "peak_memory",
     "undo_on_failure",
-    "weights_hash",
 ]
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +57,14 @@ class RunOptions:
 def original_names(model: nn.Module) -> Callable[[str], str]:
     """Return a function from names in a simulation's model to names in the original checkpoint."""
     try:
-        from aimet_ext.models.huggingface import original_name
+        from aimet_ext.models.huggingface import checkpoint_prefix
     except ModuleNotFoundError:  # no transformers, so no Hugging Face model
         return lambda name: name
-    return lambda name: original_name(name, model)
+    prefix = checkpoint_prefix(model)
+    return lambda name: name.removeprefix(prefix)
 
 
-def weights_hash(adaptor: SimAdaptor) -> str:
+def _weights_hash(adaptor: SimAdaptor) -> str:
     """Hash all float parameters under their original names, in the order of these (SHA-256)."""
     rename = original_names(adaptor.model)
     state = adaptor.float_state()
@@ -105,7 +111,7 @@ def open_ledger(adaptor: SimAdaptor, technique: str, modules: Sequence[str]) -> 
 
     :raises ValueError: the technique was applied before, or the weights are rounded.
     """
-    ledger = adaptor.ledger or Ledger(origin=weights_hash(adaptor))
+    ledger = adaptor.ledger or Ledger(origin=_weights_hash(adaptor))
     ledger.check_can_apply(technique, modules)
     return ledger
 
@@ -136,7 +142,7 @@ def open_checkpoints(
         "technique": technique,
         "settings": dict(settings),
         "layers": {name: q.spec().to_dict() for name, q in quantizers.items()},
-        "weights": weights_hash(adaptor),
+        "weights": _weights_hash(adaptor),
         **more,
         "data": hash_tensors(data),
     }
@@ -189,3 +195,206 @@ def peak_memory(device: torch.device) -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+# ---- the layers to decide ------------------------------------------------------------------------
+
+
+def layers_to_quantize(
+    adaptor: SimAdaptor, blocks: Sequence[BlockTopology], exclude: Sequence[str]
+) -> dict[str, WeightQuantizer]:
+    """Return the weight quantizers of the layers to decide, by their full names, checked.
+
+    :param exclude: Full names of layers to leave alone.
+    :raises ValueError: An excluded layer does not exist; a layer has no weight quantizer, a frozen
+        one, one of too many bits; a weight is not finite or rounded already.
+    """
+    names = [f"{block.name}.{layer}" for block in blocks for layer in block.linears]
+    aliases = {
+        alias: f"{block.name}.{layer}" for block in blocks for layer, alias in block.aliases.items()
+    }
+    exclude = [aliases.get(name, name) for name in exclude]
+    unknown = sorted(set(exclude) - set(names))
+    if unknown:
+        raise ValueError(
+            f"modules_to_exclude must name layers of the blocks, such as {names[0]!r}; "
+            f"not found: {', '.join(unknown)}"
+        )
+    found = {name: adaptor.weight_quantizer(name) for name in names if name not in set(exclude)}
+    _refuse(
+        [name for name, quantizer in found.items() if quantizer is None],
+        "must have a weight quantizer and has none; give it one, or list it in modules_to_exclude",
+    )
+    quantizers = {name: quantizer for name, quantizer in found.items() if quantizer is not None}
+    frozen = [name for name, quantizer in quantizers.items() if quantizer.frozen]
+    by = {name: _frozen_by(adaptor, quantizers[name].name) for name in frozen}
+    for technique in sorted(set(by.values())):
+        _refuse(
+            [name for name in frozen if by[name] == technique],
+            f"must have a weight quantizer that may change, but {technique} froze its range, which "
+            "rescaling would make wrong; start from a new sim, or list it in modules_to_exclude",
+        )
+    _refuse(
+        [
+            f"{block.name}.{name}"
+            for block in blocks
+            for name, parameter in adaptor.float_parameters(block.name).items()
+            if not bool(torch.isfinite(parameter).all())
+        ],
+        "must be finite, it holds NaN or infinity; repair the checkpoint",
+    )
+    _refuse_rounded(quantizers)
+    if not quantizers:
+        raise ValueError("at least one layer must remain, modules_to_exclude names all of them")
+    return quantizers
+
+
+def _frozen_by(adaptor: SimHandle, layer: str) -> str:
+    """Return the technique that froze the range of a layer, as far as the ledger knows."""
+    runs = adaptor.ledger.runs if adaptor.ledger is not None else ()
+    return next((r.technique for r in reversed(runs) if layer in r.modules), "an earlier technique")
+
+
+def _refuse(names: Sequence[str], problem: str) -> None:
+    """Raise an error that names some layers and the problem of each, if there are any.
+
+    :raises ValueError: There are.
+    """
+    if names:
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        raise ValueError(f"{shown}: each {problem}")
+
+
+def _refuse_rounded(quantizers: Mapping[str, WeightQuantizer]) -> None:
+    _refuse(
+        [name for name, quantizer in quantizers.items() if _is_rounded(quantizer)],
+        "must have a float weight, but it is rounded to a grid already; load the original weights",
+    )
+
+
+@torch.no_grad()
+def _is_rounded(quantizer: WeightQuantizer) -> bool:
+    """Return true if a weight has no more distinct values than its grid, in each cell tried."""
+    weight = quantizer.weight.detach()
+    if quantizer.initialized:
+        return bool(torch.equal(fake_quantize(weight, quantizer.grid()), weight))
+    layout = quantizer.layout
+    levels = layout.qmax - layout.qmin + 1
+    blocks = (
+        to_blocks(weight.flatten(1), layout.shape).transpose(1, 2).flatten(2).flatten(0, 1)
+    )  # [cells, elements]
+    if blocks.shape[1] < 4 * levels:
+        return False
+    return all(row.unique().numel() <= levels for row in blocks[:8])
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """The quantized layers of a simulation, by full name.
+
+    :param decided: Layers to decide.
+    :param others: Quantized layers that are left as they are; they compute on their grids.
+    :param skipped: Those of ``others`` that a user may expect to be decided, with the reason.
+    """
+
+    decided: Mapping[str, WeightQuantizer]
+    others: Mapping[str, WeightQuantizer]
+    skipped: dict[str, str]
+
+
+def _module_names(adaptor: SimAdaptor, modules: Iterable[str | nn.Module]) -> set[str]:
+    """Return the names of modules that were given by name or as objects, as in AIMET.
+
+    :raises ValueError: One is not in the model.
+    """
+    names = dict(adaptor.model.named_modules())
+    by_identity = {id(module): name for name, module in names.items()}
+    found, unknown = set(), []
+    for module in modules:
+        if isinstance(module, str):
+            name = module if module in names else adaptor.full_name(module)
+        else:
+            name = by_identity.get(id(module), "")
+        if name and name in names:
+            found.add(name)
+        else:
+            unknown.append(repr(module) if isinstance(module, str) else type(module).__name__)
+    if unknown:
+        example = next((n for n, m in names.items() if isinstance(m, _LAYERS)), "")
+        raise ValueError(
+            "modules_to_exclude must hold modules of sim.model or their names, such as "
+            f"{example!r}; not found: {', '.join(unknown)}"
+        )
+    return found
+
+
+def choose_layers(
+    adaptor: SimAdaptor,
+    exclude: Sequence[str | nn.Module],
+    *,
+    technique: str,
+    max_bitwidth: int,
+    rounds: bool,
+    only: Collection[str] | None = None,
+) -> LayerChoice:
+    """Sort the quantized layers of a simulation.
+
+    :param exclude: Layers left float meanwhile, as in AIMET.
+    :param technique: Name of the technique.
+    :param max_bitwidth: Bits above which a layer is left alone.
+    :param rounds: True if the technique rounds weights, on frozen ranges too; one that does not
+        leaves frozen ranges alone.
+    :param only: Layers to decide at most; None for all.
+    :raises ValueError: An excluded module does not exist; nothing remains; the technique was
+        applied before; a weight is not finite, is rounded already, or is shared by two layers.
+    """
+    excluded = _module_names(adaptor, exclude)
+    every = {n: q for n, q in adaptor.weight_quantizers().items() if n not in excluded}
+    shared = adaptor.shared_weights()
+    decided: dict[str, WeightQuantizer] = {}
+    skipped = dict(adaptor.unsupported_layers())
+    for name, quantizer in every.items():
+        module = adaptor.model.get_submodule(name)
+        if not isinstance(module, _LAYERS) or (only is not None and name not in only):
+            continue
+        twins = [twin for twin in shared.get(name, ()) if twin != name]
+        if quantizer.bitwidth > max_bitwidth:
+            skipped[name] = f"{quantizer.bitwidth} bits, max_bitwidth is {max_bitwidth}"
+        elif quantizer.frozen and not rounds:
+            skipped[name] = f"{_frozen_by(adaptor, name)} froze its range"
+        elif any(isinstance(adaptor.model.get_submodule(t), nn.Embedding) for t in twins):
+            skipped[name] = f"shares its weight with the embedding {twins[0]}"
+        elif twins:
+            raise ValueError(
+                f"{name} and {', '.join(twins)} share one weight, which cannot be decided twice; "
+                "list all but one in modules_to_exclude"
+            )
+        elif not _row_wise_or_whole(quantizer):
+            skipped[name] = f"its grid {quantizer.shape} has cells of several output rows"
+        else:
+            decided[name] = quantizer
+    if adaptor.ledger is not None:  # it knows the reason for what the weights show
+        adaptor.ledger.check_can_apply(technique, decided or skipped)
+    _check(decided, skipped)
+    others = {name: quantizer for name, quantizer in every.items() if name not in decided}
+    return LayerChoice(decided, others, skipped)
+
+
+def _check(decided: Mapping[str, WeightQuantizer], skipped: Mapping[str, str]) -> None:
+    if not decided:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:4])
+        raise ValueError(
+            "at least one linear layer or convolution with a weight quantizer must remain to be "
+            f"decided, none does ({reasons or 'there is none, or all are excluded'})"
+        )
+    _refuse(
+        [n for n, q in decided.items() if not bool(torch.isfinite(q.weight).all())],
+        "must have a finite weight, it holds NaN or infinity; repair the checkpoint",
+    )
+    _refuse_rounded(decided)
+
+
+def _row_wise_or_whole(quantizer: WeightQuantizer) -> bool:
+    shape, weight = quantizer.shape, quantizer.weight
+    cells = (1,) * (weight.dim() - len(shape)) + tuple(shape)
+    return cells[0] in (1, weight.shape[0]) and all(n == 1 for n in cells[2:])

@@ -19,8 +19,16 @@ from aimet_ext.walk.hooks import (
     seen_input,
     swapped_weights,
 )
-from aimet_ext.walk.layers import LayerOrder, layers_around, stage_inputs
-from aimet_ext.walk.protocol import Inputs, ReadStage, Stage, Streams, stream_names
+from aimet_ext.walk.layers import (
+    Inputs,
+    LayerOrder,
+    ReadStage,
+    Stage,
+    Streams,
+    layers_around,
+    stage_inputs,
+    stream_names,
+)
 from aimet_ext.walk.rerun import RerunWalk
 from aimet_ext.walk.streamed import BlockPass, StreamedBlock, no_tokens, open_pass
 
@@ -49,7 +57,7 @@ def find_stack(model: nn.Module, layers: Sequence[str]) -> list[str]:
 class BlockWalk:
     """A walk to the layers of repeated blocks, and to those before and after them.
 
-    See :class:`aimet_ext.walk.protocol.Walk`. Nothing but calls of modules is looked at, so a block
+    See :class:`aimet_ext.walk.layers.Walk`. Nothing but calls of modules is looked at, so a block
     may be of any architecture. The model must compute in float while it walks.
 
     :param blocks: Full names of the repeated blocks, see :func:`find_stack`.

@@ -1,12 +1,16 @@
-"""The layers that a walk goes to: found by name, checked, and ordered by a forward pass."""
+"""Walks from layer to layer, in the order in which data flows: the protocol, layers, their order.
+
+A walk hands out stages, groups of layers that read one input. Once all layers of a stage are
+decided it moves on, so that each later stage sees what the decided layers make of the data.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +19,15 @@ from torch.nn import functional
 from aimet_ext.data.batches import map_leaves
 from aimet_ext.data.moments import Geometry
 from aimet_ext.walk.hooks import Watch, Wrap
-from aimet_ext.walk.protocol import Activation, Inputs
 
 __all__ = [
+    "Activation",
+    "Inputs",
     "LayerOrder",
+    "ReadStage",
+    "Stage",
+    "Streams",
+    "Walk",
     "check_model",
     "check_same_arguments",
     "fit_mask",
@@ -28,8 +37,16 @@ __all__ = [
     "layers_around",
     "layers_by_name",
     "stage_inputs",
+    "stream_names",
     "uncalled",
 ]
+
+Streams: TypeAlias = Literal["quantized", "float", "both"]
+
+# Input in the quantized and in the float stream (None if not asked for), and which tokens count:
+# bool of the input's leading dimensions, None for all.
+Inputs: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
+Activation: TypeAlias = Callable[[Tensor], Tensor]
 
 # In place or not, the function is the same; handed out is the one that leaves its input alone.
 _RELUS: Mapping[Any, Activation] = {
@@ -41,6 +58,62 @@ _RELUS: Mapping[Any, Activation] = {
     functional.relu6: functional.relu6,
 }
 _BATCH_NORMS = (functional.batch_norm, torch.batch_norm)
+
+
+def stream_names(streams: Streams) -> tuple[str, ...]:
+    """Return the names of the streams that are asked for."""
+    return ("quantized", "float") if streams == "both" else (streams,)
+
+
+class Stage(Protocol):
+    """Layers that read one input."""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Full names."""
+
+    @property
+    def activations(self) -> Mapping[str, Activation]:
+        """The ReLU that alone reads a layer's output, by layer, where there is one."""
+
+    def batches(self) -> Iterator[Inputs]:
+        """Yield the layers' input, batch by batch; it is computed anew at each call."""
+
+
+@dataclass(frozen=True, eq=False)
+class ReadStage:
+    """A :class:`Stage` whose inputs a function reads.
+
+    :param read: Function that returns a new iterator over the layers' input.
+    """
+
+    layers: tuple[str, ...]
+    activations: Mapping[str, Activation]
+    read: Callable[[], Iterator[Inputs]]
+
+    def batches(self) -> Iterator[Inputs]:
+        """Yield the layers' input, batch by batch; it is computed anew at each call."""
+        return self.read()
+
+
+class Walk(Protocol):
+    """All stages of a model in order."""
+
+    def stages(self) -> Iterator[Stage]:
+        """Yield each stage; all layers of one must be decided before the next is asked for."""
+
+    def hold(self, layer: str) -> None:
+        """Have the float stream go on with this layer's weight as it is now, for it will change."""
+
+    def decide(self, layer: str, weight: Tensor) -> None:
+        """Have the quantized stream use this weight from now on, of the layer's shape."""
+
+    @property
+    def cost(self) -> dict[str, Any]:
+        """Kind of the walk and the work that it took, for the report."""
+
+    def close(self) -> None:
+        """Drop all caches."""
 
 
 def layers_by_name(

@@ -14,14 +14,17 @@ from aimet_ext.data.batches import ForwardFn, map_tensors, module_device, token_
 from aimet_ext.data.cache import StoredBatches, keep_batches
 from aimet_ext.walk.hooks import checked_weight, run_batch, seen_input, swapped_weights
 from aimet_ext.walk.layers import (
+    Inputs,
     LayerOrder,
+    ReadStage,
+    Streams,
     check_model,
     known,
     layer_order,
     layers_by_name,
     stage_inputs,
+    stream_names,
 )
-from aimet_ext.walk.protocol import Inputs, ReadStage, Streams, stream_names
 
 __all__ = ["ModelWalk", "RerunWalk"]
 
@@ -29,7 +32,7 @@ __all__ = ["ModelWalk", "RerunWalk"]
 class ModelWalk:
     """Base of the walks over a whole model: stages in order, and the weights of each stream.
 
-    See :class:`aimet_ext.walk.protocol.Walk`. The model runs where it is, in evaluation mode, with
+    See :class:`aimet_ext.walk.layers.Walk`. The model runs where it is, in evaluation mode, with
     its quantizers off.
 
     :param model: Model in evaluation mode.

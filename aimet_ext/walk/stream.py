@@ -23,7 +23,7 @@ from aimet_ext.data.cache import TensorCache
 from aimet_ext.files.tensors import hash_tensors
 from aimet_ext.walk.hooks import evaluating, first_call, run_batch
 
-__all__ = ["BlockCall", "BlockStream", "capture_block_inputs", "hidden_state"]
+__all__ = ["BlockCall", "BlockStream", "capture_block_inputs", "hidden_state", "nearest_config"]
 
 BlockFn = Callable[..., Any]
 Rows = Sequence[int] | Tensor | slice
@@ -289,7 +289,7 @@ def capture_block_inputs(
     :raises RuntimeError: the forward pass of a batch failed.
     """
     block = _submodule(model, first_block_name)
-    config = _text_config(model, first_block_name)
+    config = nearest_config(model, first_block_name, "max_position_embeddings")
     _check_uniform(config)
     context = getattr(config, "max_position_embeddings", None)
     checked = iterate_batches(batches, opaque=forward_fn is not None)
@@ -372,12 +372,15 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
         ) from error
 
 
-def _text_config(model: nn.Module, block_name: str) -> Any:
-    """Return the nearest config around the block with a context length, None without one."""
-    parts = block_name.split(".")
+def nearest_config(model: nn.Module, name: str, entry: str) -> Any:
+    """Return the config of the nearest module around another that has an entry; None without one.
+
+    :param name: Name of the inner module.
+    """
+    parts = name.split(".")
     for end in range(len(parts) - 1, -1, -1):
         config = getattr(model.get_submodule(".".join(parts[:end])), "config", None)
-        if hasattr(config, "max_position_embeddings"):
+        if hasattr(config, entry):
             return config
     return None
 

@@ -22,8 +22,13 @@ from aimet_ext.walk.hooks import (
     seen_input,
     swapped_weights,
 )
-from aimet_ext.walk.layers import LayerOrder, check_same_arguments, layer_order, stage_inputs
-from aimet_ext.walk.protocol import Inputs
+from aimet_ext.walk.layers import (
+    Inputs,
+    LayerOrder,
+    check_same_arguments,
+    layer_order,
+    stage_inputs,
+)
 from aimet_ext.walk.stream import BlockStream, capture_block_inputs
 
 __all__ = ["BlockPass", "StreamedBlock", "capture_streams", "no_tokens", "open_pass"]

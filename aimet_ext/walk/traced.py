@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from aimet_ext.data.batches import ForwardFn, map_tensors, module_device, tensors_in
 from aimet_ext.data.cache import StoredBatches, ValueCache, keep_batches
 from aimet_ext.walk.hooks import checked_weight, run_batch
-from aimet_ext.walk.layers import layer_order
-from aimet_ext.walk.protocol import Streams, Walk
+from aimet_ext.walk.layers import Streams, Walk, layer_order
 from aimet_ext.walk.rerun import ModelWalk, RerunWalk
 from aimet_ext.walk.trace import (
     Executor,

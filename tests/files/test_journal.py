@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from aimet_ext.errors import CorruptFileError
-from aimet_ext.files.journal import Checkpoints, UndoJournal, environment, hash_tensors
+from aimet_ext.files.tensors import Checkpoints, UndoJournal, environment, hash_tensors
 
 TENSORS = {
     "self_attn.q_proj.weight": torch.arange(6.0).view(2, 3),
@@ -210,7 +210,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 KILLED = """
 import itertools, sys, torch
-from aimet_ext.files.journal import Checkpoints
+from aimet_ext.files.tensors import Checkpoints
 
 checkpoints = Checkpoints(sys.argv[1], {"data": "bb"})
 for step in itertools.count():
@@ -243,7 +243,7 @@ def test_a_run_killed_while_it_writes_leaves_whole_files(tmp_path):
 CRASHED = """
 import os, sys, torch
 from pathlib import Path
-from aimet_ext.files.journal import Checkpoints
+from aimet_ext.files.tensors import Checkpoints
 
 checkpoints = Checkpoints(sys.argv[1], {"data": "bb"})
 checkpoints.save(0, {"x": torch.zeros(4)}, {})

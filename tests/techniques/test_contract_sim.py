@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import aimet_ext
 from aimet_ext import CorruptFileError, QSpec, load_scales
-from aimet_ext.files.journal import hash_tensors
+from aimet_ext.files.tensors import hash_tensors
 from aimet_ext.models.huggingface import original_name
 from aimet_ext.sim.protocol import adapt
 

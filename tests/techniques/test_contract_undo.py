@@ -269,7 +269,7 @@ KILLED = """
     torch.set_num_threads(int(sys.argv[1]))
     import transformers
     import aimet_ext
-    from aimet_ext.files.journal import Checkpoints
+    from aimet_ext.files.tensors import Checkpoints
 
     model_dir, checkpoint_dir, cache_dir, name = sys.argv[2:6]
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir)

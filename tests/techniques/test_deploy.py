@@ -8,8 +8,7 @@ from range_search_reference import problem
 
 from aimet_ext.core.affine import dequantize, fake_quantize, quantize, short_scale
 from aimet_ext.core.objective import SecondMoment
-from aimet_ext.techniques.layerwise.deploy import Decision, Problem, deploy
-from aimet_ext.techniques.layerwise.samples import SampleSum
+from aimet_ext.techniques.layerwise.deploy import Decision, Problem, SampleSum, deploy
 
 OUT, IN, BITS = 16, 24, 3
 

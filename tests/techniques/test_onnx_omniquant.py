@@ -17,8 +17,7 @@ import aimet_ext
 from aimet_ext import LPBQ, PerTensor, QSpec
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.sim.protocol import adapt
-from aimet_ext.techniques import omniquant as omniquant_run
-from aimet_ext.techniques.blockwise import training
+from aimet_ext.techniques import omniquant
 
 pytest.importorskip("aimet_onnx")
 onnx = pytest.importorskip("onnx")
@@ -234,7 +233,7 @@ def test_session_computes_with_the_deployed_weights(case: Callable[..., Case], g
 def first_steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, list[Tensor]]]:
     """Block, loss and gradients of the first training step of each block."""
     seen: list[tuple[str, float, list[Tensor]]] = []
-    step = training._step
+    step = omniquant._step
 
     def spy(block: Any, learner: Any, *args: Any) -> float:
         loss = step(block, learner, *args)
@@ -243,7 +242,7 @@ def first_steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, list[
             seen.append((block.name, loss, [p.grad.clone() for p in named.values()]))
         return loss
 
-    monkeypatch.setattr(training, "_step", spy)
+    monkeypatch.setattr(omniquant, "_step", spy)
     return seen
 
 
@@ -315,14 +314,14 @@ def test_failure_leaves_the_sim_alone(
     sim.compute_encodings(found.batches)
     outputs = sim.session.run(None, found.batches[0])[0]
     before = state_of(sim)
-    train = omniquant_run.train_block
+    train = omniquant.train_block
 
     def fail(block: Any, *args: Any, **kwargs: Any) -> Any:
         if block.name.endswith("1"):
             raise error("stop")
         return train(block, *args, **kwargs)
 
-    monkeypatch.setattr(omniquant_run, "train_block", fail)
+    monkeypatch.setattr(omniquant, "train_block", fail)
     with pytest.raises(error, match="stop"):
         aimet_ext.apply_omniquant(sim, found.batches, **QUICK)
     assert state_of(sim) == before
@@ -335,7 +334,7 @@ def test_checkpoint_goes_on_to_the_same_bits(
     found = case()
     whole = found.sim()
     aimet_ext.apply_omniquant(whole, found.batches, **QUICK)
-    train = omniquant_run.train_block
+    train = omniquant.train_block
 
     def fail(block: Any, *args: Any, **kwargs: Any) -> Any:
         if block.name.endswith("1"):
@@ -344,7 +343,7 @@ def test_checkpoint_goes_on_to_the_same_bits(
 
     sim = found.sim()
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
-        patch.setattr(omniquant_run, "train_block", fail)
+        patch.setattr(omniquant, "train_block", fail)
         aimet_ext.apply_omniquant(sim, found.batches, checkpoint_dir=tmp_path, **QUICK)
     report = aimet_ext.apply_omniquant(sim, found.batches, checkpoint_dir=tmp_path, **QUICK)
     assert [block.resumed for block in report.blocks] == [True, False]
@@ -508,7 +507,7 @@ def test_failure_takes_copies_out_again(
         aimet_ext.apply_omniquant(sim, found.batches, modules_to_exclude=["none"], **QUICK)
     assert (sim.model.model.SerializeToString(deterministic=True), view(), state_of(sim)) == before
     assert sim.session is session
-    train = omniquant_run.train_block
+    train = omniquant.train_block
 
     def fail(block: Any, *args: Any, **kwargs: Any) -> Any:
         if block.name.endswith("1"):
@@ -516,7 +515,7 @@ def test_failure_takes_copies_out_again(
         return train(block, *args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
-        patch.setattr(omniquant_run, "train_block", fail)
+        patch.setattr(omniquant, "train_block", fail)
         aimet_ext.apply_omniquant(sim, found.batches, **QUICK)
     assert (sim.model.model.SerializeToString(deterministic=True), view(), state_of(sim)) == before
     np.testing.assert_array_equal(sim.session.run(None, found.batches[0])[0], outputs)

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 from onnx import NodeProto
 
-from aimet_ext.models.families import TopologyDescription
-from aimet_ext.models.topology import BlockTopology
+from aimet_ext.models.topology import BlockTopology, TopologyDescription
 from aimet_ext.onnx.blocks.flow import Flow, Norm
 from aimet_ext.onnx.blocks.roles import MismatchError, attention_roles, mlp_roles
 from aimet_ext.onnx.blocks.topology import SharedVector, block_topology

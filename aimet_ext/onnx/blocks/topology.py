@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from aimet_ext.core.equivalence import ScalePair
-from aimet_ext.models.families import TopologyDescription
-from aimet_ext.models.topology import BlockTopology, candidate_pairs
+from aimet_ext.models.topology import BlockTopology, TopologyDescription, candidate_pairs
 from aimet_ext.onnx.blocks.flow import Flow, Norm
 from aimet_ext.onnx.blocks.roles import AttentionRoles, MismatchError, MlpRoles
 

@@ -20,7 +20,7 @@ from aimet_ext.data.moments import Geometry
 from aimet_ext.onnx.graph import OnnxGraph
 from aimet_ext.onnx.index import FLOATS, attribute, elements, reads
 from aimet_ext.onnx.layers import OnnxLayer
-from aimet_ext.walk.protocol import Activation
+from aimet_ext.walk.layers import Activation
 
 __all__ = ["PlannedStage", "Section", "Transition", "plan_stages", "plan_transitions"]
 

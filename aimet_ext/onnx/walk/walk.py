@@ -16,8 +16,7 @@ from aimet_ext.onnx.graph import OnnxGraph, Part
 from aimet_ext.onnx.layers import OnnxLayer
 from aimet_ext.onnx.values import input_specs
 from aimet_ext.onnx.walk.schedule import PlannedStage, Section, plan_stages, plan_transitions
-from aimet_ext.walk.layers import fit_mask, known
-from aimet_ext.walk.protocol import Inputs, ReadStage, Streams
+from aimet_ext.walk.layers import Inputs, ReadStage, Streams, fit_mask, known
 
 __all__ = ["OnnxWalk"]
 
@@ -31,7 +30,7 @@ class OnnxWalk:
 
     Between two stages, only values that a later node reads are kept; see
     :mod:`.schedule`. A session holds the weights of its part and lives as long as
-    that runs. See :class:`aimet_ext.walk.protocol.Walk`. Quantizers are seen through.
+    that runs. See :class:`aimet_ext.walk.layers.Walk`. Quantizers are seen through.
 
     A layer whose weight several nodes apply has its stage at the first of them. The stage then
     gives, for each batch, the inputs of all of them in turn, the later ones as the weights are now.

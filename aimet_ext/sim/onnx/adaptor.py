@@ -36,7 +36,7 @@ from aimet_ext.sim.onnx.quantizer_state import (
 )
 from aimet_ext.sim.onnx.quantizers import OnnxWeightQuantizer
 from aimet_ext.sim.protocol import Range, SimAdaptor, carried
-from aimet_ext.walk.protocol import Streams, Walk
+from aimet_ext.walk.layers import Streams, Walk
 from aimet_ext.walk.streamed import BlockPass
 
 if TYPE_CHECKING:

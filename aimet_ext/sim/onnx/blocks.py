@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from aimet_ext.core.affine import Grid, fake_quantize, minmax_range, scale_offset
-from aimet_ext.models.families import TopologyDescription
-from aimet_ext.models.topology import BlockTopology
+from aimet_ext.models.topology import BlockTopology, TopologyDescription
 from aimet_ext.onnx.blocks.capture import argument_names, capture_blocks, check_block
 from aimet_ext.onnx.blocks.find import BlockPlan, find_onnx_blocks
 from aimet_ext.onnx.blocks.flow import Flow

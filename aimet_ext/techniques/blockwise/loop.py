@@ -23,18 +23,18 @@ from aimet_ext.core.objective import sqnr_db
 from aimet_ext.data.cache import TensorCache
 from aimet_ext.errors import TransformRefused
 from aimet_ext.files.folders import replace_folder, write_manifest
-from aimet_ext.files.journal import Checkpoints
 from aimet_ext.files.ledger import write_scales
+from aimet_ext.files.tensors import Checkpoints
 from aimet_ext.models.proof import probe, probe_inputs, prove_pairs
 from aimet_ext.models.topology import BlockTopology, TopologyDescription, select_pairs
 from aimet_ext.sim.protocol import Range, SimAdaptor, WeightQuantizer, adapt, moved_ranges
 from aimet_ext.techniques.blockwise.block import Block, Choice
 from aimet_ext.techniques.call import Call
-from aimet_ext.techniques.checks import layers_to_quantize
 from aimet_ext.techniques.report import BlockReport, BlockwiseReport
 from aimet_ext.techniques.session import (
     OnGrids,
     RunOptions,
+    layers_to_quantize,
     open_checkpoints,
     open_ledger,
     original_names,
@@ -264,7 +264,7 @@ class BlockwiseRun:
         kinds = self.solver.pairs
         self.refused.update({k: v for k, v in topology.unavailable.items() if k in kinds})
         kept = []
-        for pair in select_pairs(topology, kinds, unavailable="skip"):
+        for pair in select_pairs(topology, kinds):
             touched = {side.module for side in pair.sides} & set(topology.linears)
             if touched <= layers:
                 kept.append(pair)

@@ -22,23 +22,21 @@ from aimet_ext.core.objective import SecondMoment
 from aimet_ext.data.batches import tensors_in
 from aimet_ext.data.moments import sum_moments
 from aimet_ext.files.folders import replace_folder, write_manifest
-from aimet_ext.files.journal import Checkpoints, hash_tensors
+from aimet_ext.files.tensors import Checkpoints, hash_tensors
 from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer, adapt
 from aimet_ext.techniques.call import Call
-from aimet_ext.techniques.layerwise.choice import choose_layers
-from aimet_ext.techniques.layerwise.deploy import Decision, Problem, deploy
-from aimet_ext.techniques.layerwise.samples import SampleSum
+from aimet_ext.techniques.layerwise.deploy import Decision, Problem, SampleSum, deploy
 from aimet_ext.techniques.report import LayerReport, LayerwiseReport
 from aimet_ext.techniques.session import (
     OnGrids,
     RunOptions,
+    choose_layers,
     on_grid,
     open_checkpoints,
     open_ledger,
     undo_on_failure,
 )
-from aimet_ext.walk.layers import uncalled
-from aimet_ext.walk.protocol import Activation, Stage, Streams, Walk
+from aimet_ext.walk.layers import Activation, Stage, Streams, Walk, uncalled
 
 __all__ = ["LayerwiseRun", "Solver", "run_layerwise"]
 
