@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from aimet_ext.core.affine import (
     Grid,
+    channel_scale,
     fake_quantize,
+    integer_scale,
+    lpbq_scale,
     minmax_range,
     scale_offset,
     symmetric_offset,
 )
-from aimet_ext.core.lpbq import channel_scale, integer_scale, lpbq_scale
 from aimet_ext.core.objective import moment_product, row_errors
 
 __all__ = ["GridLayout", "LearnableClipping", "default_shares", "free_layout", "search_ranges"]

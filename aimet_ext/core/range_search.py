@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from aimet_ext.core.affine import dequantize, fake_quantize, minmax_range
+from aimet_ext.core.affine import channel_scale, dequantize, fake_quantize, minmax_range
 from aimet_ext.core.clipping import GridLayout, free_layout, search_ranges
 from aimet_ext.core.gptq import gptq
-from aimet_ext.core.lpbq import channel_scale
 from aimet_ext.core.objective import best_rows, quadratic, row_errors
 
 __all__ = ["best_ranges", "compatible_ranges", "rounding_ranges"]

@@ -308,12 +308,6 @@ class Checkpoints:
     def __contains__(self, index: object) -> bool:
         return index in self._indices()
 
-    def clear(self) -> None:
-        """Remove the checkpoints and the record of the run."""
-        for index in self._indices():
-            self._file(index).unlink(missing_ok=True)
-        (self.directory / "run.json").unlink(missing_ok=True)
-
     def _file(self, index: int) -> Path:
         return self.directory / f"block_{index:05d}.safetensors"
 

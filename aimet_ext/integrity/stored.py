@@ -17,8 +17,7 @@ import torch
 from onnx import NodeProto, TensorProto
 from torch import Tensor
 
-from aimet_ext.core.affine import Grid, scale_offset, to_blocks
-from aimet_ext.core.lpbq import lpbq_scale
+from aimet_ext.core.affine import Grid, lpbq_scale, scale_offset, to_blocks
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.encodings import Layout, to_grid
 from aimet_ext.onnx.index import GraphIndex, attribute, elements

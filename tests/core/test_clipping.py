@@ -14,9 +14,8 @@ from search_reference import (
 )
 from torch import Tensor
 
-from aimet_ext.core.affine import fake_quantize
+from aimet_ext.core.affine import channel_scale, fake_quantize, integer_scale, lpbq_scale
 from aimet_ext.core.clipping import GridLayout, LearnableClipping, default_shares, search_ranges
-from aimet_ext.core.lpbq import channel_scale, integer_scale, lpbq_scale
 from aimet_ext.core.objective import row_errors
 
 OUT, IN, BLOCK = 4, 12, 4

@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aimet_ext.core.affine import Grid, fake_quantize, minmax_range, scale_offset
-from aimet_ext.core.lpbq import channel_scale, integer_scale, lpbq_scale
+from aimet_ext.core.affine import (
+    Grid,
+    channel_scale,
+    fake_quantize,
+    integer_scale,
+    lpbq_scale,
+    minmax_range,
+    scale_offset,
+)
 
 affine = pytest.importorskip("aimet_torch.quantization.affine")
 

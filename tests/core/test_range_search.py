@@ -16,9 +16,8 @@ from range_search_reference import (
 )
 from torch.nn import functional
 
-from aimet_ext.core.affine import fake_quantize
+from aimet_ext.core.affine import fake_quantize, integer_scale, lpbq_scale
 from aimet_ext.core.clipping import GridLayout, free_layout, search_ranges
-from aimet_ext.core.lpbq import integer_scale, lpbq_scale
 from aimet_ext.core.objective import row_errors
 from aimet_ext.core.range_search import best_ranges, compatible_ranges
 from aimet_ext.data.moments import Geometry, MomentSum

@@ -16,9 +16,8 @@ from aimet_ext.core.adaround import (
     adaround,
     adaround_samples,
 )
-from aimet_ext.core.affine import Grid, dequantize, minmax_range, quantize, scale_offset
+from aimet_ext.core.affine import Grid, dequantize, lpbq_scale, minmax_range, quantize, scale_offset
 from aimet_ext.core.gptq import coordinate_descent, gptq
-from aimet_ext.core.lpbq import lpbq_scale
 from aimet_ext.core.objective import row_errors
 
 OUT, IN, BLOCK = 6, 12, 4

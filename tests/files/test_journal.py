@@ -110,8 +110,6 @@ def test_checkpoints_resume(tmp_path):
     assert (tmp_path / "run" / "block_00001.safetensors").exists()
     with pytest.raises(FileNotFoundError):
         again.load(2)
-    again.clear()
-    assert list((tmp_path / "run").iterdir()) == []
 
 
 @pytest.mark.parametrize(

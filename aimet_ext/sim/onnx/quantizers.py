@@ -10,9 +10,8 @@ import torch
 from aimet_onnx.qc_quantize_op import LPBQScaleQuantizer, QcQuantizeOp
 from torch import Tensor
 
-from aimet_ext.core.affine import Grid, minimum_scale, symmetric_offset
+from aimet_ext.core.affine import Grid, lpbq_scale, minimum_scale, symmetric_offset
 from aimet_ext.core.clipping import GridLayout
-from aimet_ext.core.lpbq import lpbq_scale
 from aimet_ext.onnx.graph import OnnxGraph
 from aimet_ext.onnx.layers import OnnxLayer, stored_weight
 from aimet_ext.sim.onnx.quantizer_state import (
