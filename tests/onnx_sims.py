@@ -11,7 +11,7 @@ import onnx
 from aimet_onnx.qc_quantize_op import QcQuantizeOp
 
 from aimet_ext.config import QSpec
-from aimet_ext.sim.onnx.grids import parameter_quantizers, put_grids
+from aimet_ext.sim.onnx.ranges import parameter_quantizers, put_grids
 from aimet_ext.sim.protocol import adapt
 
 __all__ = ["build_sim"]

@@ -19,16 +19,14 @@ from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.encodings import entries, load_encodings
 from aimet_ext.files.folders import SETTINGS, atomic_path, read_manifest
 from aimet_ext.onnx.index import GraphIndex
+from aimet_ext.onnx.rewrite.compilable import bound_masks, drop_casts, float_weights, make_static
 from aimet_ext.onnx.rewrite.htp import fuse_rms_norms, set_apart, sign_second_operands
 from aimet_ext.onnx.rewrite.kv import keep_keys_and_values
-from aimet_ext.onnx.rewrite.qdq import drop_casts, float_weights
-from aimet_ext.onnx.rewrite.static import bound_masks, make_static
 from aimet_ext.onnx.values import input_specs
 from aimet_ext.sim.onnx import files
-from aimet_ext.sim.onnx.build import build_target, multiplies_16_by_16
+from aimet_ext.sim.onnx.files import build_target, multiplies_16_by_16
 from aimet_ext.sim.onnx.ranges import calibrate_added, put_encodings, quantize_activations
-from aimet_ext.sim.onnx.readback import run
-from aimet_ext.sim.onnx.state import enabled_quantizers, only_these
+from aimet_ext.sim.onnx.state import enabled_quantizers, only_these, run
 from aimet_ext.sim.protocol import adapt
 
 __all__ = ["HandOff", "hand_off", "write_qdq"]

@@ -20,17 +20,21 @@ from aimet_ext.files.tensors import read_sealed, write_sealed
 from aimet_ext.onnx.index import stored_values
 from aimet_ext.onnx.values import to_torch, torch_array
 from aimet_ext.sim.onnx import files
-from aimet_ext.sim.onnx.build import build_described, describe_sim
-from aimet_ext.sim.onnx.readback import (
+from aimet_ext.sim.onnx.files import build_described, describe_sim
+from aimet_ext.sim.onnx.state import (
     deviation,
     differences,
+    enabled_quantizers,
+    float_tensors,
     read_encodings,
     read_qdq,
     refresh,
+    restore_sim,
     run,
     run_file,
+    sim_state,
+    uncalibrated,
 )
-from aimet_ext.sim.onnx.state import enabled_quantizers, restore_sim, sim_state, uncalibrated
 from aimet_ext.sim.protocol import CalibrationWalks, SimAdaptor
 
 __all__ = ["OnnxWriter", "load_onnx", "read_onnx_quantizers"]
@@ -91,7 +95,7 @@ class OnnxWriter:
         self.limit = max(_TOLERANCE if alone else _ROUNDED, error)
         self.checks: dict[str, Any] = {
             "quantization_error": error,
-            "float16_casts_only_in_1.0.0": files.float_tensors(self.sim),
+            "float16_casts_only_in_1.0.0": float_tensors(self.sim),
             "lpbq_as_blocks_in_2.0.0": files.lpbq_as_blocks(self.sim, self.wider),
         }
         self._write_float()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from aimet_ext.errors import some
 from aimet_ext.grids.fitting import WeightPlan
 from aimet_ext.grids.patterns import LayerTable
-from aimet_ext.sim.onnx.grids import (
+from aimet_ext.sim.onnx.ranges import (
     body_names,
     is_frozen,
     is_fused,

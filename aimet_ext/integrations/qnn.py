@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -138,12 +137,7 @@ class HtpSession:
     def __enter__(self) -> HtpSession:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -165,7 +159,7 @@ def compile_htp(
     :param context: ``*.onnx`` file to write beside which ``*_qnn.bin`` holds the compiled model
         for the device. Both are put in place once they are complete.
     :param extra_outputs: tensors that :meth:`HtpSession.run` returns too, after the graph's own
-        outputs; see :func:`aimet_ext.onnx.rewrite.qdq.with_outputs`.
+        outputs; see :func:`aimet_ext.onnx.rewrite.compilable.with_outputs`.
     :param allow_fallback: let the CPU run what HTP does not take; :attr:`HtpSession.fallbacks`
         names it, and no context is written.
     :raises HtpRejected: HTP does not take the model, or not all of it; it names the nodes.
@@ -187,7 +181,7 @@ def compile_htp(
             raise FileNotFoundError(f"compile_htp: model {model} is not there")
         place = Path(model).resolve().parent
     if extra_outputs:
-        from aimet_ext.onnx.rewrite.qdq import with_outputs
+        from aimet_ext.onnx.rewrite.compilable import with_outputs
 
         model = with_outputs(model, extra_outputs)
     opened = partial(open_session, model, folder=place)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aimet_ext.verification.run import array_sqnr
+from aimet_ext.verification.report import array_sqnr
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto

@@ -1,22 +1,39 @@
-"""The report of a verification, as text and as JSON."""
+"""The measures of a verification, and its report as text and as JSON."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
+import torch
+
+from aimet_ext.core.objective import outputs_sqnr
+from aimet_ext.data.batches import token_ids, token_mask
+from aimet_ext.data.feeds import Feed
+from aimet_ext.evaluation.perplexity import perplexity_of, summed_losses
 from aimet_ext.files.folders import replace_file
 from aimet_ext.findings import Finding
 
-__all__ = ["LayerCheck", "Measures", "Status", "StepResult", "Thresholds", "VerifyReport"]
+__all__ = [
+    "LayerCheck",
+    "Measures",
+    "Status",
+    "StepResult",
+    "Thresholds",
+    "VerifyReport",
+    "array_sqnr",
+    "perplexity",
+    "top1_agreement",
+]
 
 Status: TypeAlias = Literal["passed", "failed", "not run"]
-
 _LAYERS_SHOWN = 8
+Array: TypeAlias = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,3 +258,44 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def array_sqnr(value: Any, target: Any) -> float:
+    """Return the signal to noise ratio in dB of an array or a list of arrays against a target."""
+    values, targets = ([a] if isinstance(a, np.ndarray) else list(a) for a in (value, target))
+    return outputs_sqnr(map(torch.from_numpy, values), map(torch.from_numpy, targets))
+
+
+def top1_agreement(
+    outputs: Sequence[Array], targets: Sequence[Array], feeds: Sequence[Feed]
+) -> float | None:
+    """Return the share of tokens whose largest logit is at the same place, masked tokens left out.
+
+    None where the outputs are no logits ``[batch, seq, vocab]`` or ``[batch, classes]``.
+    """
+    same = count = 0
+    for output, target, feed in zip(outputs, targets, feeds, strict=True):
+        if output.ndim not in (2, 3):
+            return None
+        equal = torch.from_numpy(output.argmax(-1) == target.argmax(-1))
+        real = token_mask(feed)
+        if output.ndim == 3 and real is not None:
+            equal = equal[real]
+        same, count = same + int(equal.sum()), count + equal.numel()
+    return same / count if count else None
+
+
+def perplexity(outputs: Sequence[Array], feeds: Sequence[Feed]) -> float | None:
+    """Return ``exp`` of the mean negative log-likelihood of all tokens but each window's first.
+
+    None where the inputs are no token ids or the outputs no logits ``[batch, seq, vocab]``.
+    """
+    total, count = 0.0, 0
+    for output, feed in zip(outputs, feeds, strict=True):
+        ids = token_ids(feed)
+        if ids is None or output.ndim != 3 or ids.shape != output.shape[:2]:
+            return None
+        logits = torch.from_numpy(output).double()  # [batch, seq, vocab]
+        losses, tokens = summed_losses(logits, ids, token_mask(feed))
+        total, count = total + losses, count + tokens
+    return perplexity_of(total, count) if count else None

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
+from torch import nn
 
 from aimet_ext.artifact.hand_off import HandOff, hand_off, write_qdq
 from aimet_ext.artifact.load import load
 from aimet_ext.data.feeds import Feed, run_feeds
 from aimet_ext.errors import CorruptFileError, require
+from aimet_ext.evaluation.perplexity import prepared_module
 from aimet_ext.files.folders import read_manifest
 from aimet_ext.findings import Finding
 from aimet_ext.integrations.qnn import HtpRejected, is_available
 from aimet_ext.integrations.qnn_process import HtpCrashed, HtpProcess
 from aimet_ext.integrations.qnn_targets import HtpTarget
+from aimet_ext.onnx.session import open_session
 from aimet_ext.sim.protocol import adapt
-from aimet_ext.verification import run as runs
 from aimet_ext.verification.layers import (
     Cause,
     LayerFacts,
@@ -29,15 +31,79 @@ from aimet_ext.verification.layers import (
     known_cause,
     pattern_cause,
 )
-from aimet_ext.verification.report import LayerCheck, Measures, Thresholds
+from aimet_ext.verification.report import (
+    LayerCheck,
+    Measures,
+    Thresholds,
+    array_sqnr,
+    perplexity,
+    top1_agreement,
+)
 
-__all__ = ["CPU", "HTP", "MIXED", "Verification"]
+__all__ = ["CPU", "HTP", "MIXED", "CpuSession", "Session", "Verification", "float_outputs"]
+
+Array: TypeAlias = np.ndarray[Any, Any]
 
 HTP, MIXED, CPU = "HTP simulation", "HTP simulation and the CPU", "onnxruntime CPU"
 
 _ASK_AGAIN = "look at the layers below, and export again once they are mended"
 _NODES_NAMED = 12
 _WIDE_PRODUCTS = 73
+
+
+class Session(Protocol):
+    """A compiled model, on the device or on the CPU."""
+
+    outputs: tuple[str, ...]
+    """Names of the outputs of :meth:`run`."""
+
+    def run(self, feed: Mapping[str, Array]) -> list[Array]:
+        """Return the outputs of one call."""
+
+    def close(self) -> None:
+        """Release the model."""
+
+
+class CpuSession:
+    """A QDQ model in onnxruntime on the CPU, its operators as they are.
+
+    :param model: ONNX file.
+    :param extra_outputs: tensors that come out too, after the graph's own outputs.
+    """
+
+    def __init__(self, model: Path, extra_outputs: Sequence[str] = ()) -> None:
+        source: Any = model
+        if extra_outputs:
+            from aimet_ext.onnx.rewrite.compilable import with_outputs
+
+            source = with_outputs(model, extra_outputs)
+        self._session = open_session(source, optimize="none", folder=model.resolve().parent)
+        self.outputs = tuple(value.name for value in self._session.get_outputs())
+
+    def run(self, feed: Mapping[str, Array]) -> list[Array]:
+        """Return the outputs of one call."""
+        return list(self._session.run(None, dict(feed)))
+
+    def close(self) -> None:
+        """Release the session."""
+        self._session = None
+
+
+def float_outputs(sim: Any, reference: Any, feeds: Sequence[Feed]) -> list[Array]:
+    """Return the first output of the float model, for each feed.
+
+    :param reference: Module that takes the same inputs; None: the sim with its quantizers off.
+    """
+    if reference is None:
+        with adapt(sim).disabled_quantizers():
+            return run_feeds(adapt(sim).runner, feeds)
+    model = prepared_module(reference)
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            "reference must be a torch module that takes the inputs of the exported model, got "
+            f"{type(reference).__name__}"
+        )
+    return run_feeds(model, feeds)
 
 
 class Verification:
@@ -83,23 +149,23 @@ class Verification:
         self.backend = "none"
         self.sim: Any = None
         self.hand: HandOff | None = None
-        self.session: runs.Session | None = None
+        self.session: Session | None = None
         self.qdq = work / f"{self.prefix}.qdq.onnx"
         self.context = work / f"{self.prefix}.{target.name}.onnx"
         self.facts: list[LayerFacts] = []
-        self.expected: list[np.ndarray[Any, Any]] = []
+        self.expected: list[Array] = []
 
     def rebuild(self) -> str:
         """Rebuild the sim from its files alone, and run it and the float model."""
         self.sim = load(self.folder)
         self.expected = run_feeds(adapt(self.sim).runner, self.windows)
-        floats = runs.float_outputs(self.sim, self.reference, self.windows)
-        ratio = runs.array_sqnr(self.expected, floats)
+        floats = float_outputs(self.sim, self.reference, self.windows)
+        ratio = array_sqnr(self.expected, floats)
         self._measure(sim_float_db=ratio)
         if self.real:
             self._measure(
-                perplexity_sim=runs.perplexity(self.expected, self.windows),
-                perplexity_float=runs.perplexity(floats, self.windows),
+                perplexity_sim=perplexity(self.expected, self.windows),
+                perplexity_float=perplexity(floats, self.windows),
             )
         rounded = self.reference is None and bool(self.manifest.get("techniques"))
         note = "; its float weights are those that the techniques left" if rounded else ""
@@ -155,7 +221,7 @@ class Verification:
     def compile(self) -> str:
         """Compile the target's own model, of which every node must run there."""
         if not is_available():
-            self.backend, self.session = CPU, runs.CpuSession(self.qdq)
+            self.backend, self.session = CPU, CpuSession(self.qdq)
             return f"onnxruntime-qnn is not there: nothing is known about {self.target.name}"
         try:
             session = HtpProcess(self.qdq, self.target, context=self.context)
@@ -175,7 +241,7 @@ class Verification:
         size = self.context.with_name(f"{self.context.stem}_qnn.bin").stat().st_size
         return f"all {session.nodes} nodes in {session.seconds:.1f} s, {size / 1e6:.1f} MB"
 
-    def _check_context(self, expected: list[np.ndarray[Any, Any]]) -> None:
+    def _check_context(self, expected: list[Array]) -> None:
         """Compare the context binary, opened as a device opens it, with the compiled model."""
         try:
             with HtpProcess(self.context, self.target, load=True) as opened:
@@ -187,7 +253,7 @@ class Verification:
             self.hints.append(Finding("context binary", self.context.name, message, remedy))
             return
         if not all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True)):
-            ratio = runs.array_sqnr(found, expected)
+            ratio = array_sqnr(found, expected)
             self._fault(
                 "context binary",
                 self.context.name,
@@ -200,14 +266,14 @@ class Verification:
         assert self.session is not None
         found = [self.session.run(feed)[0] for feed in self.windows]
         onnx_sim = run_feeds(adapt(self._hand().sim).runner, self.windows)
-        ratio = runs.array_sqnr(found, self.expected)
+        ratio = array_sqnr(found, self.expected)
         self._measure(
             device_sim_db=ratio,
-            device_onnx_db=runs.array_sqnr(found, onnx_sim),
-            top1=runs.top1_agreement(found, self.expected, self.windows),
+            device_onnx_db=array_sqnr(found, onnx_sim),
+            top1=top1_agreement(found, self.expected, self.windows),
         )
         if self.real:
-            self._measure(perplexity_device=runs.perplexity(found, self.windows))
+            self._measure(perplexity_device=perplexity(found, self.windows))
         required, name = self._ask("output_db"), self.session.outputs[0]
         if not ratio >= required:
             message = (
@@ -230,7 +296,7 @@ class Verification:
         self.close()
         if not self.facts:
             return "no operator has a quantized output"
-        from aimet_ext.sim.onnx.readback import tensor_values
+        from aimet_ext.sim.onnx.state import tensor_values
 
         tensors = [layer.tensor for layer in self.facts]
         targets = tensor_values(self._hand().sim, self.windows[0], tensors)
@@ -260,9 +326,9 @@ class Verification:
         if self.session is not None:
             self.session.close()
 
-    def _showing(self, tensors: list[str]) -> runs.Session | None:
+    def _showing(self, tensors: list[str]) -> Session | None:
         if self.backend == CPU:
-            return runs.CpuSession(self.qdq, tensors)
+            return CpuSession(self.qdq, tensors)
         try:
             return HtpProcess(
                 self.qdq, self.target, extra_outputs=tensors, allow_fallback=self.backend == MIXED
@@ -302,7 +368,7 @@ class Verification:
                 f"{message}; the first operator that HTP is known not to take: {cause.message}"
             )
         self._fault("crash", name, message, remedy)
-        self.backend, self.session = CPU, runs.CpuSession(self.qdq)
+        self.backend, self.session = CPU, CpuSession(self.qdq)
 
     def _rejected(self, error: HtpRejected) -> None:
         """Name the operators that HTP refuses, and choose another backend."""
@@ -331,7 +397,7 @@ class Verification:
             else:
                 self.backend, self.session, self.fallbacks = MIXED, session, session.fallbacks
         if self.session is None:
-            self.session = runs.CpuSession(self.qdq)
+            self.session = CpuSession(self.qdq)
 
     def _check_perplexity(self, name: str) -> None:
         device, sim = self.measures.perplexity_device, self.measures.perplexity_sim
@@ -362,9 +428,7 @@ class Verification:
         self.findings.append(Finding(check, name, message, remedy))
 
 
-def _check(
-    layer: LayerFacts, device: np.ndarray[Any, Any], sim: np.ndarray[Any, Any]
-) -> LayerCheck:
+def _check(layer: LayerFacts, device: Array, sim: Array) -> LayerCheck:
     difference = device.astype(np.float64) - sim
     steps = None
     if layer.step:
@@ -373,6 +437,6 @@ def _check(
         name=layer.name,
         node=layer.nodes[-1],
         op_type=layer.op_type,
-        sqnr_db=runs.array_sqnr(device, sim),
+        sqnr_db=array_sqnr(device, sim),
         error_steps=steps,
     )

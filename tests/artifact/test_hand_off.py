@@ -29,7 +29,7 @@ aimet_onnx = pytest.importorskip("aimet_onnx")
 
 from aimet_ext.integrations.qnn import is_available  # noqa: E402
 from aimet_ext.onnx.index import stored_values  # noqa: E402
-from aimet_ext.onnx.rewrite.qdq import float_weights  # noqa: E402
+from aimet_ext.onnx.rewrite.compilable import float_weights  # noqa: E402
 from aimet_ext.onnx.values import input_specs  # noqa: E402
 from aimet_ext.sim.onnx import files as onnx_files  # noqa: E402
 

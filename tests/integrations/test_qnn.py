@@ -17,7 +17,7 @@ from aimet_ext.errors import MissingExtraError
 from aimet_ext.integrations import qnn as qnn_module
 from aimet_ext.integrations.qnn import HtpRejected, HtpSession, compile_htp, load_context
 from aimet_ext.integrations.qnn_targets import find_target, target_names
-from aimet_ext.onnx.rewrite.qdq import output_names, with_outputs
+from aimet_ext.onnx.rewrite.compilable import output_names, with_outputs
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -16,7 +16,7 @@ from onnx_models import exported_llama, finish, float_nodes, run_onnx  # noqa: E
 
 import aimet_ext  # noqa: E402
 from aimet_ext.onnx import values as onnx_types  # noqa: E402
-from aimet_ext.onnx.rewrite.static import fold_constants, make_static  # noqa: E402
+from aimet_ext.onnx.rewrite.compilable import fold_constants, make_static  # noqa: E402
 from aimet_ext.onnx.values import infer_shapes  # noqa: E402
 
 LIMIT = 2**18

@@ -22,13 +22,12 @@ from aimet_ext.models.proof import (  # noqa: E402
     prove_pairs,
 )
 from aimet_ext.models.topology import TopologyDescription  # noqa: E402
-from aimet_ext.onnx.blocks.capture import (  # noqa: E402
+from aimet_ext.onnx.blocks.find import (  # noqa: E402
     argument_names,
     capture_blocks,
-    check_block,
+    find_onnx_blocks,
 )
-from aimet_ext.onnx.blocks.find import find_onnx_blocks  # noqa: E402
-from aimet_ext.onnx.blocks.module import OnnxBlock, read_again, write_back  # noqa: E402
+from aimet_ext.onnx.blocks.module import OnnxBlock, check_block, read_again, write_back  # noqa: E402
 from aimet_ext.onnx.blocks.topology import to_copy  # noqa: E402
 from aimet_ext.onnx.graph import OnnxGraph  # noqa: E402
 from aimet_ext.walk.streamed import StreamedBlock  # noqa: E402

@@ -14,9 +14,8 @@ pytest.importorskip("onnxruntime")
 
 from onnx import TensorProto, helper  # noqa: E402
 
+from aimet_ext.onnx.rewrite.compilable import bound_masks, drop_casts, float_weights, fold_constants  # noqa: E402
 from aimet_ext.onnx.rewrite.htp import fuse_rms_norms, sign_second_operands  # noqa: E402
-from aimet_ext.onnx.rewrite.qdq import drop_casts, float_weights  # noqa: E402
-from aimet_ext.onnx.rewrite.static import bound_masks, fold_constants  # noqa: E402
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from onnx_models import finish, float_nodes, run_onnx  # noqa: E402

@@ -15,8 +15,11 @@ from onnx import helper, numpy_helper  # noqa: E402
 
 from aimet_ext.config import LPBQ, Blockwise, PerChannel, PerTensor, QSpec  # noqa: E402
 from aimet_ext.core.affine import Grid, dequantize, fake_quantize, quantize  # noqa: E402
-from aimet_ext.sim.onnx.quantizer_state import quantizer_state, restore_quantizer  # noqa: E402
-from aimet_ext.sim.onnx.quantizers import OnnxWeightQuantizer  # noqa: E402
+from aimet_ext.sim.onnx.quantizers import (  # noqa: E402
+    OnnxWeightQuantizer,
+    quantizer_state,
+    restore_quantizer,
+)
 from aimet_ext.sim.protocol import adapt  # noqa: E402
 
 OUT, IN = 24, 32

@@ -18,7 +18,8 @@ import aimet_ext  # noqa: E402
 from aimet_ext.core.affine import fake_quantize  # noqa: E402
 from aimet_ext.onnx.layers import insert_module  # noqa: E402
 from aimet_ext.sim.onnx.adaptor import OnnxSim  # noqa: E402
-from aimet_ext.sim.onnx.blocks import OnnxPart, live_quantizer  # noqa: E402
+from aimet_ext.sim.onnx.blocks import OnnxPart  # noqa: E402
+from aimet_ext.sim.onnx.quantizers import live_quantizer  # noqa: E402
 from aimet_ext.sim.protocol import adapt  # noqa: E402
 
 WIDTHS = (8, 16, 16, 4)

@@ -29,7 +29,6 @@ from aimet_ext.integrations.qnn import HtpRejected, is_available
 from aimet_ext.integrations.qnn_process import HtpCrashed
 from aimet_ext.integrations.qnn_targets import find_target
 from aimet_ext.onnx.values import read_input_specs
-from aimet_ext.verification import run as verify_run
 from aimet_ext.verification import steps as verify_steps
 from aimet_ext.verification.layers import compared_layers
 from aimet_ext.verification.report import Thresholds, VerifyReport
@@ -174,12 +173,12 @@ def test_the_float_model_may_be_given(
     prepared: Callable[..., Verification], tiny_model: Callable[..., Any]
 ) -> None:
     run = prepared()
-    given = verify_run.float_outputs(run.sim, tiny_model("qwen2"), run.windows)
-    own = verify_run.float_outputs(run.sim, None, run.windows)
+    given = verify_steps.float_outputs(run.sim, tiny_model("qwen2"), run.windows)
+    own = verify_steps.float_outputs(run.sim, None, run.windows)
     for one, two in zip(given, own, strict=True):
         np.testing.assert_allclose(one, two, rtol=0, atol=1e-5 * np.abs(two).max())
     with pytest.raises(TypeError, match=r"reference must be a torch module.*got str"):
-        verify_run.float_outputs(run.sim, "llama", run.windows)
+        verify_steps.float_outputs(run.sim, "llama", run.windows)
 
 
 # ----------------------------------------------------------------------------- faults on the way
@@ -197,11 +196,11 @@ def doctored(path: pathlib.Path, change: Callable[[Any], None]) -> pathlib.Path:
 def run_on(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None]) -> None:
     """Have the CPU, in the place of a device, run a changed model."""
 
-    class Faulty(verify_run.CpuSession):
+    class Faulty(verify_steps.CpuSession):
         def __init__(self, model: pathlib.Path, extra_outputs: Any = ()) -> None:
             super().__init__(doctored(model, change), extra_outputs)
 
-    monkeypatch.setattr(verify_run, "CpuSession", Faulty)
+    monkeypatch.setattr(verify_steps, "CpuSession", Faulty)
 
 
 def without_bias(layer: str) -> Callable[[Any], None]:

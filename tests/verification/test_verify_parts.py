@@ -28,8 +28,11 @@ from aimet_ext.verification.report import (
     StepResult,
     Thresholds,
     VerifyReport,
+    array_sqnr,
+    perplexity,
+    top1_agreement,
 )
-from aimet_ext.verification.run import CpuSession, array_sqnr, perplexity, top1_agreement
+from aimet_ext.verification.steps import CpuSession
 from aimet_ext.verification.verify import exported_length
 
 onnx = pytest.importorskip("onnx")

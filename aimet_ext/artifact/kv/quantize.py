@@ -15,9 +15,9 @@ from aimet_ext.artifact.kv.run import CacheFiles
 from aimet_ext.files.encodings import entries, load_encodings
 from aimet_ext.models.kv_cache import CacheShape
 from aimet_ext.onnx.index import stored_values
+from aimet_ext.onnx.rewrite.compilable import fold_constants
 from aimet_ext.onnx.rewrite.kv import moved_from, same_tensors, separate_outputs
-from aimet_ext.onnx.rewrite.static import fold_constants
-from aimet_ext.sim.onnx.build import build_target
+from aimet_ext.sim.onnx.files import build_target
 from aimet_ext.sim.onnx.ranges import put_encodings, quantize_activations, take_ranges
 from aimet_ext.sim.onnx.state import enabled_quantizers
 

@@ -1,21 +1,26 @@
-"""Decoder blocks of an ONNX graph: the residual stream, and what is added to it."""
+"""Decoder blocks of an ONNX graph: found along the residual stream, and their inputs captured."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import torch
 from onnx import NodeProto
+from torch import Tensor
 
+from aimet_ext.data.batches import attended_tokens
 from aimet_ext.models.topology import BlockTopology, TopologyDescription
 from aimet_ext.onnx.blocks.flow import Flow, Norm
 from aimet_ext.onnx.blocks.roles import MismatchError, attention_roles, mlp_roles
 from aimet_ext.onnx.blocks.topology import SharedVector, block_topology
-from aimet_ext.onnx.graph import OnnxGraph
+from aimet_ext.onnx.graph import OnnxGraph, Part
 from aimet_ext.onnx.index import reads
 from aimet_ext.onnx.layers import OnnxLayer
+from aimet_ext.walk.stream import BlockStream
 
-__all__ = ["SHAPE_ARITHMETIC", "BlockPlan", "find_onnx_blocks"]
+__all__ = ["BlockPlan", "SHAPE_ARITHMETIC", "argument_names", "capture_blocks", "find_onnx_blocks"]
 
 #: Operators that compute one shape from others.
 SHAPE_ARITHMETIC = frozenset(
@@ -25,6 +30,8 @@ SHAPE_ARITHMETIC = frozenset(
         "Where",
     )
 )
+_MASK = "attention_mask"
+_TAKEN = (_MASK, "hidden_states")  # parameters of a block
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -275,3 +282,114 @@ def _differences(plans: Sequence[BlockPlan]) -> list[str]:
                 f"{first.name} {list(plans[0].arguments)}"
             )
     return problems
+
+
+def argument_names(plans: Sequence[BlockPlan]) -> tuple[str, ...]:
+    """Return names by which all blocks are given their other tensors, those of the first one."""
+    first = plans[0]
+    names = (f"{name}_" if name in _TAKEN else name for name in first.arguments)
+    pairs = zip(first.arguments, names, strict=True)
+    return tuple(_MASK if own == first.mask else name for own, name in pairs)
+
+
+def capture_blocks(
+    flow: Flow,
+    plans: Sequence[BlockPlan],
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    quantized: Callable[[str], Tensor | None],
+    cache_dir: str | Path | None = None,
+    device: torch.device | str | None = None,
+) -> BlockStream:
+    """Capture the first block's inputs for every batch, and the other tensors all blocks read.
+
+    :param batches: inputs of the graph by name.
+    :param quantized: function from a layer's name to the weight ``[out, in]`` to use for it, None
+        for the stored one.
+    :raises ValueError: blocks differ in what they receive, a batch is masked whole, or hidden
+        states are not finite or not ``[batch, seq, hidden]``.
+    :raises RuntimeError: onnxruntime failed on a batch.
+    """
+    wanted = dict.fromkeys([plans[0].start, *(n for plan in plans for n in plan.arguments)])
+    outputs = [name for name in wanted if name not in flow.graph.inputs]
+    graph = flow.graph
+    nodes = graph.subgraph(graph.inputs, outputs)
+    before = [name for name, layer in flow.found.items() if layer.uses[0].node in set(nodes)]
+    weights = {name: weight for name in before if (weight := quantized(name)) is not None}
+    part = Part(
+        graph,
+        nodes,
+        list(graph.inputs),
+        outputs,
+        layers=flow.found,
+        weights=weights,
+    )
+    names = argument_names(plans)
+    stream = BlockStream(torch.device("cpu") if device is None else device, cache_dir)
+    try:
+        for number, batch in enumerate(batches):
+            found = {**batch, **_run(part, batch, number)}
+            _check_equal(plans, found, number)
+            hidden = _hidden(found[plans[0].start], number)
+            kwargs = {
+                name: found[inner] for name, inner in zip(names, plans[0].arguments, strict=True)
+            }
+            mask = _real_tokens(batch, kwargs.get(_MASK), hidden, number)
+            stream.append(hidden, (hidden,), kwargs, mask)
+    except BaseException:
+        stream.close()
+        raise
+    return stream
+
+
+def _run(part: Part, batch: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    try:
+        return part.run(batch)
+    except Exception as error:
+        raise RuntimeError(
+            f"onnxruntime failed on batch {number} with {type(error).__name__}: {error}"
+        ) from error
+
+
+def _check_equal(plans: Sequence[BlockPlan], found: Mapping[str, Tensor], number: int) -> None:
+    """Check that all blocks receive the same tensors, whatever their names."""
+    for plan in plans[1:]:
+        for mine, first in zip(plan.arguments, plans[0].arguments, strict=True):
+            if mine != first and not torch.equal(found[mine], found[first]):
+                raise ValueError(
+                    f"all blocks must receive the same tensors beside the hidden states, but in "
+                    f"batch {number} {mine!r} of {plan.topology.name} differs from {first!r} of "
+                    f"{plans[0].topology.name}; calibrate without cached keys and values, models "
+                    "whose layers have different masks are not supported"
+                )
+
+
+def _hidden(hidden: Tensor, number: int) -> Tensor:
+    if hidden.ndim != 3 or not bool(hidden.isfinite().all()):
+        raise ValueError(
+            "the first block must receive finite hidden states [batch, seq, hidden], got "
+            f"{'NaN or infinity' if hidden.ndim == 3 else list(hidden.shape)} for batch {number}; "
+            "check the batch and the embedding's weights"
+        )
+    return hidden
+
+
+def _real_tokens(
+    batch: Mapping[str, Tensor], attention: Tensor | None, hidden: Tensor, number: int
+) -> Tensor:
+    """Return the mask ``[batch, seq]`` of the batch, else of the block, else all true."""
+    shape = (hidden.shape[0], hidden.shape[1])
+    given = batch.get(_MASK)
+    mask: Tensor | None = None
+    if given is not None and given.ndim == 2 and given.shape[1] >= shape[1]:
+        mask = (given != 0)[:, given.shape[1] - shape[1] :]
+    elif attention is not None:
+        mask = attended_tokens(attention, shape)
+    if mask is None:
+        mask = torch.ones(shape, dtype=torch.bool)
+    if not bool(mask.any()):
+        raise ValueError(
+            f"batch {number} must hold a token that is not masked, its attention_mask masks all "
+            f"{mask.numel()}; remove the batch"
+        )
+    return mask

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,24 @@ from aimet_ext.errors import TransformRefused
 from aimet_ext.onnx.blocks.find import SHAPE_ARITHMETIC, BlockPlan
 from aimet_ext.onnx.blocks.flow import Flow
 from aimet_ext.onnx.graph import OnnxGraph
-from aimet_ext.onnx.ops.translate import Operation, TranslatedGraph
+from aimet_ext.onnx.ops.translate import Operation, TranslatedGraph, check_translation
+from aimet_ext.onnx.values import torch_array
+from aimet_ext.walk.stream import BlockCall
 
-__all__ = ["Observer", "OnnxBlock", "OnnxLinear", "read_again", "write_back"]
+__all__ = [
+    "check_block",
+    "Observer",
+    "OnnxBlock",
+    "OnnxLinear",
+    "observed",
+    "observed_ranges",
+    "read_again",
+    "write_back",
+]
 
+# Allowed deviation of a translated block, relative to the largest value: at least this, and so many
+# units in the last place.
+_TOLERANCE, _TOLERANCE_UNITS = 1e-4, 16
 _MOST_SHAPES = 64  # of batches, to remember integers for
 
 # From the name of a tensor in the graph and its value to what takes its place.
@@ -310,3 +325,61 @@ def _stored(block: OnnxBlock) -> Iterator[tuple[str, nn.Parameter, bool]]:
         yield norm.gain, block.get_parameter(f"{role}.weight"), False
         if norm.bias is not None:
             yield norm.bias, block.get_parameter(f"{role}.bias"), False
+
+
+@contextmanager
+def observed(module: nn.Module, observer: Observer) -> Iterator[None]:
+    """Open a context in which every tensor of a block passes through a function.
+
+    :param observer: Function from a tensor's name and value to its new value.
+    :raises ValueError: the module is not a block that can be watched.
+    """
+    block: Any = module
+    if not hasattr(block, "observer"):
+        raise ValueError(
+            "a decoder block of the ONNX model is required to watch tensors, got a module that "
+            "computes nothing by itself; call find_blocks first"
+        )
+    before = block.observer
+    block.observer = observer
+    try:
+        yield
+    finally:
+        block.observer = before
+
+
+def observed_ranges(
+    module: nn.Module, run: Callable[[], object], names: Collection[str]
+) -> dict[str, tuple[float, float]]:
+    """Return the range of each named tensor of a block that is seen while ``run`` runs it."""
+    ranges: dict[str, tuple[float, float]] = {}
+    wanted = frozenset(names)
+
+    def observe(name: str, tensor: Tensor) -> Tensor:
+        if name in wanted and tensor.numel() and tensor.is_floating_point():
+            low, high = ranges.get(name, (float("inf"), -float("inf")))
+            ranges[name] = (min(low, float(tensor.min())), max(high, float(tensor.max())))
+        return tensor
+
+    with observed(module, observe):
+        run()
+    return ranges
+
+
+def check_block(flow: Flow, block: OnnxBlock, call: BlockCall) -> float:
+    """Return the largest deviation of a translated block from onnxruntime, relative to the maximum.
+
+    :param block: with its float weights, no quantizer on.
+    :param call: inputs to compare on.
+    :raises TransformRefused: they differ; the first node that does is named.
+    """
+    tensors = [call.hidden, *(call.kwargs[name] for name in block.arguments)]
+    feed = {
+        name: torch_array(value.detach().cpu().contiguous())
+        for name, value in zip(block.inputs, tensors, strict=True)
+    }
+    try:
+        units = torch.finfo(call.hidden.dtype).eps * _TOLERANCE_UNITS
+        return check_translation(flow.graph, block, [feed], max(_TOLERANCE, units))
+    except TransformRefused as refused:
+        raise TransformRefused(f"{block.plan.topology.name}: {refused}") from refused

@@ -49,7 +49,7 @@ from aimet_ext.onnx.index import (
     keep_where,
     replace_nodes,
 )
-from aimet_ext.onnx.rewrite.static import run_nodes
+from aimet_ext.onnx.rewrite.compilable import run_nodes
 from aimet_ext.onnx.values import set_value
 
 __all__ = ["fuse_rms_norms", "set_apart", "sign_second_operands"]

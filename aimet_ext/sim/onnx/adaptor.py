@@ -27,14 +27,15 @@ from aimet_ext.onnx.layers import (
 )
 from aimet_ext.onnx.values import input_specs, read_array, to_torch
 from aimet_ext.sim.facts import SimFacts
-from aimet_ext.sim.onnx.quantizer_state import (
+from aimet_ext.sim.onnx.quantizers import (
+    OnnxWeightQuantizer,
     is_integer,
+    live_quantizer,
     quantizer_state,
     restore_quantizer,
     switched_off,
     uninitialize,
 )
-from aimet_ext.sim.onnx.quantizers import OnnxWeightQuantizer
 from aimet_ext.sim.protocol import Range, SimAdaptor, carried
 from aimet_ext.walk.layers import Streams, Walk
 from aimet_ext.walk.streamed import BlockPass
@@ -120,7 +121,7 @@ class OnnxSim(SimAdaptor):
 
     @contextmanager
     def live_activations(self, module: str) -> Iterator[None]:
-        from aimet_ext.sim.onnx.blocks import live_quantizer, observed
+        from aimet_ext.onnx.blocks.module import observed
 
         found = self.activation_quantizers(module)
         live = {name: live_quantizer(quantizer) for name, quantizer in found.items()}
@@ -175,7 +176,7 @@ class OnnxSim(SimAdaptor):
 
     @torch.no_grad()
     def tensor_ranges(self, module: str, run: Callable[[], object]) -> dict[str, Range]:
-        from aimet_ext.sim.onnx.blocks import observed_ranges
+        from aimet_ext.onnx.blocks.module import observed_ranges
 
         weights = {layer.weight for layer in self.layers.values()}
         every = self.sim.qc_quantize_op_dict

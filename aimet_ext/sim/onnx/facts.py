@@ -8,8 +8,7 @@ from typing import Any
 from aimet_ext.onnx.index import MOVES
 from aimet_ext.onnx.layers import OnnxLayer
 from aimet_ext.sim.facts import FIXED_RANGES, Activation, LintLayer, SimFacts
-from aimet_ext.sim.onnx.quantizer_state import is_integer
-from aimet_ext.sim.onnx.quantizers import OnnxWeightQuantizer
+from aimet_ext.sim.onnx.quantizers import OnnxWeightQuantizer, is_integer
 from aimet_ext.sim.protocol import WeightQuantizer
 
 __all__ = ["read_facts"]

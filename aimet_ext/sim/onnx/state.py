@@ -1,27 +1,45 @@
-"""The quantizers of a whole ONNX simulation: those in use, inserted ones, and all as tensors."""
+"""An ONNX simulation's quantizers as a whole; and what is run or read back, compared with it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
+from aimet_onnx.common.onnx._utils import to_array
+from aimet_onnx.quantsim import load_encodings_to_sim
 from torch import Tensor
 
-from aimet_ext.sim.onnx.quantizer_state import (
+from aimet_ext.onnx.index import stored_values
+from aimet_ext.onnx.session import open_session
+from aimet_ext.sim.onnx.quantizers import (
     quantizer_state,
     restore_quantizer,
+    rounds_to_integers,
     switched_off,
 )
 
 __all__ = [
+    "float_tensors",
+    "quantize_constant",
     "absent_tensors",
+    "deviation",
+    "differences",
     "enabled_quantizers",
     "insert_quantizers",
     "layer_biases",
     "only_these",
+    "read_encodings",
+    "read_qdq",
+    "refresh",
     "restore_sim",
+    "run",
+    "run_file",
     "sim_state",
+    "tensor_values",
     "uncalibrated",
     "untie",
 ]
@@ -137,3 +155,179 @@ def absent_tensors(sim: Any, names: Iterable[str]) -> list[str]:
     """Return the names that no tensor of a simulation's model has."""
     products, known = sim.connected_graph.get_all_products(), sim.qc_quantize_op_dict
     return [name for name in names if name not in products and name not in known]
+
+
+def read_encodings(sim: Any, path: Path, other: Any) -> None:
+    """Load an encodings file into another simulation of the model, by AIMET's own reader.
+
+    :param sim: The first simulation, of which the casts to float16 are taken.
+    :param other: A new simulation of the float model that was written.
+    """
+    # AIMET may tie quantizers anew that the first simulation has apart, and then loads two
+    # encodings into one.
+    own = {name: quantizer._copy() for name, quantizer in other.qc_quantize_op_dict.items()}
+    other.set_quantizers(own)
+    load_encodings_to_sim(other, str(path), strict=False)
+    _match_casts(sim, other)
+
+
+def read_qdq(sim: Any, other: Any) -> None:
+    """Switch off quantizers that AIMET's reader of QDQ models leaves without a range.
+
+    :param sim: The first simulation, of which the casts to float16 are taken.
+    :param other: A new simulation of the QDQ model that was written.
+    """
+    for quantizer in enabled_quantizers(other).values():
+        if not quantizer.is_initialized():
+            quantizer.enabled = False
+    _match_casts(sim, other)
+
+
+def _match_casts(sim: Any, other: Any) -> None:
+    casts = set(float_tensors(sim))
+    for name, quantizer in other.qc_quantize_op_dict.items():
+        if name in casts:
+            quantizer.set_precision(sim.qc_quantize_op_dict[name].precision())
+            quantizer.enabled = True
+        elif quantizer.enabled and not rounds_to_integers(quantizer) and quantizer.bitwidth >= 16:
+            quantizer.enabled = False
+
+
+def refresh(sim: Any) -> None:
+    """Rebuild the session from the model, whose values may have been changed in place."""
+    sim._rebuild_session()
+
+
+def run(sim: Any, feed: Mapping[str, Any]) -> list[Any]:
+    """Return the outputs of a simulation as arrays."""
+    return list(sim.session.run(None, dict(feed)))
+
+
+def run_file(path: str | Path, feed: Mapping[str, Any]) -> list[Any]:
+    """Return the outputs of an ONNX file in onnxruntime on the CPU, its nodes as they are."""
+    # Its optimizer would round float weights behind quantized activations, and their biases.
+    session = open_session(path, optimize="none")
+    return [np.asarray(output) for output in session.run(None, dict(feed))]
+
+
+def deviation(outputs: Sequence[Any], expected: Sequence[Any]) -> float:
+    """Return the norm of the difference of all outputs, relative to that of the expected ones."""
+    difference = norm = 0.0
+    for one, two in zip(outputs, expected, strict=True):
+        wide = two.astype(np.float64)
+        difference += float(np.square(one.astype(np.float64) - wide).sum())
+        norm += float(np.square(wide).sum())
+    return (difference / norm) ** 0.5 if difference else 0.0
+
+
+def differences(sim: Any, other: Any, *, last_bit: Collection[str] = ()) -> list[str]:
+    """Return how the quantizers of a simulation that was read back differ from those of the first.
+
+    Constants are compared by what their quantizers make of them, bit by bit, other tensors by the
+    grid: width, scale as float32, and offset. AIMET's QDQ models call an integer constant's value
+    ``{name}_qdq``, and one behind an Identity node after that node's output.
+
+    :param last_bit: Constants of which one bit of float32 may differ.
+    """
+    mine, theirs = enabled_quantizers(sim), enabled_quantizers(other)
+    found = stored_values(sim.model.model.graph)
+    names = {name: [name] for name in mine if name not in found}
+    for name, aliases in _aliases(sim.model.model, [n for n in mine if n in found]).items():
+        names[name] = [n for alias in aliases for n in (alias, f"{alias}_qdq") if n in theirs]
+    known = {other for name in mine for other in names[name]}
+    faults = [f"{n} has no quantizer" for n in mine if not any(o in theirs for o in names[n])]
+    faults += [f"{name} has a quantizer" for name in theirs if name not in known]
+    read = stored_values(other.model.model.graph)
+    pairs = [(name, twin) for name in mine for twin in names[name] if twin in theirs]
+    for name, twin in pairs:
+        one, two = _grid(mine[name]), _grid(theirs[twin])
+        if name not in found:
+            if one != two:
+                faults.append(f"{name} has the grid {_shown(two)} instead of {_shown(one)}")
+        elif mine[name].bitwidth >= 32:
+            continue
+        elif twin not in read:
+            faults.append(f"{name} is no constant")
+        else:
+            wanted = quantize_constant(mine[name], found[name])
+            values = quantize_constant(theirs[twin], read[twin])
+            if wanted.shape != values.shape:
+                faults.append(f"{name} has shape {values.shape} instead of {wanted.shape}")
+            elif not np.array_equal(wanted, values) and not (
+                name in last_bit and np.allclose(values, wanted, rtol=2**-22, atol=0)
+            ):
+                faults.append(f"{name} differs by {np.abs(wanted - values).max():.3g}")
+    return sorted(faults)
+
+
+def _aliases(model: Any, names: Collection[str]) -> dict[str, list[str]]:
+    """Return each constant's own name and its names behind Identity nodes."""
+    found = {name: [name] for name in names}
+    origin = {name: name for name in names}
+    for node in model.graph.node:
+        source = origin.get(node.input[0]) if node.input else None
+        if source is not None and node.op_type in ("Identity", "QcQuantizeOp"):
+            origin[node.output[0]] = source
+            if node.op_type == "Identity":
+                found[source].append(node.output[0])
+    return found
+
+
+def _grid(quantizer: Any) -> tuple[Any, ...]:
+    """Return the precision and the cells of a quantizer, which two of one tensor share."""
+    encodings = quantizer.get_encodings()
+    if encodings is None:
+        return (quantizer.precision(), "no range")
+    cells = tuple((float(np.float32(e.delta)), float(e.offset)) for e in encodings)
+    return (quantizer.precision(), *cells)
+
+
+def _shown(grid: tuple[Any, ...]) -> str:
+    return f"{grid[0]}, {', '.join(map(str, grid[1:3]))}"
+
+
+def tensor_values(sim: Any, feed: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return values of tensors as arrays, after their quantizers, for one batch of inputs.
+
+    :param names: Outputs of operators; those that the simulation does not have are left out.
+    """
+    nodes, outputs = sim.model.model.graph.node, sim.model.model.graph.output
+    quantized = {node.input[0]: node.output[0] for node in nodes if node.op_type == "QcQuantizeOp"}
+    known = {name for node in nodes for name in node.output}
+    found = {name: quantized.get(name, name) for name in names if name in known}
+    if not found:
+        return {}
+    count, there = len(outputs), {value.name for value in outputs}
+    try:
+        for name in dict.fromkeys(found.values()):
+            if name not in there:
+                outputs.append(
+                    onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+                )
+        session = type(sim.session)(
+            sim.model.model,
+            sim.providers,
+            session_options=sim._ort_session_options,
+            path=sim._path,
+            save_as_external_data=sim._use_external_data,
+        )
+        return dict(zip(found, session.run([*found.values()], dict(feed)), strict=True))
+    finally:
+        del outputs[count:]
+
+
+def float_tensors(sim: Any) -> list[str]:
+    """Return the tensors cast to float16, for which encodings 2.0.0 and QDQ have no entry."""
+    return [
+        name
+        for name, quantizer in enabled_quantizers(sim).items()
+        if quantizer.data_type.name == "float" and quantizer.bitwidth >= 16
+    ]
+
+
+def quantize_constant(quantizer: Any, proto: Any) -> Any:
+    """Return a constant as a quantizer rounds it, by AIMET's own arithmetic."""
+    value = to_array(proto)
+    if not rounds_to_integers(quantizer) and quantizer.bitwidth == 16:
+        return value.astype(np.float16).astype(value.dtype)
+    return quantizer.quantize_dequantize(value)
