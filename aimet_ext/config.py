@@ -13,23 +13,6 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
-__all__ = [
-    "LPBQ",
-    "STRICT",
-    "AdaRoundParams",
-    "Blockwise",
-    "GPTQParams",
-    "Granularity",
-    "InputSymmetry",
-    "LayerwiseParams",
-    "OmniQuantParams",
-    "PerChannel",
-    "PerTensor",
-    "QSpec",
-    "SeqMSEParams",
-    "TechniqueParams",
-]
-
 STRICT = ConfigDict(extra="forbid", strict=True)
 """Checks of every class of settings: known fields alone, and no conversion of values."""
 

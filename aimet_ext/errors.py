@@ -6,8 +6,6 @@ import importlib
 from collections.abc import Sequence
 from types import ModuleType
 
-__all__ = ["CorruptFileError", "MissingExtraError", "TransformRefused", "require", "some"]
-
 
 class MissingExtraError(ImportError):
     """An optional package is not installed; the message names the ``pip install`` line."""

@@ -10,8 +10,6 @@ import importlib
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-__all__ = ["TECHNIQUES", "Decides", "Technique", "load", "public_homes"]
-
 #: Property of a weight that a technique decides; one technique follows another if it decides more.
 Decides = Literal["grids", "scales", "ranges", "integers"]
 

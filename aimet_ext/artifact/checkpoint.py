@@ -20,13 +20,6 @@ from aimet_ext.sim.protocol import adapt
 from aimet_ext.sim.torch.adaptor import TorchSim
 from aimet_ext.sim.torch.state import load_quantizers, quantizers_to_tensors
 
-__all__ = [
-    "load_state",
-    "read_quantizers",
-    "write_model",
-    "write_quantizers",
-]
-
 _SCHEMA = "aimet_ext.quantizers/1"
 
 _TOKENIZER_FILES = (

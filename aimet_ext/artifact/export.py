@@ -19,8 +19,6 @@ from aimet_ext.files.tensors import hash_tensors
 from aimet_ext.integrity.description import write_fingerprints
 from aimet_ext.sim.protocol import adapt
 
-__all__ = ["export"]
-
 
 def export(
     sim: Any,

@@ -29,8 +29,6 @@ from aimet_ext.sim.onnx.ranges import calibrate_added, put_encodings, quantize_a
 from aimet_ext.sim.onnx.state import enabled_quantizers, only_these, run
 from aimet_ext.sim.protocol import adapt
 
-__all__ = ["HandOff", "hand_off", "write_qdq"]
-
 _CONFIG = "htp_v79"
 
 

@@ -11,8 +11,6 @@ from aimet_ext.files.encodings import load_encodings
 from aimet_ext.files.folders import MANIFEST, QUANTIZERS, of_parameter, read_manifest
 from aimet_ext.files.ledger import SCALES_FILE, load_scales
 
-__all__ = ["inspect_export"]
-
 _Quantizer = tuple[str, bool, bool, bool]  # kind, and: of a parameter? frozen? with a range?
 
 

@@ -14,8 +14,6 @@ from aimet_ext.files.ledger import Ledger
 from aimet_ext.models.huggingface import prepare_model
 from aimet_ext.sim.protocol import adapt
 
-__all__ = ["load"]
-
 
 def load(path: str | Path, *, sim: Any = None) -> Any:
     """Rebuild a sim from an export; its logits are those of the sim that was exported, bit by bit.

@@ -37,8 +37,6 @@ from aimet_ext.sim.onnx.state import (
 )
 from aimet_ext.sim.protocol import CalibrationWalks, SimAdaptor
 
-__all__ = ["OnnxWriter", "load_onnx", "read_onnx_quantizers"]
-
 _SCHEMA = "aimet_ext.onnx_quantizers/1"
 # Deviation of outputs relative to their norm: of weights alone, and where activations are rounded,
 # of which another order of sums moves some by a step. In any case less than the sim's own

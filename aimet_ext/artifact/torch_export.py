@@ -26,8 +26,6 @@ from aimet_ext.sim.torch.adaptor import TorchSim
 from aimet_ext.sim.torch.parameters import quantized_parameters
 from aimet_ext.sim.torch.state import unset_quantizers
 
-__all__ = ["CHECKPOINT", "TorchWriter"]
-
 CHECKPOINT = "checkpoint"
 
 

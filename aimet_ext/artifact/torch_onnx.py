@@ -22,16 +22,6 @@ from aimet_ext.sim.protocol import SimAdaptor
 from aimet_ext.sim.torch.adaptor import TorchSim
 from aimet_ext.sim.torch.parameters import LayerParameter, quantized_parameters
 
-__all__ = [
-    "Inputs",
-    "OnnxFile",
-    "check_output",
-    "float32_model",
-    "positional_inputs",
-    "run_onnx",
-    "write_onnx",
-]
-
 # Largest deviation of onnxruntime from the float model, relative to its largest logit.
 _TOLERANCE = 1e-4
 

@@ -16,8 +16,6 @@ from aimet_ext.cli.options import Output, Seed, stdout_for_results, table
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["EPILOG", "WHERE", "Demo", "demo"]
-
 EPILOG = """\b
 Example:
   aimet-ext demo --output demo_output --num-iterations 400

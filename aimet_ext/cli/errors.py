@@ -10,8 +10,6 @@ from typer.core import TyperGroup
 
 from aimet_ext.errors import CorruptFileError, MissingExtraError, TransformRefused
 
-__all__ = ["EXIT_CODES", "EXIT_CODES_HELP", "ErrorsAsCodes", "exit_code_of", "message_of"]
-
 EXIT_CODES: dict[type[BaseException], int] = {
     MissingExtraError: 5,
     CorruptFileError: 4,

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from aimet_ext.config import QSpec
 
-__all__ = ["Quantized", "cut_batches", "evaluate", "quantize"]
-
 PREFIX = "model"
 """Name of the exported files, before their endings."""
 

@@ -25,8 +25,6 @@ from aimet_ext.cli.options import (
 if TYPE_CHECKING:
     from aimet_ext.lora import Adapter
 
-__all__ = ["app"]
-
 app = typer.Typer(
     name="lora",
     help="Fit LoRA adapters to a quantized model, and quantize them.",

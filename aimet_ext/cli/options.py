@@ -18,28 +18,6 @@ from aimet_ext.cli.errors import message_of
 from aimet_ext.config import LPBQ, Blockwise, QSpec
 from aimet_ext.registry import TECHNIQUES, Technique, load
 
-__all__ = [
-    "NEAREST",
-    "AsJson",
-    "BatchSize",
-    "Calibration",
-    "NumBatches",
-    "OnIndivisible",
-    "Output",
-    "Seed",
-    "SeqLength",
-    "chosen_techniques",
-    "folder_argument",
-    "on_blocks",
-    "stdout_for_results",
-    "table",
-    "technique_name",
-    "technique_names",
-    "width",
-    "width_or_none",
-    "width_or_word",
-]
-
 NEAREST = "nearest"
 """Plain rounding, in the place of a technique."""
 

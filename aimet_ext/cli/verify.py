@@ -10,8 +10,6 @@ import typer
 
 from aimet_ext.cli.options import AsJson, folder_argument, stdout_for_results
 
-__all__ = ["EPILOG", "FAILED", "verify"]
-
 FAILED = 1
 """Exit code of a verification with findings."""
 

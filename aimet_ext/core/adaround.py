@@ -23,8 +23,6 @@ from aimet_ext.core.affine import Grid
 from aimet_ext.core.gptq import Columns
 from aimet_ext.core.objective import best_rows
 
-__all__ = ["adaround", "adaround_samples"]
-
 # Codes that are worked on at a time: small enough for the processor's cache.
 _AT_ONCE = 2**15
 _POWER_STEPS = 30

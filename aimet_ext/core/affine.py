@@ -27,26 +27,6 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Grid",
-    "channel_scale",
-    "clamp_ste",
-    "dequantize",
-    "fake_quantize",
-    "from_blocks",
-    "integer_scale",
-    "lpbq_scale",
-    "minimum_scale",
-    "minmax_range",
-    "quantize",
-    "round_ste",
-    "scale_offset",
-    "short_scale",
-    "spread",
-    "symmetric_offset",
-    "to_blocks",
-]
-
 _SHORT = 16  # significant bits of a scale that is to survive conversions
 
 

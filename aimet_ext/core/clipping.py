@@ -23,8 +23,6 @@ from aimet_ext.core.affine import (
 )
 from aimet_ext.core.objective import moment_product, row_errors
 
-__all__ = ["GridLayout", "LearnableClipping", "default_shares", "free_layout", "search_ranges"]
-
 # A share of exactly 1 has an infinite logit, whose gradient is 0 for ever: starts stay inside.
 _LARGEST_START = 0.995
 _SMALLEST_START = 0.02

@@ -25,17 +25,6 @@ from torch import Tensor
 
 from aimet_ext.core.affine import Grid, fake_quantize, spread
 
-__all__ = [
-    "PairKind",
-    "Reader",
-    "ScalePair",
-    "Side",
-    "expand",
-    "search_smoothing",
-    "smoothquant_scale",
-    "transform",
-]
-
 PairKind = Literal["norm_qkv", "v_o", "norm_mlp", "up_down", "q_k"]
 
 

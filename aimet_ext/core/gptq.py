@@ -17,8 +17,6 @@ from torch import Tensor
 
 from aimet_ext.core.affine import Grid, quantize, spread
 
-__all__ = ["Columns", "coordinate_descent", "gptq"]
-
 # A move has to gain: ties, which rounding noise would turn back and forth, stay as they are.
 _SHRINK = 1 - 1e-5
 # Candidates that a beam search works on at a time, which keeps them in the processor's cache, and

@@ -9,17 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = [
-    "SecondMoment",
-    "best_rows",
-    "moment_product",
-    "outputs_sqnr",
-    "quadratic",
-    "row_errors",
-    "sqnr_db",
-    "squared_error",
-]
-
 _TILE = 128  # columns; smaller ones save more products, and make each slower
 
 

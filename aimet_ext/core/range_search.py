@@ -13,8 +13,6 @@ from aimet_ext.core.clipping import GridLayout, free_layout, search_ranges
 from aimet_ext.core.gptq import gptq
 from aimet_ext.core.objective import best_rows, quadratic, row_errors
 
-__all__ = ["best_ranges", "compatible_ranges", "rounding_ranges"]
-
 _FINE = 5  # steps of a fine sweep to a coarse one
 _ROWS = 256  # that are searched at a time: what a candidate needs beside them stays small
 _LEAST_GAIN = 1e-4  # relative, of a sweep, to go on

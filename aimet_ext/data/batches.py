@@ -11,23 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "ForwardFn",
-    "as_tensors",
-    "attended_tokens",
-    "call_arguments",
-    "call_model",
-    "check_values",
-    "iterate_batches",
-    "map_leaves",
-    "map_tensors",
-    "module_device",
-    "numbered_batches",
-    "tensors_in",
-    "token_ids",
-    "token_mask",
-]
-
 ForwardFn = Callable[[nn.Module, Any], Any]
 
 _IDS, _MASK = "input_ids", "attention_mask"

@@ -23,15 +23,6 @@ from aimet_ext.data.batches import map_leaves, map_tensors
 from aimet_ext.files.folders import atomic_path, writable_folder
 from aimet_ext.files.tensors import copy_to_cpu
 
-__all__ = [
-    "StoredBatches",
-    "TensorCache",
-    "ValueCache",
-    "available_bytes",
-    "keep_batches",
-    "mapped_zeros",
-]
-
 Key = TypeVar("Key", bound=Hashable)
 
 _PROC = Path("/proc/meminfo")

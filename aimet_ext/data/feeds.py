@@ -12,17 +12,6 @@ from torch import Tensor, nn
 
 from aimet_ext.data.batches import as_tensors, call_model, check_values, numbered_batches
 
-__all__ = [
-    "Feed",
-    "InputSpec",
-    "check_inputs",
-    "filled_batches",
-    "graph_feeds",
-    "named_batches",
-    "random_feeds",
-    "run_feeds",
-]
-
 Feed: TypeAlias = dict[str, np.ndarray[Any, Any]]
 Numbered: TypeAlias = Iterator[tuple[int, dict[str, Tensor]]]
 

@@ -20,8 +20,6 @@ from torch.nn import functional
 from aimet_ext.core.objective import SecondMoment
 from aimet_ext.data.cache import available_bytes, mapped_zeros
 
-__all__ = ["Geometry", "MomentSum", "sum_moments"]
-
 Storage: TypeAlias = Literal["memory", "mapped"]
 
 _CHUNK = 2**24  # elements of the rows unrolled at a time: 64 MiB of float32

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["calibration_batches"]
-
 _SUFFIXES = (".txt", ".raw", ".jsonl")
 
 

@@ -17,17 +17,8 @@ from aimet_ext.data.batches import (
     token_mask,
 )
 from aimet_ext.data.feeds import InputSpec, check_inputs, filled_batches
-from aimet_ext.data.text import calibration_batches
 from aimet_ext.sim.protocol import adapt
 from aimet_ext.walk.hooks import evaluating
-
-__all__ = [
-    "calibration_batches",
-    "evaluate_perplexity",
-    "perplexity_of",
-    "prepared_module",
-    "summed_losses",
-]
 
 _TYPES = {
     "tensor(int64)": np.int64,

@@ -30,8 +30,6 @@ from aimet_ext.core.affine import Grid
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.folders import read_json
 
-__all__ = ["Layout", "entries", "load_encodings", "to_grid", "to_version_1"]
-
 _VERSIONS = ("1.0.0", "2.0.0")
 _INTEGER = re.compile(r"(u?)int(\d+)")
 

@@ -22,33 +22,6 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from aimet_ext import __version__
 from aimet_ext.errors import CorruptFileError
 
-__all__ = [
-    "CONFIG",
-    "FINGERPRINTS",
-    "LEDGER",
-    "MANIFEST",
-    "QUANTIZERS",
-    "SETTINGS",
-    "WEIGHTS",
-    "atomic_path",
-    "changed_files",
-    "check_output",
-    "check_writable",
-    "hash_file",
-    "is_ours",
-    "read_json",
-    "read_manifest",
-    "relist_files",
-    "replace_file",
-    "replace_folder",
-    "versions",
-    "writable_folder",
-    "write_json",
-    "write_manifest",
-    "of_parameter",
-    "parameter_quantizer",
-]
-
 MANIFEST = "manifest.json"
 # Files of an export that have one name whatever its prefix.
 CONFIG = "config.json"

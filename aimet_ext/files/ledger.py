@@ -16,21 +16,6 @@ from aimet_ext.errors import some
 from aimet_ext.files.folders import LEDGER, replace_file, versions
 from aimet_ext.files.tensors import read_sealed, write_sealed
 
-__all__ = [
-    "AIMET_FILE",
-    "SCALES_FILE",
-    "Entry",
-    "Ledger",
-    "LedgerSide",
-    "ModuleScales",
-    "Run",
-    "Scales",
-    "aimet_tensors",
-    "cumulative_tensors",
-    "load_scales",
-    "write_scales",
-]
-
 SCALES_FILE = "scales.safetensors"
 AIMET_FILE = "aimet_omniquant_metadata.safetensor"
 

@@ -27,18 +27,6 @@ from torch import Tensor
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.folders import atomic_path, read_json, replace_file, versions, writable_folder
 
-__all__ = [
-    "Checkpoints",
-    "UndoJournal",
-    "copy_to_cpu",
-    "environment",
-    "hash_tensors",
-    "read_sealed",
-    "read_tensors",
-    "write_sealed",
-    "write_tensors",
-]
-
 _FORMAT = "aimet_ext.tensors/1"
 _ZEROS = b"0" * 64
 _SEAL = re.compile(rb'"sha256":"([0-9a-f]{64})"')

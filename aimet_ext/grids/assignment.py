@@ -16,15 +16,6 @@ from aimet_ext.models.huggingface import causal_lm, original_name
 from aimet_ext.models.padding import mlp_layers, pad_mlp
 from aimet_ext.models.topology import BlockTopology, find_blocks
 
-__all__ = [
-    "PaddingPlan",
-    "fits",
-    "pad_mlps",
-    "plan_padding",
-    "plan_weights",
-    "record_inner_width",
-]
-
 
 @dataclass(frozen=True)
 class PaddingPlan:

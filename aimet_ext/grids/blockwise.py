@@ -20,8 +20,6 @@ from aimet_ext.sim.protocol import SimAdaptor, adapt
 from aimet_ext.techniques.call import accepts_aimet_arguments
 from aimet_ext.techniques.report import LayerwiseReport
 
-__all__ = ["GridReport", "lpbq_spec", "set_blockwise", "set_grids", "set_lpbq"]
-
 _TABLES = {
     "torch": ("aimet_ext.grids.torch_layers", "TorchTable"),
     "onnx": ("aimet_ext.grids.onnx_layers", "OnnxTable"),

@@ -20,8 +20,6 @@ from aimet_ext.sim.protocol import adapt
 if TYPE_CHECKING:
     from aimet_torch import QuantizationSimModel
 
-__all__ = ["arguments_from_settings", "create_sim"]
-
 _CONFIG = "htp_v79"
 # What masks hold where activations are integers: e^-100 is nothing, and 16 bits reach that far.
 _MASK = -100.0

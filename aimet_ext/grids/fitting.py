@@ -10,8 +10,6 @@ from torch import nn
 
 from aimet_ext.config import PerChannel, QSpec
 
-__all__ = ["LAYERS", "WeightPlan", "fit_blocks"]
-
 #: Layers whose weight ``[out, in, …]`` can be cut into blocks along dimension 1.
 LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

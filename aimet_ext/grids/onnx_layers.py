@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from aimet_ext.onnx.layers import FoundLayers, OnnxLayer
     from aimet_ext.sim.onnx.adaptor import OnnxSim
 
-__all__ = ["OnnxTable", "output_layers"]
-
 _TYPES = ("MatMul", "Gemm", "Conv", "Gather", "ConvTranspose", "FusedMatMul", "Einsum")
 _SUFFIX = re.compile(rf"[/.]({'|'.join(_TYPES)})(_\d+)?$|\.weight$")
 

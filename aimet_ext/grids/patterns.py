@@ -14,8 +14,6 @@ from aimet_ext.config import QSpec
 from aimet_ext.grids.fitting import LAYERS, WeightPlan
 from aimet_ext.sim.protocol import SimAdaptor
 
-__all__ = ["LayerTable", "Layers", "select_specs"]
-
 _Layer: TypeAlias = str | nn.Module | type[nn.Module] | Callable[[nn.Module], bool]
 #: One of these or several: pattern or name, module, type of module, AIMET's condition.
 Layers: TypeAlias = _Layer | Iterable[_Layer]

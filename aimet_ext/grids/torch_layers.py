@@ -16,8 +16,6 @@ from aimet_ext.models.huggingface import causal_lm, original_name
 from aimet_ext.sim.protocol import SimAdaptor
 from aimet_ext.sim.torch.parameters import layer_parameters, set_weight_specs
 
-__all__ = ["TorchTable"]
-
 
 class TorchTable(LayerTable):
     """See :class:`aimet_ext.grids.patterns.LayerTable`."""

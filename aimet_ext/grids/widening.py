@@ -20,8 +20,6 @@ from aimet_ext.sim.protocol import SimAdaptor
 from aimet_ext.sim.torch.parameters import LayerParameter
 from aimet_ext.sim.torch.state import MADE
 
-__all__ = ["Widening", "plan_widening"]
-
 _Parameters = Mapping[str, Mapping[str, LayerParameter]]
 _Undo = Callable[..., Any]
 

@@ -46,8 +46,6 @@ from aimet_ext.integrations.olive_techniques import check_techniques, reports_of
 from aimet_ext.sim.onnx.files import build_with, name_nodes  # noqa: E402
 from aimet_ext.sim.onnx.state import deviation, layer_biases, run, run_file, uncalibrated  # noqa: E402
 
-__all__ = ["FOLDER", "REPORT", "AimetQuantization", "Bias", "PassFailed"]
-
 #: What lies beside the QDQ model: the folder that :func:`aimet_ext.export` writes, and the reports.
 FOLDER, REPORT = "aimet_ext", "aimet_ext_report.json"
 

@@ -10,8 +10,6 @@ from typing import Any
 
 from aimet_ext.errors import CorruptFileError, MissingExtraError
 
-__all__ = ["PASS", "package_config", "write_package_config"]
-
 #: Name of the pass, in a workflow and in a package configuration, where its case does not count.
 PASS = "AimetQuantization"
 _MODULE_PATH = f"aimet_ext.integrations.olive.{PASS}"

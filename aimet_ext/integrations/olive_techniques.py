@@ -17,8 +17,6 @@ from pydantic import ValidationError
 
 from aimet_ext.registry import TECHNIQUES, Technique, load
 
-__all__ = ["OliveTechnique", "check_techniques", "register", "reports_of", "with_defaults"]
-
 logger = logging.getLogger(__name__)
 
 # Attribute of a simulation in which techniques leave their reports, (name, report) each.

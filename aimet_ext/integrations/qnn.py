@@ -30,16 +30,6 @@ from aimet_ext.onnx.session import open_session
 if TYPE_CHECKING:
     import onnx
 
-__all__ = [
-    "HtpRejected",
-    "HtpSession",
-    "compile_htp",
-    "htp_library",
-    "is_available",
-    "load_context",
-    "require_qnn",
-]
-
 _UNSUPPORTED = re.compile(r"Unsupported nodes in QNN EP: (.*)")
 _NODE = re.compile(r"\{ name: (.*?), type: (\w*) \}")
 _NOT_VALID = re.compile(r"failed for node `(.*?)` of type `(\w+)`")

@@ -22,8 +22,6 @@ from safetensors.numpy import load_file, save_file
 from aimet_ext.integrations.qnn import HtpRejected, compile_htp, load_context, require_qnn
 from aimet_ext.integrations.qnn_targets import HtpTarget, find_target
 
-__all__ = ["HtpCrashed", "HtpProcess"]
-
 
 class HtpCrashed(RuntimeError):
     """QNN ended its process instead of giving an answer."""

@@ -39,8 +39,6 @@ from aimet_ext.integrity.tensors import (
     check_weights,
 )
 
-__all__ = ["Examination", "check_integrity"]
-
 _AGAIN = "export it again from the sim, or take the file from a copy that is sound"
 _SHOWN = 20
 _FIELDS = ("techniques", "pairs", "origin", "version", "schema")

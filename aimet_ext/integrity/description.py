@@ -39,8 +39,6 @@ from aimet_ext.integrity.stored import (
     torch_cells,
 )
 
-__all__ = ["ExportContents", "Stored", "read_record", "write_fingerprints"]
-
 _SCHEMA = "aimet_ext.fingerprints/1"
 _T = TypeVar("_T")
 Hashes = dict[str, str]

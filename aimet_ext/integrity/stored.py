@@ -22,17 +22,6 @@ from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.encodings import Layout, to_grid
 from aimet_ext.onnx.index import GraphIndex, attribute, elements
 
-__all__ = [
-    "Cells",
-    "GridIndex",
-    "StoredGraph",
-    "encoded_cells",
-    "hash_values",
-    "misfit",
-    "onnx_cells",
-    "torch_cells",
-]
-
 Array = np.ndarray[Any, Any]
 _RELATIVE = 1e-6
 # A grid that leaves more than this part of the values of most cells outside was made for another

@@ -23,14 +23,6 @@ from aimet_ext.integrity.stored import (
 if TYPE_CHECKING:
     from aimet_ext.integrity.check import Examination
 
-__all__ = [
-    "check_encodings",
-    "check_external_data",
-    "check_models",
-    "check_ranges",
-    "check_weights",
-]
-
 _ANEW = (
     "set the range again (sim.compute_encodings, or the technique that froze it) and export the "
     "sim, or put the weights back"

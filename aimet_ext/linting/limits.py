@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["LIMITS", "MASK_LIMIT", "HtpLimits"]
-
 #: Masked scores below this leave the others less than 40 dB, even at 16 bits.
 MASK_LIMIT = -1e4
 

@@ -13,8 +13,6 @@ from aimet_ext.linting.limits import LIMITS, MASK_LIMIT, HtpLimits
 from aimet_ext.sim.facts import FIXED_RANGES, Activation, LintLayer, SimFacts
 from aimet_ext.sim.protocol import adapt
 
-__all__ = ["lint"]
-
 _Rule: TypeAlias = Callable[[SimFacts, HtpLimits], Iterator[Finding]]
 
 # Lookup tables are no factors: their values are activations.

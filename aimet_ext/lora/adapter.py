@@ -18,18 +18,6 @@ from torch import Tensor
 from aimet_ext.errors import CorruptFileError, require, some
 from aimet_ext.models.huggingface import checkpoint_prefix
 
-__all__ = [
-    "ADAPTER_CONFIG",
-    "ADAPTER_WEIGHTS",
-    "Adapter",
-    "LoraLayer",
-    "Part",
-    "SIDES",
-    "attach_adapter",
-    "read_adapter",
-    "read_adapters",
-]
-
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"

@@ -14,8 +14,6 @@ from aimet_ext.files.folders import read_manifest
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["bake_adapter", "encodings_file", "open_folder", "shared_graph"]
-
 
 def encodings_file(prefix: str, adapter: str) -> str:
     """Return the name of an adapter's encodings file."""

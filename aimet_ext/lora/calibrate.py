@@ -16,8 +16,6 @@ from aimet_ext.data.batches import call_model, iterate_batches
 from aimet_ext.lora.sim import add_adapters, fit_adapters, lora_state, switch
 from aimet_ext.sim.torch.lora import calibrating, share_ranges, slots
 
-__all__ = ["AdapterReport", "LoraReport", "quantize"]
-
 _W8 = QSpec(bitwidth=8)
 _SCORED = 4  # batches whose logits are compared
 

@@ -20,8 +20,6 @@ from aimet_ext.models.huggingface import causal_lm, checkpoint_prefix
 from aimet_ext.models.padding import pad_rows
 from aimet_ext.models.topology import FAMILIES
 
-__all__ = ["Checkpoint", "Padding", "Target", "open_checkpoint", "open_target"]
-
 _FILE, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 # What peft puts into the names of a model's own parameters, and names of parameters of its own.
 _AROUND = re.compile(r"\.(token_adapter\.)?(base_layer|original_module)\.")

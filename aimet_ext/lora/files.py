@@ -38,8 +38,6 @@ from aimet_ext.sim.torch.lora import Content, base_state, slots
 if TYPE_CHECKING:
     from aimet_torch import QuantizationSimModel
 
-__all__ = ["export", "load"]
-
 BASE, ADAPTERS, STATE = "base", "adapters", "lora.safetensors"
 _SCHEMA = "aimet_ext.lora/1"
 _NAME = re.compile(r"[\w][\w.\- ]*")

@@ -26,8 +26,6 @@ from aimet_ext.lora.adapter import SIDES, Adapter, Part, read_adapter, read_adap
 from aimet_ext.lora.checkpoint import Checkpoint, Target, open_checkpoint, open_target
 from aimet_ext.lora.unfit import check_fit, check_variant, named_like, refuse
 
-__all__ = ["fold_adapter", "fold_adapters", "scales_digest"]
-
 _NONE = ModuleScales()
 
 

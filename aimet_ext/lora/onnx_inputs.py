@@ -29,8 +29,6 @@ from aimet_ext.lora.sim import LoraState, lora_state, switch
 from aimet_ext.sim.protocol import adapt
 from aimet_ext.sim.torch.lora import described_entry, slots
 
-__all__ = ["LORA_NAMES", "AdapterGraph", "write_adapter_graph"]
-
 LORA_NAMES = "lora_names.json"
 _WEIGHT_LIST = "lora_weight_list.txt"
 _ACTIVATIONS = ("A_output", "B_output", "sum")

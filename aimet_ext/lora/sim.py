@@ -25,17 +25,6 @@ from aimet_ext.sim.torch.lora import Content, LoraSlot, base_state, build_lora_s
 if TYPE_CHECKING:
     from aimet_torch import QuantizationSimModel
 
-__all__ = [
-    "LoraState",
-    "add_adapters",
-    "base_hash",
-    "create_sim",
-    "fit_adapters",
-    "lora_state",
-    "sim_with_slots",
-    "switch",
-]
-
 _STATE = "aimet_ext_lora"
 _CONFIG = "htp_v79"
 # Parts of an adapter that would change the base for all adapters, and what they are called.

@@ -12,8 +12,6 @@ from aimet_ext.files.ledger import ModuleScales, Scales
 from aimet_ext.lora.adapter import SIDES, Adapter
 from aimet_ext.lora.checkpoint import Checkpoint, Target
 
-__all__ = ["check_fit", "check_variant", "named_like", "refuse"]
-
 # Fields of the config that make an adapter something else than W + s B A, and the reason.
 _VARIANTS = {
     "use_qalora": "QA-LoRA averages groups of inputs, which scales tell apart",

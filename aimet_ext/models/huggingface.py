@@ -9,16 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-__all__ = [
-    "PreparedCausalLM",
-    "attention_windows",
-    "causal_lm",
-    "checkpoint_prefix",
-    "context_length",
-    "original_name",
-    "prepare_model",
-]
-
 _ATTENTION = ("eager", "sdpa")
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 

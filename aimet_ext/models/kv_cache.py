@@ -29,8 +29,6 @@ from aimet_ext.models.huggingface import (
 from aimet_ext.models.huggingface import context_length as own_context
 from aimet_ext.walk.hooks import replaced_forward
 
-__all__ = ["CacheShape", "CachedCausalLM", "TokenCache", "run_with_cache"]
-
 _CHANGING_ROTARY = ("dynamic", "longrope")
 
 Sizes = tuple[tuple[int, int], ...]

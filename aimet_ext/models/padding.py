@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from aimet_ext.models.topology import BlockTopology
 
-__all__ = ["mlp_layers", "pad_mlp", "pad_rows"]
-
 
 def mlp_layers(model: nn.Module, block: BlockTopology) -> tuple[dict[str, int], nn.Linear]:
     """Return the layers of a block that the inner width of its MLP is a dimension of.

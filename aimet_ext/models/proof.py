@@ -20,18 +20,6 @@ from aimet_ext.errors import TransformRefused
 from aimet_ext.walk.hooks import evaluating
 from aimet_ext.walk.stream import hidden_state
 
-__all__ = [
-    "BOUNDS",
-    "BlockFn",
-    "Float64Casts",
-    "PairFailure",
-    "failing_pairs",
-    "probe",
-    "probe_inputs",
-    "prove_pairs",
-    "random_scale",
-]
-
 BlockFn = Callable[[Mapping[str, Tensor]], Tensor]
 
 _MIN_BATCH, _MIN_LENGTH = 2, 8

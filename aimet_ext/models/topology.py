@@ -18,16 +18,6 @@ from torch import Tensor, nn
 from aimet_ext.core.equivalence import PairKind, ScalePair, Side
 from aimet_ext.walk.stream import nearest_config
 
-__all__ = [
-    "FAMILIES",
-    "BlockTopology",
-    "TopologyDescription",
-    "candidate_pairs",
-    "find_blocks",
-    "select_pairs",
-]
-
-
 Shapes = Mapping[str, tuple[int, ...]]
 
 

@@ -46,8 +46,6 @@ if TYPE_CHECKING:
 
     from aimet_ext.onnx.layers import OnnxLayer
 
-__all__ = ["OnnxGraph", "Part"]
-
 _QUANTIZER = "QcQuantizeOp"
 _FUSED = "aimet.supergroup"  # domain of the functions in which AIMET fuses patterns of nodes
 _WEIGHT_INPUT = {"MatMul": 1, "Gemm": 1, "Conv": 1, "Gather": 0}

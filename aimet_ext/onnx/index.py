@@ -10,27 +10,6 @@ from typing import Any
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
-__all__ = [
-    "FLOATS",
-    "MOVES",
-    "GraphIndex",
-    "attribute",
-    "attributes",
-    "bodies",
-    "copied",
-    "drop_unused",
-    "elements",
-    "in_order",
-    "inner_nodes",
-    "keep_where",
-    "make_part",
-    "reads",
-    "rename_reads",
-    "replace_nodes",
-    "stored_value",
-    "stored_values",
-]
-
 #: Floating-point types of ONNX tensors.
 FLOATS = frozenset(
     (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)

@@ -12,19 +12,6 @@ from torch import Tensor, nn
 from aimet_ext.onnx.graph import OnnxGraph
 from aimet_ext.onnx.index import FLOATS, attribute, inner_nodes
 
-__all__ = [
-    "FoundLayers",
-    "OnnxLayer",
-    "Use",
-    "find_layers",
-    "insert_module",
-    "module_tree",
-    "node_names",
-    "shell",
-    "stored_bias",
-    "stored_weight",
-]
-
 Kind = Literal["linear", "conv", "embedding"]
 
 _TAKEN = frozenset(dir(nn.Linear(1, 1)))  # attributes of modules, which no child may be named

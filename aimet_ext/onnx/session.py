@@ -8,8 +8,6 @@ from typing import Any, Literal
 
 from aimet_ext.errors import require
 
-__all__ = ["open_session"]
-
 _LEVELS = {"all": "ORT_ENABLE_ALL", "basic": "ORT_ENABLE_BASIC", "none": "ORT_DISABLE_ALL"}
 
 

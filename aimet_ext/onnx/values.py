@@ -19,23 +19,6 @@ from torch import Tensor
 from aimet_ext.data.feeds import InputSpec
 from aimet_ext.onnx.index import FLOATS, GraphIndex, attributes, elements, stored_value
 
-__all__ = [
-    "DTYPES",
-    "can_be_given",
-    "infer_shapes",
-    "infer_types",
-    "input_specs",
-    "is_large",
-    "placeholder",
-    "read_array",
-    "read_input_specs",
-    "set_value",
-    "to_torch",
-    "torch_array",
-    "without_large",
-    "write_array",
-]
-
 #: By ``onnx.TensorProto.DataType``.
 DTYPES: Mapping[int, torch.dtype] = {
     1: torch.float32,

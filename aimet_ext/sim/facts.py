@@ -7,8 +7,6 @@ from typing import Literal
 
 from aimet_ext.sim.protocol import WeightQuantizer
 
-__all__ = ["FIXED_RANGES", "Activation", "LintLayer", "SimFacts"]
-
 Kind = Literal["linear", "conv", "embedding"]
 
 #: Smallest and largest value that these operators make, whatever they read.

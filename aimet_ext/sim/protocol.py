@@ -23,22 +23,6 @@ from aimet_ext.walk.streamed import BlockPass
 if TYPE_CHECKING:
     from aimet_ext.sim.facts import SimFacts
 
-__all__ = [
-    "Activations",
-    "Blocks",
-    "CalibrationWalks",
-    "FloatWeights",
-    "Range",
-    "SimAdaptor",
-    "SimHandle",
-    "Snapshots",
-    "WeightQuantizer",
-    "WeightQuantizers",
-    "adapt",
-    "carried",
-    "moved_ranges",
-]
-
 Range: TypeAlias = tuple[float, float]
 
 # Root package of a simulation's class -> module and class of its adaptor.

@@ -23,8 +23,6 @@ from aimet_ext.techniques.layerwise.loop import Solver, run_layerwise
 from aimet_ext.techniques.report import LayerwiseReport
 from aimet_ext.walk.layers import Activation
 
-__all__ = ["apply_adaround"]
-
 # Settings of the rounding at the start.
 _DAMPING, _BEAMS = 1e-3, 32
 # Share of its mean that is added to the diagonal where there are fewer tokens than inputs.

@@ -21,8 +21,6 @@ from aimet_ext.files.folders import check_output
 from aimet_ext.registry import TECHNIQUES, Technique, load
 from aimet_ext.techniques.session import RunOptions
 
-__all__ = ["ALIASES", "Call", "TechniqueFunction", "accepts_aimet_arguments", "technique"]
-
 F = TypeVar("F", bound=Callable[..., Any])
 P = TypeVar("P", bound=TechniqueParams)
 R = TypeVar("R", covariant=True)

@@ -17,8 +17,6 @@ from aimet_ext.techniques.layerwise.deploy import Decision, Problem
 from aimet_ext.techniques.layerwise.loop import Solver, run_layerwise
 from aimet_ext.techniques.report import LayerwiseReport
 
-__all__ = ["apply_gptq"]
-
 
 class GPTQ(Solver[GPTQParams]):
     """GPTQ's decision of one layer."""

@@ -15,8 +15,6 @@ from aimet_ext.techniques.call import Call, technique
 from aimet_ext.techniques.layerwise.loop import run_layerwise
 from aimet_ext.techniques.seq_mse import SeqMSE
 
-__all__ = ["apply_lpbq"]
-
 
 @technique("lpbq", needs_data=False)
 def apply_lpbq(

@@ -25,8 +25,6 @@ from aimet_ext.techniques.blockwise.search import BlockSearch
 from aimet_ext.techniques.call import Call, technique
 from aimet_ext.techniques.report import BlockwiseReport
 
-__all__ = ["OmniQuantReport", "apply_omniquant"]
-
 _LARGEST_LOG_SCALE = math.log(1e3)
 _DIVERGED = 10.0  # times the loss at the start
 

@@ -14,15 +14,6 @@ from pydantic.dataclasses import dataclass
 from aimet_ext.core.objective import sqnr_db
 from aimet_ext.files.folders import replace_file
 
-__all__ = [
-    "BlockReport",
-    "BlockwiseReport",
-    "LayerReport",
-    "LayerwiseReport",
-    "Report",
-    "UnitReport",
-]
-
 U = TypeVar("U", bound="UnitReport")
 
 

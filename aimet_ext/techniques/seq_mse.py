@@ -11,8 +11,6 @@ from aimet_ext.techniques.layerwise.deploy import Decision, Problem
 from aimet_ext.techniques.layerwise.loop import Solver, run_layerwise
 from aimet_ext.techniques.report import LayerwiseReport
 
-__all__ = ["SeqMSE", "apply_seq_mse"]
-
 _COMPATIBLE_BITS = 4  # AIMET leaves wider weights alone
 
 

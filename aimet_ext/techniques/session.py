@@ -26,20 +26,6 @@ try:
 except ModuleNotFoundError:  # Windows
     resource = None  # type: ignore[assignment]
 
-__all__ = [
-    "LayerChoice",
-    "OnGrids",
-    "RunOptions",
-    "choose_layers",
-    "layers_to_quantize",
-    "on_grid",
-    "open_checkpoints",
-    "open_ledger",
-    "original_names",
-    "peak_memory",
-    "undo_on_failure",
-]
-
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 

@@ -13,16 +13,6 @@ from aimet_ext.verification.report import array_sqnr
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
 
-__all__ = [
-    "Cause",
-    "LayerFacts",
-    "compared_layers",
-    "culprit",
-    "dropped_bias",
-    "known_cause",
-    "pattern_cause",
-]
-
 _WITH_WEIGHT = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _OTHERS = ("Add", "LayerNormalization", "Mul", "RMSNormalization", "Softmax")
 _MOVING = ("QuantizeLinear", "Reshape", "Transpose")

@@ -19,18 +19,6 @@ from aimet_ext.evaluation.perplexity import perplexity_of, summed_losses
 from aimet_ext.files.folders import replace_file
 from aimet_ext.findings import Finding
 
-__all__ = [
-    "LayerCheck",
-    "Measures",
-    "Status",
-    "StepResult",
-    "Thresholds",
-    "VerifyReport",
-    "array_sqnr",
-    "perplexity",
-    "top1_agreement",
-]
-
 Status: TypeAlias = Literal["passed", "failed", "not run"]
 _LAYERS_SHOWN = 8
 Array: TypeAlias = np.ndarray[Any, Any]

@@ -40,8 +40,6 @@ from aimet_ext.verification.report import (
     top1_agreement,
 )
 
-__all__ = ["CPU", "HTP", "MIXED", "CpuSession", "Session", "Verification", "float_outputs"]
-
 Array: TypeAlias = np.ndarray[Any, Any]
 
 HTP, MIXED, CPU = "HTP simulation", "HTP simulation and the CPU", "onnxruntime CPU"

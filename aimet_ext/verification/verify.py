@@ -28,8 +28,6 @@ from aimet_ext.onnx.values import read_input_specs
 from aimet_ext.verification.report import Status, StepResult, Thresholds, VerifyReport
 from aimet_ext.verification.steps import Verification
 
-__all__ = ["REPORT", "exported_length", "verify"]
-
 REPORT = "verify.json"
 
 _STEPS: tuple[tuple[str, Callable[[Verification], str]], ...] = (

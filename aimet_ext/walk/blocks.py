@@ -32,8 +32,6 @@ from aimet_ext.walk.layers import (
 from aimet_ext.walk.rerun import RerunWalk
 from aimet_ext.walk.streamed import BlockPass, StreamedBlock, no_tokens, open_pass
 
-__all__ = ["BlockWalk", "find_stack"]
-
 Weights = Mapping[str, Tensor]
 
 

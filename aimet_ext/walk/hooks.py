@@ -17,19 +17,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from aimet_ext.data.batches import ForwardFn, call_model, module_device, tensors_in
 from aimet_ext.data.moments import Geometry
 
-__all__ = [
-    "Watch",
-    "Wrap",
-    "checked_weight",
-    "evaluating",
-    "first_call",
-    "on_device",
-    "replaced_forward",
-    "run_batch",
-    "seen_input",
-    "swapped_weights",
-]
-
 Wrap = Callable[[Tensor], Any]
 
 # A tensor's number, and how often it was changed in place.

@@ -20,27 +20,6 @@ from aimet_ext.data.batches import map_leaves
 from aimet_ext.data.moments import Geometry
 from aimet_ext.walk.hooks import Watch, Wrap
 
-__all__ = [
-    "Activation",
-    "Inputs",
-    "LayerOrder",
-    "ReadStage",
-    "Stage",
-    "Streams",
-    "Walk",
-    "check_model",
-    "check_same_arguments",
-    "fit_mask",
-    "geometries",
-    "known",
-    "layer_order",
-    "layers_around",
-    "layers_by_name",
-    "stage_inputs",
-    "stream_names",
-    "uncalled",
-]
-
 Streams: TypeAlias = Literal["quantized", "float", "both"]
 
 # Input in the quantized and in the float stream (None if not asked for), and which tokens count:

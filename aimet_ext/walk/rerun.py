@@ -26,8 +26,6 @@ from aimet_ext.walk.layers import (
     stream_names,
 )
 
-__all__ = ["ModelWalk", "RerunWalk"]
-
 
 class ModelWalk:
     """Base of the walks over a whole model: stages in order, and the weights of each stream.

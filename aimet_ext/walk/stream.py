@@ -23,8 +23,6 @@ from aimet_ext.data.cache import TensorCache
 from aimet_ext.files.tensors import hash_tensors
 from aimet_ext.walk.hooks import evaluating, first_call, run_batch
 
-__all__ = ["BlockCall", "BlockStream", "capture_block_inputs", "hidden_state", "nearest_config"]
-
 BlockFn = Callable[..., Any]
 Rows = Sequence[int] | Tensor | slice
 

@@ -31,8 +31,6 @@ from aimet_ext.walk.layers import (
 )
 from aimet_ext.walk.stream import BlockStream, capture_block_inputs
 
-__all__ = ["BlockPass", "StreamedBlock", "capture_streams", "no_tokens", "open_pass"]
-
 Weights = Mapping[str, Tensor]
 
 

@@ -12,19 +12,6 @@ from torch import Tensor, fx, nn
 
 from aimet_ext.data.batches import call_model, map_leaves, map_tensors, tensors_in
 
-__all__ = [
-    "Executor",
-    "NotTraceable",
-    "Segment",
-    "Trace",
-    "Values",
-    "Weights",
-    "equal",
-    "renewed",
-    "tensor_versions",
-    "trace_model",
-]
-
 _ROOT = "model"
 _ROUNDING = 1e-3  # of the largest output: convolutions need not be computed alike twice
 

@@ -28,8 +28,6 @@ from aimet_ext.walk.trace import (
     trace_model,
 )
 
-__all__ = ["GraphWalk", "walk_graph"]
-
 LOGGER = logging.getLogger(__name__)
 
 

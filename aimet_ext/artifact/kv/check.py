@@ -17,8 +17,6 @@ from aimet_ext.sim.protocol import adapt
 if TYPE_CHECKING:
     from aimet_ext.artifact.hand_off import HandOff
 
-__all__ = ["check_float", "check_quantized"]
-
 # Largest deviation of onnxruntime from the float model, relative to its largest logit.
 _TOLERANCE = 1e-4
 # dB; with a cache of its own width the difference is that of another quantization, and no fault.

@@ -23,8 +23,6 @@ from aimet_ext.sim.protocol import adapt
 if TYPE_CHECKING:
     from aimet_ext.artifact.kv.quantize import Reference
 
-__all__ = ["export_with_cache"]
-
 PREFILL, DECODE, WEIGHTS = "prefill", "decode", "weights.data"
 _MASK, _LOWEST_MASK = -100.0, -1e4
 _CONFIG = "htp_v79"

@@ -21,8 +21,6 @@ from aimet_ext.sim.onnx.files import build_target
 from aimet_ext.sim.onnx.ranges import put_encodings, quantize_activations, take_ranges
 from aimet_ext.sim.onnx.state import enabled_quantizers
 
-__all__ = ["Reference", "quantized_graph"]
-
 
 @dataclass(frozen=True, eq=False)
 class Reference:

@@ -16,16 +16,6 @@ from aimet_ext.files.folders import read_manifest
 from aimet_ext.models.kv_cache import CacheShape, Run, TokenCache, run_with_cache
 from aimet_ext.onnx.session import open_session
 
-__all__ = [
-    "FLOAT",
-    "KIND",
-    "QDQ",
-    "CacheFiles",
-    "CacheGraphs",
-    "load_cache_graphs",
-    "share_weights",
-]
-
 KIND = "cache"
 FLOAT, QDQ = ".onnx", ".qdq.onnx"
 _SMALLEST = 1024  # bytes of what is stored outside; smaller constants stay in their model

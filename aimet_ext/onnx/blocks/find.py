@@ -20,8 +20,6 @@ from aimet_ext.onnx.index import reads
 from aimet_ext.onnx.layers import OnnxLayer
 from aimet_ext.walk.stream import BlockStream
 
-__all__ = ["BlockPlan", "SHAPE_ARITHMETIC", "argument_names", "capture_blocks", "find_onnx_blocks"]
-
 #: Operators that compute one shape from others.
 SHAPE_ARITHMETIC = frozenset(
     (

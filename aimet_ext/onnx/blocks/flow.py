@@ -11,8 +11,6 @@ from aimet_ext.onnx.graph import OnnxGraph
 from aimet_ext.onnx.index import FLOATS, attribute, elements
 from aimet_ext.onnx.layers import FoundLayers, OnnxLayer, find_layers
 
-__all__ = ["ATTENTION", "NORMS", "Flow", "Norm", "split_skips"]
-
 ATTENTION = frozenset(("GroupQueryAttention", "MultiHeadAttention", "Attention", "Softmax"))
 NORMS = frozenset(("LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization"))
 _SKIPS = {

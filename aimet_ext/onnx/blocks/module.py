@@ -19,17 +19,6 @@ from aimet_ext.onnx.ops.translate import Operation, TranslatedGraph, check_trans
 from aimet_ext.onnx.values import torch_array
 from aimet_ext.walk.stream import BlockCall
 
-__all__ = [
-    "check_block",
-    "Observer",
-    "OnnxBlock",
-    "OnnxLinear",
-    "observed",
-    "observed_ranges",
-    "read_again",
-    "write_back",
-]
-
 # Allowed deviation of a translated block, relative to the largest value: at least this, and so many
 # units in the last place.
 _TOLERANCE, _TOLERANCE_UNITS = 1e-4, 16

@@ -10,15 +10,6 @@ from onnx import NodeProto
 from aimet_ext.onnx.blocks.flow import ATTENTION, Flow, Norm
 from aimet_ext.onnx.index import attribute
 
-__all__ = [
-    "AttentionRoles",
-    "Heads",
-    "MismatchError",
-    "MlpRoles",
-    "attention_roles",
-    "mlp_roles",
-]
-
 _PRODUCTS = frozenset(("Einsum", "FusedMatMul", "MatMul"))
 
 

@@ -10,8 +10,6 @@ from aimet_ext.models.topology import BlockTopology, TopologyDescription, candid
 from aimet_ext.onnx.blocks.flow import Flow, Norm
 from aimet_ext.onnx.blocks.roles import AttentionRoles, MismatchError, MlpRoles
 
-__all__ = ["Reading", "SharedVector", "block_topology", "to_copy"]
-
 _SAME = frozenset(("Cast", "Dropout", "Identity"))
 _LLAMA = TopologyDescription(name="onnx", block_class="ONNX block")
 

@@ -17,8 +17,6 @@ from aimet_ext.onnx.ops.signature import (
     operand,
 )
 
-__all__ = ["ATTENTION", "ATTENTION_LIMITS", "attend", "rotate"]
-
 
 def attend(
     q: Tensor,

@@ -21,8 +21,6 @@ from aimet_ext.onnx.ops.signature import (
     operand,
 )
 
-__all__ = ["MATH", "MATH_LIMITS"]
-
 
 def _unary(function: Callable[[Tensor], Tensor]) -> Operator:
     """Return the operator of one input without attributes."""

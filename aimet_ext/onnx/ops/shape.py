@@ -20,8 +20,6 @@ from aimet_ext.onnx.ops.signature import (
     operand,
 )
 
-__all__ = ["SHAPE", "SHAPE_LIMITS"]
-
 
 def _axes(attributes: Attributes, inputs: Inputs) -> list[int] | None:
     """Return axes, an attribute before opset 13 and the second input since."""

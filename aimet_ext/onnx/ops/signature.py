@@ -13,20 +13,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = [
-    "CONTRIB",
-    "Attributes",
-    "Inputs",
-    "Limit",
-    "Operator",
-    "Outputs",
-    "floating",
-    "ints",
-    "number",
-    "only",
-    "operand",
-]
-
 #: Domain of onnxruntime's own operators.
 CONTRIB = "com.microsoft"
 

@@ -23,17 +23,6 @@ from aimet_ext.onnx.ops.shape import SHAPE, SHAPE_LIMITS
 from aimet_ext.onnx.ops.signature import Attributes, Inputs, Limit, Operator
 from aimet_ext.onnx.values import DTYPES, to_torch
 
-__all__ = [
-    "OPERATORS",
-    "apply_operator",
-    "attributes_of",
-    "evaluate",
-    "key_of",
-    "outputs_by_name",
-    "unsupported",
-    "widened",
-]
-
 # By domain ("" for ONNX's own) and operator.
 OPERATORS: Mapping[tuple[str, str], Operator] = {**MATH, **SHAPE, **ATTENTION}
 _LIMITS: Mapping[tuple[str, str], Limit] = {**MATH_LIMITS, **SHAPE_LIMITS, **ATTENTION_LIMITS}

@@ -27,8 +27,6 @@ from aimet_ext.onnx.ops.table import (
 )
 from aimet_ext.onnx.values import to_torch
 
-__all__ = ["Operation", "TranslatedGraph", "check_translation", "opset_of"]
-
 _OLDEST = 9  # opset; before it, operators broadcast in ways of their own
 _SMALL = 1024  # elements; what is computed from small constants alone is computed once
 

@@ -31,17 +31,6 @@ from aimet_ext.onnx.values import (
     set_value,
 )
 
-__all__ = [
-    "bound_masks",
-    "drop_casts",
-    "float_weights",
-    "fold_constants",
-    "make_static",
-    "output_names",
-    "run_nodes",
-    "with_outputs",
-]
-
 # Elements of a folded tensor at most: a causal mask of 8192 tokens.
 _LARGEST = 1 << 26
 _RANDOM = frozenset(

@@ -52,8 +52,6 @@ from aimet_ext.onnx.index import (
 from aimet_ext.onnx.rewrite.compilable import run_nodes
 from aimet_ext.onnx.values import set_value
 
-__all__ = ["fuse_rms_norms", "set_apart", "sign_second_operands"]
-
 _BLOCKS = ("LPBQ", "PER_BLOCK")
 _STEPS = frozenset(
     ("Add", "Cast", "Div", "Identity", "Mul", "Pow", "ReduceMean", "Reciprocal", "Sqrt")

@@ -16,13 +16,6 @@ from onnx.helper import make_node
 
 from aimet_ext.onnx.index import MOVES, GraphIndex, rename_reads, replace_nodes
 
-__all__ = [
-    "keep_keys_and_values",
-    "moved_from",
-    "same_tensors",
-    "separate_outputs",
-]
-
 Place = tuple[str, str, int]
 
 

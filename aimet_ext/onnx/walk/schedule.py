@@ -22,8 +22,6 @@ from aimet_ext.onnx.index import FLOATS, attribute, elements, reads
 from aimet_ext.onnx.layers import OnnxLayer
 from aimet_ext.walk.layers import Activation
 
-__all__ = ["PlannedStage", "Section", "Transition", "plan_stages", "plan_transitions"]
-
 _LARGE = 2**16  # elements of a stored value; what a node makes of a larger one is kept
 _AT_ONCE = 2**26  # elements of the weights that a section holds: 256 MiB of float32
 

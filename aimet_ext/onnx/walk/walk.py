@@ -18,8 +18,6 @@ from aimet_ext.onnx.values import input_specs
 from aimet_ext.onnx.walk.schedule import PlannedStage, Section, plan_stages, plan_transitions
 from aimet_ext.walk.layers import Inputs, ReadStage, Streams, fit_mask, known
 
-__all__ = ["OnnxWalk"]
-
 _COMMON = "common"
 _MASK = "attention_mask"
 _TOKENS = ("input_ids", "inputs_embeds")

@@ -43,8 +43,6 @@ from aimet_ext.walk.streamed import BlockPass
 if TYPE_CHECKING:
     from aimet_ext.sim.onnx.blocks import OnnxPart
 
-__all__ = ["OnnxSim"]
-
 
 class OnnxSim(SimAdaptor):
     """See :class:`aimet_ext.sim.protocol.SimAdaptor`.

@@ -41,8 +41,6 @@ from aimet_ext.walk.streamed import BlockPass, capture_streams
 if TYPE_CHECKING:
     from aimet_ext.sim.onnx.adaptor import OnnxSim
 
-__all__ = ["Copies", "OnnxPart", "add_blocks", "copy_shared", "open_pass"]
-
 _QUANTIZER = "QcQuantizeOp"
 _STACK = "model.layers"  # as checkpoints name it, so that one scales file fits both
 _OTHER_STACK = "decoder.blocks"  # where nodes of the graph have such names

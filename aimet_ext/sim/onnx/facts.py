@@ -11,8 +11,6 @@ from aimet_ext.sim.facts import FIXED_RANGES, Activation, LintLayer, SimFacts
 from aimet_ext.sim.onnx.quantizers import OnnxWeightQuantizer, is_integer
 from aimet_ext.sim.protocol import WeightQuantizer
 
-__all__ = ["read_facts"]
-
 # Operators whose output holds values of their first input, so that its quantizer counts.
 _MOVES = MOVES | {"DepthToSpace", "Gather", "MaxPool", "SpaceToDepth"}
 # Operators that AIMET takes together with the layer before them, which then has no quantizer.

@@ -28,29 +28,6 @@ from aimet_ext.onnx.index import stored_values
 from aimet_ext.sim.onnx.quantizers import rounds_to_integers
 from aimet_ext.sim.onnx.state import enabled_quantizers, layer_biases, quantize_constant
 
-__all__ = [
-    "EXTERNAL_LIMIT",
-    "build_described",
-    "build_target",
-    "build_with",
-    "containers",
-    "copy_constants",
-    "describe_sim",
-    "integer_scales",
-    "load_with",
-    "lpbq_as_blocks",
-    "missing_int32_biases",
-    "multiplies_16_by_16",
-    "overwrite",
-    "quantized_constants",
-    "same_value",
-    "save_float_model",
-    "save_model",
-    "save_qdq_model",
-    "unfit_for_qdq",
-    "write_encodings",
-]
-
 # Supergroups that AIMET fuses into functions: operator of the function -> name of the fusion.
 _FUSIONS = {
     "Gemm": "MatmulAdd",

@@ -35,23 +35,6 @@ from aimet_ext.onnx.graph import OnnxGraph
 from aimet_ext.onnx.layers import OnnxLayer, stored_weight
 from aimet_ext.sim.protocol import WeightQuantizer
 
-__all__ = [
-    "OnnxWeightQuantizer",
-    "RAW_SCALE",
-    "calibrate_on",
-    "is_blockwise",
-    "is_integer",
-    "live_quantizer",
-    "load_scale",
-    "quantizer_state",
-    "read_encodings",
-    "restore_quantizer",
-    "rounds_to_integers",
-    "stored_cells",
-    "switched_off",
-    "uninitialize",
-]
-
 # Attribute of AIMET's quantizer: LPBQ's scale of each block as it was before AIMET put the scales
 # of a channel on integers, which is all that AIMET keeps.
 RAW_SCALE = "aimet_ext_raw_scale"

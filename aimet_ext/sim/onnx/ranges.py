@@ -35,21 +35,6 @@ if TYPE_CHECKING:
     from aimet_ext.onnx.layers import OnnxLayer
     from aimet_ext.sim.onnx.adaptor import OnnxSim
 
-__all__ = [
-    "Loaded",
-    "aimet_spec",
-    "body_names",
-    "calibrate_added",
-    "is_frozen",
-    "is_fused",
-    "parameter_quantizers",
-    "put_encodings",
-    "put_grids",
-    "quantize_activations",
-    "readers",
-    "take_ranges",
-]
-
 Entry = Mapping[str, Any]
 # Widths that a QDQ model has types for.
 _WIDTHS = (4, 8, 16)

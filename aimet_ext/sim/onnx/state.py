@@ -22,28 +22,6 @@ from aimet_ext.sim.onnx.quantizers import (
     switched_off,
 )
 
-__all__ = [
-    "float_tensors",
-    "quantize_constant",
-    "absent_tensors",
-    "deviation",
-    "differences",
-    "enabled_quantizers",
-    "insert_quantizers",
-    "layer_biases",
-    "only_these",
-    "read_encodings",
-    "read_qdq",
-    "refresh",
-    "restore_sim",
-    "run",
-    "run_file",
-    "sim_state",
-    "tensor_values",
-    "uncalibrated",
-    "untie",
-]
-
 
 def enabled_quantizers(sim: Any) -> dict[str, Any]:
     """Return quantizers in use, by the name of their tensor; a shared one under all its names."""

@@ -32,8 +32,6 @@ from aimet_ext.walk.layers import Streams, Walk
 from aimet_ext.walk.streamed import BlockPass, open_pass
 from aimet_ext.walk.traced import walk_graph
 
-__all__ = ["TorchSim"]
-
 _T = TypeVar("_T")
 
 

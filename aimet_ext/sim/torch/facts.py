@@ -11,8 +11,6 @@ from torch import nn
 
 from aimet_ext.sim.facts import FIXED_RANGES, Activation, LintLayer, SimFacts
 
-__all__ = ["read_facts"]
-
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _LAYERS = (nn.Linear, nn.Embedding, *_CONVOLUTIONS)
 # Operators of AIMET's graph that move values and compute none, and those that it takes together

@@ -30,19 +30,6 @@ from aimet_ext.sim.torch.state import (
     unpack_quantizer,
 )
 
-__all__ = [
-    "Content",
-    "LoraSlot",
-    "base_name",
-    "base_state",
-    "build_lora_sim",
-    "calibrating",
-    "described_entry",
-    "renamed",
-    "share_ranges",
-    "slots",
-]
-
 # Quantizers of a slot that belong to its adapter, by their names within the slot.
 _QUANTIZERS = {
     "A": "lora_A.param_quantizers.weight",

@@ -16,14 +16,6 @@ from aimet_ext.files.encodings import Layout
 from aimet_ext.sim.torch.setup import quiet, weight_quantizer_for
 from aimet_ext.sim.torch.state import MADE, describe_quantizer, make_quantizer
 
-__all__ = [
-    "LayerParameter",
-    "calibrated_weight_quantizer",
-    "layer_parameters",
-    "quantized_parameters",
-    "set_weight_specs",
-]
-
 
 @dataclass(frozen=True, eq=False)
 class LayerParameter:

@@ -15,8 +15,6 @@ from aimet_ext.core.clipping import GridLayout
 from aimet_ext.sim.protocol import WeightQuantizer
 from aimet_ext.sim.torch.state import uninitialize
 
-__all__ = ["TorchWeightQuantizer"]
-
 
 class TorchWeightQuantizer(WeightQuantizer):
     """See :class:`aimet_ext.sim.protocol.WeightQuantizer`.

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 from aimet_ext.config import LPBQ, PerTensor, QSpec
 
-__all__ = ["build_sim", "quiet", "weight_quantizer_for"]
-
 _NORM_BITS = 16
 
 

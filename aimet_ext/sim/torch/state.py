@@ -14,22 +14,6 @@ from aimet_torch.quantization.affine import (
 from aimet_torch.quantization.base import QuantizerBase
 from torch import Tensor, nn
 
-__all__ = [
-    "describe_quantizer",
-    "freeze",
-    "load_quantizers",
-    "make_quantizer",
-    "named_quantizers",
-    "pack_quantizers",
-    "put_quantizer",
-    "quantizer_state",
-    "quantizers_to_tensors",
-    "restore_quantizer",
-    "uninitialize",
-    "unset_quantizers",
-    "unpack_quantizer",
-]
-
 _STATIC = (
     "shape",
     "qmin",

@@ -19,8 +19,6 @@ from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer
 from aimet_ext.walk.stream import BlockCall, BlockStream
 from aimet_ext.walk.streamed import StreamedBlock
 
-__all__ = ["Block", "BlockState", "Choice"]
-
 Params = dict[str, Tensor]
 
 

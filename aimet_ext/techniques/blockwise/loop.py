@@ -43,8 +43,6 @@ from aimet_ext.techniques.session import (
 )
 from aimet_ext.walk.streamed import BlockPass, StreamedBlock
 
-__all__ = ["BlockSolver", "BlockwiseRun", "run_blockwise"]
-
 P = TypeVar("P", bound=TechniqueParams)
 
 # Largest change of a block's output by folding, relative to its largest value: at least this, and

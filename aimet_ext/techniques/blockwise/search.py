@@ -26,8 +26,6 @@ from aimet_ext.core.objective import SecondMoment, row_errors
 from aimet_ext.data.moments import sum_moments
 from aimet_ext.techniques.blockwise.block import Block, BlockState
 
-__all__ = ["BlockSearch"]
-
 _REACH = 1.5  # of a candidate multiplier, either way
 _MULTIPLIERS = 24
 _LEAST_GAIN = 1e-3  # relative, of a sweep, to go on

@@ -14,8 +14,6 @@ from aimet_ext.core.objective import SecondMoment, moment_product, row_errors
 from aimet_ext.sim.protocol import WeightQuantizer
 from aimet_ext.walk.layers import Activation
 
-__all__ = ["Decision", "Outcome", "Problem", "SampleSum", "deploy"]
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Problem:

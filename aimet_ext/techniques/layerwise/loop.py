@@ -38,8 +38,6 @@ from aimet_ext.techniques.session import (
 )
 from aimet_ext.walk.layers import Activation, Stage, Streams, Walk, uncalled
 
-__all__ = ["LayerwiseRun", "Solver", "run_layerwise"]
-
 P = TypeVar("P", bound=LayerwiseParams)
 
 _STREAMS: dict[str, Streams] = {"symqt": "quantized", "symfp": "float", "asym": "both"}
