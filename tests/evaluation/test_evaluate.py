@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from aimet_ext.evaluation.perplexity import calibration_batches, evaluate_perplexity
+from aimet_ext.data.text import calibration_batches
+from aimet_ext.evaluation.perplexity import evaluate_perplexity
 from aimet_ext.models.huggingface import prepare_model
 
 
