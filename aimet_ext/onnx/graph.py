@@ -253,7 +253,7 @@ class Part:
         weights: Mapping[str, Tensor],
         providers: Sequence[Any] | None = None,
     ) -> None:
-        read = {name for index in nodes for name in reads(graph.nodes[index])}
+        read = {name for index in nodes for name in graph.reads[index]}
         stored = ((name, graph.initializers.get(name)) for name in read)
         large = {name for name, tensor in stored if tensor is not None and can_be_given(tensor)}
         model = graph.model(nodes, inputs, outputs, drop=large)

@@ -114,9 +114,11 @@ class GraphIndex:
         #: Index of the node that makes a tensor, and indices of those that read it.
         self.producer: dict[str, int] = {}
         self.consumers: dict[str, list[int]] = {}
+        #: Tensors that each node reads, see :func:`reads`.
+        self.reads = tuple(tuple(dict.fromkeys(reads(node))) for node in self.nodes)
         for index, node in enumerate(self.nodes):
             self.producer.update((name, index) for name in node.output if name)
-            for name in dict.fromkeys(reads(node)):
+            for name in self.reads[index]:
                 self.consumers.setdefault(name, []).append(index)
 
     def __contains__(self, name: str) -> bool:
@@ -162,9 +164,9 @@ class GraphIndex:
         while todo:
             name = todo.pop()
             yield name
-            node = self.node(name)
-            if node is not None and enter(name, node):
-                fresh = [other for other in dict.fromkeys(reads(node)) if other not in seen]
+            index = self.producer.get(name)
+            if index is not None and enter(name, self.nodes[index]):
+                fresh = [other for other in self.reads[index] if other not in seen]
                 seen.update(fresh)
                 todo += fresh
 

@@ -16,7 +16,6 @@ from aimet_ext.onnx.blocks.flow import Flow, Norm
 from aimet_ext.onnx.blocks.roles import MismatchError, attention_roles, mlp_roles
 from aimet_ext.onnx.blocks.topology import SharedVector, block_topology
 from aimet_ext.onnx.graph import OnnxGraph, Part
-from aimet_ext.onnx.index import reads
 from aimet_ext.onnx.layers import OnnxLayer
 from aimet_ext.walk.stream import BlockStream
 
@@ -219,7 +218,7 @@ def _region(flow: Flow, start: str, end: str) -> _Region:
     shapes: set[str] = set()  # small, and other than in the data for another batch size
     for index in order:
         node = graph.nodes[index]
-        inputs = list(reads(node))
+        inputs = graph.reads[index]
         if any(name in depends for name in inputs):
             depends.update(node.output)
         elif all(name in constant or flow.graph.is_stored(name) for name in inputs):
@@ -237,7 +236,7 @@ def _region(flow: Flow, start: str, end: str) -> _Region:
             continue
         fixed = constant.intersection(node.output)
         (region.constants if fixed else region.nodes).append(index)
-        needed.update(name for name in reads(node) if name in constant | shapes)
+        needed.update(name for name in graph.reads[index] if name in constant | shapes)
     region.nodes.reverse()
     region.constants.reverse()
     depends |= shapes
@@ -246,7 +245,7 @@ def _region(flow: Flow, start: str, end: str) -> _Region:
         layer = flow.layer_of(node)
         if layer is not None and layer not in region.layers:
             region.layers.append(layer)
-        for name in reads(node):
+        for name in graph.reads[index]:
             known = name in depends or name in constant or flow.graph.is_stored(name)
             if not known and name not in region.arguments:
                 region.arguments.append(name)

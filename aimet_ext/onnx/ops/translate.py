@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,11 @@ class Operation:
     attributes: Attributes = field(default_factory=dict)
     wide: Attributes = field(default_factory=dict)
 
+    @cached_property
+    def key(self) -> tuple[str, str]:
+        """Domain and operator, see :func:`key_of`."""
+        return key_of(self.node)
+
     def read(self) -> Iterator[str]:
         """Yield the names of the inputs that are there."""
         return filter(None, self.inputs)
@@ -68,7 +74,7 @@ def _compute(
     """
     attributes = step.wide if wide else step.attributes
     try:
-        outputs = apply_operator(key_of(step.node), attributes, inputs, opset)
+        outputs = apply_operator(step.key, attributes, inputs, opset)
     except torch.OutOfMemoryError:
         raise
     except (IndexError, RuntimeError, TypeError, ValueError) as error:

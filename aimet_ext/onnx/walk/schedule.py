@@ -250,7 +250,7 @@ class _Planner:
         """Count the elements of the layer weights that a node holds."""
         if index not in self.weighted:
             return 0
-        stored = [self.graph.constant(name) for name in reads(self.graph.nodes[index])]
+        stored = [self.graph.constant(name) for name in self.graph.reads[index]]
         return sum(elements(tensor) for tensor in stored if tensor is not None)
 
     def _section(
@@ -260,7 +260,7 @@ class _Planner:
         names = tuple(sorted(outputs))
         nodes = self.graph.subgraph(given, names)
         assert part.issuperset(set(nodes) - self._light), "a node would run twice"
-        read = {name for index in nodes for name in reads(self.graph.nodes[index])}
+        read = {name for index in nodes for name in self.graph.reads[index]}
         return Section(tuple(nodes), tuple(sorted(read & given)), names, common)
 
     def _tell_light(self) -> set[int]:
