@@ -23,9 +23,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from aimet_ext.config import PairKindName as PairKind
 from aimet_ext.core.affine import Grid, fake_quantize, spread
-
-PairKind = Literal["norm_qkv", "v_o", "norm_mlp", "up_down", "q_k"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

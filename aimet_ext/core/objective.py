@@ -79,15 +79,11 @@ def row_errors(error: Tensor, second: Tensor, pull: Tensor | None) -> Tensor:
     :param pull: ``[out, in]`` or None, see :meth:`SecondMoment.pull`.
     :returns: ``[out]``.
     """
-    errors = _grouped_quadratic(error, second)
+    rows = error  # [out, in]
+    if second.dim() == 3:
+        rows = error.reshape(second.shape[0], -1, error.shape[1])  # [groups, out / groups, in]
+    errors = quadratic(rows, second).flatten()
     return errors if pull is None else errors - 2 * (pull * error).sum(1)
-
-
-def _grouped_quadratic(rows: Tensor, moment: Tensor) -> Tensor:
-    if moment.dim() == 2:
-        return quadratic(rows, moment)
-    grouped = rows.reshape(moment.shape[0], -1, rows.shape[1])  # [groups, out / groups, n]
-    return quadratic(grouped, moment).flatten()
 
 
 def best_rows(candidates: Iterable[Tensor], errors: Callable[[Tensor], Tensor]) -> Tensor:

@@ -22,7 +22,6 @@ from aimet_ext.walk.hooks import (
 from aimet_ext.walk.layers import (
     Inputs,
     LayerOrder,
-    ReadStage,
     Stage,
     Streams,
     layers_around,
@@ -58,13 +57,10 @@ class BlockWalk:
     See :class:`aimet_ext.walk.layers.Walk`. Nothing but calls of modules is looked at, so a block
     may be of any architecture. The model must compute in float while it walks.
 
+    :class:`~aimet_ext.walk.rerun.ModelWalk` describes the other parameters.
+
     :param blocks: Full names of the repeated blocks, see :func:`find_stack`.
     :param batches: Batches of the dataloader, as a list.
-    :param layers: Full names of the layers to stop at.
-    :param streams: Streams whose inputs the stages give.
-    :param effective: Weights of other layers in the quantized stream, by full name.
-    :param forward_fn: Function called as ``forward_fn(model, batch)`` in place of the model.
-    :param cache_dir: Folder for memory-mapped caches; None keeps them in RAM.
     :param device: Device for the block that is worked on; None leaves it where it is.
     """
 
@@ -156,7 +152,7 @@ class BlockWalk:
                 yield from self._block_stages(block, bool(after.stages))
         for names in after.stages:
             relus = {n: after.activations[n] for n in names if n in after.activations}
-            yield ReadStage(names, relus, partial(self._tail_inputs, names[0]))
+            yield Stage(names, relus, partial(self._tail_inputs, names[0]))
 
     def close(self) -> None:
         """Drop all caches; a block that is worked on goes back to its device."""
@@ -180,7 +176,7 @@ class BlockWalk:
             for names in found.stages:
                 relus = {f"{prefix}{n}": r for n, r in found.activations.items() if n in names}
                 full = tuple(f"{prefix}{name}" for name in names)
-                yield ReadStage(full, relus, partial(block.inputs, names))
+                yield Stage(full, relus, partial(block.inputs, names))
             if after or block.name != self.blocks[-1]:
                 for stream in block.flows:
                     block.advance(stream)

@@ -44,35 +44,19 @@ def stream_names(streams: Streams) -> tuple[str, ...]:
     return ("quantized", "float") if streams == "both" else (streams,)
 
 
-class Stage(Protocol):
-    """Layers that read one input."""
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Full names."""
-
-    @property
-    def activations(self) -> Mapping[str, Activation]:
-        """The ReLU that alone reads a layer's output, by layer, where there is one."""
-
-    def batches(self) -> Iterator[Inputs]:
-        """Yield the layers' input, batch by batch; it is computed anew at each call."""
-
-
 @dataclass(frozen=True, eq=False)
-class ReadStage:
-    """A :class:`Stage` whose inputs a function reads.
+class Stage:
+    """Layers that read one input.
 
-    :param read: Function that returns a new iterator over the layers' input.
+    :param layers: Full names.
+    :param activations: The ReLU that alone reads a layer's output, by layer, where there is one.
+    :param batches: Function that returns a new iterator over the layers' input, batch by batch;
+        it is computed anew at each call.
     """
 
     layers: tuple[str, ...]
     activations: Mapping[str, Activation]
-    read: Callable[[], Iterator[Inputs]]
-
-    def batches(self) -> Iterator[Inputs]:
-        """Yield the layers' input, batch by batch; it is computed anew at each call."""
-        return self.read()
+    batches: Callable[[], Iterator[Inputs]]
 
 
 class Walk(Protocol):

@@ -16,7 +16,7 @@ from aimet_ext.walk.hooks import checked_weight, run_batch, seen_input, swapped_
 from aimet_ext.walk.layers import (
     Inputs,
     LayerOrder,
-    ReadStage,
+    Stage,
     Streams,
     check_model,
     known,
@@ -74,7 +74,7 @@ class ModelWalk:
         self._current = -1
         self._order = LayerOrder()
 
-    def stages(self) -> Iterator[ReadStage]:
+    def stages(self) -> Iterator[Stage]:
         """Yield each stage in turn, in the order of the layers' calls."""
         for number, layers in enumerate(self._order.stages):
             assert not self._pending, f"{sorted(self._pending)} must be decided first"
@@ -84,7 +84,7 @@ class ModelWalk:
             if "quantized" in self._weights:
                 self._pending = set(layers)
             relus = {n: relu for n, relu in self._order.activations.items() if n in layers}
-            yield ReadStage(layers, relus, partial(self._read, number))
+            yield Stage(layers, relus, partial(self._read, number))
         self._current = -1
 
     def hold(self, layer: str) -> None:

@@ -218,28 +218,22 @@ def no_tokens(layer: nn.Module) -> Tensor:
 # ---- all blocks ---------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class BlockPass:
     """The streams of calibration data on their way through the repeated blocks of a model.
 
     Per token only the residual stream is kept, and what an open block keeps of its parts.
 
-    :param blocks: Full names of the blocks, in order.
+    :param names: Full names of the blocks, in order.
     :param flows: Inputs of the first block by stream.
     :param device: Device for the block that is worked on; None leaves it where it is.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        blocks: Sequence[str],
-        flows: Mapping[str, BlockStream],
-        device: torch.device | str | None,
-    ) -> None:
-        self.model = model
-        self.names = tuple(blocks)
-        self.flows = flows
-        self.device = device
-        self.calls = 0
+    model: nn.Module
+    names: Sequence[str]
+    flows: Mapping[str, BlockStream]
+    device: torch.device | str | None
+    calls: int = 0
 
     def blocks(self) -> Generator[StreamedBlock]:
         """Yield each block in turn; who takes it moves the streams past it."""
@@ -296,9 +290,6 @@ def open_pass(
     :param blocks: Full names of the blocks, in order.
     :param weights: Weights outside the blocks that a stream does not take from the model, by
         stream and layer.
-    :param forward_fn: Function called as ``forward_fn(model, batch)`` in place of the model.
-    :param cache_dir: Folder for memory-mapped caches; None keeps them in RAM.
-    :param device: Device for the block that is worked on; None leaves it where it is.
     :raises ValueError: blocks are called in different ways, or a batch is unusable.
     """
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from aimet_ext.data.batches import ForwardFn, map_tensors, module_device, tensors_in
 from aimet_ext.data.cache import StoredBatches, ValueCache, keep_batches
 from aimet_ext.walk.hooks import checked_weight, run_batch
-from aimet_ext.walk.layers import Streams, Walk, layer_order
+from aimet_ext.walk.layers import Walk, layer_order
 from aimet_ext.walk.rerun import ModelWalk, RerunWalk
 from aimet_ext.walk.trace import (
     Executor,
@@ -36,12 +36,10 @@ def walk_graph(
     batches: Iterable[Any],
     layers: Sequence[str],
     *,
-    streams: Streams = "quantized",
-    effective: Mapping[str, Tensor] | None = None,
     forward_fn: ForwardFn | None = None,
     cache_dir: str | Path | None = None,
-    device: torch.device | str | None = None,
     leaves: Iterable[nn.Module] = (),
+    **settings: Any,
 ) -> Walk:
     """Return a :class:`GraphWalk` where the model can be traced, else a :class:`RerunWalk`.
 
@@ -50,7 +48,6 @@ def walk_graph(
     """
     kept = keep_batches(batches, cache_dir)
     reason = "a forward_fn was given"
-    settings: dict[str, Any] = {"streams": streams, "effective": effective, "device": device}
     try:
         if forward_fn is None:
             try:

@@ -16,7 +16,7 @@ from aimet_ext.onnx.graph import OnnxGraph, Part
 from aimet_ext.onnx.layers import OnnxLayer
 from aimet_ext.onnx.values import input_specs
 from aimet_ext.onnx.walk.schedule import PlannedStage, Section, plan_stages, plan_transitions
-from aimet_ext.walk.layers import Inputs, ReadStage, Streams, fit_mask, known
+from aimet_ext.walk.layers import Inputs, Stage, Streams, fit_mask, known
 
 _COMMON = "common"
 _MASK = "attention_mask"
@@ -97,7 +97,7 @@ class OnnxWalk:
         self._segments = 0
         self._peak = 0
 
-    def stages(self) -> Iterator[ReadStage]:
+    def stages(self) -> Iterator[Stage]:
         """Yield the stages, in the order of the layers' first nodes."""
         for stage, transition in zip(self._stages, self._transitions, strict=True):
             assert not self._pending, f"{sorted(self._pending)} must be decided first"
@@ -114,7 +114,7 @@ class OnnxWalk:
             def read(stage: PlannedStage = stage) -> Iterator[Inputs]:
                 return self._read(stage)
 
-            yield ReadStage(stage.layers, stage.activations, read)
+            yield Stage(stage.layers, stage.activations, read)
         self._stage = None
 
     def hold(self, layer: str) -> None:
