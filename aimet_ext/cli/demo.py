@@ -99,9 +99,12 @@ def run(output: Path, *, num_iterations: int, seed: int) -> Demo:
 
     check_output(output)
     model, tokenizer = jobs.load_model(aimet_ext.examples.model_dir())
-    batches, held_out = (
-        jobs.cut_batches(tokenizer, aimet_ext.examples.documents(split), 256, count // size, size)
-        for size, (split, count) in zip((2, 8), WINDOWS.items(), strict=True)
+    documents = aimet_ext.examples.documents
+    batches = jobs.cut_batches(
+        tokenizer, documents("calibration"), 256, WINDOWS["calibration"] // 2, batch_size=2
+    )
+    held_out = jobs.cut_batches(
+        tokenizer, documents("evaluation"), 256, WINDOWS["evaluation"] // 8, batch_size=8
     )
     given = {
         "adaround": {"seed": seed},
