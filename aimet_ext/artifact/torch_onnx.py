@@ -45,7 +45,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a quantized parameter is found in the ONNX file.
+    """Place of a quantized parameter in the ONNX file.
 
     :param tensor: the initializer, or the alias of one, that carries the encoding.
     :param transposed: True if its columns are the output channels there.

@@ -61,7 +61,7 @@ class TensorCache:
 
     @property
     def folder(self) -> Path | None:
-        """Where the files of this cache are, None for a cache in RAM."""
+        """Folder of the files of this cache, None for a cache in RAM."""
         return self._folder
 
     def append(self, tensor: Tensor) -> None:

@@ -224,7 +224,7 @@ class MomentSum:
 
     @property
     def storage(self) -> Storage:
-        """Where the sums are: in memory, or in a memory-mapped file."""
+        """Storage of the sums: memory, or a memory-mapped file."""
         return self._storage
 
     @property

@@ -1,4 +1,4 @@
-"""Which layer of a PyTorch model gets which weight grid, and which MLPs are padded for it."""
+"""Weight grids of the layers of a PyTorch model, and which MLPs are padded for it."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Where the package meets other tools; each module is imported on use and needs its own extra."""
+"""Connections to other tools; each module is imported on use and needs its own extra."""

@@ -41,7 +41,7 @@ class Trace:
 
     @cached_property
     def inputs(self) -> list[fx.Node]:
-        """Where the batch's tensors come in, in the order of :func:`tensors_in`."""
+        """Nodes where the batch's tensors come in, in the order of :func:`tensors_in`."""
         return [node for node in self.nodes if node.op == "placeholder"]
 
     @cached_property

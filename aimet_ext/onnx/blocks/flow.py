@@ -1,4 +1,4 @@
-"""Where the tensors of an ONNX graph come from: what blocks and their roles are found by."""
+"""Sources of the tensors of an ONNX graph: what blocks and their roles are found by."""
 
 from __future__ import annotations
 

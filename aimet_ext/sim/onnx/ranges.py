@@ -183,7 +183,7 @@ def aimet_spec(spec: QSpec) -> aimet_onnx.QSpec:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Where encodings went.
+    """Tensors that encodings were given to.
 
     :param quantizers: Tensors that have a quantizer with a range of the file.
     :param moved: Encoded outputs of nodes that only move values, whose source has that range.
