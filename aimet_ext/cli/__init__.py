@@ -3,3 +3,4 @@
 from aimet_ext.cli.app import app, main
 from aimet_ext.cli.errors import EXIT_CODES
 
+__all__ = ["EXIT_CODES", "app", "main"]

@@ -1,4 +1,4 @@
-"""Selection of the layers of a simulation that a call means: patterns, names, types, modules or a condition."""
+"""Layers of a simulation that a call means: patterns, names, types, modules or a condition."""
 
 from __future__ import annotations
 
