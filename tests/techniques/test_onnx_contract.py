@@ -82,7 +82,7 @@ class Comparison:
         self.total.rows += len(differs)
         self.total.differing += int(differs.sum())
         if bool(differs.any()):
-            offset = None if other.symmetric else other.grid().offset
+            offset = None if other.layout.symmetric else other.grid().offset
             quantizer.set_scale(other.free_grid().scale, offset)
             quantizer.set_weight(other.weight)
         return outcome
