@@ -28,8 +28,6 @@ GRAPHS = ("llama", "qwen2", "qwen3", "genai")
 #: Gains are ones and biases zeros, each stored once for all that read it.
 MERGED = "merged"
 QUICK: dict[str, Any] = {"num_iterations": 2, "search_sweeps": 1, "progress": False}
-#: Where it does not matter how good the scales are.
-BARE = {**QUICK, "search_sweeps": 0}
 #: Large steps on a coarse grid that all rows share, so that every scale moves, the q-k one too.
 BOLD: dict[str, Any] = {
     "num_iterations": 20,
@@ -299,7 +297,7 @@ def test_a_graph_of_one_batch_size(ids: Callable[..., Tensor]) -> None:
     model = onnx_models.exported_module(module, args, names, ["logits"], None)
     fixed = Case("fixed", model, free.module, free.batches)
     reports = [
-        aimet_ext.apply_omniquant(found.sim(), found.batches, batch_size=3, **BARE)
+        aimet_ext.apply_omniquant(found.sim(), found.batches, batch_size=3, **QUICK)
         for found in (free, fixed)
     ]
     for one, two in zip(*(report.blocks for report in reports), strict=True):
@@ -325,7 +323,7 @@ def test_failure_leaves_the_sim_alone(
 
     monkeypatch.setattr(omniquant, "train_block", fail)
     with pytest.raises(error, match="stop"):
-        aimet_ext.apply_omniquant(sim, found.batches, **BARE)
+        aimet_ext.apply_omniquant(sim, found.batches, **QUICK)
     assert state_of(sim) == before
     np.testing.assert_array_equal(sim.session.run(None, found.batches[0])[0], outputs)
 
@@ -363,7 +361,7 @@ def test_excluded_layers_are_left_alone(case: Callable[..., Case], how: str) -> 
     sim = found.sim()
     quantizer = adapt(sim).weight_quantizer(node)
     weight = quantizer.weight
-    report = aimet_ext.apply_omniquant(sim, found.batches, modules_to_exclude=[name], **BARE)
+    report = aimet_ext.apply_omniquant(sim, found.batches, modules_to_exclude=[name], **QUICK)
     assert not quantizer.frozen
     assert torch.equal(quantizer.weight, weight)
     assert "v_proj" in report.refused_pairs["v_o"]
@@ -457,7 +455,7 @@ def test_gain_that_is_shared_is_copied_for_each_norm(case: Callable[..., Case], 
 def test_gain_that_cannot_be_copied_is_refused_by_name(case: Callable[..., Case]) -> None:
     found = reading_one_gain(case(), through="everywhere")
     sim = found.sim()
-    report = aimet_ext.apply_omniquant(sim, found.batches, **BARE)
+    report = aimet_ext.apply_omniquant(sim, found.batches, **QUICK)
     for kind in ("norm_qkv", "norm_mlp"):
         assert "layers.0.input_layernorm.weight" in report.refused_pairs[kind]
     assert {e.kind for e in sim.aimet_ext_ledger.entries}.isdisjoint(["norm_qkv", "norm_mlp"])
@@ -469,7 +467,7 @@ def test_nothing_is_copied_that_is_not_rescaled(case: Callable[..., Case]) -> No
     found = case(MERGED)
     plain, some = found.sim(), found.sim()
     stored = set(adapt(plain).graph.initializers)
-    aimet_ext.apply_omniquant(plain, found.batches, let=False, **BARE)
+    aimet_ext.apply_omniquant(plain, found.batches, let=False, **QUICK)
     assert set(adapt(plain).graph.initializers) == stored
     aimet_ext.apply_omniquant(some, found.batches, pairs=("norm_mlp",), **QUICK)
     stem = "model.layers.{}.post_attention_layernorm.weight"
@@ -506,7 +504,7 @@ def test_failure_takes_copies_out_again(
 
     before = sim.model.model.SerializeToString(deterministic=True), view(), state_of(sim)
     with pytest.raises(ValueError, match="modules_to_exclude"):
-        aimet_ext.apply_omniquant(sim, found.batches, modules_to_exclude=["none"], **BARE)
+        aimet_ext.apply_omniquant(sim, found.batches, modules_to_exclude=["none"], **QUICK)
     assert (sim.model.model.SerializeToString(deterministic=True), view(), state_of(sim)) == before
     assert sim.session is session
     train = omniquant.train_block
@@ -518,10 +516,10 @@ def test_failure_takes_copies_out_again(
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
         patch.setattr(omniquant, "train_block", fail)
-        aimet_ext.apply_omniquant(sim, found.batches, **BARE)
+        aimet_ext.apply_omniquant(sim, found.batches, **QUICK)
     assert (sim.model.model.SerializeToString(deterministic=True), view(), state_of(sim)) == before
     np.testing.assert_array_equal(sim.session.run(None, found.batches[0])[0], outputs)
-    assert not aimet_ext.apply_omniquant(sim, found.batches, **BARE).refused_pairs
+    assert not aimet_ext.apply_omniquant(sim, found.batches, **QUICK).refused_pairs
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -545,9 +543,9 @@ def test_export_with_copies_is_read_back(case: Callable[..., Case], tmp_path: An
 def test_technique_is_applied_once(case: Callable[..., Case]) -> None:
     found = case()
     sim = found.sim()
-    aimet_ext.apply_omniquant(sim, found.batches, **BARE)
+    aimet_ext.apply_omniquant(sim, found.batches, **QUICK)
     with pytest.raises(ValueError, match="omniquant"):
-        aimet_ext.apply_omniquant(sim, found.batches, **BARE)
+        aimet_ext.apply_omniquant(sim, found.batches, **QUICK)
 
 
 def test_rounded_weights_are_refused(case: Callable[..., Case]) -> None:
