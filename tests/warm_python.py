@@ -22,12 +22,14 @@ class WarmPython:
     """
 
     def __init__(self, package: pathlib.Path) -> None:
+        # As `python script` does it: the script's folder comes first, then the package under test.
+        inherited = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(package)},
+            env={**inherited, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(package)},
         )
 
     def run(

@@ -17,7 +17,8 @@ from aimet_ext import registry
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
-PATH = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "reference")]
+PACKAGE = pathlib.Path(aimet_ext.__file__).parent.parent  # installed or checkout, as tested here
+PATH = [str(PACKAGE), str(ROOT / "tests"), str(ROOT / "tests" / "reference")]
 
 
 def program(*words: str) -> subprocess.CompletedProcess[str]:
