@@ -44,15 +44,15 @@ def test_shape_of_the_signature(technique: Any) -> None:
 def test_a_call_in_the_order_of_aimet(
     technique: Any,
     make_sim: Any,
-    pair: list[Tensor],
+    batches: list[Tensor],
     outcome: Any,
     result_of: Any,
     tmp_path: pathlib.Path,
 ) -> None:
-    sim = make_sim(layers=1)
+    sim = make_sim()
     values = {
         "sim": sim,
-        "dataloader": pair,
+        "dataloader": batches,
         "forward_fn": lambda model, batch: model(batch),
         "modules_to_exclude": None,
         "checkpoints_config": "cuts.json",
@@ -63,24 +63,24 @@ def test_a_call_in_the_order_of_aimet(
     positional = [values.pop(name) for name in technique.order]
     rest = {k: v for k, v in values.items() if k in ("output_path", *technique.quick)}
     technique.function(*positional, progress=False, **rest)
-    assert result_of(sim) == outcome(technique, pair, 1)[0]
+    assert result_of(sim) == outcome(technique, batches)[0]
     assert (tmp_path / "out" / "report.json").is_file()
 
 
 def test_forward_fn_in_third_position(
-    technique: Any, make_sim: Any, pair: list[Tensor], outcome: Any, result_of: Any
+    technique: Any, make_sim: Any, batches: list[Tensor], outcome: Any, result_of: Any
 ) -> None:
     sim = make_sim(layers=1)
-    technique.function(sim, pair, run_model, progress=False, **technique.quick)
-    assert result_of(sim) == outcome(technique, pair, 1)[0]
+    technique.function(sim, batches, run_model, progress=False, **technique.quick)
+    assert result_of(sim) == outcome(technique, batches, 1)[0]
 
 
 def test_a_call_with_the_names_of_aimet(
-    technique: Any, make_sim: Any, pair: list[Tensor], outcome: Any, result_of: Any
+    technique: Any, make_sim: Any, batches: list[Tensor], outcome: Any, result_of: Any
 ) -> None:
-    sim = make_sim(layers=1)
-    technique.function(quant_sim=sim, data_loader=pair, progress=False, **technique.quick)
-    assert result_of(sim) == outcome(technique, pair, 1)[0]
+    sim = make_sim()
+    technique.function(quant_sim=sim, data_loader=batches, progress=False, **technique.quick)
+    assert result_of(sim) == outcome(technique, batches)[0]
 
 
 def run_model(model: nn.Module, batch: Any) -> Any:
@@ -170,11 +170,11 @@ def test_batches_of_a_type_of_ones_own(
     assert result_of(sim) == outcome(technique, pair, 1)[0]
 
 
-def test_arguments_are_not_changed(technique: Any, make_sim: Any, ids: Any) -> None:
+def test_arguments_are_not_changed(technique: Any, sim: Any, ids: Any) -> None:
     batch = masked(ids())
     copies = {name: tensor.clone() for name, tensor in batch.items()}
     dataloader = [batch]
-    technique.apply(make_sim(layers=1), dataloader)
+    technique.apply(sim, dataloader)
     assert len(dataloader) == 1 and dataloader[0] is batch and list(batch) == list(copies)
     assert all(torch.equal(batch[name], copies[name]) for name in batch)
 
@@ -300,9 +300,13 @@ def test_weights_that_another_technique_froze(refused: Any, batches: list[Tensor
 
 
 def test_once_is_enough(refused: Any, batches: list[Tensor]) -> None:
-    """Unfreezing the quantizers does not make a second run right: the ledger refuses too."""
     refused.technique.apply(refused.sim, batches)
     refused(ValueError, "froze|already applied to", batches)
+
+
+def test_the_ledger_refuses_too(refused: Any, batches: list[Tensor]) -> None:
+    """Unfreezing the quantizers does not make a second run right."""
+    refused.technique.apply(refused.sim, batches)
     for quantizer in adapt(refused.sim).weight_quantizers().values():
         quantizer.freeze(False)
     text = f"{refused.technique.name} was already applied to .*layers.0.*a new sim"

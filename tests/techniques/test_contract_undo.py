@@ -56,11 +56,8 @@ class Interruption:
         monkeypatch.setattr(TorchWeightQuantizer, "freeze", raising)
 
 
-@pytest.mark.parametrize(
-    ("on_disk", "error"),
-    [(False, KeyboardInterrupt()), (True, MemoryError("none left"))],
-    ids=["RAM", "cache_dir"],
-)
+@pytest.mark.parametrize("on_disk", [False, True], ids=["RAM", "cache_dir"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError("none left")], ids=repr)
 def test_a_failure_in_the_second_block_undoes_the_first(
     technique: Any,
     lived_in: Any,
