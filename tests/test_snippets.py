@@ -29,6 +29,7 @@ def test_markers_pair_up(script: pathlib.Path) -> None:
     assert marks == [(end, name) for name in names for end in (False, True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SNIPPETS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_snippet_runs(
     script: pathlib.Path, warm_python: WarmPython, tmp_path: pathlib.Path

@@ -284,7 +284,7 @@ def build_lora_sim(
         parent, _, key = name.rpartition(".")
         setattr(model.get_submodule(parent), key, LoraSlot(model.get_submodule(name), bias=bias))
     activations = QSpec(bitwidth=16, symmetric=False)
-    sim = build_sim(model.eval(), dummy_input, {}, activations, config, in_place=True)
+    sim = build_sim(model.eval(), dummy_input, {}, activations, config, in_place=True, ranges=False)
     for slot in slots(sim).values():
         for place in _QUANTIZERS.values():
             put_quantizer(slot, place, None)

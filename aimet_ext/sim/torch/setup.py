@@ -29,6 +29,7 @@ def build_sim(
     config: str | Mapping[str, Any],
     *,
     in_place: bool = False,
+    ranges: bool = True,
 ) -> QuantizationSimModel:
     """Return a simulation whose weights are quantized as asked for each layer, with ranges.
 
@@ -38,6 +39,7 @@ def build_sim(
         parameters, or float ones where activations are float.
     :param activations: Spec of every input and output quantizer, None for float.
     :param config: Alias or path of AIMET's configuration file, or its content.
+    :param ranges: False if ranges are loaded next: AIMET looks for a 16-bit grid for seconds.
     """
     with _config_file(config) as config_file, quiet():
         sim = QuantizationSimModel(
@@ -49,7 +51,7 @@ def build_sim(
             config_file=config_file,
         )
     _set_activations(sim, activations)
-    _set_weights(sim, weights, keep_others=activations is not None)
+    _set_weights(sim, weights, keep_others=activations is not None, ranges=ranges)
     return sim
 
 
@@ -100,7 +102,11 @@ def _set_activations(sim: QuantizationSimModel, spec: QSpec | None) -> None:
 
 
 def _set_weights(
-    sim: QuantizationSimModel, weights: Mapping[str, QSpec | None], *, keep_others: bool
+    sim: QuantizationSimModel,
+    weights: Mapping[str, QSpec | None],
+    *,
+    keep_others: bool,
+    ranges: bool,
 ) -> None:
     made: dict[int, nn.Module | None] = {}  # tied weights share one quantizer
     for name, layer in sim.model.named_modules():
@@ -114,8 +120,9 @@ def _set_weights(
         elif not keep_others:
             for parameter in layer.param_quantizers:
                 layer.param_quantizers[parameter] = None
-        with quiet():
-            layer.compute_param_encodings()
+        if ranges:
+            with quiet():
+                layer.compute_param_encodings()
 
 
 @contextmanager
