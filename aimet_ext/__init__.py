@@ -114,7 +114,7 @@ def __getattr__(name: str) -> Any:
 
     :raises MissingExtraError: an optional package that the name needs is not installed.
     """
-    home = {**_HOMES, **public_homes()}.get(name)
+    home = _HOMES.get(name) or public_homes().get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
