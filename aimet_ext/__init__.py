@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from aimet_ext.config import SeqMSEParams as SeqMSEParams
     from aimet_ext.data.text import calibration_batches as calibration_batches
     from aimet_ext.errors import CorruptFileError as CorruptFileError
+    from aimet_ext.errors import Finding as Finding
     from aimet_ext.errors import MissingExtraError as MissingExtraError
     from aimet_ext.errors import TransformRefused as TransformRefused
     from aimet_ext.evaluation.perplexity import evaluate_perplexity as evaluate_perplexity
     from aimet_ext.files.ledger import Ledger as Ledger
     from aimet_ext.files.ledger import load_scales as load_scales
-    from aimet_ext.findings import Finding as Finding
     from aimet_ext.grids.blockwise import GridReport as GridReport
     from aimet_ext.grids.blockwise import set_blockwise as set_blockwise
     from aimet_ext.grids.blockwise import set_lpbq as set_lpbq
@@ -64,7 +64,7 @@ _HOMES = {
     "Blockwise": "aimet_ext.config",
     "CacheGraphs": "aimet_ext.artifact.kv.run",
     "CorruptFileError": "aimet_ext.errors",
-    "Finding": "aimet_ext.findings",
+    "Finding": "aimet_ext.errors",
     "GridReport": "aimet_ext.grids.blockwise",
     "LPBQ": "aimet_ext.config",
     "LayerReport": "aimet_ext.techniques.report",

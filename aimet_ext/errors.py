@@ -1,9 +1,10 @@
-"""Exceptions of aimet_ext, and the import of optional packages."""
+"""Exceptions of aimet_ext, findings of its checks, and the import of optional packages."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from types import ModuleType
 
 
@@ -17,6 +18,29 @@ class CorruptFileError(ValueError):
 
 class TransformRefused(ValueError):
     """A function-preserving transform does not hold on the model at hand."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault.
+
+    :param check: name of the check, for example ``"bias"``.
+    :param name: tensor, layer or file.
+    :param message: value that is required there, and the one that was found.
+    :param remedy: action that removes the fault.
+    """
+
+    check: str
+    name: str
+    message: str
+    remedy: str
+
+    def to_json(self) -> dict[str, str]:
+        """Return the fields as JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.check}: {self.name}: {self.message}; {self.remedy}"
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -25,7 +25,6 @@ STDLIB = sys.stdlib_module_names
 RULES: dict[str, tuple[set[str], set[str]]] = {
     "__init__": ({"registry"}, set()),
     "errors": (set(), set()),
-    "findings": (set(), set()),
     "config": (set(), {"pydantic"}),
     "registry": (set(), set()),
     "core*": ({"core", "config"}, {"torch"}),
@@ -73,7 +72,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "examples*": ({"examples"}, set()),
     "integrity*": (
-        {"integrity", "findings", "onnx.index", "files", "core"},
+        {"integrity", "onnx.index", "files", "core"},
         {"torch", "numpy", "safetensors", "onnx", "pydantic"},
     ),
     "evaluation*": ({"evaluation", "sim", "walk", "models", "data"}, {"torch", "numpy"}),
@@ -82,12 +81,12 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "numpy", "onnx", "safetensors", "pydantic"},
     ),
     "linting*": (
-        {"linting", "findings", "integrations.qnn_targets", "sim.protocol", "sim.facts", "config"},
+        {"linting", "integrations.qnn_targets", "sim.protocol", "sim.facts", "config"},
         set(),
     ),
     "verification*": (
         {
-            *("verification", "findings", "linting", "integrity", "artifact", "integrations"),
+            *("verification", "linting", "integrity", "artifact", "integrations"),
             *("evaluation", "sim", "onnx", "models", "data", "files", "core"),
         },
         {"torch", "numpy", "onnx"},

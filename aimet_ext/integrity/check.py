@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from aimet_ext.errors import CorruptFileError
+from aimet_ext.errors import CorruptFileError, Finding
 from aimet_ext.files.folders import (
     FINGERPRINTS,
     LEDGER,
@@ -29,7 +29,6 @@ from aimet_ext.files.ledger import (
     aimet_tensors,
     cumulative_tensors,
 )
-from aimet_ext.findings import Finding
 from aimet_ext.integrity.description import ExportContents, read_record
 from aimet_ext.integrity.tensors import (
     check_encodings,

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from aimet_ext.config import LPBQ, Blockwise, PerTensor
-from aimet_ext.findings import Finding
-from aimet_ext.integrations.qnn_targets import HtpTarget, find_target
-from aimet_ext.linting.limits import LIMITS, MASK_LIMIT, HtpLimits
+from aimet_ext.errors import Finding
+from aimet_ext.integrations.qnn_targets import LIMITS, MASK_LIMIT, HtpLimits, HtpTarget, find_target
 from aimet_ext.sim.facts import FIXED_RANGES, Activation, LintLayer, SimFacts
 from aimet_ext.sim.protocol import adapt
 

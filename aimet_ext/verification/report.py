@@ -15,9 +15,9 @@ import torch
 from aimet_ext.core.objective import outputs_sqnr
 from aimet_ext.data.batches import token_ids, token_mask
 from aimet_ext.data.feeds import Feed
+from aimet_ext.errors import Finding
 from aimet_ext.evaluation.perplexity import perplexity_of, summed_losses
 from aimet_ext.files.folders import replace_file
-from aimet_ext.findings import Finding
 
 Status: TypeAlias = Literal["passed", "failed", "not run"]
 _LAYERS_SHOWN = 8

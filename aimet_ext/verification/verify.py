@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from aimet_ext.data.feeds import Feed, graph_feeds, random_feeds
-from aimet_ext.errors import CorruptFileError
+from aimet_ext.errors import CorruptFileError, Finding
 from aimet_ext.files.folders import (
     check_output,
     read_manifest,
@@ -21,7 +21,6 @@ from aimet_ext.files.folders import (
     versions,
     write_manifest,
 )
-from aimet_ext.findings import Finding
 from aimet_ext.integrations.qnn_targets import HtpTarget, find_target
 from aimet_ext.integrity.check import check_integrity
 from aimet_ext.onnx.values import read_input_specs

@@ -10,8 +10,7 @@ from torch import nn
 
 from aimet_ext.config import LPBQ, Blockwise, PerChannel, PerTensor, QSpec
 from aimet_ext.grids.create import create_sim
-from aimet_ext.integrations.qnn_targets import find_target, target_names
-from aimet_ext.linting.limits import LIMITS
+from aimet_ext.integrations.qnn_targets import LIMITS, find_target, target_names
 from aimet_ext.linting.lint import lint
 from aimet_ext.sim.protocol import adapt
 

@@ -13,8 +13,7 @@ import pytest
 from aimet_ext.core.objective import sqnr_db
 from aimet_ext.grids.blockwise import set_lpbq
 from aimet_ext.integrations import qnn as qnn_module
-from aimet_ext.integrations.qnn_targets import find_target
-from aimet_ext.linting.limits import LIMITS
+from aimet_ext.integrations.qnn_targets import LIMITS, find_target
 from aimet_ext.linting.lint import lint
 
 aimet_onnx = pytest.importorskip("aimet_onnx")

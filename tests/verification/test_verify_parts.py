@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from aimet_ext.data.feeds import InputSpec, graph_feeds, random_feeds
-from aimet_ext.findings import Finding
+from aimet_ext.errors import Finding
 from aimet_ext.verification.layers import (
     LayerFacts,
     compared_layers,
