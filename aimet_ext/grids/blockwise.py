@@ -12,9 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from aimet_ext.config import LPBQ, Blockwise, OnIndivisible, QSpec
+from aimet_ext.config import LPBQ, Blockwise, OnIndivisible, QSpec, WeightPlan, fit_blocks
 from aimet_ext.errors import some
-from aimet_ext.grids.fitting import WeightPlan, fit_blocks
 from aimet_ext.grids.patterns import Layers, LayerTable, select_specs
 from aimet_ext.sim.protocol import SimAdaptor, adapt
 from aimet_ext.techniques.call import accepts_aimet_arguments

@@ -1,20 +1,21 @@
-"""A simulation of a causal language model in one call."""
+"""A simulation of a causal language model in one call, and the grid of each of its weights."""
 
 from __future__ import annotations
 
 import copy
 import json
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from aimet_ext.config import PerTensor, QSpec
+from aimet_ext.config import PerTensor, QSpec, WeightPlan, fit_blocks
 from aimet_ext.data.batches import as_tensors, map_tensors, module_device
 from aimet_ext.errors import require
-from aimet_ext.grids.assignment import pad_mlps, plan_weights
-from aimet_ext.models.huggingface import PreparedCausalLM, causal_lm, prepare_model
+from aimet_ext.grids.patterns import LAYERS
+from aimet_ext.models.huggingface import PreparedCausalLM, causal_lm, original_name, prepare_model
 from aimet_ext.sim.protocol import adapt
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ def create_sim(
     plan = plan_weights(module, **specs, overrides=overrides)
     padded: dict[str, int] = {}
     if plan.pad:
+        from aimet_ext.grids.widening import pad_mlps
+
         module = copy.deepcopy(module)
         padded = pad_mlps(module, plan)
     if isinstance(activations, int):
@@ -99,6 +102,47 @@ def create_sim(
         "mask_value": module.mask_value if isinstance(module, PreparedCausalLM) else None,
     }
     return sim
+
+
+def plan_weights(
+    model: nn.Module,
+    *,
+    weights: QSpec | None,
+    lm_head: QSpec | None,
+    embedding: QSpec | None,
+    overrides: Mapping[str, QSpec | None],
+) -> WeightPlan:
+    """Give each linear layer, convolution and embedding of a model its spec.
+
+    :param overrides: Specs by pattern, matched with names of the model and of its checkpoint; the
+        first one that fits counts.
+    :raises ValueError: a pattern that fits nothing, a block size that does not divide a layer
+        whose spec says ``on_indivisible="error"``, or two specs for one shared weight.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LAYERS)}
+    language_model = causal_lm(model)
+    output = None if language_model is None else language_model.get_output_embeddings()
+    specs: dict[str, QSpec | None] = {}
+    for name, layer in layers.items():
+        if layer is output:
+            specs[name] = lm_head
+        else:
+            specs[name] = embedding if isinstance(layer, nn.Embedding) else weights
+    for pattern, spec in reversed(list(overrides.items())):  # the first pattern has the last word
+        fitting = [name for name in layers if fits(name, pattern, model)]
+        if not fitting:
+            raise ValueError(
+                f"the pattern of an override must fit a layer with a weight, {pattern!r} fits "
+                f"none; names look like {original_name(next(iter(layers), ''), model)!r}"
+            )
+        specs.update(dict.fromkeys(fitting, spec))
+    _check_shared(layers, specs)
+    return fit_blocks(layers, specs)
+
+
+def fits(name: str, pattern: str, model: nn.Module) -> bool:
+    """Return True if a layer's name in the model or in its checkpoint fits a pattern."""
+    return fnmatchcase(name, pattern) or fnmatchcase(original_name(name, model), pattern)
 
 
 def _embedding(module: nn.Module, lm_head: QSpec | None) -> QSpec | None:
@@ -124,6 +168,18 @@ def arguments_from_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         "overrides": {pattern: _spec(plain) for pattern, plain in settings["overrides"].items()},
         "config_file": settings["config_file"],
     }
+
+
+def _check_shared(layers: Mapping[str, Any], specs: Mapping[str, QSpec | None]) -> None:
+    first: dict[int, str] = {}
+    for name, layer in layers.items():
+        other = first.setdefault(id(layer.weight), name)
+        if specs[name] != specs[other]:
+            raise ValueError(
+                f"{other} and {name} share one weight and need the same spec, got "
+                f"{specs[other]} and {specs[name]}; for a model with tied embeddings pass the "
+                "same for embedding and lm_head"
+            )
 
 
 def _plain(spec: QSpec | None) -> dict[str, Any] | None:

@@ -9,8 +9,8 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from aimet_ext.config import WeightPlan
 from aimet_ext.errors import some
-from aimet_ext.grids.fitting import WeightPlan
 from aimet_ext.grids.patterns import LayerTable
 from aimet_ext.sim.onnx.ranges import (
     body_names,

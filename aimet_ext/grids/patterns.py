@@ -10,9 +10,11 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from aimet_ext.config import QSpec
-from aimet_ext.grids.fitting import LAYERS, WeightPlan
+from aimet_ext.config import QSpec, WeightPlan
 from aimet_ext.sim.protocol import SimAdaptor
+
+#: Layers whose weight ``[out, in, …]`` can be cut into blocks along dimension 1.
+LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 _Layer: TypeAlias = str | nn.Module | type[nn.Module] | Callable[[nn.Module], bool]
 #: One of these or several: pattern or name, module, type of module, AIMET's condition.

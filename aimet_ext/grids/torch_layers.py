@@ -8,8 +8,8 @@ from functools import cached_property
 
 from torch import nn
 
-from aimet_ext.grids.assignment import fits
-from aimet_ext.grids.fitting import WeightPlan
+from aimet_ext.config import WeightPlan
+from aimet_ext.grids.create import fits
 from aimet_ext.grids.patterns import LayerTable
 from aimet_ext.grids.widening import plan_widening
 from aimet_ext.models.huggingface import causal_lm, original_name

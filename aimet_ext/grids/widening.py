@@ -1,21 +1,21 @@
-"""Padding of MLPs inside a simulation, with the quantizers that the wider weights need."""
+"""Padding of MLPs of a model, or inside a simulation with the quantizers that wider ones need."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from aimet_ext.config import WeightPlan
 from aimet_ext.errors import some
-from aimet_ext.grids.assignment import plan_padding, record_inner_width
-from aimet_ext.grids.fitting import WeightPlan
 from aimet_ext.models.huggingface import causal_lm
 from aimet_ext.models.padding import mlp_layers, pad_mlp, pad_rows
-from aimet_ext.models.topology import BlockTopology
+from aimet_ext.models.topology import BlockTopology, find_blocks
 from aimet_ext.sim.protocol import SimAdaptor
 from aimet_ext.sim.torch.parameters import LayerParameter
 from aimet_ext.sim.torch.state import MADE
@@ -68,8 +68,7 @@ class Widening:
         if language_model is not None:
             config = language_model.config.get_text_config()
             undo(_put_back, config, {"intermediate_size": config.intermediate_size})
-        widths = {block.name: pad_mlp(model, block, self.multiple) for block in self.blocks}
-        record_inner_width(model, widths)
+        widths = _pad(model, self.blocks, self.multiple)
         for part, parameter, description in self.grown:
             undo(parameter.put, parameter.quantizer)
             cells = part.extra if part.fused else description["shape"][-1] - parameter.shape[-1]
@@ -94,9 +93,9 @@ def plan_widening(adaptor: SimAdaptor, plan: WeightPlan, parameters: _Parameters
         for name, own in parameters.items()
         if name not in plan.specs and "weight" in own
     }
-    padding = plan_padding(model, plan, sizes)
-    blocks = [b for b in padding.blocks if mlp_layers(model, b)[1].in_features % padding.multiple]
-    parts = [part for block in blocks for part in _parts(model, block, padding.multiple)]
+    every, multiple = plan_padding(model, plan, sizes)
+    blocks = [block for block in every if mlp_layers(model, block)[1].in_features % multiple]
+    parts = [part for block in blocks for part in _parts(model, block, multiple)]
     names = sorted({part.layer for part in parts})
     _check_weights(model, names)
     _check_history(adaptor, names, parameters)
@@ -117,7 +116,61 @@ def plan_widening(adaptor: SimAdaptor, plan: WeightPlan, parameters: _Parameters
                 "divides"
             )
         grown.append((part, parameter, description))
-    return Widening(padding.blocks, padding.multiple, tuple(grown))
+    return Widening(every, multiple, tuple(grown))
+
+
+def plan_padding(
+    model: nn.Module, plan: WeightPlan, block_sizes: Mapping[str, int] | None = None
+) -> tuple[tuple[BlockTopology, ...], int]:
+    """Check that MLPs can be padded so that the block sizes of a plan divide their inner widths.
+
+    :param block_sizes: Block sizes of layers outside the plan, by name.
+    :returns: all decoder blocks, and the number of which each inner width becomes a multiple.
+    :raises ValueError: a layer to be padded is not what leads out of an MLP.
+    :raises TypeError: a layer of an MLP is no linear layer.
+    """
+    try:
+        blocks = tuple(find_blocks(model))
+    except ValueError as error:
+        raise ValueError(
+            'on_indivisible="pad" needs decoder blocks whose MLPs can be widened, for '
+            f"{', '.join(plan.pad)}, but {error}"
+        ) from error
+    inner = [f"{block.name}.{block.stages[-1][0]}" for block in blocks]
+    others = sorted(set(plan.pad) - set(inner))
+    if others:
+        raise ValueError(
+            'only the inner width of an MLP can be padded (on_indivisible="pad"), and these '
+            f'layers read something else: {", ".join(others)}; give them "per_channel" or a block '
+            "size that divides"
+        )
+    for block in blocks:
+        mlp_layers(model, block)
+    planned = {name: spec.block_size for name, spec in plan.specs.items() if spec is not None}
+    sizes = {**(block_sizes or {}), **planned}
+    return blocks, math.lcm(*(sizes.get(name) or 1 for name in inner))
+
+
+def pad_mlps(model: nn.Module, plan: WeightPlan) -> dict[str, int]:
+    """Pad the MLPs of all blocks, in place, so that the block sizes of a plan divide them.
+
+    :returns: new inner width by name of block.
+    :raises ValueError: a layer to be padded is not what leads out of an MLP.
+    :raises TypeError: a layer of an MLP is no linear layer.
+    """
+    return _pad(model, *plan_padding(model, plan))
+
+
+def _pad(model: nn.Module, blocks: Sequence[BlockTopology], multiple: int) -> dict[str, int]:
+    """Pad the MLPs of blocks; the config of a language model says how wide they are, if all alike.
+
+    :returns: new inner width by name of block.
+    """
+    widths = {block.name: pad_mlp(model, block, multiple) for block in blocks}
+    language_model = causal_lm(model)
+    if language_model is not None and len(set(widths.values())) == 1:
+        language_model.config.get_text_config().intermediate_size = next(iter(widths.values()))
+    return widths
 
 
 def _parts(model: nn.Module, block: BlockTopology, multiple: int) -> Iterator[_Part]:
