@@ -23,8 +23,7 @@ from aimet_ext.errors import MissingExtraError
 from aimet_ext.files.folders import SETTINGS, write_json
 from aimet_ext.models.huggingface import causal_lm, checkpoint_prefix
 from aimet_ext.sim.torch.adaptor import TorchSim
-from aimet_ext.sim.torch.parameters import quantized_parameters
-from aimet_ext.sim.torch.state import unset_quantizers
+from aimet_ext.sim.torch.state import quantized_parameters, unset_quantizers
 
 CHECKPOINT = "checkpoint"
 

@@ -20,7 +20,7 @@ from aimet_ext.integrity.stored import StoredGraph, hash_values
 from aimet_ext.onnx.session import open_session
 from aimet_ext.sim.protocol import SimAdaptor
 from aimet_ext.sim.torch.adaptor import TorchSim
-from aimet_ext.sim.torch.parameters import LayerParameter, quantized_parameters
+from aimet_ext.sim.torch.state import LayerParameter, quantized_parameters
 
 # Largest deviation of onnxruntime from the float model, relative to its largest logit.
 _TOLERANCE = 1e-4

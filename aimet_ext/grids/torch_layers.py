@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 
-from aimet_ext.config import WeightPlan
+from aimet_ext.config import QSpec, WeightPlan
 from aimet_ext.grids.create import fits
 from aimet_ext.grids.patterns import LayerTable
 from aimet_ext.grids.widening import plan_widening
 from aimet_ext.models.huggingface import causal_lm, original_name
 from aimet_ext.sim.protocol import SimAdaptor
-from aimet_ext.sim.torch.parameters import layer_parameters, set_weight_specs
+from aimet_ext.sim.torch.state import calibrated_weight_quantizer, layer_parameters
 
 
 class TorchTable(LayerTable):
@@ -64,8 +65,20 @@ class TorchTable(LayerTable):
         if plan.pad:
             widening = plan_widening(self.adaptor, plan, self.parameters)
             padded = widening.apply(self.model, undo.callback)
-        set_weight_specs(self.weights, plan.specs, undo)
+        self._set_specs(plan.specs, undo)
         return padded
+
+    def _set_specs(self, specs: Mapping[str, QSpec | None], undo: ExitStack) -> None:
+        """Give weights new quantizers, with ranges; layers that share a weight share one."""
+        made: dict[int, Any] = {}
+        for name, spec in specs.items():
+            weight = self.weights[name]
+            if id(weight.value) not in made:
+                new = None if spec is None else calibrated_weight_quantizer(spec, weight.layer)
+                made[id(weight.value)] = new
+        for name in specs:
+            undo.callback(self.weights[name].put, self.weights[name].quantizer)
+            self.weights[name].put(made[id(self.weights[name].value)])
 
     def _modules(self, pattern: str) -> list[nn.Module]:
         """Return the modules that fit a pattern under any of their names, containers among them."""

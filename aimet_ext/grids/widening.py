@@ -17,8 +17,7 @@ from aimet_ext.models.huggingface import causal_lm
 from aimet_ext.models.padding import mlp_layers, pad_mlp, pad_rows
 from aimet_ext.models.topology import BlockTopology, find_blocks
 from aimet_ext.sim.protocol import SimAdaptor
-from aimet_ext.sim.torch.parameters import LayerParameter
-from aimet_ext.sim.torch.state import MADE
+from aimet_ext.sim.torch.state import MADE, LayerParameter, describe_quantizer, make_quantizer
 
 _Parameters = Mapping[str, Mapping[str, LayerParameter]]
 _Undo = Callable[..., Any]
@@ -71,8 +70,7 @@ class Widening:
         widths = _pad(model, self.blocks, self.multiple)
         for part, parameter, description in self.grown:
             undo(parameter.put, parameter.quantizer)
-            cells = part.extra if part.fused else description["shape"][-1] - parameter.shape[-1]
-            parameter.grow(description, part.grow, cells)
+            _grow(parameter, part, description)
         return widths
 
 
@@ -106,8 +104,7 @@ def plan_widening(adaptor: SimAdaptor, plan: WeightPlan, parameters: _Parameters
         replaced = part.parameter == "weight" and part.layer in plan.specs
         if parameter is None or replaced or not _has_cells(part, parameter):
             continue
-        rows, columns = (part.fused * part.extra, 0) if part.fused else (0, part.extra)
-        description = parameter.grown_description(rows, columns)
+        description = _grown_description(parameter, part)
         if description is None:
             raise ValueError(
                 f"{part.layer}: a quantizer of the {part.parameter} that can grow with it is "
@@ -225,6 +222,42 @@ def _check_activations(adaptor: SimAdaptor, blocks: Iterable[BlockTopology]) -> 
 def _has_cells(part: _Part, parameter: LayerParameter) -> bool:
     """Return True if a quantizer has several cells along the dimension that is padded."""
     return parameter.shape[:1] not in ((), (1,)) if part.fused else parameter.block > 0
+
+
+def _grown_description(parameter: LayerParameter, part: _Part) -> dict[str, Any] | None:
+    """Return the description of a quantizer of the same grid for a padded parameter.
+
+    :returns: None if no such quantizer can be made.
+    """
+    static = describe_quantizer(parameter.quantizer)
+    shape, block = list(static["shape"]), static.get("block_size")
+    grouping = static.get("block_grouping")
+    if part.fused:
+        fits = block is None or block[0] in (1, -1)
+        shape[0] += part.fused * part.extra
+    else:
+        old, shape[-1] = shape[-1], shape[-1] + part.extra // parameter.block
+        fits = grouping is None or grouping[-1] in (-1, old)
+        static["block_grouping"] = grouping and [*grouping[:-1], -1]
+    if not fits or static["class"] not in MADE or static["parameters"] != ["max", "min"]:
+        return None
+    return {**static, "shape": shape}
+
+
+@torch.no_grad()
+def _grow(parameter: LayerParameter, part: _Part, description: Mapping[str, Any]) -> None:
+    """Replace the quantizer of a parameter that was padded; old cells keep their range."""
+    cells = part.extra if part.fused else description["shape"][-1] - parameter.shape[-1]
+    new = make_quantizer(description).to(parameter.layer.weight.device)
+    if parameter.quantizer.is_initialized():
+        parameter.calibrate(new)
+        bounds = []
+        for key in ("min", "max"):
+            old = getattr(parameter.quantizer, key).detach()
+            kept = part.grow(torch.ones_like(old), cells).bool()
+            bounds.append(torch.where(kept, part.grow(old, cells), getattr(new, key).detach()))
+        new.set_range(*bounds)
+    parameter.put(new)
 
 
 def _put_back(layer: Any, attributes: Mapping[str, Any]) -> None:

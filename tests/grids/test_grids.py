@@ -17,11 +17,11 @@ from aimet_ext.config import LPBQ, Blockwise, PerChannel, PerTensor, QSpec
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.files.ledger import Ledger
 from aimet_ext.grids import blockwise as grids
+from aimet_ext.grids import torch_layers
 from aimet_ext.grids.blockwise import set_blockwise, set_lpbq
 from aimet_ext.grids.create import arguments_from_settings, create_sim
 from aimet_ext.sim.protocol import adapt
-from aimet_ext.sim.torch import parameters
-from aimet_ext.sim.torch.state import quantizers_to_tensors
+from aimet_ext.sim.torch.state import LayerParameter, quantizers_to_tensors
 
 aimet_torch = pytest.importorskip("aimet_torch")
 config_utils = pytest.importorskip("aimet_torch.quantsim.config_utils")
@@ -548,8 +548,8 @@ class TestWhatIsRefused:
 def test_a_change_that_fails_leaves_nothing_behind(llm, monkeypatch, width, function, error):
     sim = llm(intermediate_size=width)
     before = State(sim)
-    homes = {"_updated": grids, "put": parameters.LayerParameter}
-    home = homes.get(function, parameters)
+    homes = {"_updated": grids, "put": LayerParameter}
+    home = homes.get(function, torch_layers)
     original, calls = getattr(home, function), []
 
     def failing(*args: Any) -> Any:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from aimet_ext.config import PerTensor, QSpec
 from aimet_ext.data.batches import module_device
-from aimet_ext.sim.torch.parameters import calibrated_weight_quantizer
 from aimet_ext.sim.torch.setup import build_sim
 from aimet_ext.sim.torch.state import (
+    calibrated_weight_quantizer,
     freeze,
     load_quantizers,
     named_quantizers,

@@ -1,11 +1,13 @@
-"""Quantizers of a PyTorch simulation as tensors and JSON values, and the way back."""
+"""Quantizers of a PyTorch simulation: those of parameters, and all as tensors and JSON values."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from aimet_torch.nn import BaseQuantizationMixin
 from aimet_torch.quantization.affine import (
     AffineQuantizerBase,
     GroupedBlockQuantizeDequantize,
@@ -13,6 +15,10 @@ from aimet_torch.quantization.affine import (
 )
 from aimet_torch.quantization.base import QuantizerBase
 from torch import Tensor, nn
+
+from aimet_ext.config import QSpec
+from aimet_ext.files.encodings import Layout
+from aimet_ext.sim.torch.setup import quiet, weight_quantizer_for
 
 _STATIC = (
     "shape",
@@ -27,6 +33,118 @@ _STATIC = (
     "mantissa_bits",
 )
 MADE = (QuantizeDequantize.__name__, GroupedBlockQuantizeDequantize.__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerParameter:
+    """A parameter of AIMET's layer and the quantizer that it has now.
+
+    :param layer: AIMET's layer.
+    :param key: Name of the parameter in it.
+    :param quantizer: Quantizer of any type, None where the parameter stays float.
+    """
+
+    layer: Any
+    key: str
+    quantizer: Any
+
+    @property
+    def value(self) -> Tensor:
+        """The float values."""
+        return getattr(self.layer, self.key)
+
+    @property
+    def frozen(self) -> bool:
+        """True if an earlier technique froze the range."""
+        return self.quantizer is not None and not self.quantizer.is_overwrite_allowed()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Cells of the grid along each dimension; empty for one cell."""
+        return tuple(getattr(self.quantizer, "shape", ()))
+
+    @property
+    def block(self) -> int:
+        """Elements of a block along the last dimension, 0 if it is not cut into blocks."""
+        size = getattr(self.quantizer, "block_size", None)
+        return 0 if size is None else max(0, int(size[-1]))
+
+    @torch.no_grad()
+    def rounded(self) -> Tensor:
+        """Return the values that AIMET's quantizer makes of the parameter."""
+        return self.quantizer(self.value).as_subclass(Tensor).detach()
+
+    def layout(self, *, transposed: bool = False) -> Layout:
+        """Return the layout of an encoding, the channel axis told from the quantizer's shape.
+
+        :param transposed: True if the parameter lies in the file with its dimensions reversed.
+        """
+        value, quantizer = self.value, self.quantizer
+        cells = (1,) * (value.dim() - len(self.shape)) + self.shape
+        axis = next((i for i, n in enumerate(cells) if n > 1 and n == value.shape[i]), 0)
+        grouping = getattr(quantizer, "block_grouping", None) or (1,) * len(self.shape)
+        scale_bits = None
+        if any(n > 1 and group in (-1, n) for n, group in zip(self.shape, grouping, strict=True)):
+            scale_bits = quantizer.decompressed_bw - quantizer.bitwidth  # LPBQ, a group a channel
+        shape = tuple(value.shape)
+        if transposed:
+            shape, axis = shape[::-1], 1 - axis
+        return Layout(shape, axis, scale_bits)
+
+    def put(self, quantizer: Any) -> None:
+        """Replace the quantizer of the parameter, None: leave it float."""
+        self.layer.param_quantizers[self.key] = quantizer
+
+    def calibrate(self, quantizer: Any) -> Any:
+        """Set the range of a quantizer from the parameter by AIMET's own rule, and return it.
+
+        The layer's own quantizers, of this parameter and of others, keep their ranges.
+        """
+        own = dict(self.layer.param_quantizers.items())
+        try:
+            for key in own:
+                self.layer.param_quantizers[key] = quantizer if key == self.key else None
+            with quiet():
+                self.layer.compute_param_encodings()
+        finally:
+            for key, kept in own.items():
+                self.layer.param_quantizers[key] = kept
+        return quantizer
+
+
+def layer_parameters(sim: Any) -> dict[str, dict[str, LayerParameter]]:
+    """Return the parameters of each layer that can have quantizers.
+
+    :returns: by name of layer and name of parameter; a layer that stands at two places is listed
+        once.
+    """
+    return {
+        name: {key: LayerParameter(layer, key, q) for key, q in layer.param_quantizers.items()}
+        for name, layer in sim.model.named_modules()
+        if isinstance(layer, BaseQuantizationMixin)
+    }
+
+
+def quantized_parameters(sim: Any) -> dict[str, LayerParameter]:
+    """Return the parameters that have a quantizer, by their names in the model."""
+    return {
+        f"{name}.{key}".lstrip("."): parameter
+        for name, parameters in layer_parameters(sim).items()
+        for key, parameter in parameters.items()
+        if parameter.quantizer is not None
+    }
+
+
+def calibrated_weight_quantizer(spec: QSpec, layer: Any) -> Any:
+    """Return a quantizer for a layer's weight with the range that ``compute_encodings`` would set.
+
+    The layer itself is left as it is.
+
+    :param layer: AIMET's layer.
+    :raises ValueError: the block size does not divide the input width.
+    """
+    weight = LayerParameter(layer, "weight", None)
+    return weight.calibrate(weight_quantizer_for(spec, layer.weight))
 
 
 def named_quantizers(root: nn.Module, name: str = "") -> list[tuple[str, Any]]:
