@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from aimet_ext import examples as examples
     from aimet_ext import lora as lora
     from aimet_ext.artifact.export import export as export
+    from aimet_ext.artifact.export import load as load
     from aimet_ext.artifact.kv.export import export_with_cache as export_with_cache
     from aimet_ext.artifact.kv.run import CacheGraphs as CacheGraphs
     from aimet_ext.artifact.kv.run import load_cache_graphs as load_cache_graphs
-    from aimet_ext.artifact.load import load as load
     from aimet_ext.config import LPBQ as LPBQ
     from aimet_ext.config import AdaRoundParams as AdaRoundParams
     from aimet_ext.config import Blockwise as Blockwise
@@ -87,7 +87,7 @@ _HOMES = {
     "export": "aimet_ext.artifact.export",
     "export_with_cache": "aimet_ext.artifact.kv.export",
     "lint": "aimet_ext.linting.lint",
-    "load": "aimet_ext.artifact.load",
+    "load": "aimet_ext.artifact.export",
     "load_cache_graphs": "aimet_ext.artifact.kv.run",
     "load_scales": "aimet_ext.files.ledger",
     "lora": "aimet_ext",

@@ -1,23 +1,50 @@
-"""The export of a sim: a folder from which it can be rebuilt, and which other tools can read."""
+"""A sim as a folder that other tools can read, and the way back; the state of a torch sim there."""
 
 from __future__ import annotations
 
+import copy
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, Json
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from aimet_ext.errors import require, some
+from aimet_ext.errors import CorruptFileError, require, some
 from aimet_ext.files.folders import (
+    CONFIG,
+    QUANTIZERS,
+    SETTINGS,
+    WEIGHTS,
     check_output,
+    read_json,
+    read_manifest,
     replace_folder,
+    write_json,
     write_manifest,
 )
 from aimet_ext.files.ledger import Ledger, write_scales
-from aimet_ext.files.tensors import hash_tensors
+from aimet_ext.files.tensors import hash_tensors, read_sealed, write_sealed
 from aimet_ext.integrity.description import write_fingerprints
 from aimet_ext.sim.protocol import adapt
+
+_SCHEMA = "aimet_ext.quantizers/1"
+
+_TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
 
 
 def export(
@@ -151,3 +178,229 @@ def _refuse(kind: str, options: Mapping[str, Any]) -> None:
             f"{', '.join(given)} cannot be used with {kind} sim; leave it out, or export a sim of "
             "the other kind"
         )
+
+
+def load(path: str | Path, *, sim: Any = None) -> Any:
+    """Rebuild a sim from an export; its logits are those of the sim that was exported, bit by bit.
+
+    The folder alone is enough for a sim that ``create_sim`` made of a model of transformers, and
+    for an ONNX sim. Only JSON, safetensors and ONNX files are read, after every file was compared
+    with its hash.
+
+    :param path: folder that :func:`aimet_ext.export` wrote.
+    :param sim: a sim of the same model, into which weights and quantizers are put; needed for one
+        that was built by hand of a torch module. An ONNX sim that is rebuilt computes on the CPU,
+        and of its configuration only what shapes its graph and quantizers is known.
+    :returns: the sim, in evaluation mode, with its ledger.
+    :raises FileNotFoundError: there is no export at ``path``.
+    :raises CorruptFileError: a file was changed, is absent, or was not written by aimet_ext.
+    :raises ValueError: the sim was built by hand and none is given, or the one given does not fit.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    if manifest["kind"] != "export":
+        raise CorruptFileError(f"{folder}: an export is required, got {manifest['kind']!r}")
+    settings = read_json(folder / SETTINGS, _Settings)
+    if manifest.get("framework") == "onnx":
+        from aimet_ext.artifact.onnx_export import load_onnx
+
+        sim = load_onnx(folder, manifest["prefix"], sim)
+        adapt(sim).settings = settings.create_sim
+    else:
+        sim = _rebuild(folder, settings, manifest) if sim is None else sim
+        _load_state(folder, sim, manifest["model"]["tied"])
+        sim.model.eval()
+    adapt(sim).ledger = Ledger.load(folder)
+    return sim
+
+
+class _Settings(BaseModel):
+    """Content of ``quantsim.json``.
+
+    :param create_sim: settings of ``create_sim``, None if it did not make the sim.
+    :param attention: attention implementation of the model of transformers.
+    :param dtype: dtype of that model.
+    """
+
+    create_sim: dict[str, Any] | None
+    attention: str | None = None
+    dtype: str = ""
+
+
+def _rebuild(folder: Path, settings: _Settings, manifest: dict[str, Any]) -> Any:
+    """Return a sim of the same structure; its ranges are still to be loaded."""
+    from aimet_ext.grids.create import arguments_from_settings, create_sim
+    from aimet_ext.models.huggingface import prepare_model
+
+    if settings.create_sim is None:
+        raise ValueError(
+            f"{folder} holds a sim that was built by hand, so how to build it is not known; "
+            "build it again and pass it as load(path, sim=sim)"
+        )
+    loadable = manifest["model"]["loads_in_transformers"]
+    model = _model(folder, settings.dtype, settings.attention, loadable)
+    sample = torch.arange(8)[None] % model.config.get_text_config().vocab_size  # [1, 8]
+    module = prepare_model(model, mask_value=settings.create_sim.get("mask_value"))
+    sim = create_sim(module, sample, **arguments_from_settings(settings.create_sim))
+    adapt(sim).settings = settings.create_sim
+    return sim
+
+
+def _model(folder: Path, dtype: str, attention: str | None, loadable: bool) -> Any:
+    """Return the model of an export; without weights if its config cannot say its widths."""
+    transformers = require("transformers", "torch")
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    if attention is not None:
+        options["attn_implementation"] = attention
+    auto = transformers.AutoModelForCausalLM
+    if loadable:
+        return auto.from_pretrained(folder, local_files_only=True, **options).eval()
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    with torch.random.fork_rng(devices=[]):
+        return auto.from_config(config, **options).eval()
+
+
+def write_model(
+    folder: Path, model: nn.Module, state: Mapping[str, Tensor], tokenizer: Any = None
+) -> dict[str, Any]:
+    """Write weights in float32 and, of a causal LM of transformers, its config and tokenizer.
+
+    :param model: ``sim.model``.
+    :param state: Float values by name in the model.
+    :param tokenizer: written if given; else the files of the folder the model came from.
+    :returns: the names that share a tensor with another one (``"tied"``), where the tokenizer
+        came from, and whether transformers can load the folder.
+    """
+    from aimet_ext.models.huggingface import causal_lm, original_name
+
+    folder.mkdir(exist_ok=True)
+    named = {original_name(name, model): value for name, value in state.items()}
+    stored: dict[str, Tensor] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    tied: dict[str, str] = {}
+    for name, value in named.items():
+        key = (value.data_ptr(), value.shape, value.stride())
+        if value.numel() and first.setdefault(key, name) != name:
+            tied[name] = first[key]
+        else:
+            wide = value.float() if value.is_floating_point() else value
+            stored[name] = wide.cpu().contiguous()
+    save_file(stored, folder / WEIGHTS, {"format": "pt"})
+
+    language_model = causal_lm(model)
+    loadable = False
+    if language_model is not None:
+        loadable = _write_config(folder, language_model, bool(tied))
+    return {
+        "tied": tied,
+        "tokenizer": _write_tokenizer(folder, language_model, tokenizer),
+        "loads_in_transformers": loadable,
+    }
+
+
+def _write_config(folder: Path, model: Any, any_tied: bool) -> bool:
+    """Write ``config.json`` as the weights are now; False if no config can say how they are."""
+    config = copy.deepcopy(model.config)
+    config.save_pretrained(folder)
+    plain = read_json(folder / CONFIG)
+    plain.pop("torch_dtype", None)
+    plain.update(
+        dtype="float32",
+        architectures=plain.get("architectures") or [type(model).__name__],
+        tie_word_embeddings=any_tied,
+    )
+    widths = _inner_widths(model)
+    if len(widths) == 1:
+        plain["intermediate_size"] = widths.pop()
+    write_json(folder / CONFIG, plain)
+    return len(widths) == 0
+
+
+def _inner_widths(model: nn.Module) -> set[int]:
+    """Return inner widths of the MLPs, which padding may have changed."""
+    return {
+        module.in_features
+        for name, module in model.named_modules()
+        if name.endswith("mlp.down_proj") and isinstance(module, nn.Linear)
+    }
+
+
+def _write_tokenizer(folder: Path, model: Any, tokenizer: Any) -> str | None:
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+        return "argument"
+    source = Path(getattr(getattr(model, "config", None), "name_or_path", "") or "")
+    if not source.name or not source.is_dir():
+        return None
+    files = [source / name for name in _TOKENIZER_FILES if (source / name).is_file()]
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    return "copied" if files else None
+
+
+class _Fields(BaseModel):
+    """Fields of ``quantizers.safetensors``: quantizers by name, and names of buffers."""
+
+    quantizers: Json[dict[str, dict[str, Any]]]
+    buffers: Json[list[str]]
+
+
+def write_quantizers(folder: Path, adaptor: Any) -> None:
+    """Write ranges and state of every quantizer, and the buffers that checkpoints lack."""
+    from aimet_ext.sim.torch.state import quantizers_to_tensors
+
+    tensors, described = quantizers_to_tensors(adaptor.sim)
+    buffers = adaptor.passing_buffers()
+    fields = {"quantizers": described, "buffers": sorted(buffers)}
+    write_sealed(folder / QUANTIZERS, _SCHEMA, {**tensors, **buffers}, fields)
+
+
+def read_quantizers(folder: Path) -> tuple[dict[str, Tensor], _Fields]:
+    """Read what :func:`write_quantizers` wrote.
+
+    :raises CorruptFileError: the file was changed, cut short, or was not written by aimet_ext.
+    """
+    return read_sealed(folder / QUANTIZERS, _SCHEMA, _Fields)
+
+
+def _load_state(folder: Path, sim: Any, tied: Mapping[str, str]) -> None:
+    """Put weights, quantizers and buffers of an export into a sim of the same model.
+
+    :raises ValueError: a name or a shape differs; all such are named.
+    """
+    from aimet_ext.sim.torch.state import load_quantizers
+
+    tensors, fields = read_quantizers(folder)
+    _load_weights(folder, sim, tied)
+    load_quantizers(sim, tensors, fields.quantizers)
+    buffers = dict(sim.model.named_buffers())
+    for name in buffers.keys() & fields.buffers:
+        buffers[name].data = tensors[name].to(buffers[name].device)
+
+
+def _load_weights(folder: Path, sim: Any, tied: Mapping[str, str]) -> None:
+    """Copy the weights of an export into a sim of the same model, all of them and no others.
+
+    :raises ValueError: a name or a shape differs; all such are named and nothing is copied.
+    """
+    from aimet_ext.models.huggingface import original_name
+
+    stored = load_file(folder / WEIGHTS)
+    state = {
+        original_name(name, sim.model): value for name, value in adapt(sim).float_state().items()
+    }
+    sources = {name: tied.get(name, name) for name in state}
+    faults = [f"{name} is missing" for name, source in sources.items() if source not in stored]
+    faults += [f"{name} is not in the model" for name in stored.keys() - set(sources.values())]
+    faults += [
+        f"{name} has shape {tuple(stored[source].shape)} instead of {tuple(state[name].shape)}"
+        for name, source in sources.items()
+        if source in stored and stored[source].shape != state[name].shape
+    ]
+    if faults:
+        raise ValueError(
+            f"{folder}: weights of the sim's own model are required, but {'; '.join(faults[:5])}"
+        )
+    with torch.no_grad():
+        for name, value in state.items():
+            value.copy_(stored[sources[name]])

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import torch
 
-from aimet_ext.artifact.load import load
+from aimet_ext.artifact.export import load
 from aimet_ext.core.objective import outputs_sqnr
 from aimet_ext.data.feeds import Feed, graph_feeds, run_feeds
 from aimet_ext.errors import CorruptFileError

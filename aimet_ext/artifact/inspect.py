@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from aimet_ext.artifact.export import read_quantizers
 from aimet_ext.files.encodings import load_encodings
 from aimet_ext.files.folders import MANIFEST, QUANTIZERS, of_parameter, read_manifest
 from aimet_ext.files.ledger import SCALES_FILE, load_scales
@@ -42,8 +43,6 @@ def inspect_export(path: str | Path) -> dict[str, Any]:
 
             quantizers = _onnx_quantizers(read_onnx_quantizers(folder)[1].quantizers)
         else:
-            from aimet_ext.artifact.checkpoint import read_quantizers
-
             quantizers = _torch_quantizers(read_quantizers(folder)[1].quantizers)
         summary["quantizers"] = _count(list(quantizers))
     summary["encodings"] = {

@@ -1,29 +1,34 @@
-"""Files of the export of a torch sim beside scales and ledger, compared with the sim."""
+"""The export of a torch sim: its float32 weights as ONNX with encodings beside it, compared."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import inspect
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from aimet_ext.artifact.checkpoint import write_model, write_quantizers
-from aimet_ext.artifact.torch_onnx import (
-    Inputs,
-    OnnxFile,
-    check_output,
-    float32_model,
-    positional_inputs,
-    run_onnx,
-    write_onnx,
-)
+from aimet_ext.artifact.export import write_model, write_quantizers
+from aimet_ext.core.affine import fake_quantize
+from aimet_ext.data.batches import as_tensors, call_arguments, module_device
 from aimet_ext.errors import MissingExtraError
+from aimet_ext.files.encodings import Layout, entries, load_encodings, to_grid, to_version_1
 from aimet_ext.files.folders import SETTINGS, write_json
+from aimet_ext.integrity.stored import StoredGraph, hash_values
 from aimet_ext.models.huggingface import causal_lm, checkpoint_prefix
+from aimet_ext.onnx.session import open_session
+from aimet_ext.sim.protocol import SimAdaptor
 from aimet_ext.sim.torch.adaptor import TorchSim
-from aimet_ext.sim.torch.state import quantized_parameters, unset_quantizers
+from aimet_ext.sim.torch.state import LayerParameter, quantized_parameters, unset_quantizers
+
+# Largest deviation of onnxruntime from the float model, relative to its largest logit.
+_TOLERANCE = 1e-4
 
 CHECKPOINT = "checkpoint"
 
@@ -96,3 +101,250 @@ def _check_onnx(file: OnnxFile, adaptor: TorchSim, inputs: Inputs) -> dict[str, 
     checks["onnxruntime"] = metadata.version("onnxruntime")
     checks["onnxruntime_relative_deviation"] = deviation
     return checks
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Inputs that a model is traced with: positional arguments, and the names of the tensors.
+
+    :param args: None stands for an optional argument that is left out.
+    """
+
+    args: tuple[Any, ...]
+    names: tuple[str, ...]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by their names in the ONNX file."""
+        found = (value for value in self.args if isinstance(value, Tensor))
+        return dict(zip(self.names, found, strict=True))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Place of a quantized parameter in the ONNX file.
+
+    :param tensor: the initializer, or the alias of one, that carries the encoding.
+    :param transposed: True if its columns are the output channels there.
+    """
+
+    tensor: str
+    transposed: bool
+    layout: Layout
+
+
+def positional_inputs(model: nn.Module, dummy_input: Any) -> Inputs:
+    """Return a dummy input as the model's positional arguments, on the model's device.
+
+    :param dummy_input: tensor, tuple or list of positional arguments, or mapping of keyword
+        arguments; ``labels`` are left out.
+    :raises TypeError: it is none of these, or does not fit ``model.forward``.
+    """
+    sample = as_tensors(dummy_input)
+    if not isinstance(sample, Tensor | tuple | list | Mapping):
+        raise TypeError(
+            "dummy_input must be a tensor, a tuple of positional arguments or a mapping of keyword "
+            f"arguments, got {type(dummy_input).__name__}"
+        )
+    given, named = call_arguments(sample)
+    bound = inspect.signature(model.forward).bind(*given, **named)
+    last = list(bound.arguments)[-1]
+    bound.apply_defaults()
+    order = list(bound.arguments)
+    kept = {name: bound.arguments[name] for name in order[: order.index(last) + 1]}
+    device = module_device(model)
+    args = tuple(v.to(device) if isinstance(v, Tensor) else v for v in kept.values())
+    return Inputs(args, tuple(name for name, v in kept.items() if isinstance(v, Tensor)))
+
+
+@contextlib.contextmanager
+def float32_model(model: nn.Module) -> Iterator[None]:
+    """Return a context in which a model of another dtype computes in float32, exactly."""
+    tensors = [*model.parameters(), *model.buffers()]
+    narrow = [(t, t.data) for t in tensors if t.dtype in (torch.bfloat16, torch.float16)]
+    try:
+        for tensor, data in narrow:
+            tensor.data = data.float()
+        yield
+    finally:
+        for tensor, data in narrow:
+            tensor.data = data
+
+
+def write_onnx(
+    sim: Any,
+    folder: Path,
+    prefix: str,
+    inputs: Inputs,
+    *,
+    opset_version: int,
+    dynamic_axes: Mapping[str, Mapping[int, str]] | None,
+    output_names: Sequence[str] = ("logits",),
+) -> OnnxFile:
+    """Write ``{prefix}.onnx`` and the encodings, both versions, and compare them with the sim.
+
+    AIMET's exporter writes the graph and encodings 2.0.0; 1.0.0 is derived from those.
+
+    :raises RuntimeError: a weight read back from the files is not quantized as in the sim.
+    """
+    path = folder / f"{prefix}.onnx"
+    newer, older = folder / f"{prefix}.2.0.0.encodings", folder / f"{prefix}.encodings"
+    adaptor = TorchSim(sim)
+    adaptor.write_graph(
+        path,
+        inputs.args,
+        input_names=list(inputs.names),
+        output_names=list(output_names),
+        opset_version=opset_version,
+        dynamic_axes=dict(dynamic_axes) if dynamic_axes else None,
+    )
+    older.rename(newer)
+
+    file = OnnxFile(path)
+    document = load_encodings(newer)
+    parameters = quantized_parameters(sim)
+    places = file.find(parameters, entries(document))
+    shapes = {name: file.shape(name) for name in entries(document)}
+    constants = {name: Layout(shape, 0) for name, shape in shapes.items() if shape is not None}
+    constants.update({place.tensor: place.layout for place in places.values()})
+    converted = to_version_1(document, constants, **adaptor.encoding_settings())
+    older.write_text(json.dumps(converted, indent=2), encoding="utf-8")
+    for written in (newer, older):
+        file.compare(parameters, places, written)
+    return file
+
+
+class OnnxFile(StoredGraph):
+    """The constants of an ONNX file, read one at a time, and where a sim's parameters are in it.
+
+    :param path: path of the file; its external data, if any, lies beside it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.names: dict[str, Place] = {}
+
+    def tensor(self, name: str) -> Tensor:
+        """Return the values of a constant."""
+        value = self.value(name)
+        assert value is not None, name
+        return torch.from_numpy(value.copy())
+
+    def find(
+        self, parameters: Mapping[str, LayerParameter], encoded: Mapping[str, Any]
+    ) -> dict[str, Place]:
+        """Find each quantized parameter: by its values, then by its encoding, then by name.
+
+        The exporter transposes and renames the weights of linear layers and merges equal ones.
+
+        :param parameters: Quantized parameters by name.
+        :param encoded: encodings 2.0.0 by tensor name.
+        :raises RuntimeError: one of them is not there, or not with the encoding of its quantizer.
+        """
+        named: dict[str | None, list[str]] = {}
+        for name in self.constants:
+            named.setdefault(self.hash(name), []).append(name)
+        aliases: dict[str, list[str]] = {}
+        for alias in self.index.producer:
+            if alias not in self.constants:
+                aliases.setdefault(self.index.source(alias), []).append(alias)
+        faults = []
+        for name, parameter in parameters.items():
+            value = parameter.value.detach().cpu()
+            turned = [(False, value), (True, value.T)] if value.dim() == 2 else [(False, value)]
+            places = [
+                Place(tensor, transposed, parameter.layout(transposed=transposed))
+                for transposed, values in turned
+                for source in named.get(_hash(values), [])
+                for tensor in (source, *aliases.get(source, []))
+                if tensor in encoded
+            ]
+            places.sort(key=lambda place: not place.tensor.startswith(name))
+            expected = parameter.rounded().cpu()
+            for place in places:
+                if self._difference(place, encoded, expected) == 0:
+                    self.names[name] = place
+                    break
+            else:
+                faults.append(f"{name} ({'another grid' if places else 'absent'})")
+        if faults:
+            raise RuntimeError(
+                f"{self.path.name} does not hold these quantized parameters as the sim has them: "
+                f"{', '.join(faults)}"
+            )
+        return self.names
+
+    def compare(
+        self,
+        parameters: Mapping[str, LayerParameter],
+        places: Mapping[str, Place],
+        encodings: Path,
+    ) -> None:
+        """Quantize the weights of the file by an encodings file and compare with the sim, exactly.
+
+        :raises RuntimeError: they differ; each is named with its largest difference.
+        """
+        encoded = entries(load_encodings(encodings))
+        faults = []
+        for name, place in places.items():
+            difference = self._difference(place, encoded, parameters[name].rounded().cpu())
+            if difference:
+                faults.append(f"{name} by {difference:.3g}")
+        if faults:
+            raise RuntimeError(
+                f"weights of {self.path.name} quantized by {encodings.name} must equal the sim's, "
+                f"but these differ: {', '.join(faults)}"
+            )
+
+    def missing(self, parameters: Mapping[str, Tensor]) -> list[str]:
+        """Return parameters whose float values are in no constant, as they are or transposed."""
+        known = {self.hash(name) for name in self.constants}
+        return [
+            name
+            for name, value in parameters.items()
+            if _hash(value) not in known and not (value.dim() == 2 and _hash(value.T) in known)
+        ]
+
+    def _difference(self, place: Place, encoded: Mapping[str, Any], expected: Tensor) -> float:
+        quantized = fake_quantize(
+            self.tensor(place.tensor), to_grid(encoded[place.tensor], place.layout)
+        )
+        quantized = quantized.T if place.transposed else quantized
+        return float((quantized - expected).abs().max())
+
+
+def run_onnx(path: Path, inputs: Inputs, further: Mapping[str, Tensor] | None = None) -> Tensor:
+    """Return the first output of an ONNX file in onnxruntime on the CPU.
+
+    :param further: Inputs by name beside those of the model.
+    """
+    session = open_session(path)
+    wanted = {value.name for value in session.get_inputs()}
+    given = {name: tensor for name, tensor in inputs.tensors.items() if name in wanted}
+    feed = {name: t.cpu().numpy() for name, t in {**given, **(further or {})}.items()}
+    return torch.from_numpy(session.run(None, feed)[0])
+
+
+def check_output(adaptor: SimAdaptor, inputs: Inputs, output: Tensor, who: str) -> float:
+    """Return the deviation of an ONNX file's output from the float model's.
+
+    :param who: Name of what made the output, for the message.
+    :returns: the largest difference relative to the model's largest output.
+    :raises RuntimeError: it is too large.
+    """
+    with adaptor.disabled_quantizers():
+        expected = adaptor.model(*inputs.args)
+    if not isinstance(expected, Tensor):
+        expected = expected[0]
+    expected = expected.as_subclass(Tensor).cpu()
+    deviation = float((output - expected).abs().max() / expected.abs().max())
+    if not deviation <= _TOLERANCE:
+        raise RuntimeError(
+            f"{who} must agree with the float model to {_TOLERANCE} of its largest output, "
+            f"but deviates by {deviation:.3g}"
+        )
+    return deviation
+
+
+def _hash(tensor: Tensor) -> str:
+    return hash_values(tensor.detach().cpu().numpy())

@@ -13,9 +13,9 @@ from pydantic import BaseModel, Json
 from safetensors.torch import load_file
 from torch import Tensor
 
-from aimet_ext.artifact.checkpoint import read_quantizers
-from aimet_ext.artifact.load import load as load_base
-from aimet_ext.artifact.torch_onnx import positional_inputs
+from aimet_ext.artifact.export import load as load_base
+from aimet_ext.artifact.export import read_quantizers
+from aimet_ext.artifact.torch_export import positional_inputs
 from aimet_ext.errors import CorruptFileError, require
 from aimet_ext.files.folders import (
     MANIFEST,

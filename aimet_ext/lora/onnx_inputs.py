@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aimet_ext.artifact.torch_onnx import (
+from aimet_ext.artifact.torch_export import (
     Inputs,
     OnnxFile,
     check_output,

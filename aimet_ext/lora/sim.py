@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from aimet_ext.artifact.load import load
+from aimet_ext.artifact.export import load
 from aimet_ext.errors import require, some
 from aimet_ext.files.folders import MANIFEST, hash_file
 from aimet_ext.files.ledger import Ledger, load_scales

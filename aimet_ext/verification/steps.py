@@ -11,8 +11,8 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from torch import nn
 
+from aimet_ext.artifact.export import load
 from aimet_ext.artifact.hand_off import HandOff, hand_off, write_qdq
-from aimet_ext.artifact.load import load
 from aimet_ext.data.feeds import Feed, run_feeds
 from aimet_ext.errors import CorruptFileError, Finding, require
 from aimet_ext.evaluation.perplexity import prepared_module

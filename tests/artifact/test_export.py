@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import aimet_ext
 from aimet_ext import LPBQ, Blockwise, QSpec
-from aimet_ext.artifact import torch_onnx as onnx_file
+from aimet_ext.artifact import torch_export as onnx_file
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.errors import MissingExtraError
 from aimet_ext.files import encodings

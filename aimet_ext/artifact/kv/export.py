@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aimet_ext.artifact.export import export
+from aimet_ext.artifact.export import export, load
 from aimet_ext.artifact.kv.check import check_float, check_quantized
 from aimet_ext.artifact.kv.run import KIND, QDQ, CacheFiles, share_weights
-from aimet_ext.artifact.load import load
-from aimet_ext.artifact.torch_onnx import Inputs, float32_model, write_onnx
+from aimet_ext.artifact.torch_export import Inputs, float32_model, write_onnx
 from aimet_ext.data.batches import iterate_batches, token_ids
 from aimet_ext.files.folders import replace_folder, write_manifest
 from aimet_ext.models.kv_cache import CachedCausalLM
