@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from aimet_ext.config import LPBQ, Blockwise, PerTensor
+from aimet_ext.config import PerTensor
 from aimet_ext.errors import Finding
 from aimet_ext.integrations.qnn_targets import LIMITS, MASK_LIMIT, HtpLimits, HtpTarget, find_target
 from aimet_ext.sim.facts import FIXED_RANGES, Activation, LintLayer, SimFacts
@@ -46,42 +46,50 @@ class _LayerRule:
     """A rule of single layers.
 
     :param check: Name of the rule.
-    :param fault: Function that returns the fault of a layer, None if it has none.
-    :param remedy: Function that returns the remedy for the same layer.
+    :param on: One of the kinds of layers that it is for, see :func:`_kinds`.
+    :param fault: Function that returns the fault of a layer with that weight, None if it has none.
+    :param remedy: Remedy, or function that returns the one for the same layer.
     """
 
     check: str
-    fault: Callable[[LintLayer, HtpLimits], str | None]
-    remedy: Callable[[LintLayer, HtpLimits], str]
+    on: str
+    fault: Callable[[LintLayer, Any, HtpLimits], str | None]
+    remedy: str | Callable[[LintLayer, HtpLimits], str]
 
 
-def _weight_width(layer: LintLayer, limits: HtpLimits) -> str | None:
-    taken = sorted({weight for weight, _ in limits.widths} | _TABLE_WIDTHS[layer.kind])
-    if layer.weight is None or layer.weight.bitwidth in taken:
+def _kinds(layer: LintLayer) -> set[str]:
+    """Return the kinds of a layer by its weight: the name of the granularity is one of them."""
+    if layer.weight is None:
+        return {"float"}
+    use = "table" if layer.kind == "embedding" else "factor"
+    return {"quantized", use, type(layer.weight.granularity).__name__}
+
+
+def _weight_width(layer: LintLayer, weight: Any, limits: HtpLimits) -> str | None:
+    taken = sorted({bits for bits, _ in limits.widths} | _TABLE_WIDTHS[layer.kind])
+    if weight.bitwidth in taken:
         return None
-    return f"weights of {_or(taken)} bits are required, got {layer.weight.bitwidth}"
+    return f"weights of {_or(taken)} bits are required, got {weight.bitwidth}"
 
 
-def _widths(layer: LintLayer, limits: HtpLimits) -> str | None:
-    if layer.weight is None or layer.kind == "embedding" or _weight_width(layer, limits):
+def _widths(layer: LintLayer, weight: Any, limits: HtpLimits) -> str | None:
+    if _weight_width(layer, weight, limits):
         return None
     for activation in (layer.reads, layer.makes):
         if activation is None:
             continue
-        taken = sorted(bits for weight, bits in limits.widths if weight == layer.weight.bitwidth)
+        taken = sorted(bits for own, bits in limits.widths if own == weight.bitwidth)
         if activation.bitwidth not in taken:
             return (
                 f"activations of {_or(taken)} bits are required beside weights of "
-                f"{layer.weight.bitwidth}, got {activation.bitwidth} of {activation.name}"
+                f"{weight.bitwidth}, got {activation.bitwidth} of {activation.name}"
             )
     return None
 
 
-def _change(layer: LintLayer, limits: HtpLimits) -> str | None:
+def _change(layer: LintLayer, weight: Any, limits: HtpLimits) -> str | None:
     reads, makes = layer.reads, layer.makes
-    if layer.weight is None or layer.kind == "embedding" or reads is None or makes is None:
-        return None
-    if reads.bitwidth == makes.bitwidth:
+    if reads is None or makes is None or reads.bitwidth == makes.bitwidth:
         return None
     return (
         f"input and output of one width are required, got {reads.bitwidth} bits of {reads.name} "
@@ -89,35 +97,29 @@ def _change(layer: LintLayer, limits: HtpLimits) -> str | None:
     )
 
 
-def _symmetry(layer: LintLayer, limits: HtpLimits) -> str | None:
-    if layer.weight is None or layer.weight.layout.symmetric or layer.kind == "embedding":
+def _symmetry(layer: LintLayer, weight: Any, limits: HtpLimits) -> str | None:
+    if weight.layout.symmetric:
         return None
     return "a symmetric weight is required, got one with an offset"
 
 
-def _blockwise(layer: LintLayer, limits: HtpLimits) -> str | None:
-    if layer.weight is None or not isinstance(layer.weight.granularity, Blockwise):
-        return None
+def _blockwise(layer: LintLayer, weight: Any, limits: HtpLimits) -> str | None:
     return (
         "LPBQ or a scale for each channel is required, got a float scale for every block: such "
         "weights are computed in float if at all, and beside a bias wrongly"
     )
 
 
-def _lpbq_bits(layer: LintLayer, limits: HtpLimits) -> str | None:
-    if layer.weight is None or not isinstance(layer.weight.granularity, LPBQ):
-        return None
-    bits = (layer.weight.bitwidth, layer.weight.granularity.scale_bits)
-    if bits in limits.lpbq or _weight_width(layer, limits):
+def _lpbq_bits(layer: LintLayer, weight: Any, limits: HtpLimits) -> str | None:
+    bits = (weight.bitwidth, weight.granularity.scale_bits)
+    if bits in limits.lpbq or _weight_width(layer, weight, limits):
         return None
     taken = " or ".join(f"{w} bits with scales of {s}" for w, s in sorted(limits.lpbq))
     return f"LPBQ weights of {taken} are required, got {bits[0]} with {bits[1]}"
 
 
-def _lpbq_block(layer: LintLayer, limits: HtpLimits) -> str | None:
-    if layer.weight is None or not isinstance(layer.weight.granularity, LPBQ):
-        return None
-    block, conv = layer.weight.granularity.block_size, layer.kind == "conv"
+def _lpbq_block(layer: LintLayer, weight: Any, limits: HtpLimits) -> str | None:
+    block, conv = weight.granularity.block_size, layer.kind == "conv"
     if limits.takes_block(block, layer.width, conv=conv):
         return None
     multiple = 8 if conv else limits.block_multiple
@@ -142,9 +144,7 @@ def _block_remedy(layer: LintLayer, limits: HtpLimits) -> str:
     )
 
 
-def _lpbq_conv(layer: LintLayer, limits: HtpLimits) -> str | None:
-    if layer.weight is None or not isinstance(layer.weight.granularity, LPBQ):
-        return None
+def _lpbq_conv(layer: LintLayer, weight: Any, limits: HtpLimits) -> str | None:
     if layer.kind != "conv":
         return None
     if not limits.lpbq_conv:
@@ -157,9 +157,7 @@ def _lpbq_conv(layer: LintLayer, limits: HtpLimits) -> str | None:
     return None
 
 
-def _lpbq_bias(layer: LintLayer, limits: HtpLimits) -> str | None:
-    if layer.weight is None or not isinstance(layer.weight.granularity, LPBQ):
-        return None
+def _lpbq_bias(layer: LintLayer, weight: Any, limits: HtpLimits) -> str | None:
     if layer.fused is None:
         return None
     if layer.fused == "Conv":
@@ -178,23 +176,19 @@ def _bias_remedy(layer: LintLayer, limits: HtpLimits) -> str:
     return 'build the simulation with a config_file that has no "MatmulAdd" in supergroup_pass_list'
 
 
-def _table(layer: LintLayer, limits: HtpLimits) -> str | None:
-    if layer.kind != "embedding" or layer.weight is None or layer.tied:
-        return None
-    if isinstance(layer.weight.granularity, PerTensor):
+def _table(layer: LintLayer, weight: Any, limits: HtpLimits) -> str | None:
+    if layer.tied or isinstance(weight.granularity, PerTensor):
         return None
     return "a lookup table with one scale is required, got a scale for each row"
 
 
-def _float_weight(layer: LintLayer, limits: HtpLimits) -> str | None:
-    if layer.weight is not None:
-        return None
+def _float_weight(layer: LintLayer, weight: Any, limits: HtpLimits) -> str | None:
     where = "in float16" if limits.float16 else "not at all"
     return f"a quantized weight is required, got a float one: the layer is computed {where}"
 
 
-def _float_side(layer: LintLayer, limits: HtpLimits) -> str | None:
-    if layer.weight is None or layer.kind == "embedding" or not layer.floats:
+def _float_side(layer: LintLayer, weight: Any, limits: HtpLimits) -> str | None:
+    if not layer.floats:
         return None
     return (
         f"quantizers around a quantized weight are required, got none of its {_and(layer.floats)}"
@@ -202,34 +196,35 @@ def _float_side(layer: LintLayer, limits: HtpLimits) -> str | None:
 
 
 _LAYER_RULES = (
-    _LayerRule("weight width", _weight_width, lambda *_: "use 4 or 8 bits"),
-    _LayerRule("widths", _widths, lambda *_: "use 16 bits for activations, 4 or 8 for weights"),
-    _LayerRule("width change", _change, lambda *_: "give both quantizers the same bitwidth"),
-    _LayerRule("symmetry", _symmetry, lambda *_: "set symmetric=True, and calibrate its weight"),
-    _LayerRule("blockwise", _blockwise, lambda *_: "call set_lpbq with the same block size"),
-    _LayerRule("LPBQ bits", _lpbq_bits, lambda *_: "use LPBQ of 4 bits with scale_bits=4"),
-    _LayerRule("LPBQ block", _lpbq_block, _block_remedy),
-    _LayerRule("LPBQ convolution", _lpbq_conv, lambda *_: "give it a scale for each channel"),
-    _LayerRule("LPBQ bias", _lpbq_bias, _bias_remedy),
+    _LayerRule("weight width", "quantized", _weight_width, "use 4 or 8 bits"),
+    _LayerRule("widths", "factor", _widths, "use 16 bits for activations, 4 or 8 for weights"),
+    _LayerRule("width change", "factor", _change, "give both quantizers the same bitwidth"),
+    _LayerRule("symmetry", "factor", _symmetry, "set symmetric=True, and calibrate its weight"),
+    _LayerRule("blockwise", "Blockwise", _blockwise, "call set_lpbq with the same block size"),
+    _LayerRule("LPBQ bits", "LPBQ", _lpbq_bits, "use LPBQ of 4 bits with scale_bits=4"),
+    _LayerRule("LPBQ block", "LPBQ", _lpbq_block, _block_remedy),
+    _LayerRule("LPBQ convolution", "LPBQ", _lpbq_conv, "give it a scale for each channel"),
+    _LayerRule("LPBQ bias", "LPBQ", _lpbq_bias, _bias_remedy),
     _LayerRule(
-        "lookup table",
-        _table,
-        lambda *_: "use QSpec(granularity=PerTensor()) for the embedding",
+        "lookup table", "table", _table, "use QSpec(granularity=PerTensor()) for the embedding"
     ),
-    _LayerRule("float layer", _float_weight, lambda *_: "quantize it, to 8 bits for example"),
-    _LayerRule("float activation", _float_side, lambda *_: "enable the quantizer there"),
+    _LayerRule("float layer", "float", _float_weight, "quantize it, to 8 bits for example"),
+    _LayerRule("float activation", "factor", _float_side, "enable the quantizer there"),
 )
 
 
 def _layers(facts: SimFacts, limits: HtpLimits) -> Iterator[Finding]:
     """Check single layers; where all activations are float that is one finding."""
     for layer in facts.layers:
+        kinds = _kinds(layer)
         for rule in _LAYER_RULES:
             if rule.check == "float activation" and not facts.activations:
                 continue
-            message = rule.fault(layer, limits)
+            message = rule.fault(layer, layer.weight, limits) if rule.on in kinds else None
             if message is not None:
-                yield Finding(rule.check, layer.name, message, rule.remedy(layer, limits))
+                given = rule.remedy
+                remedy = given if isinstance(given, str) else given(layer, limits)
+                yield Finding(rule.check, layer.name, message, remedy)
 
 
 def _activations(facts: SimFacts, limits: HtpLimits) -> Iterator[Finding]:
@@ -257,9 +252,9 @@ def _activations(facts: SimFacts, limits: HtpLimits) -> Iterator[Finding]:
 def _ranges(facts: SimFacts, limits: HtpLimits) -> Iterator[Finding]:
     # Fixed ranges are there before calibration.
     fixed = {activation.name for _, activation in facts.fixed}
-    unset = [activation.name for activation in facts.activations if not activation.has_range]
+    unset = [activation.name for activation in facts.activations if activation.low is None]
     remedy = "run sim.compute_encodings on calibration data that reaches it"
-    if unset and all(not a.has_range or a.name in fixed for a in facts.activations):
+    if unset and all(a.low is None or a.name in fixed for a in facts.activations):
         message = f"calibrated activations are required, all {len(unset)} quantizers have no range"
         yield Finding("range", "the simulation", message, "run sim.compute_encodings")
         unset = []
@@ -347,7 +342,7 @@ def _conversions(facts: SimFacts, limits: HtpLimits) -> Iterator[Finding]:
 def _shown(activation: Activation | None) -> str:
     if activation is None:
         return "float"
-    if not activation.has_range:
+    if activation.low is None:
         return f"{activation.bitwidth} bits without a range"
     return f"{activation.bitwidth} bits from {activation.low:.4g} to {activation.high:.4g}"
 

@@ -35,11 +35,6 @@ class Activation:
     high: float | None = None
 
     @property
-    def has_range(self) -> bool:
-        """True if it is calibrated."""
-        return self.low is not None
-
-    @property
     def step(self) -> float:
         """Difference of two neighbouring values; 0 without a range."""
         if self.low is None or self.high is None:
