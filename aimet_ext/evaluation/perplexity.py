@@ -46,45 +46,48 @@ def evaluate_perplexity(model_or_sim: Any, batches: Iterable[Any]) -> float:
     :raises ValueError: no batch, no token that counts, or an input of an ONNX graph is missing.
     """
     model = _model_of(model_or_sim)
-    total, count = 0.0, 0
     with evaluating(model):
-        named = model.batches(batches) if isinstance(model, _SessionModel) else batches
-        for batch in iterate_batches(named):
-            output = call_model(model, batch)
-            logits = getattr(output, "logits", output).as_subclass(Tensor)
-            ids = token_ids(batch)
-            if ids is None:
-                raise ValueError(f"each batch must hold {_IDS!r} [batch, seq], got {type(batch)}")
-            losses, tokens = summed_losses(logits, ids, token_mask(batch, model))
-            total, count = total + losses, count + tokens
-    if count == 0:
+        found = perplexity_of(_scored(model, batches))
+    if found is None:
         raise ValueError(
             "a real token after another real one is required in some batch, got none; "
             "give windows of at least two tokens that the attention mask does not hide"
         )
-    return perplexity_of(total, count)
+    return found
 
 
-def summed_losses(logits: Tensor, ids: Tensor, real: Tensor | None) -> tuple[float, int]:
-    """Return the negative log-likelihood summed over the tokens that count, and their number.
+def _scored(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor, Any]]:
+    """Yield the logits of each batch, its ids and its mask."""
+    named = model.batches(batches) if isinstance(model, _SessionModel) else batches
+    for batch in iterate_batches(named):
+        output = call_model(model, batch)
+        ids = token_ids(batch)
+        if ids is None:
+            raise ValueError(f"each batch must hold {_IDS!r} [batch, seq], got {type(batch)}")
+        logits = getattr(output, "logits", output).as_subclass(Tensor)
+        yield logits, ids, token_mask(batch, model)
 
-    :param logits: Logits, shape [batch, seq, vocab].
-    :param ids: Token ids, shape [batch, seq].
-    :param real: Tokens that are not padding, bool, shape [batch, seq]; None for all.
+
+def perplexity_of(batches: Iterable[tuple[Tensor, Tensor, Tensor | None]]) -> float | None:
+    """Return the perplexity over the tokens that count, None if there is none.
+
+    It is infinity where it is beyond all numbers.
+
+    :param batches: Logits, shape [batch, seq, vocab]; token ids, shape [batch, seq]; and tokens
+        that are not padding, bool, shape [batch, seq], None for all.
     """
-    ids = ids.to(logits.device).long()
-    real = torch.ones_like(ids, dtype=torch.bool) if real is None else real.to(ids.device)
-    counts = real[:, 1:] & real[:, :-1]  # [batch, seq - 1]
-    chosen = logits[:, :-1][counts]  # [tokens, vocab]
-    chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
-    losses = nn.functional.cross_entropy(chosen, ids[:, 1:][counts], reduction="sum")
-    return losses.item(), int(counts.sum())
-
-
-def perplexity_of(total: float, count: int) -> float:
-    """Return the perplexity of a summed loss, infinity where that is beyond all numbers."""
-    mean = total / count
-    return math.exp(mean) if mean < math.log(float("1e308")) else math.inf
+    total, count = 0.0, 0
+    for logits, ids, real in batches:
+        ids = ids.to(logits.device).long()
+        real = torch.ones_like(ids, dtype=torch.bool) if real is None else real.to(ids.device)
+        counts = real[:, 1:] & real[:, :-1]  # [batch, seq - 1]
+        chosen = logits[:, :-1][counts]  # [tokens, vocab]
+        chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
+        losses = nn.functional.cross_entropy(chosen, ids[:, 1:][counts], reduction="sum")
+        total, count = total + losses.item(), count + int(counts.sum())
+    if not count:
+        return None
+    return math.exp(total / count) if total / count < math.log(float("1e308")) else math.inf
 
 
 def prepared_module(model: Any) -> Any:

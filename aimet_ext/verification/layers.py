@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto
+from onnx.numpy_helper import to_array
 
+from aimet_ext.onnx.index import GraphIndex, attribute
 from aimet_ext.verification.report import array_sqnr
-
-if TYPE_CHECKING:
-    from onnx import ModelProto, NodeProto, TensorProto
 
 _WITH_WEIGHT = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _OTHERS = ("Add", "LayerNormalization", "Mul", "RMSNormalization", "Softmax")
@@ -80,8 +80,6 @@ class _Reader:
     """Reader of the facts of a QDQ graph."""
 
     def __init__(self, model: ModelProto, names: Mapping[str, str]) -> None:
-        from aimet_ext.onnx.index import GraphIndex
-
         self.index, self.names = GraphIndex(model.graph), names
 
     def layers(self) -> list[LayerFacts]:
@@ -143,8 +141,6 @@ class _Reader:
         return layer, None if add is None else add.name
 
     def _weight(self, node: Any, weight: Any, dequantize: Any) -> dict[str, Any]:
-        from aimet_ext.onnx.index import attribute
-
         block = None if dequantize is None else attribute(dequantize, "block_size", 0) or None
         integers = block is not None and not self.index.is_stored(dequantize.input[1])
         kind = _type(weight)
@@ -201,8 +197,6 @@ class _Reader:
 
     def _step(self, tensor: str) -> float | None:
         """Return the step of a quantized tensor's grid, None unless it is one stored number."""
-        from onnx.numpy_helper import to_array
-
         for node in self.index.readers(tensor):
             quantizes = node.op_type == "QuantizeLinear"
             scale = self.index.constant(node.input[1]) if quantizes else None
@@ -214,8 +208,6 @@ class _Reader:
         self, tensor: TensorProto, dequantize: NodeProto | None
     ) -> np.ndarray[Any, Any] | None:
         """Read a stored vector in float64, None if its values or scale are not in the file."""
-        from onnx.numpy_helper import to_array
-
         if tensor.data_location == tensor.EXTERNAL:
             return None
         value = to_array(tensor).astype(np.float64)

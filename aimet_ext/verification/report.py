@@ -16,7 +16,7 @@ from aimet_ext.core.objective import outputs_sqnr
 from aimet_ext.data.batches import token_ids, token_mask
 from aimet_ext.data.feeds import Feed
 from aimet_ext.errors import Finding
-from aimet_ext.evaluation.perplexity import perplexity_of, summed_losses
+from aimet_ext.evaluation.perplexity import perplexity_of
 from aimet_ext.files.folders import replace_file
 
 Status: TypeAlias = Literal["passed", "failed", "not run"]
@@ -209,18 +209,21 @@ class VerifyReport:
         return f"passed for {self.target}"
 
     def _numbers(self) -> list[str]:
-        found = self.measures
+        found, decibels, number = self.measures, "{:.1f} dB", "{:.4f}"
         rows = {
-            "device against sim": _decibel(found.device_sim_db),
-            "device against ONNX sim": _decibel(found.device_onnx_db),
-            "sim against float": _decibel(found.sim_float_db),
-            "ONNX sim against sim": _decibel(found.same_numbers_db),
-            "top-1 agreement": None if found.top1 is None else f"{found.top1:.2%}",
-            "perplexity on the device": _number(found.perplexity_device),
-            "perplexity of the sim": _number(found.perplexity_sim),
-            "perplexity of the float model": _number(found.perplexity_float),
+            "device against sim": (found.device_sim_db, decibels),
+            "device against ONNX sim": (found.device_onnx_db, decibels),
+            "sim against float": (found.sim_float_db, decibels),
+            "ONNX sim against sim": (found.same_numbers_db, decibels),
+            "top-1 agreement": (found.top1, "{:.2%}"),
+            "perplexity on the device": (found.perplexity_device, number),
+            "perplexity of the sim": (found.perplexity_sim, number),
+            "perplexity of the float model": (found.perplexity_float, number),
         }
-        return [f"  {name:<30}{value:>12}" for name, value in rows.items() if value is not None]
+        shown = {
+            name: form.format(value) for name, (value, form) in rows.items() if value is not None
+        }
+        return [f"  {name:<30}{value:>12}" for name, value in shown.items()]
 
     def _weakest(self) -> list[str]:
         if not self.layers:
@@ -229,14 +232,6 @@ class VerifyReport:
         shown = [layer for layer in self.layers if layer in weakest]
         head = f"weakest {len(shown)} of {len(self.layers)} operators, in order:"
         return [head, *(f"  {layer.sqnr_db:7.1f} dB  {layer.name}" for layer in shown)]
-
-
-def _decibel(value: float | None) -> str | None:
-    return None if value is None else f"{value:.1f} dB"
-
-
-def _number(value: float | None) -> str | None:
-    return None if value is None else f"{value:.4f}"
 
 
 def _plain(value: Any) -> Any:
@@ -278,12 +273,10 @@ def perplexity(outputs: Sequence[Array], feeds: Sequence[Feed]) -> float | None:
 
     None where the inputs are no token ids or the outputs no logits ``[batch, seq, vocab]``.
     """
-    total, count = 0.0, 0
+    scored = []
     for output, feed in zip(outputs, feeds, strict=True):
         ids = token_ids(feed)
         if ids is None or output.ndim != 3 or ids.shape != output.shape[:2]:
             return None
-        logits = torch.from_numpy(output).double()  # [batch, seq, vocab]
-        losses, tokens = summed_losses(logits, ids, token_mask(feed))
-        total, count = total + losses, count + tokens
-    return perplexity_of(total, count) if count else None
+        scored.append((torch.from_numpy(output), ids, token_mask(feed)))
+    return perplexity_of((logits.double(), ids, mask) for logits, ids, mask in scored)

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
+import onnx
 from torch import nn
 
 from aimet_ext.artifact.export import load
 from aimet_ext.artifact.hand_off import HandOff, hand_off, write_qdq
 from aimet_ext.data.feeds import Feed, run_feeds
-from aimet_ext.errors import CorruptFileError, Finding, require
+from aimet_ext.errors import CorruptFileError, Finding
 from aimet_ext.evaluation.perplexity import prepared_module
 from aimet_ext.files.folders import read_manifest
 from aimet_ext.integrations.qnn import HtpRejected, is_available
 from aimet_ext.integrations.qnn_process import HtpCrashed, HtpProcess
 from aimet_ext.integrations.qnn_targets import HtpTarget
+from aimet_ext.linting.lint import lint
+from aimet_ext.onnx.rewrite.compilable import with_outputs
 from aimet_ext.onnx.session import open_session
+from aimet_ext.sim.onnx import files as onnx_files
+from aimet_ext.sim.onnx.state import tensor_values
 from aimet_ext.sim.protocol import adapt
 from aimet_ext.verification.layers import (
     Cause,
@@ -48,19 +53,6 @@ _NODES_NAMED = 12
 _WIDE_PRODUCTS = 73
 
 
-class Session(Protocol):
-    """A compiled model, on the device or on the CPU."""
-
-    outputs: tuple[str, ...]
-    """Names of the outputs of :meth:`run`."""
-
-    def run(self, feed: Mapping[str, Array]) -> list[Array]:
-        """Return the outputs of one call."""
-
-    def close(self) -> None:
-        """Release the model."""
-
-
 class CpuSession:
     """A QDQ model in onnxruntime on the CPU, its operators as they are.
 
@@ -69,11 +61,7 @@ class CpuSession:
     """
 
     def __init__(self, model: Path, extra_outputs: Sequence[str] = ()) -> None:
-        source: Any = model
-        if extra_outputs:
-            from aimet_ext.onnx.rewrite.compilable import with_outputs
-
-            source = with_outputs(model, extra_outputs)
+        source = with_outputs(model, extra_outputs) if extra_outputs else model
         self._session = open_session(source, optimize="none", folder=model.resolve().parent)
         self.outputs = tuple(value.name for value in self._session.get_outputs())
 
@@ -84,6 +72,9 @@ class CpuSession:
     def close(self) -> None:
         """Release the session."""
         self._session = None
+
+
+Session: TypeAlias = CpuSession | HtpProcess
 
 
 def float_outputs(sim: Any, reference: Any, feeds: Sequence[Feed]) -> list[Array]:
@@ -103,6 +94,7 @@ def float_outputs(sim: Any, reference: Any, feeds: Sequence[Feed]) -> list[Array
     return run_feeds(model, feeds)
 
 
+@dataclass(eq=False)
 class Verification:
     """State of a verification, and its steps as methods.
 
@@ -117,25 +109,21 @@ class Verification:
     :param kv_bitwidth: See :func:`aimet_ext.artifact.hand_off.hand_off`.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        work: Path,
-        target: HtpTarget,
-        feeds: Sequence[Feed],
-        *,
-        count: int,
-        real: bool,
-        reference: Any,
-        thresholds: Thresholds,
-        kv_bitwidth: int | None,
-    ) -> None:
-        self.folder, self.work, self.target = folder, work, target
-        self.manifest = read_manifest(folder)
+    folder: Path
+    work: Path
+    target: HtpTarget
+    feeds: Sequence[Feed]
+    _: KW_ONLY
+    count: int
+    real: bool
+    reference: Any
+    thresholds: Thresholds
+    kv_bitwidth: int | None
+
+    def __post_init__(self) -> None:
+        self.manifest = read_manifest(self.folder)
         self.prefix = str(self.manifest["prefix"])
-        self.feeds, self.windows = list(feeds), list(feeds[:count])
-        self.real, self.reference = real, reference
-        self.thresholds, self.kv_bitwidth = thresholds, kv_bitwidth
+        self.windows = list(self.feeds[: self.count])
         self.findings: list[Finding] = []
         self.hints: list[Finding] = []
         self.measures = Measures()
@@ -147,8 +135,8 @@ class Verification:
         self.sim: Any = None
         self.hand: HandOff | None = None
         self.session: Session | None = None
-        self.qdq = work / f"{self.prefix}.qdq.onnx"
-        self.context = work / f"{self.prefix}.{target.name}.onnx"
+        self.qdq = self.work / f"{self.prefix}.qdq.onnx"
+        self.context = self.work / f"{self.prefix}.{self.target.name}.onnx"
         self.facts: list[LayerFacts] = []
         self.expected: list[Array] = []
 
@@ -193,17 +181,12 @@ class Verification:
 
     def lint(self) -> str:
         """Check the quantizers for known faults of the target."""
-        from aimet_ext.linting.lint import lint
-
         found = lint(self._hand().sim, target=self.target.config)
         (self.hints if is_available() else self.findings).extend(found)
         return f"{len(found)} to look at" if found else "nothing known to go wrong"
 
     def write(self) -> str:
         """Write the QDQ model and encodings of all its quantizers."""
-        onnx = require("onnx", "onnx")
-        from aimet_ext.sim.onnx import files as onnx_files
-
         sim = self._hand().sim
         write_qdq(self.hand, self.qdq)
         wider = onnx_files.containers(sim)
@@ -293,8 +276,6 @@ class Verification:
         self.close()
         if not self.facts:
             return "no operator has a quantized output"
-        from aimet_ext.sim.onnx.state import tensor_values
-
         tensors = [layer.tensor for layer in self.facts]
         targets = tensor_values(self._hand().sim, self.windows[0], tensors)
         session = self._showing([name for name in tensors if name in targets])

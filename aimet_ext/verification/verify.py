@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +14,9 @@ from typing import Any
 from aimet_ext.data.feeds import Feed, graph_feeds, random_feeds
 from aimet_ext.errors import CorruptFileError, Finding
 from aimet_ext.files.folders import (
+    CONFIG,
     check_output,
+    read_json,
     read_manifest,
     replace_folder,
     versions,
@@ -97,12 +98,9 @@ def verify(
     )
     first, findings = _files(folder)
     if findings:
-        steps = (first, *_not_run(_STEPS))
-        report = replace(blank, steps=steps, findings=tuple(findings))
-        if output is None:
-            return report
-        with replace_folder(output) as work:
-            return _finish(work, report)
+        report = replace(blank, steps=(first, *_not_run(_STEPS)), findings=tuple(findings))
+        with _work_folder(output) as work:
+            return _finish(work, report) if output is not None else report
     feeds, data = _feeds(folder, dataloader, windows)
     with _work_folder(output) as work:
         run = Verification(
@@ -216,10 +214,10 @@ def _feeds(folder: Path, dataloader: Any, windows: int) -> tuple[list[Feed], str
 
 def _vocabulary(folder: Path) -> int:
     """Return the number of tokens in the model's vocabulary, 2 if there is no config."""
-    path = folder / "config.json"
+    path = folder / CONFIG
     if not path.is_file():
         return 2
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     text = config.get("text_config") or config
     return int(text.get("vocab_size", 2))
 
