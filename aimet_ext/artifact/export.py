@@ -309,20 +309,15 @@ def _write_config(folder: Path, model: Any, any_tied: bool) -> bool:
         architectures=plain.get("architectures") or [type(model).__name__],
         tie_word_embeddings=any_tied,
     )
-    widths = _inner_widths(model)
-    if len(widths) == 1:
-        plain["intermediate_size"] = widths.pop()
-    write_json(folder / CONFIG, plain)
-    return len(widths) == 0
-
-
-def _inner_widths(model: nn.Module) -> set[int]:
-    """Return inner widths of the MLPs, which padding may have changed."""
-    return {
+    widths = {  # inner ones of the MLPs, which padding may have changed
         module.in_features
         for name, module in model.named_modules()
         if name.endswith("mlp.down_proj") and isinstance(module, nn.Linear)
     }
+    if len(widths) == 1:
+        plain["intermediate_size"] = widths.pop()
+    write_json(folder / CONFIG, plain)
+    return len(widths) == 0
 
 
 def _write_tokenizer(folder: Path, model: Any, tokenizer: Any) -> str | None:

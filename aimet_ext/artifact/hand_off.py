@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from aimet_ext.core.objective import outputs_sqnr
 from aimet_ext.data.feeds import Feed, graph_feeds, run_feeds
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.encodings import entries, load_encodings
-from aimet_ext.files.folders import SETTINGS, atomic_path, read_manifest
+from aimet_ext.files.folders import SETTINGS, atomic_path, read_json, read_manifest
 from aimet_ext.onnx.index import GraphIndex
 from aimet_ext.onnx.rewrite.compilable import bound_masks, drop_casts, float_weights, make_static
 from aimet_ext.onnx.rewrite.htp import fuse_rms_norms, set_apart, sign_second_operands
@@ -95,7 +94,7 @@ def hand_off(
     batches = _batches(model, dataloader)
     source = sim if sim is not None else load(folder)
     (reference,) = run_feeds(adapt(source).runner, batches[:1])
-    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["create_sim"] or {}
+    settings = read_json(folder / SETTINGS)["create_sim"] or {}
     model, kept = _prepared(model, encoded, batches[0], kv_bitwidth is not None)
     built = build_target(
         model,

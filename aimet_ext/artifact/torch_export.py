@@ -25,7 +25,7 @@ from aimet_ext.models.huggingface import causal_lm, checkpoint_prefix
 from aimet_ext.onnx.session import open_session
 from aimet_ext.sim.protocol import SimAdaptor
 from aimet_ext.sim.torch.adaptor import TorchSim
-from aimet_ext.sim.torch.state import LayerParameter, quantized_parameters, unset_quantizers
+from aimet_ext.sim.torch.state import LayerParameter, quantized_parameters
 
 # Largest deviation of onnxruntime from the float model, relative to its largest logit.
 _TOLERANCE = 1e-4
@@ -52,7 +52,7 @@ class TorchWriter:
     ) -> None:
         self.adaptor, self.prefix, self.tokenizer = TorchSim(sim), prefix, tokenizer
         self.rounded, self.options = rounded, options
-        self.without_range = unset_quantizers(sim)
+        self.without_range = [n for n, q in sim.named_quantizers() if not q.is_initialized()]
         self.inputs = positional_inputs(sim.model, dummy_input)
         self.name_prefix = checkpoint_prefix(sim.model)
 
@@ -224,12 +224,6 @@ class OnnxFile(StoredGraph):
         super().__init__(path)
         self.names: dict[str, Place] = {}
 
-    def tensor(self, name: str) -> Tensor:
-        """Return the values of a constant."""
-        value = self.value(name)
-        assert value is not None, name
-        return torch.from_numpy(value.copy())
-
     def find(
         self, parameters: Mapping[str, LayerParameter], encoded: Mapping[str, Any]
     ) -> dict[str, Place]:
@@ -306,9 +300,10 @@ class OnnxFile(StoredGraph):
         ]
 
     def _difference(self, place: Place, encoded: Mapping[str, Any], expected: Tensor) -> float:
-        quantized = fake_quantize(
-            self.tensor(place.tensor), to_grid(encoded[place.tensor], place.layout)
-        )
+        value = self.value(place.tensor)
+        assert value is not None, place
+        grid = to_grid(encoded[place.tensor], place.layout)
+        quantized = fake_quantize(torch.from_numpy(value.copy()), grid)
         quantized = quantized.T if place.transposed else quantized
         return float((quantized - expected).abs().max())
 

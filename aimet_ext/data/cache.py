@@ -238,9 +238,6 @@ class StoredBatches(Sequence[Any]):
             raise IndexError(f"there are {self._length} batches, index {index} is beyond them")
         return self._cache.read(index, ["batch"])["batch"]
 
-    def __iter__(self) -> Iterator[Any]:
-        return (self[index] for index in range(self._length))
-
     def close(self) -> None:
         """Forget the batches and remove their files."""
         self._length = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +74,11 @@ def _windows(
 
 
 def _documents(source: str | Path | Iterable[str]) -> Iterable[str]:
-    if isinstance(source, Path) or (isinstance(source, str) and _names_a_file(source)):
-        return _read(Path(source))
-    if isinstance(source, str):
-        return [source]
-    return source
-
-
-def _names_a_file(text: str) -> bool:
-    return "\n" not in text and text.endswith(_SUFFIXES)
+    if isinstance(source, str) and "\n" not in source and source.endswith(_SUFFIXES):
+        source = Path(source)
+    if isinstance(source, Path):
+        return _read(source)
+    return [source] if isinstance(source, str) else source
 
 
 def _read(path: Path) -> Iterator[str]:
@@ -93,14 +89,11 @@ def _read(path: Path) -> Iterator[str]:
     if path.suffix != ".jsonl":
         yield path.read_text(encoding="utf-8")
         return
-    for number, line in enumerate(_lines(path), start=1):
+    lines = (line for line in path.read_text(encoding="utf-8").split("\n") if line.strip())
+    for number, line in enumerate(lines, start=1):
         try:
             yield json.loads(line)["text"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(
                 f'{path}, line {number}: a line {{"text": …}} is required, got {line[:80]!r}'
             ) from error
-
-
-def _lines(path: Path) -> Sequence[str]:
-    return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -18,11 +17,6 @@ from aimet_ext.grids.patterns import Layers, LayerTable, select_specs
 from aimet_ext.sim.protocol import SimAdaptor, adapt
 from aimet_ext.techniques.call import accepts_aimet_arguments
 from aimet_ext.techniques.report import LayerwiseReport
-
-_TABLES = {
-    "torch": ("aimet_ext.grids.torch_layers", "TorchTable"),
-    "onnx": ("aimet_ext.grids.onnx_layers", "OnnxTable"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,9 +218,13 @@ def set_grids(
 
 def _table(adaptor: SimAdaptor) -> LayerTable:
     """Return the layers of a simulation of either kind."""
-    module, cls = _TABLES[adaptor.framework]
-    table: LayerTable = getattr(importlib.import_module(module), cls)(adaptor)
-    return table
+    if adaptor.framework == "onnx":
+        from aimet_ext.grids.onnx_layers import OnnxTable
+
+        return OnnxTable(adaptor)
+    from aimet_ext.grids.torch_layers import TorchTable
+
+    return TorchTable(adaptor)
 
 
 def _check_free(table: LayerTable, specs: Mapping[str, QSpec | None]) -> None:

@@ -257,10 +257,6 @@ def _of_constants(graph: StoredGraph) -> Hashes:
     return {name: value for name, value in hashes.items() if value is not None}
 
 
-def _of_nodes(graph: StoredGraph) -> Hashes:
-    return dict(graph.nodes())
-
-
 def _of_values(values: Mapping[str, Any]) -> Hashes:
     return {name: _hash_json(value) for name, value in values.items()}
 
@@ -285,7 +281,7 @@ def _of_quantizers(stored: Stored) -> Hashes:
 
 
 def _model(name: str, *, optional: bool = False) -> Part:
-    hashes = {"": _of_constants, " nodes": _of_nodes}
+    hashes = {"": _of_constants, " nodes": lambda graph: dict(graph.nodes())}
     return Part(name, StoredGraph, lambda: None, hashes, optional)
 
 

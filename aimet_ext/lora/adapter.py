@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from aimet_ext.errors import CorruptFileError, require, some
+from aimet_ext.files.folders import read_json
 from aimet_ext.models.huggingface import checkpoint_prefix
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -275,10 +276,7 @@ def _from_folder(folder: Path) -> dict[str, Adapter]:
 
 
 def _read(folder: Path, name: str) -> Adapter:
-    try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CorruptFileError(f"{folder / ADAPTER_CONFIG} is not JSON: {error}") from error
+    config = read_json(folder / ADAPTER_CONFIG, Any)
     if not isinstance(config, dict):
         raise CorruptFileError(f"{folder / ADAPTER_CONFIG} must hold a JSON object")
     path = folder / ADAPTER_WEIGHTS

@@ -22,12 +22,13 @@ from aimet_ext.sim.torch.state import (
     calibrated_weight_quantizer,
     freeze,
     load_quantizers,
+    make_quantizer,
     named_quantizers,
     pack_quantizers,
     put_quantizer,
     quantizers_to_tensors,
+    restore_quantizer,
     uninitialize,
-    unpack_quantizer,
 )
 
 # Quantizers of a slot that belong to its adapter, by their names within the slot.
@@ -99,7 +100,8 @@ class Content:
         """
         quantizers: dict[str, Any] = dict.fromkeys(_QUANTIZERS)
         for key, description in described.items():
-            quantizers[key] = unpack_quantizer(key, description, tensors, "/")
+            quantizers[key] = make_quantizer(description)
+            restore_quantizer(quantizers[key], tensors, description["state"], f"{key}/")
             if quantizers[key].is_initialized():
                 freeze([quantizers[key]])
         content = cls(empty.a, empty.b, empty.bias, quantizers)

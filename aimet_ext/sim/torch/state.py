@@ -156,11 +156,6 @@ def named_quantizers(root: nn.Module, name: str = "") -> list[tuple[str, Any]]:
     return [(inner, module) for inner, module in every if isinstance(module, QuantizerBase)]
 
 
-def unset_quantizers(sim: Any) -> list[str]:
-    """Return the names of the quantizers that have no range, each object once."""
-    return [name for name, quantizer in sim.named_quantizers() if not quantizer.is_initialized()]
-
-
 def put_quantizer(root: nn.Module, name: str, quantizer: nn.Module | None) -> None:
     """Put a quantizer in the place of that name, None: leave the tensor float."""
     container, _, key = name.rpartition(".")
@@ -226,15 +221,6 @@ def pack_quantizers(
         tensors.update({f"{name}{separator}{key}": value for key, value in state.items()})
         described[name] = {**describe_quantizer(quantizer), "state": meta}
     return tensors, described
-
-
-def unpack_quantizer(
-    name: str, described: Mapping[str, Any], tensors: Mapping[str, Tensor], separator: str = "."
-) -> Any:
-    """Return a new quantizer of what :func:`pack_quantizers` returned."""
-    quantizer = make_quantizer(described)
-    restore_quantizer(quantizer, tensors, described["state"], name + separator)
-    return quantizer
 
 
 def quantizers_to_tensors(sim: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
