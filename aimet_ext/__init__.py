@@ -61,41 +61,29 @@ __version__ = "0.1.0"
 # The same pairs as above, for the import on first use; a test compares them. The registry adds the
 # names of techniques: for these a line above only tells type checkers the signature.
 _HOMES = {
-    "Blockwise": "aimet_ext.config",
-    "CacheGraphs": "aimet_ext.artifact.kv.run",
-    "CorruptFileError": "aimet_ext.errors",
-    "Finding": "aimet_ext.errors",
-    "GridReport": "aimet_ext.grids.blockwise",
-    "LPBQ": "aimet_ext.config",
-    "LayerReport": "aimet_ext.techniques.report",
-    "LayerwiseReport": "aimet_ext.techniques.report",
-    "Ledger": "aimet_ext.files.ledger",
-    "MissingExtraError": "aimet_ext.errors",
-    "OmniQuantReport": "aimet_ext.techniques.omniquant",
-    "PerChannel": "aimet_ext.config",
-    "PerTensor": "aimet_ext.config",
-    "QSpec": "aimet_ext.config",
-    "Thresholds": "aimet_ext.verification.report",
-    "TokenCache": "aimet_ext.models.kv_cache",
-    "TopologyDescription": "aimet_ext.models.topology",
-    "TransformRefused": "aimet_ext.errors",
-    "VerifyReport": "aimet_ext.verification.report",
-    "calibration_batches": "aimet_ext.data.text",
-    "create_sim": "aimet_ext.grids.create",
-    "evaluate_perplexity": "aimet_ext.evaluation.perplexity",
-    "examples": "aimet_ext",
-    "export": "aimet_ext.artifact.export",
-    "export_with_cache": "aimet_ext.artifact.kv.export",
-    "lint": "aimet_ext.linting.lint",
-    "load": "aimet_ext.artifact.export",
-    "load_cache_graphs": "aimet_ext.artifact.kv.run",
-    "load_scales": "aimet_ext.files.ledger",
-    "lora": "aimet_ext",
-    "prepare_model": "aimet_ext.models.huggingface",
-    "set_blockwise": "aimet_ext.grids.blockwise",
-    "set_lpbq": "aimet_ext.grids.blockwise",
-    "verify": "aimet_ext.verification.verify",
-}
+    name: f"{__name__}.{home}"
+    for home, names in {
+        "artifact.export": ("export", "load"),
+        "artifact.kv.export": ("export_with_cache",),
+        "artifact.kv.run": ("CacheGraphs", "load_cache_graphs"),
+        "config": ("Blockwise", "LPBQ", "PerChannel", "PerTensor", "QSpec"),
+        "data.text": ("calibration_batches",),
+        "errors": ("CorruptFileError", "Finding", "MissingExtraError", "TransformRefused"),
+        "evaluation.perplexity": ("evaluate_perplexity",),
+        "files.ledger": ("Ledger", "load_scales"),
+        "grids.blockwise": ("GridReport", "set_blockwise", "set_lpbq"),
+        "grids.create": ("create_sim",),
+        "linting.lint": ("lint",),
+        "models.huggingface": ("prepare_model",),
+        "models.kv_cache": ("TokenCache",),
+        "models.topology": ("TopologyDescription",),
+        "techniques.omniquant": ("OmniQuantReport",),
+        "techniques.report": ("LayerReport", "LayerwiseReport"),
+        "verification.report": ("Thresholds", "VerifyReport"),
+        "verification.verify": ("verify",),
+    }.items()
+    for name in names
+} | dict.fromkeys(("examples", "lora"), __name__)
 
 # Which extra installs an optional package.
 _EXTRAS = {

@@ -6,12 +6,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aimet_ext.lora.adapter import Adapter, attach_adapter, read_adapter, read_adapters
-    from aimet_ext.lora.baked import bake_adapter, shared_graph
-    from aimet_ext.lora.calibrate import LoraReport, quantize
-    from aimet_ext.lora.files import export, load
-    from aimet_ext.lora.fold import fold_adapter, fold_adapters
-    from aimet_ext.lora.sim import base_hash, create_sim, switch
+    from aimet_ext.lora.adapter import Adapter as Adapter
+    from aimet_ext.lora.adapter import attach_adapter as attach_adapter
+    from aimet_ext.lora.adapter import read_adapter as read_adapter
+    from aimet_ext.lora.adapter import read_adapters as read_adapters
+    from aimet_ext.lora.baked import bake_adapter as bake_adapter
+    from aimet_ext.lora.baked import shared_graph as shared_graph
+    from aimet_ext.lora.calibrate import LoraReport as LoraReport
+    from aimet_ext.lora.calibrate import quantize as quantize
+    from aimet_ext.lora.files import export as export
+    from aimet_ext.lora.files import load as load
+    from aimet_ext.lora.fold import fold_adapter as fold_adapter
+    from aimet_ext.lora.fold import fold_adapters as fold_adapters
+    from aimet_ext.lora.sim import base_hash as base_hash
+    from aimet_ext.lora.sim import create_sim as create_sim
+    from aimet_ext.lora.sim import switch as switch
 
 _HOMES = {
     "adapter": ("Adapter", "attach_adapter", "read_adapter", "read_adapters"),
@@ -22,23 +31,7 @@ _HOMES = {
     "sim": ("base_hash", "create_sim", "switch"),
 }
 
-__all__ = [
-    "Adapter",
-    "LoraReport",
-    "attach_adapter",
-    "bake_adapter",
-    "base_hash",
-    "create_sim",
-    "export",
-    "fold_adapter",
-    "fold_adapters",
-    "load",
-    "quantize",
-    "read_adapter",
-    "read_adapters",
-    "shared_graph",
-    "switch",
-]
+__all__ = sorted(name for names in _HOMES.values() for name in names)
 
 
 def __getattr__(name: str) -> Any:
