@@ -40,6 +40,7 @@ class TensorCache:
 
     :param cache_dir: folder for the files, created if need be; None keeps the tensors in RAM.
     :param name: first part of the name of the folder created in ``cache_dir``.
+    :ivar folder: folder of the files of this cache, None for a cache in RAM.
     :raises ValueError: ``cache_dir`` cannot be written.
 
     >>> cache = TensorCache()
@@ -52,17 +53,12 @@ class TensorCache:
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self._memory: list[Tensor] = []
         self._length = 0
-        self._folder: Path | None = None
+        self.folder: Path | None = None
         self._remove = lambda: None
         if self.cache_dir is not None:
             writable_folder(self.cache_dir, "cache_dir")
-            self._folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.cache_dir))
-            self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-
-    @property
-    def folder(self) -> Path | None:
-        """Folder of the files of this cache, None for a cache in RAM."""
-        return self._folder
+            self.folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.cache_dir))
+            self._remove = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
     def append(self, tensor: Tensor) -> None:
         """Add a copy of ``tensor`` at the end."""
@@ -75,7 +71,7 @@ class TensorCache:
         :raises IndexError: there is no such tensor.
         """
         index = self._position(index)
-        if self._folder is None:
+        if self.folder is None:
             return self._memory[index].to(device, copy=True)
         with safe_open(self._file(index), framework="pt") as file:
             # The copy is aligned as every other tensor is: results of matrix products can depend
@@ -107,7 +103,7 @@ class TensorCache:
         self._remove()
 
     def _store(self, index: int, tensor: Tensor) -> None:
-        if self._folder is not None:
+        if self.folder is not None:
             # Scratch data: safe from a half-written file, but not worth waiting for the disk.
             with atomic_path(self._file(index), durable=False) as temporary:
                 save_file({"tensor": tensor.detach().cpu().contiguous()}, temporary)
@@ -123,8 +119,8 @@ class TensorCache:
         return position
 
     def _file(self, index: int) -> Path:
-        assert self._folder is not None
-        return self._folder / f"{index:06d}.safetensors"
+        assert self.folder is not None
+        return self.folder / f"{index:06d}.safetensors"
 
 
 @dataclass(frozen=True)

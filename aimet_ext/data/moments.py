@@ -191,6 +191,8 @@ class MomentSum:
         temporary files if None. Nothing is left there.
     :param max_bytes: sums larger than this are kept in a memory-mapped file, on the CPU; half of
         what ``device`` has left if None.
+    :ivar storage: storage of the sums: memory, or a memory-mapped file.
+    :ivar tokens: number of rows added.
     """
 
     def __init__(
@@ -212,7 +214,7 @@ class MomentSum:
         sizes = [math.prod(shape) for shape in shapes]
         square = (groups, width, width)
         needed = 8 * (sum(sizes) + math.prod(square) * cross)
-        self._storage = _storage(needed, self.device, max_bytes)
+        self.storage = _storage(needed, self.device, max_bytes)
         parts = self._zeros((sum(sizes),), torch.float64).split(sizes)
         sums = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
         self._strips = list(zip(places, sums, strict=True))  # [groups, strip, in - begin] each
@@ -220,17 +222,7 @@ class MomentSum:
         self._peak = torch.zeros(groups, width, dtype=dtype, device=self.device)
         self._blocks: Tensor | None = None  # [1 or 2, groups, rows, width]: x̂, then e
         self._filled = 0
-        self._tokens = 0
-
-    @property
-    def storage(self) -> Storage:
-        """Storage of the sums: memory, or a memory-mapped file."""
-        return self._storage
-
-    @property
-    def tokens(self) -> int:
-        """Number of rows added."""
-        return self._tokens
+        self.tokens = 0
 
     @property
     def peak(self) -> Tensor:
@@ -259,7 +251,7 @@ class MomentSum:
             end = min(begin + _BLOCK - self._filled, rows.shape[1])
             self._fill(rows[:, begin:end], None if float_rows is None else float_rows[:, begin:end])
             begin = end
-        self._tokens += rows.shape[1]
+        self.tokens += rows.shape[1]
 
     def _fill(self, rows: Tensor, float_rows: Tensor | None) -> None:
         """Copy at most as many rows as the block still takes, and multiply it when it is full."""
@@ -301,7 +293,7 @@ class MomentSum:
         :param dtype: type of the moments, which are mapped if the sums are.
         :raises ValueError: no rows went in, or their squares overflow.
         """
-        if not self._tokens:
+        if not self.tokens:
             raise ValueError("second moments need at least one token that counts, got none")
         self._multiply()
         square = (self.groups, self.width, self.width)
@@ -317,7 +309,7 @@ class MomentSum:
                 cross[:, place] = self._mean(self._cross[:, place])
         if self.groups == 1:
             second, cross = second[0], None if cross is None else cross[0]
-        return SecondMoment(second, cross, self._tokens)
+        return SecondMoment(second, cross, self.tokens)
 
     def _mean(self, sums: Tensor) -> Tensor:
         if not torch.isfinite(sums.sum()):
@@ -326,10 +318,10 @@ class MomentSum:
                 f"inputs must be small enough to be squared in {self.dtype}, got values up to "
                 f"{largest:.3g}; look for the layer upstream that overflows"
             )
-        return sums / self._tokens
+        return sums / self.tokens
 
     def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        if self._storage == "mapped":
+        if self.storage == "mapped":
             return mapped_zeros(shape, dtype, self._folder)
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
