@@ -237,8 +237,7 @@ def _rebuild(folder: Path, settings: _Settings, manifest: dict[str, Any]) -> Any
             f"{folder} holds a sim that was built by hand, so how to build it is not known; "
             "build it again and pass it as load(path, sim=sim)"
         )
-    loadable = manifest["model"]["loads_in_transformers"]
-    model = _model(folder, settings.dtype, settings.attention, loadable)
+    model = _model(folder, settings, manifest["model"]["loads_in_transformers"])
     sample = torch.arange(8)[None] % model.config.get_text_config().vocab_size  # [1, 8]
     module = prepare_model(model, mask_value=settings.create_sim.get("mask_value"))
     sim = create_sim(module, sample, **arguments_from_settings(settings.create_sim))
@@ -246,12 +245,12 @@ def _rebuild(folder: Path, settings: _Settings, manifest: dict[str, Any]) -> Any
     return sim
 
 
-def _model(folder: Path, dtype: str, attention: str | None, loadable: bool) -> Any:
+def _model(folder: Path, settings: _Settings, loadable: bool) -> Any:
     """Return the model of an export; without weights if its config cannot say its widths."""
     transformers = require("transformers", "torch")
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
-    if attention is not None:
-        options["attn_implementation"] = attention
+    options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype)}
+    if settings.attention is not None:
+        options["attn_implementation"] = settings.attention
     auto = transformers.AutoModelForCausalLM
     if loadable:
         return auto.from_pretrained(folder, local_files_only=True, **options).eval()

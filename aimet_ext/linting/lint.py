@@ -190,9 +190,8 @@ def _float_weight(layer: LintLayer, weight: Any, limits: HtpLimits) -> str | Non
 def _float_side(layer: LintLayer, weight: Any, limits: HtpLimits) -> str | None:
     if not layer.floats:
         return None
-    return (
-        f"quantizers around a quantized weight are required, got none of its {_and(layer.floats)}"
-    )
+    sides = _joined([*layer.floats], "and")
+    return f"quantizers around a quantized weight are required, got none of its {sides}"
 
 
 _LAYER_RULES = (
@@ -349,10 +348,6 @@ def _shown(activation: Activation | None) -> str:
 
 def _or(values: list[int]) -> str:
     return _joined([str(value) for value in values], "or")
-
-
-def _and(values: tuple[str, ...]) -> str:
-    return _joined(list(values), "and")
 
 
 def _joined(values: list[str], word: str) -> str:

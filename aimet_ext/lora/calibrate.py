@@ -127,17 +127,15 @@ def quantize(
     return LoraReport(reports, weights, spec)
 
 
-_NO_BLOCKS = (
-    "weights of adapters take PerTensor or PerChannel, got {}: their inner width is the rank, "
-    "which is different for each adapter"
-)
-
-
 def _check_weights(weights: QSpec | None, shared: bool) -> None:
     if weights is None:
         return
     if weights.block_size is not None:
-        raise ValueError(_NO_BLOCKS.format(type(weights.granularity).__name__))
+        raise ValueError(
+            f"weights of adapters take PerTensor or PerChannel, got "
+            f"{type(weights.granularity).__name__}: their inner width is the rank, which is "
+            "different for each adapter"
+        )
     if shared and not isinstance(weights.granularity, PerTensor):
         raise ValueError(
             "weights=QSpec(granularity=PerTensor()) is required with shared=True, got "

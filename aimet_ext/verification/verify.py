@@ -153,8 +153,10 @@ def exported_length(path: Path) -> int:
 def _files(folder: Path) -> tuple[StepResult, list[Finding]]:
     """Compare the files with each other."""
     start = time.perf_counter()
-    kind = _kind(folder)
-    if kind not in (None, "export"):
+    kind = "export"
+    with suppress(CorruptFileError):  # what is wrong with the manifest is found next
+        kind = read_manifest(folder, verify=False)["kind"]
+    if kind != "export":
         raise CorruptFileError(f"{folder}: an export is required, got {kind!r}")
     try:
         findings = list(check_integrity(folder))
@@ -162,14 +164,6 @@ def _files(folder: Path) -> tuple[StepResult, list[Finding]]:
         findings = [Finding("files", folder.name, str(error), "export the model again")]
     detail = f"{len(findings)} faults" if findings else "weights, encodings and scales agree"
     return _step("files", start, bool(findings), detail), findings
-
-
-def _kind(folder: Path) -> str | None:
-    """Return the kind that a folder's manifest states; None if the manifest is damaged."""
-    try:
-        return str(read_manifest(folder, verify=False)["kind"])
-    except CorruptFileError:
-        return None
 
 
 def _run_all(run: Verification) -> Iterator[StepResult]:

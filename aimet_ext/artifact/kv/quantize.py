@@ -91,7 +91,7 @@ class _Sources:
     """
 
     def __init__(self, model: Any, plain: Any, shape: CacheShape) -> None:
-        self._moved, self._plain_moved = moved_from(model), moved_from(plain)
+        self._plain_moved = moved_from(plain)
         past, self._present = _cache_names(shape)
         inputs = {value.name for value in model.graph.input}
         pairs = zip(past, self._present, strict=True)
@@ -101,13 +101,14 @@ class _Sources:
             for node in model.graph.node
             if node.op_type == "Concat" and any(name in self._past for name in node.input)
         }
-        self._tables = {
+        tables = {
             node.output[0]: node.input[0]
             for node in model.graph.node
             if node.op_type == "Gather" and node.input[1] == "position_ids"
         }
+        self._before = {**self._past, **tables, **self._joined, **moved_from(model)}
         self._constants = stored_values(model.graph)
-        self._same = same_tensors(plain, model, frozenset({*self._joined, *self._tables}))
+        self._same = same_tensors(plain, model, frozenset({*self._joined, *tables}))
 
     def ranges(
         self, names: list[str], known: Collection[str], mask_value: float
@@ -145,17 +146,9 @@ class _Sources:
 
     def _origin(self, name: str) -> str:
         """Return the tensor whose values these are, or which they are joined with."""
-        while True:
-            if name in self._moved:
-                name = self._moved[name]
-            elif name in self._joined:
-                name = self._joined[name]
-            elif name in self._tables:
-                name = self._tables[name]
-            elif name in self._past:
-                name = self._past[name]
-            else:
-                return name
+        while name in self._before:
+            name = self._before[name]
+        return name
 
     def _reference(self, origin: str, known: Collection[str]) -> str | None:
         found = self._same.get(origin)
