@@ -1,6 +1,6 @@
-"""Settings: the quantization of a tensor, and the parameters of every technique.
+"""Settings: the quantization of a tensor, of all layers, and the parameters of every technique.
 
-Everything here is frozen, keyword-only where it has more than one field, and checked when it is
+All that users pass is frozen, keyword-only where it has more than one field, and checked when it is
 built, so that a mistake is an error before any work is done.
 """
 
