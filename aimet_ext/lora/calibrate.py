@@ -132,7 +132,7 @@ def _check_weights(weights: QSpec | None, shared: bool) -> None:
         return
     if weights.block_size is not None:
         raise ValueError(
-            f"weights of adapters take PerTensor or PerChannel, got "
+            "weights of adapters take PerTensor or PerChannel, got "
             f"{type(weights.granularity).__name__}: their inner width is the rank, which is "
             "different for each adapter"
         )
