@@ -255,7 +255,7 @@ def test_failing_batch_is_named() -> None:
 
 
 def test_deviation_names_the_first_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    from aimet_ext.onnx.ops import table as onnx_ops
+    from aimet_ext.onnx.ops import translate as onnx_ops
 
     model = make("llama")
     flow, plans, stream = captured(model, feeds(model, 2, 12))

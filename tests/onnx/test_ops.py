@@ -15,7 +15,8 @@ from onnx import TensorProto, helper
 from onnx_cases import CASES, CONTRIB, Case, grouped
 
 from aimet_ext.errors import TransformRefused
-from aimet_ext.onnx.ops.table import OPERATORS, attributes_of, evaluate, unsupported
+from aimet_ext.onnx.ops.operator import attributes_of
+from aimet_ext.onnx.ops.translate import OPERATORS, evaluate, unsupported
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -21,7 +21,7 @@ from onnx_models import exported_llama, mlp_model, tiny_causal_lm  # noqa: E402
 from aimet_ext.errors import TransformRefused  # noqa: E402
 from aimet_ext.onnx.graph import OnnxGraph  # noqa: E402
 from aimet_ext.onnx.layers import find_layers  # noqa: E402
-from aimet_ext.onnx.ops import table as onnx_ops  # noqa: E402
+from aimet_ext.onnx.ops import translate as onnx_ops  # noqa: E402
 from aimet_ext.onnx.ops.translate import TranslatedGraph, check_translation  # noqa: E402
 
 FAMILIES: Mapping[str, Mapping[str, Any]] = {

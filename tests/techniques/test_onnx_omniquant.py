@@ -562,7 +562,7 @@ def test_wrong_translation_is_refused_and_named(
     case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from aimet_ext.errors import TransformRefused
-    from aimet_ext.onnx.ops import table as onnx_ops
+    from aimet_ext.onnx.ops import translate as onnx_ops
 
     found = case()
     sim = found.sim()
@@ -577,7 +577,7 @@ def test_operator_without_translation_is_refused_and_named(
     case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from aimet_ext.errors import TransformRefused
-    from aimet_ext.onnx.ops import table as onnx_ops
+    from aimet_ext.onnx.ops import translate as onnx_ops
 
     found = case()
     sim = found.sim()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from aimet_ext.onnx.ops.signature import (
+from aimet_ext.onnx.ops.operator import (
     CONTRIB,
     Attributes,
     Inputs,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from aimet_ext.onnx.ops.signature import (
+from aimet_ext.onnx.ops.operator import (
     CONTRIB,
     Attributes,
     Inputs,

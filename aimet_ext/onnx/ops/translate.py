@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -16,20 +16,67 @@ from aimet_ext.errors import TransformRefused
 from aimet_ext.onnx.graph import OnnxGraph, Part
 from aimet_ext.onnx.index import reads
 from aimet_ext.onnx.layers import OnnxLayer, stored_weight
-from aimet_ext.onnx.ops.signature import Attributes
-from aimet_ext.onnx.ops.table import (
+from aimet_ext.onnx.ops.attention import ATTENTION, ATTENTION_LIMITS
+from aimet_ext.onnx.ops.math import MATH, MATH_LIMITS
+from aimet_ext.onnx.ops.operator import (
+    Attributes,
+    Limit,
+    Operator,
     apply_operator,
     attributes_of,
-    evaluate,
     key_of,
     outputs_by_name,
-    unsupported,
     widened,
 )
+from aimet_ext.onnx.ops.shape import SHAPE, SHAPE_LIMITS
 from aimet_ext.onnx.values import to_torch
+
+# By domain ("" for ONNX's own) and operator.
+OPERATORS: Mapping[tuple[str, str], Operator] = {**MATH, **SHAPE, **ATTENTION}
+_LIMITS: Mapping[tuple[str, str], Limit] = {**MATH_LIMITS, **SHAPE_LIMITS, **ATTENTION_LIMITS}
 
 _OLDEST = 9  # opset; before it, operators broadcast in ways of their own
 _SMALL = 1024  # elements; what is computed from small constants alone is computed once
+
+
+def unsupported(nodes: Iterable[NodeProto]) -> list[str]:
+    """List what is not translated of nodes: ``"domain::operator (node name)"`` and the reason.
+
+    The reason stands behind a colon where the operator is translated but not the node's
+    attributes; a node without name goes by its first output.
+    """
+    found = []
+    for node in nodes:
+        key = key_of(node)
+        label = f"{key[0] or 'ai.onnx'}::{key[1]} ({node.name or node.output[0]})"
+        if key not in OPERATORS:
+            found.append(label)
+        elif key in _LIMITS:
+            reason = _LIMITS[key](attributes_of(node), [bool(name) for name in node.input])
+            found += [f"{label}: {reason}"] if reason else []
+    return found
+
+
+def evaluate(
+    node: NodeProto, values: Mapping[str, Tensor], opset: int, *, wide: bool = False
+) -> dict[str, Tensor]:
+    """Return the outputs of one node by tensor name, differentiable in its inputs.
+
+    :param values: at least the node's inputs, by tensor name; none is written into.
+    :param opset: version of ONNX's own domain that the model uses.
+    :param wide: take float64 where the node asks for less, as a Cast to float32 does.
+    :raises TransformRefused: the operator, or what its attributes ask for, is not translated.
+    """
+    refused = unsupported([node])
+    if refused:
+        raise TransformRefused(f"no differentiable form of {refused[0]} is known")
+    attributes = attributes_of(node)
+    inputs = [values[name] if name else None for name in node.input]
+    key = key_of(node)
+    outputs = apply_operator(
+        OPERATORS[key], key[1], widened(attributes) if wide else attributes, inputs, opset
+    )
+    return outputs_by_name(node.output, outputs)
 
 
 @dataclass(frozen=True)
@@ -74,7 +121,8 @@ def _compute(
     """
     attributes = step.wide if wide else step.attributes
     try:
-        outputs = apply_operator(step.key, attributes, inputs, opset)
+        operator = OPERATORS[step.key]
+        outputs = apply_operator(operator, step.key[1], attributes, inputs, opset)
     except torch.OutOfMemoryError:
         raise
     except (IndexError, RuntimeError, TypeError, ValueError) as error:

@@ -1,31 +1,34 @@
-"""Differentiable torch versions of ONNX operators: the table of all, and how one node is computed.
+"""Signature of a translated ONNX operator, and how it is given the attributes and inputs of a node.
 
->>> unsupported(model.graph.node)
-[]
->>> evaluate(node, {"x": x, "gain": gain}, opset=17)
-{'y': tensor(...)}
+A translated operator is a function ``(attributes, inputs, opset) -> Tensor | tuple[Tensor, ...]``
+of torch tensors. It is differentiable in its floating-point inputs, works in their dtype, float64
+too, and never writes into an input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from onnx import AttributeProto, NodeProto, helper, numpy_helper
 from torch import Tensor
 
-from aimet_ext.errors import TransformRefused
-from aimet_ext.onnx.ops.attention import ATTENTION, ATTENTION_LIMITS
-from aimet_ext.onnx.ops.math import MATH, MATH_LIMITS
-from aimet_ext.onnx.ops.shape import SHAPE, SHAPE_LIMITS
-from aimet_ext.onnx.ops.signature import Attributes, Inputs, Limit, Operator
 from aimet_ext.onnx.values import DTYPES, to_torch
 
-# By domain ("" for ONNX's own) and operator.
-OPERATORS: Mapping[tuple[str, str], Operator] = {**MATH, **SHAPE, **ATTENTION}
-_LIMITS: Mapping[tuple[str, str], Limit] = {**MATH_LIMITS, **SHAPE_LIMITS, **ATTENTION_LIMITS}
+#: Domain of onnxruntime's own operators.
+CONTRIB = "com.microsoft"
+
+# By attribute name: int, float, str, list, Tensor or torch.dtype. "n_outputs" is the number of
+# outputs that the node names.
+Attributes: TypeAlias = Mapping[str, Any]
+# Tensor, or None where an optional input is left out.
+Inputs: TypeAlias = Sequence[Any]
+Outputs: TypeAlias = "Tensor | tuple[Tensor | None, ...]"
+Operator: TypeAlias = Callable[[Attributes, Inputs, int], Outputs]
+# Attributes and the given inputs (False: left out) to the reason why this is not translated.
+Limit: TypeAlias = Callable[[Attributes, Sequence[bool]], "str | None"]
 
 # Attributes that are a TensorProto.DataType.
 _DTYPE_ATTRIBUTES = ("dtype", "softmax_precision", "stash_type", "to")
@@ -55,6 +58,43 @@ _HOST_INPUTS: Mapping[str, tuple[int, ...]] = {
     "Trilu": (1,),
     "Unsqueeze": (1,),
 }
+
+
+# ---- what operators read ------------------------------------------------------------------------
+
+
+def operand(inputs: Inputs, position: int) -> Any:
+    """Return an optional input, None where it is left out."""
+    return inputs[position] if position < len(inputs) else None
+
+
+def ints(tensor: Tensor) -> list[int]:
+    """Return values of an integer tensor of any shape, on the host."""
+    return [int(value) for value in tensor.reshape(-1).tolist()]
+
+
+def number(tensor: Tensor) -> int | float:
+    """Return the value of a tensor with one element."""
+    return tensor.reshape(()).item()
+
+
+def floating(attributes: Attributes, tensor: Tensor) -> torch.dtype:
+    """Return the dtype of a norm: that of ``stash_type``, and never less than the tensor's own."""
+    stash = attributes.get("stash_type", torch.float32)
+    return torch.promote_types(tensor.dtype, stash)
+
+
+def only(name: str, *values: object) -> Limit:
+    """Limit of an attribute to some values, the first of them its default."""
+
+    def limit(attributes: Attributes, given: Sequence[bool]) -> str | None:
+        value = attributes.get(name, values[0])
+        return None if value in values else f"{name}={value!r} is not translated"
+
+    return limit
+
+
+# ---- what nodes state ---------------------------------------------------------------------------
 
 
 def key_of(node: NodeProto) -> tuple[str, str]:
@@ -94,60 +134,21 @@ def widened(attributes: Attributes) -> dict[str, Any]:
     return found
 
 
-def unsupported(nodes: Iterable[NodeProto]) -> list[str]:
-    """List what is not translated of nodes: ``"domain::operator (node name)"`` and the reason.
-
-    The reason stands behind a colon where the operator is translated but not the node's
-    attributes; a node without name goes by its first output.
-    """
-    found = []
-    for node in nodes:
-        key = key_of(node)
-        label = f"{key[0] or 'ai.onnx'}::{key[1]} ({node.name or node.output[0]})"
-        if key not in OPERATORS:
-            found.append(label)
-        elif key in _LIMITS:
-            reason = _LIMITS[key](attributes_of(node), [bool(name) for name in node.input])
-            found += [f"{label}: {reason}"] if reason else []
-    return found
-
-
 def apply_operator(
-    key: tuple[str, str], attributes: Attributes, inputs: Inputs, opset: int
+    operator: Operator, op_type: str, attributes: Attributes, inputs: Inputs, opset: int
 ) -> tuple[Tensor | None, ...]:
     """Compute an operator; integers on the host follow the other inputs to their device."""
     device = next(
         (x.device for x in inputs if x is not None and x.device.type != "cpu"), torch.device("cpu")
     )
     if device.type != "cpu":
-        host = _HOST_INPUTS.get(key[1], (1,) if key[1].startswith("Reduce") else ())
+        host = _HOST_INPUTS.get(op_type, (1,) if op_type.startswith("Reduce") else ())
         inputs = [
             x if x is None or i in host else x.to(device, non_blocking=True)
             for i, x in enumerate(inputs)
         ]
-    outputs = OPERATORS[key](attributes, inputs, opset)
+    outputs = operator(attributes, inputs, opset)
     return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
-def evaluate(
-    node: NodeProto, values: Mapping[str, Tensor], opset: int, *, wide: bool = False
-) -> dict[str, Tensor]:
-    """Return the outputs of one node by tensor name, differentiable in its inputs.
-
-    :param values: at least the node's inputs, by tensor name; none is written into.
-    :param opset: version of ONNX's own domain that the model uses.
-    :param wide: take float64 where the node asks for less, as a Cast to float32 does.
-    :raises TransformRefused: the operator, or what its attributes ask for, is not translated.
-    """
-    refused = unsupported([node])
-    if refused:
-        raise TransformRefused(f"no differentiable form of {refused[0]} is known")
-    attributes = attributes_of(node)
-    inputs = [values[name] if name else None for name in node.input]
-    outputs = apply_operator(
-        key_of(node), widened(attributes) if wide else attributes, inputs, opset
-    )
-    return outputs_by_name(node.output, outputs)
 
 
 def outputs_by_name(names: Iterable[str], outputs: Iterable[Tensor | None]) -> dict[str, Tensor]:
