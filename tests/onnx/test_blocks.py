@@ -27,8 +27,8 @@ from aimet_ext.onnx.blocks.find import (  # noqa: E402
     capture_blocks,
     find_onnx_blocks,
 )
+from aimet_ext.onnx.blocks.flow import to_copy  # noqa: E402
 from aimet_ext.onnx.blocks.module import OnnxBlock, check_block, read_again, write_back  # noqa: E402
-from aimet_ext.onnx.blocks.topology import to_copy  # noqa: E402
 from aimet_ext.onnx.graph import OnnxGraph  # noqa: E402
 from aimet_ext.walk.streamed import StreamedBlock  # noqa: E402
 

@@ -12,9 +12,13 @@ from torch import Tensor
 
 from aimet_ext.data.batches import attended_tokens
 from aimet_ext.models.topology import BlockTopology, TopologyDescription
-from aimet_ext.onnx.blocks.flow import Flow, Norm
-from aimet_ext.onnx.blocks.roles import MismatchError, attention_roles, mlp_roles
-from aimet_ext.onnx.blocks.topology import SharedVector, block_topology
+from aimet_ext.onnx.blocks.flow import Flow, Norm, SharedVector
+from aimet_ext.onnx.blocks.roles import (
+    MismatchError,
+    attention_roles,
+    block_topology,
+    mlp_roles,
+)
 from aimet_ext.onnx.graph import OnnxGraph, Part
 from aimet_ext.onnx.layers import OnnxLayer
 from aimet_ext.walk.stream import BlockStream

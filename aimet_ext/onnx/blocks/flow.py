@@ -1,8 +1,8 @@
-"""Sources of the tensors of an ONNX graph: what blocks and their roles are found by."""
+"""Sources and readers of the tensors of an ONNX graph, by which blocks and roles are found."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from onnx import NodeProto, helper
@@ -41,6 +41,39 @@ class Norm:
     scaled: str
     shifted: str
     gain_offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One input of a node.
+
+    :param node: name of the node.
+    :param output: first tensor that it makes.
+    :param place: number of the input.
+    """
+
+    node: str
+    output: str
+    place: int
+
+
+@dataclass(frozen=True)
+class SharedVector:
+    """A stored vector that a block would rescale and others read as well.
+
+    :param stored: its name in the graph.
+    :param role: module of the block that it belongs to.
+    :param name: possible name of a copy for the block alone.
+    :param reading: the input through which only this module reads it, None where there is none:
+        then no copy can be put in its place.
+    :param readings: number of inputs, and outputs of the graph, that it goes to.
+    """
+
+    stored: str
+    role: str
+    name: str
+    reading: Reading | None
+    readings: int
 
 
 class Flow:
@@ -182,6 +215,19 @@ class Flow:
             return self.integers(node.input[0])
         return [None]
 
+    def shared_vector(self, stored: str, made: str, *, role: str, name: str) -> SharedVector | None:
+        """Return a stored vector as one that is shared, None if it has one reader.
+
+        :param stored: name of the vector.
+        :param made: tensor that the node makes which uses it.
+        :param role: see :class:`SharedVector`, as ``name``.
+        """
+        readings = self.graph.readings(stored)
+        reading = self._reading(stored, made)
+        if readings == 1 and reading is not None:
+            return None
+        return SharedVector(stored, role, name, reading, readings)
+
     def _straight(self, tensor: str) -> Iterator[str]:
         """Yield a tensor and those before it through nodes that move or cut values."""
         node: NodeProto | None = None
@@ -253,6 +299,36 @@ class Flow:
     def _matching(self, tensor: str, sources: set[str]) -> str | None:
         return next((name for name in (tensor, self.origin(tensor)) if name in sources), None)
 
+    def _reading(self, stored: str, made: str) -> Reading | None:
+        """Return the input behind which only the node that makes a tensor uses a stored vector."""
+        graph = self.graph
+        index = graph.producer[made]
+        place = self._reads_at(index, stored)
+        while place is not None:
+            node = graph.nodes[index]
+            name = node.input[place]
+            if name == stored:
+                return Reading(node.name, node.output[0], place)
+            if name in graph.outputs or len(graph.consumers[name]) != 1:
+                return None
+            index = graph.producer[name]
+            place = 0 if graph.nodes[index].op_type in _SAME else self._reads_at(index, stored)
+        return None
+
+    def _reads_at(self, index: int, stored: str) -> int | None:
+        """Return the one input of a node with a stored vector's values, or these and an offset."""
+        inputs = enumerate(self.graph.nodes[index].input)
+        places = [place for place, name in inputs if name and self._has(name, stored)]
+        return places[0] if len(places) == 1 else None
+
+    def _has(self, name: str, stored: str) -> bool:
+        origin = self.origin(name)
+        node = self.graph.node(origin)
+        if origin == stored or node is None or node.op_type != "Add":
+            return origin == stored
+        sources = [self.origin(other) for other in node.input]
+        return stored in sources and all(self.graph.is_stored(other) for other in sources)
+
 
 def split_skips(graph: OnnxGraph) -> OnnxGraph:
     """Return the same graph with each skip normalization as an addition and a normalization.
@@ -289,3 +365,19 @@ def _parts(node: NodeProto) -> Iterator[NodeProto]:
         epsilon=attribute(node, "epsilon", 1e-12),
     )
     yield norm
+
+
+def to_copy(shared: Iterable[SharedVector]) -> list[SharedVector]:
+    """Return the shared vectors that need a copy before they are rescaled, each reading once.
+
+    Where nothing but these reads a vector, the first of them keeps it.
+    """
+    groups: dict[str, dict[Reading, SharedVector]] = {}
+    for vector in shared:
+        if vector.reading is not None:
+            groups.setdefault(vector.stored, {}).setdefault(vector.reading, vector)
+    found: list[SharedVector] = []
+    for group in groups.values():
+        vectors: Sequence[SharedVector] = list(group.values())
+        found += vectors[1:] if len(vectors) == vectors[0].readings else vectors
+    return found

@@ -22,7 +22,7 @@ from aimet_ext.onnx.blocks.find import (
     capture_blocks,
     find_onnx_blocks,
 )
-from aimet_ext.onnx.blocks.flow import Flow
+from aimet_ext.onnx.blocks.flow import Flow, Reading, SharedVector, to_copy
 from aimet_ext.onnx.blocks.module import (
     OnnxBlock,
     OnnxLinear,
@@ -31,7 +31,6 @@ from aimet_ext.onnx.blocks.module import (
     static_batch,
     write_back,
 )
-from aimet_ext.onnx.blocks.topology import Reading, SharedVector, to_copy
 from aimet_ext.onnx.graph import OnnxGraph
 from aimet_ext.onnx.layers import OnnxLayer, insert_module
 from aimet_ext.sim.onnx.quantizers import quantizer_state, restore_quantizer
