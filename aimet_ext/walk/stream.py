@@ -301,7 +301,8 @@ def capture_block_inputs(
                 hidden = _hidden(args, kwargs, number)
                 _check_length(hidden[..., 0], context, number)
                 known = None if forward_fn is not None else model
-                mask = _real_tokens(token_mask(batch, known), hidden, args, kwargs, number)
+                attention = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+                mask = real_tokens(token_mask(batch, known), attention, hidden, number)
                 stream.append(hidden, args, kwargs, mask)
     except BaseException:
         stream.close()
@@ -338,17 +339,16 @@ def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any], number: int) -> Te
     return hidden
 
 
-def _real_tokens(
-    mask: Tensor | None,
-    hidden: Tensor,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    number: int,
-) -> Tensor:
-    """Return bool ``[batch, seq]`` from the batch's mask, else from the block's, else all true."""
+def real_tokens(mask: Tensor | None, attention: Any, hidden: Tensor, number: int) -> Tensor:
+    """Return bool ``[batch, seq]`` from the batch's mask, else from the block's, else all true.
+
+    :param mask: Mask of the batch; one of another shape is passed over.
+    :param attention: Attention mask that the block receives, if any.
+    :param number: Number of the batch.
+    :raises ValueError: the batch is masked whole.
+    """
     shape = (hidden.shape[0], hidden.shape[1])
     if mask is None or tuple(mask.shape) != shape:
-        attention = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         mask = attended_tokens(attention, shape) if isinstance(attention, Tensor) else None
     if mask is None:
         mask = torch.ones(shape, dtype=torch.bool)

@@ -10,7 +10,7 @@ import torch
 from onnx import NodeProto
 from torch import Tensor
 
-from aimet_ext.data.batches import attended_tokens
+from aimet_ext.data.batches import token_mask
 from aimet_ext.models.topology import BlockTopology, TopologyDescription
 from aimet_ext.onnx.blocks.flow import Flow, Norm, SharedVector
 from aimet_ext.onnx.blocks.roles import (
@@ -21,7 +21,7 @@ from aimet_ext.onnx.blocks.roles import (
 )
 from aimet_ext.onnx.graph import OnnxGraph, Part
 from aimet_ext.onnx.layers import OnnxLayer
-from aimet_ext.walk.stream import BlockStream
+from aimet_ext.walk.stream import BlockStream, real_tokens
 
 #: Operators that compute one shape from others.
 SHAPE_ARITHMETIC = frozenset(
@@ -335,8 +335,11 @@ def capture_blocks(
             kwargs = {
                 name: found[inner] for name, inner in zip(names, plans[0].arguments, strict=True)
             }
-            mask = _real_tokens(batch, kwargs.get(_MASK), hidden, number)
-            stream.append(hidden, (hidden,), kwargs, mask)
+            mask = token_mask(batch)
+            new = None if mask is None else mask[:, -hidden.shape[1] :]  # without cached tokens
+            stream.append(
+                hidden, (hidden,), kwargs, real_tokens(new, kwargs.get(_MASK), hidden, number)
+            )
     except BaseException:
         stream.close()
         raise
@@ -373,24 +376,3 @@ def _hidden(hidden: Tensor, number: int) -> Tensor:
             "check the batch and the embedding's weights"
         )
     return hidden
-
-
-def _real_tokens(
-    batch: Mapping[str, Tensor], attention: Tensor | None, hidden: Tensor, number: int
-) -> Tensor:
-    """Return the mask ``[batch, seq]`` of the batch, else of the block, else all true."""
-    shape = (hidden.shape[0], hidden.shape[1])
-    given = batch.get(_MASK)
-    mask: Tensor | None = None
-    if given is not None and given.ndim == 2 and given.shape[1] >= shape[1]:
-        mask = (given != 0)[:, given.shape[1] - shape[1] :]
-    elif attention is not None:
-        mask = attended_tokens(attention, shape)
-    if mask is None:
-        mask = torch.ones(shape, dtype=torch.bool)
-    if not bool(mask.any()):
-        raise ValueError(
-            f"batch {number} must hold a token that is not masked, its attention_mask masks all "
-            f"{mask.numel()}; remove the batch"
-        )
-    return mask

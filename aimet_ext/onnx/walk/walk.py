@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from aimet_ext.data.batches import token_mask
 from aimet_ext.data.cache import ValueCache
 from aimet_ext.data.feeds import check_inputs
 from aimet_ext.onnx.graph import OnnxGraph, Part
@@ -19,7 +20,6 @@ from aimet_ext.onnx.walk.schedule import PlannedStage, Section, plan_stages, pla
 from aimet_ext.walk.layers import Inputs, Stage, Streams, fit_mask, known
 
 _COMMON = "common"
-_MASK = "attention_mask"
 _TOKENS = ("input_ids", "inputs_embeds")
 
 
@@ -294,11 +294,11 @@ class OnnxWalk:
     def _mask(self, batch: int) -> Tensor | None:
         """Return which new tokens of a batch count; None where it does not say."""
         inputs = self._batches[batch]
-        mask = inputs.get(_MASK)
-        if mask is None or mask.dim() != 2:
+        mask = token_mask(inputs)
+        if mask is None:
             return None
         tokens = next((inputs[n] for n in _TOKENS if n in inputs and inputs[n].dim() > 1), mask)
-        return mask[:, max(0, mask.shape[1] - tokens.shape[1]) :] != 0
+        return mask[:, -tokens.shape[1] :]
 
 
 def padding(layer: OnnxLayer, shape: Sequence[int]) -> list[int]:
