@@ -17,8 +17,8 @@ from aimet_ext.core.affine import Grid
 from aimet_ext.core.clipping import GridLayout
 from aimet_ext.data.batches import ForwardFn
 from aimet_ext.models.topology import BlockTopology, TopologyDescription
-from aimet_ext.walk.layers import Streams, Walk
 from aimet_ext.walk.streamed import BlockPass
+from aimet_ext.walk.walk import Streams, Walk
 
 if TYPE_CHECKING:
     from aimet_ext.sim.facts import SimFacts
@@ -317,7 +317,7 @@ class CalibrationWalks(Protocol):
         cache_dir: str | Path | None,
         device: torch.device | str | None,
     ) -> Walk:
-        """Start a walk to layers, with the quantizers off; see :mod:`aimet_ext.walk.layers`.
+        """Start a walk to layers, with the quantizers off; see :mod:`aimet_ext.walk.walk`.
 
         :param effective: Weights that the quantized stream uses from the start, by layer.
         """

@@ -21,7 +21,7 @@ from aimet_ext.techniques.call import Call, technique
 from aimet_ext.techniques.layerwise.deploy import Decision, Problem, SampleSum
 from aimet_ext.techniques.layerwise.loop import Solver, run_layerwise
 from aimet_ext.techniques.report import LayerwiseReport
-from aimet_ext.walk.layers import Activation
+from aimet_ext.walk.hooks import Activation
 
 # Settings of the rounding at the start.
 _DAMPING, _BEAMS = 1e-3, 32

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,23 +14,23 @@ from torch import Tensor, nn
 
 from aimet_ext.data.batches import ForwardFn, call_model, module_device
 from aimet_ext.walk.hooks import (
+    LayerOrder,
     checked_weight,
+    layer_order,
     replaced_forward,
     run_batch,
     seen_input,
     swapped_weights,
 )
-from aimet_ext.walk.layers import (
+from aimet_ext.walk.streamed import (
+    BlockPass,
     Inputs,
-    LayerOrder,
-    Stage,
-    Streams,
-    layers_around,
+    StreamedBlock,
+    no_tokens,
+    open_pass,
     stage_inputs,
-    stream_names,
 )
-from aimet_ext.walk.rerun import RerunWalk
-from aimet_ext.walk.streamed import BlockPass, StreamedBlock, no_tokens, open_pass
+from aimet_ext.walk.walk import RerunWalk, Stage, Streams, stream_names
 
 Weights = Mapping[str, Tensor]
 
@@ -54,10 +55,10 @@ def find_stack(model: nn.Module, layers: Sequence[str]) -> list[str]:
 class BlockWalk:
     """A walk to the layers of repeated blocks, and to those before and after them.
 
-    See :class:`aimet_ext.walk.layers.Walk`. Nothing but calls of modules is looked at, so a block
+    See :class:`aimet_ext.walk.walk.Walk`. Nothing but calls of modules is looked at, so a block
     may be of any architecture. The model must compute in float while it walks.
 
-    :class:`~aimet_ext.walk.rerun.ModelWalk` describes the other parameters.
+    :class:`~aimet_ext.walk.walk.ModelWalk` describes the other parameters.
 
     :param blocks: Full names of the repeated blocks, see :func:`find_stack`.
     :param batches: Batches of the dataloader, as a list.
@@ -228,3 +229,40 @@ class BlockWalk:
             run = partial(call_model, self.model, self.batches[index], self.forward_fn)
             seen = seen_input([module], run)
         return no_tokens(module) if seen is None else seen.to(flow.device)
+
+
+def layers_around(
+    model: nn.Module,
+    blocks: Sequence[str],
+    layers: Sequence[str],
+    passes: Iterable[Callable[[], object]],
+) -> tuple[list[str], LayerOrder]:
+    """Return the layers called before the first block, and the order of those after the last.
+
+    :param layers: Names of layers in none of the blocks.
+    :param passes: Functions that each run the model once.
+    :raises ValueError: a layer is called between two blocks; else as :func:`layer_order`.
+    """
+    if not layers:
+        return [], LayerOrder()
+    order: dict[str, int] = {}
+
+    def note(name: str, module: nn.Module, args: Any) -> None:
+        order.setdefault(name, len(order))
+
+    with ExitStack() as hooks:
+        for name in (*layers, blocks[0], blocks[-1]):
+            hook = model.get_submodule(name).register_forward_pre_hook(partial(note, name))
+            hooks.callback(hook.remove)
+        found = layer_order(model, layers, passes)
+    begin, end = (order.get(block, len(order)) for block in (blocks[0], blocks[-1]))
+    for name in found.order:
+        if begin < order[name] < end:
+            raise ValueError(
+                f"layer {name!r} must be called before or after the repeated blocks "
+                f"({blocks[0]} to {blocks[-1]}), it is called between them; leave it out"
+            )
+    before = [name for name in found.order if order[name] < begin]
+    stages = [tuple(name for name in names if name not in before) for names in found.stages]
+    after = [name for name in found.order if name not in before]
+    return before, replace(found, order=after, stages=[names for names in stages if names])

@@ -1,12 +1,13 @@
-"""Hooks on modules: what reaches them in a forward pass, and contexts that change what they do."""
+"""Hooks on modules: the order of their calls and what reaches them; contexts that change them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,22 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from aimet_ext.data.batches import ForwardFn, call_model, module_device, tensors_in
 from aimet_ext.data.moments import Geometry
 
-Wrap = Callable[[Tensor], Any]
+Activation: TypeAlias = Callable[[Tensor], Tensor]
+Wrap: TypeAlias = Callable[[Tensor], Any]
 
 # A tensor's number, and how often it was changed in place.
 _Token = tuple[int, int]
+
+# In place or not, the function is the same; handed out is the one that leaves its input alone.
+_RELUS: Mapping[Any, Activation] = {
+    torch.relu: functional.relu,
+    torch.relu_: functional.relu,
+    functional.relu: functional.relu,
+    Tensor.relu: functional.relu,
+    Tensor.relu_: functional.relu,
+    functional.relu6: functional.relu6,
+}
+_BATCH_NORMS = (functional.batch_norm, torch.batch_norm)
 
 
 class Watch(TorchFunctionMode):
@@ -153,6 +166,107 @@ def _version(tensor: Tensor) -> int:
 def _layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """Return the tensor that a layer is called with."""
     return args[0] if args else kwargs["input"]
+
+
+# ---- the order of calls -------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class LayerOrder:
+    """The order in which forward passes of a module call some of its layers, and what is shared.
+
+    :param order: Layers in the order of their calls.
+    :param stages: Layers that read one tensor in the same way, in the order of their first one.
+    :param activations: ReLU that alone reads a layer's output, by layer.
+    :param parts: Children of the module whose output is their last layer's output, with that layer
+        and a function from its output to the child's.
+    :param returns: Function from the first tensor of the module's output to the whole output.
+    """
+
+    order: list[str] = field(default_factory=list)
+    stages: list[tuple[str, ...]] = field(default_factory=list)
+    activations: dict[str, Activation] = field(default_factory=dict)
+    parts: dict[str, tuple[str, Wrap]] = field(default_factory=dict)
+    returns: Wrap = field(default=lambda tensor: tensor)
+
+
+@torch.no_grad()
+def layer_order(
+    module: nn.Module,
+    layers: Sequence[str],
+    passes: Iterable[Callable[[], object]],
+    prefix: str = "",
+) -> LayerOrder:
+    """Watch forward passes until each layer was called: an expert may not be, in some of them.
+
+    :param layers: Names within ``module``.
+    :param passes: Functions that each run the module once.
+    :param prefix: Prefix that makes the layers' names in errors those in the whole model.
+    :raises ValueError: a layer is called twice in a pass, or never, or a batch norm follows it.
+    :raises TypeError: a layer is neither linear nor a convolution.
+    """
+    found = LayerOrder()
+    geometry = geometries({name: module.get_submodule(name) for name in layers})
+    watches: list[Watch] = []
+    order: dict[str, None] = {}
+    for run in passes:
+        watch = Watch()
+        with ExitStack() as hooks:
+            watch.hook(module, layers, hooks)
+            with watch:
+                run()
+        if watch.twice is not None:
+            raise ValueError(
+                "a layer must be called once in a forward pass, "
+                f"{f'{prefix}{watch.twice}'!r} is called again; leave it out, or give each call a "
+                "layer of its own"
+            )
+        watches.append(watch)
+        order.update(dict.fromkeys(watch.reads))
+        found.parts.update(watch.parts())
+        found.returns = watch.returns or found.returns
+        if len(order) == len(geometry):
+            break
+    else:
+        raise uncalled(f"{prefix}{name}" for name in layers if name not in order)
+    partners = [watch.partners(geometry) for watch in watches]
+    stages: dict[Any, list[str]] = {}
+    for name in order:
+        stages.setdefault(tuple(first.get(name) for first in partners), []).append(name)
+        readers = {watch.sole_reader(name) for watch in watches if name in watch.reads}
+        reader = readers.pop() if len(readers) == 1 else None
+        if reader in _BATCH_NORMS:
+            raise ValueError(
+                f"the batch norm after layer {f'{prefix}{name}'!r} must be folded into it before "
+                "the simulation is built; call "
+                "aimet_torch.batch_norm_fold.fold_all_batch_norms(model, input_shapes)"
+            )
+        if reader in _RELUS:
+            found.activations[name] = _RELUS[reader]
+    found.order, found.stages = [*order], [tuple(names) for names in stages.values()]
+    return found
+
+
+def geometries(layers: Mapping[str, nn.Module]) -> dict[str, Geometry]:
+    """Return how each layer's input becomes rows.
+
+    :raises TypeError: a layer is neither linear nor a convolution; it is named.
+    """
+    found = {}
+    for name, module in layers.items():
+        try:
+            found[name] = Geometry.of(module)
+        except TypeError as error:
+            raise TypeError(f"layer {name!r}: {error}") from error
+    return found
+
+
+def uncalled(layers: Iterable[str]) -> ValueError:
+    """Return the error for layers that are no part of the forward pass."""
+    return ValueError(
+        f"these layers never received data: {', '.join(layers)}; leave them out, or calibrate "
+        "with batches that reach them"
+    )
 
 
 # ---- a look at calls ----------------------------------------------------------------------------

@@ -7,31 +7,31 @@ from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from aimet_ext.data.batches import ForwardFn, call_model
+from aimet_ext.data.batches import ForwardFn, call_model, map_leaves
 from aimet_ext.data.cache import TensorCache
+from aimet_ext.data.moments import Geometry
 from aimet_ext.walk.hooks import (
+    LayerOrder,
     checked_weight,
+    layer_order,
     on_device,
     replaced_forward,
     seen_input,
     swapped_weights,
 )
-from aimet_ext.walk.layers import (
-    Inputs,
-    LayerOrder,
-    check_same_arguments,
-    layer_order,
-    stage_inputs,
-)
 from aimet_ext.walk.stream import BlockStream, capture_block_inputs
 
 Weights = Mapping[str, Tensor]
+
+# Input in the quantized and in the float stream (None if not asked for), and which tokens count:
+# bool of the input's leading dimensions, None for all.
+Inputs: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 # ---- one block ----------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ class StreamedBlock:
     def look(self, layers: Sequence[str]) -> LayerOrder:
         """Return the order in which layers of the block are called, and note what can be kept.
 
-        :raises ValueError: see :func:`aimet_ext.walk.layers.layer_order`.
+        :raises ValueError: see :func:`aimet_ext.walk.hooks.layer_order`.
         """
         passes = [partial(self._flow.call, self.module, i) for i in range(len(self))]
         found = layer_order(self.module, layers, passes, f"{self.name}.")
@@ -215,6 +215,42 @@ def no_tokens(layer: nn.Module) -> Tensor:
     return weight.new_zeros(0, weight.shape[1])
 
 
+def fit_mask(mask: Tensor | None, x: Tensor, geometry: Geometry) -> Tensor | None:
+    """Return the mask of a layer's input vectors; None where it does not read the batch's tokens.
+
+    :param mask: Mask of the batch, bool ``[batch, seq]``.
+    :param x: Input of the layer, ``[batch, seq, in]`` or ``[batch * seq, in]``.
+    :returns: bool of the leading dimensions of ``x``.
+    """
+    if mask is None or geometry.kernel_size:
+        return None
+    if mask.shape == x.shape[:-1]:
+        return mask.to(x.device)
+    return mask.flatten().to(x.device) if x.shape[:-1] == (mask.numel(),) else None
+
+
+def stage_inputs(
+    name: str, module: nn.Module, number: int, seen: Mapping[str, Tensor], mask: Tensor | None
+) -> Inputs:
+    """Return a batch's inputs of a stage, and which of their rows count.
+
+    :param name: Name of the stage's first layer, whose module is ``module``.
+    :param number: Number of the batch.
+    :param seen: Input by stream.
+    :param mask: Mask of the batch, bool ``[batch, seq]``.
+    :raises ValueError: the streams differ in shape.
+    """
+    first, *others = seen.values()
+    if any(other.shape != first.shape for other in others):
+        raise ValueError(
+            f"layer {name!r} must receive the same tokens in the float and in the quantized "
+            f"stream, batch {number} has {list(first.shape)} and {list(others[0].shape)}, as "
+            "experts do that tokens are routed to; use one stream or leave the layer out"
+        )
+    fitting = fit_mask(mask, first, Geometry.of(module))
+    return seen.get("quantized"), seen.get("float"), fitting
+
+
 # ---- all blocks ---------------------------------------------------------------------------------
 
 
@@ -307,3 +343,66 @@ def open_pass(
         found.close()
         raise
     return found
+
+
+@torch.no_grad()
+def check_same_arguments(
+    model: nn.Module, blocks: Sequence[str], run: Callable[[], object]
+) -> None:
+    """Refuse blocks that cannot be called with the first block's arguments.
+
+    :param blocks: full names, in order.
+    :param run: runs the model once.
+    :raises ValueError: a block's arguments differ; it is named, and the argument.
+    """
+    first: dict[str, Any] = {}
+    with ExitStack() as hooks:
+        for block in blocks:
+            hook = _compare(block, blocks[0], first)
+            module = model.get_submodule(block)
+            hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        run()
+
+
+def _compare(block: str, reference: str, first: dict[str, Any]) -> Callable[..., None]:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = {f"argument {place}": value for place, value in enumerate(args)}
+        named |= {f"argument {name!r}": value for name, value in kwargs.items()}
+        hidden = "argument 0" if args else "argument 'hidden_states'"
+        leaves = {name: _leaves(value) for name, value in named.items() if name != hidden}
+        if block == reference:
+            first.update(leaves)
+            return
+        for name in {**first, **leaves}:
+            if not _equal(first.get(name), leaves.get(name)):
+                raise ValueError(
+                    f"{block} must receive what {reference} does beside the hidden states, but its "
+                    f"{name} differs; blocks that are called in different ways are not supported"
+                )
+
+    return hook
+
+
+def _leaves(value: Any) -> list[Any]:
+    found: list[Any] = []
+
+    def note(leaf: Any) -> Any:
+        plain = leaf is None or isinstance(leaf, bool | int | float | str)
+        if plain or isinstance(leaf, Tensor):
+            found.append(leaf)  # anything else is a cache, which is dropped
+        return leaf
+
+    map_leaves(note, value)
+    return found
+
+
+def _equal(one: list[Any] | None, other: list[Any] | None) -> bool:
+    if one is None or other is None or len(one) != len(other):
+        return False
+    return all(_same(a, b) for a, b in zip(one, other, strict=True))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return type(one) is type(other) and not isinstance(one, Tensor) and one == other

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from aimet_ext.data.batches import ForwardFn, map_tensors, module_device, tensors_in
 from aimet_ext.data.cache import StoredBatches, ValueCache, keep_batches
-from aimet_ext.walk.hooks import checked_weight, run_batch
-from aimet_ext.walk.layers import Walk, layer_order
-from aimet_ext.walk.rerun import ModelWalk, RerunWalk
+from aimet_ext.walk.hooks import layer_order, run_batch
 from aimet_ext.walk.trace import (
     Executor,
     NotTraceable,
@@ -27,6 +25,7 @@ from aimet_ext.walk.trace import (
     tensor_versions,
     trace_model,
 )
+from aimet_ext.walk.walk import ModelWalk, RerunWalk, Walk
 
 LOGGER = logging.getLogger(__name__)
 
@@ -44,7 +43,7 @@ def walk_graph(
     """Return a :class:`GraphWalk` where the model can be traced, else a :class:`RerunWalk`.
 
     A ``forward_fn`` is never traced. Why the model is run again for every stage is logged once and
-    stands in the walk's ``cost``. See :class:`~aimet_ext.walk.rerun.ModelWalk` for the parameters.
+    stands in the walk's ``cost``. See :class:`~aimet_ext.walk.walk.ModelWalk` for the parameters.
     """
     kept = keep_batches(batches, cache_dir)
     reason = "a forward_fn was given"
@@ -73,7 +72,7 @@ class GraphWalk(ModelWalk):
     ``effective`` is asked for once, when its module is reached.
 
     :param leaves: Modules with children that are called and not looked into.
-    :param settings: Arguments of :class:`~aimet_ext.walk.rerun.ModelWalk` but ``forward_fn``.
+    :param settings: Arguments of :class:`~aimet_ext.walk.walk.ModelWalk` but ``forward_fn``.
     :raises NotTraceable: the forward pass is no fixed graph, or the graph computes something else.
     """
 
@@ -103,7 +102,6 @@ class GraphWalk(ModelWalk):
         self._calls = [self._trace.call(names[0]) for names in self._order.stages]
         self._places = {name: self._trace.places(name) for name in (*layers, *self._fixed)}
         self._prove(outputs[0])
-        self._waiting = set(self._fixed)
         # One cache for both streams as long as they are the same.
         self._caches = dict.fromkeys(self._weights, ValueCache(cache_dir))
         self._position = 0
@@ -127,7 +125,7 @@ class GraphWalk(ModelWalk):
         start, self._position = self._position, stop
         trace, before = self._trace, self._caches
         called = {str(node.target) for node in trace.nodes[start:stop]}
-        self._load_effective(called)
+        self._load_effective(lambda name: not called.isdisjoint(m for m, _ in self._places[name]))
         changed = self._placed("quantized") if "quantized" in self._weights else {}
         if self._same_streams and not called.isdisjoint(changed):
             self._caches = {"quantized": ValueCache(self._cache_dir), "float": before["float"]}
@@ -151,14 +149,6 @@ class GraphWalk(ModelWalk):
             for called, parameter in self._places[name]:
                 placed.setdefault(called, {})[parameter] = weight
         return placed
-
-    def _load_effective(self, called: set[str]) -> None:
-        """Ask for the weights of modules that are called now for the first time."""
-        for name in sorted(self._waiting):
-            if not called.isdisjoint(module for module, _ in self._places[name]):
-                weight = checked_weight(name, self._fixed[name], self._effective[name])
-                self._weights["quantized"][name] = weight
-                self._waiting.discard(name)
 
     @property
     def _same_streams(self) -> bool:
@@ -189,7 +179,7 @@ class GraphWalk(ModelWalk):
             values |= {node: tensors[node].to(self._home, copy=True) for node in segment.inputs}
         return values
 
-    def _seen(self, number: int, batch: int) -> Mapping[str, Tensor]:
+    def _seen(self, number: int, batch: int, use: int) -> Mapping[str, Tensor]:
         found: dict[ValueCache, Tensor] = {}
         for cache in self._caches.values():
             if cache not in found:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from aimet_ext.walk.layers import layer_order, layers_around
+from aimet_ext.walk.blocks import layers_around
+from aimet_ext.walk.hooks import layer_order
 
 
 class Net(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from aimet_ext.walk.rerun import RerunWalk
+from aimet_ext.walk.walk import RerunWalk
 
 
 class Attention(nn.Module):

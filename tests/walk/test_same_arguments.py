@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from aimet_ext.walk.blocks import BlockWalk
-from aimet_ext.walk.layers import check_same_arguments
+from aimet_ext.walk.streamed import check_same_arguments
 
 BLOCKS = ("blocks.0", "blocks.1", "blocks.2")
 

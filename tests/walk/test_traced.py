@@ -9,9 +9,9 @@ import walk_reference
 from torch import nn
 from torch.nn import functional
 
-from aimet_ext.walk.rerun import RerunWalk
 from aimet_ext.walk.trace import NotTraceable
 from aimet_ext.walk.traced import GraphWalk, walk_graph
+from aimet_ext.walk.walk import RerunWalk
 
 IMAGE = (3, 8, 8)
 

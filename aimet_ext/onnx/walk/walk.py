@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,19 @@ from aimet_ext.onnx.graph import OnnxGraph, Part
 from aimet_ext.onnx.layers import OnnxLayer
 from aimet_ext.onnx.values import input_specs
 from aimet_ext.onnx.walk.schedule import PlannedStage, Section, plan_stages, plan_transitions
-from aimet_ext.walk.layers import Inputs, Stage, Streams, fit_mask, known
+from aimet_ext.walk.hooks import LayerOrder
+from aimet_ext.walk.walk import StagedWalk, Streams
 
 _COMMON = "common"
 _TOKENS = ("input_ids", "inputs_embeds")
 
 
-class OnnxWalk:
+class OnnxWalk(StagedWalk):
     """A walk that runs parts of a graph in onnxruntime, each node once per stream and batch.
 
     Between two stages, only values that a later node reads are kept; see
     :mod:`.schedule`. A session holds the weights of its part and lives as long as
-    that runs. See :class:`aimet_ext.walk.layers.Walk`. Quantizers are seen through.
+    that runs. See :class:`aimet_ext.walk.walk.Walk`. Quantizers are seen through.
 
     A layer whose weight several nodes apply has its stage at the first of them. The stage then
     gives, for each batch, the inputs of all of them in turn, the later ones as the weights are now.
@@ -71,17 +72,14 @@ class OnnxWalk:
         specs = input_specs(graph.inputs)
         for number, batch in enumerate(batches):
             check_inputs(batch, specs, number)
+        super().__init__({name: shells[name] for name in names}, streams, effective)
         self._graph, self._all = graph, layers
-        self._shells = {name: shells[name] for name in names}
         self._batches = batches
         self._device = torch.device("cpu" if device is None else device)
         self._providers = providers
-        self._effective = {} if effective is None or streams == "float" else effective
         _check_names(list(self._effective), layers, "effective")
-        self._waiting = set(self._effective)
-        # In place of the stored ones, until their last use: by stream and layer.
-        self._streams = ("quantized", "float") if streams == "both" else (streams,)
-        self._weights: dict[str, dict[str, Tensor]] = {stream: {} for stream in self._streams}
+        # Weights take the place of the stored ones until their last use.
+        self._streams = tuple(self._weights)
         lanes = (_COMMON, *self._streams) if streams == "both" else self._streams
         self._caches = {lane: ValueCache(cache_dir) for lane in lanes}
         # Where a kept tensor is: in the common cache, or in that of each stream.
@@ -90,58 +88,14 @@ class OnnxWalk:
         self._stages = plan_stages(graph, layers, shells, names)
         changed = {*names, *self._effective} if streams == "both" else None
         self._transitions = plan_transitions(graph, layers, self._stages, changed)
+        self._order = LayerOrder(
+            stages=[stage.layers for stage in self._stages],
+            activations={n: relu for s in self._stages for n, relu in s.activations.items()},
+        )
         self._open: frozenset[int] = frozenset()
-        self._pending: set[str] = set()
-        self._stage: PlannedStage | None = None
         self._later: list[str] = []
         self._segments = 0
         self._peak = 0
-
-    def stages(self) -> Iterator[Stage]:
-        """Yield the stages, in the order of the layers' first nodes."""
-        for stage, transition in zip(self._stages, self._transitions, strict=True):
-            assert not self._pending, f"{sorted(self._pending)} must be decided first"
-            self._stage = None
-            self._open = transition.open
-            self._advance(transition.sections, transition.keep)
-            if stage.later:
-                self._advance(transition.later, {*transition.keep, *stage.later})
-                self._later += stage.layers
-            self._stage = stage
-            if "quantized" in self._streams:
-                self._pending = set(stage.layers)
-
-            def read(stage: PlannedStage = stage) -> Iterator[Inputs]:
-                return self._read(stage)
-
-            yield Stage(stage.layers, stage.activations, read)
-        self._stage = None
-
-    def hold(self, layer: str) -> None:
-        """Have the float stream go on with this layer's weight as it is now, for it will change.
-
-        :raises ValueError: the layer was not asked for.
-        """
-        shell = known(self._shells, layer)
-        if "float" in self._streams and self._is_open(layer):
-            self._weights["float"][layer] = shell.weight.detach().clone()  # type: ignore[operator]
-
-    def decide(self, layer: str, weight: Tensor) -> None:
-        """Have the quantized stream use this weight from now on.
-
-        :raises ValueError: the layer was not asked for, or the shape is wrong.
-        """
-        known(self._shells, layer)
-        weight = self._checked(layer, weight)
-        if "quantized" in self._streams and self._is_open(layer):
-            self._weights["quantized"][layer] = weight
-        self._waiting.discard(layer)
-        self._pending.discard(layer)
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the layers walked to."""
-        return tuple(self._shells)
 
     @property
     def cost(self) -> dict[str, Any]:
@@ -154,14 +108,12 @@ class OnnxWalk:
 
     def close(self) -> None:
         """Drop all caches."""
-        self._stage = None
-        for weights in self._weights.values():
-            weights.clear()
+        super().close()
         for cache in self._caches.values():
             cache.close()
 
     def _checked(self, layer: str, weight: Tensor) -> Tensor:
-        """Return a weight to compute with in place of the stored one, on the CPU, in its type."""
+        """Return a weight on the CPU, in the type of the stored one."""
         stored = self._all[layer]
         shape = self._graph.shape(stored.weight)
         shape = shape[::-1] if stored.transposed else shape
@@ -171,11 +123,18 @@ class OnnxWalk:
             )
         return weight.detach().to("cpu", self._graph.tensor_dtype(stored.weight))
 
-    def _is_open(self, layer: str) -> bool:
-        """Return True if a layer's weight is still going to be used."""
+    def _is_used(self, layer: str) -> bool:
         return any(use.node in self._open for use in self._all[layer].uses)
 
-    def _advance(self, sections: Sequence[Section], keep: Collection[str]) -> None:
+    def _advance(self, number: int) -> None:
+        stage, transition = self._stages[number], self._transitions[number]
+        self._open = transition.open
+        self._run_sections(transition.sections, transition.keep)
+        if stage.later:
+            self._run_sections(transition.later, {*transition.keep, *stage.later})
+            self._later += stage.layers
+
+    def _run_sections(self, sections: Sequence[Section], keep: Collection[str]) -> None:
         """Run sections for all batches, and keep nothing else than these tensors."""
         runs = [
             (section, lane)
@@ -198,7 +157,7 @@ class OnnxWalk:
         """Forget the weights that neither these sections nor later steps use."""
         nodes: set[int] = set().union(*sections)
         for weights in self._weights.values():
-            for name in [name for name in weights if not self._is_open(name)]:
+            for name in [name for name in weights if not self._is_used(name)]:
                 if nodes.isdisjoint(use.node for use in self._all[name].uses):
                     del weights[name]
 
@@ -215,7 +174,8 @@ class OnnxWalk:
         """Run a section for all batches, each time forgetting what is read for the last time."""
         weights = self._weights.get(lane, {})
         if lane == "quantized":
-            self._load_effective(section.nodes)
+            nodes = section.nodes
+            self._load_effective(lambda n: any(use.node in nodes for use in self._all[n].uses))
         part = Part(
             self._graph,
             section.nodes,
@@ -243,13 +203,6 @@ class OnnxWalk:
         self._held[lane] |= {*section.outputs}
         self._segments += 1
 
-    def _load_effective(self, nodes: Collection[int]) -> None:
-        """Ask for the weights of layers that are reached now for the first time."""
-        for name in sorted(self._waiting):
-            if any(use.node in nodes for use in self._all[name].uses):
-                self._weights["quantized"][name] = self._checked(name, self._effective[name])
-                self._waiting.discard(name)
-
     def _lane(self, tensor: str, lane: str) -> str:
         """Return the cache that holds a tensor for a stream; empty for an input of the graph."""
         if tensor in self._graph.inputs:
@@ -263,36 +216,24 @@ class OnnxWalk:
         found: Tensor = self._caches[at].read(batch, [tensor])[tensor]
         return found
 
-    def _read(self, stage: PlannedStage) -> Iterator[Inputs]:
-        for batch in range(len(self._batches)):
-            for source in (stage.source, *stage.later):
-                if self._stage is not stage:
-                    raise RuntimeError(
-                        f"the stage of {', '.join(stage.layers)} is over; read its batches before "
-                        "the next stage is asked for"
-                    )
-                found: dict[str, Tensor] = {}
-                for stream in self._streams:
-                    at = self._lane(source, stream)
-                    if at not in found:
-                        found[at] = self._input(stage, source, stream, batch)
-                quantized, float_ = (
-                    found[self._lane(source, stream)] if stream in self._streams else None
-                    for stream in ("quantized", "float")
-                )
-                like = quantized if quantized is not None else float_
-                assert like is not None
-                mask = fit_mask(self._mask(batch), like, stage.geometry)
-                yield quantized, float_, mask
+    def _uses(self, number: int) -> int:
+        return 1 + len(self._stages[number].later)
 
-    def _input(self, stage: PlannedStage, source: str, stream: str, batch: int) -> Tensor:
-        x = self._value(source, stream, batch).to(self._device)
+    def _seen(self, number: int, batch: int, use: int) -> Mapping[str, Tensor]:
+        stage = self._stages[number]
+        source = (stage.source, *stage.later)[use]
+        lanes = {stream: self._lane(source, stream) for stream in self._streams}
+        found = {at: self._input(stage, source, at, batch) for at in dict.fromkeys(lanes.values())}
+        return {stream: found[at] for stream, at in lanes.items()}
+
+    def _input(self, stage: PlannedStage, source: str, lane: str, batch: int) -> Tensor:
+        x = self._value(source, lane, batch).to(self._device)
         if not stage.padded:
             return x
         return functional.pad(x, padding(self._all[stage.layers[0]], x.shape))
 
     def _mask(self, batch: int) -> Tensor | None:
-        """Return which new tokens of a batch count; None where it does not say."""
+        """Return which new tokens of a batch count: a mask may cover cached ones too."""
         inputs = self._batches[batch]
         mask = token_mask(inputs)
         if mask is None:

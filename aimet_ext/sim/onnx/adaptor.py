@@ -37,8 +37,8 @@ from aimet_ext.sim.onnx.quantizers import (
     uninitialize,
 )
 from aimet_ext.sim.protocol import Range, SimAdaptor, carried
-from aimet_ext.walk.layers import Streams, Walk
 from aimet_ext.walk.streamed import BlockPass
+from aimet_ext.walk.walk import Streams, Walk
 
 if TYPE_CHECKING:
     from aimet_ext.sim.onnx.blocks import OnnxPart

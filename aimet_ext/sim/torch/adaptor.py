@@ -28,9 +28,9 @@ from aimet_ext.sim.torch.state import (
     uninitialize,
 )
 from aimet_ext.walk.blocks import BlockWalk, find_stack
-from aimet_ext.walk.layers import Streams, Walk
 from aimet_ext.walk.streamed import BlockPass, open_pass
 from aimet_ext.walk.traced import walk_graph
+from aimet_ext.walk.walk import Streams, Walk
 
 _T = TypeVar("_T")
 

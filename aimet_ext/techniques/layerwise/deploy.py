@@ -12,7 +12,7 @@ from aimet_ext.core.affine import Grid, dequantize, fake_quantize, quantize, sho
 from aimet_ext.core.clipping import GridLayout
 from aimet_ext.core.objective import SecondMoment, moment_product, row_errors
 from aimet_ext.sim.protocol import WeightQuantizer
-from aimet_ext.walk.layers import Activation
+from aimet_ext.walk.hooks import Activation
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

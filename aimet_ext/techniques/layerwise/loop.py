@@ -36,7 +36,8 @@ from aimet_ext.techniques.session import (
     open_ledger,
     undo_on_failure,
 )
-from aimet_ext.walk.layers import Activation, Stage, Streams, Walk, uncalled
+from aimet_ext.walk.hooks import Activation, uncalled
+from aimet_ext.walk.walk import Stage, Streams, Walk
 
 P = TypeVar("P", bound=LayerwiseParams)
 

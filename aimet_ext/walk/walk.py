@@ -1,0 +1,354 @@
+"""Walks from layer to layer, in the order in which data flows: protocol, bases, and the plainest.
+
+A walk hands out stages, groups of layers that read one input. Once all layers of a stage are
+decided it moves on, so that each later stage sees what the decided layers make of the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from aimet_ext.data.batches import ForwardFn, map_tensors, module_device, token_mask
+from aimet_ext.data.cache import StoredBatches, keep_batches
+from aimet_ext.walk.hooks import (
+    Activation,
+    LayerOrder,
+    checked_weight,
+    layer_order,
+    run_batch,
+    seen_input,
+    swapped_weights,
+)
+from aimet_ext.walk.streamed import Inputs, stage_inputs
+
+Streams: TypeAlias = Literal["quantized", "float", "both"]
+
+
+def stream_names(streams: Streams) -> tuple[str, ...]:
+    """Return the names of the streams that are asked for."""
+    return ("quantized", "float") if streams == "both" else (streams,)
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """Layers that read one input.
+
+    :param layers: Full names.
+    :param activations: The ReLU that alone reads a layer's output, by layer, where there is one.
+    :param batches: Function that returns a new iterator over the layers' input, batch by batch;
+        it is computed anew at each call.
+    """
+
+    layers: tuple[str, ...]
+    activations: Mapping[str, Activation]
+    batches: Callable[[], Iterator[Inputs]]
+
+
+class Walk(Protocol):
+    """All stages of a model in order."""
+
+    def stages(self) -> Iterator[Stage]:
+        """Yield each stage; all layers of one must be decided before the next is asked for."""
+
+    def hold(self, layer: str) -> None:
+        """Have the float stream go on with this layer's weight as it is now, for it will change."""
+
+    def decide(self, layer: str, weight: Tensor) -> None:
+        """Have the quantized stream use this weight from now on, of the layer's shape."""
+
+    @property
+    def cost(self) -> dict[str, Any]:
+        """Kind of the walk and the work that it took, for the report."""
+
+    def close(self) -> None:
+        """Drop all caches."""
+
+
+def layers_by_name(
+    model: nn.Module, names: Iterable[str], parameter: str = "layers"
+) -> dict[str, nn.Module]:
+    """Return the modules of these names, each with a weight.
+
+    :param parameter: Word for the names in an error.
+    :raises ValueError: a name is given twice or is not in the model, or a module has no weight.
+    """
+    found: dict[str, nn.Module] = {}
+    for name in names:
+        try:
+            module = model.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(
+                f"{parameter} must name modules of {type(model).__name__}, got {name!r}: {error}"
+            ) from error
+        if name in found or module in found.values():
+            raise ValueError(
+                f"{parameter} must name each module once, {name!r} is there twice (a module may "
+                "have several names); remove one"
+            )
+        if getattr(module, "weight", None) is None:
+            raise ValueError(
+                f"{parameter} must name modules with a weight, {name!r} "
+                f"({type(module).__name__}) has none; leave it out"
+            )
+        found[name] = module
+    return found
+
+
+def known(layers: Mapping[str, nn.Module], name: str) -> nn.Module:
+    """Return one of the layers walked to.
+
+    :raises ValueError: it is none of them.
+    """
+    if name not in layers:
+        raise ValueError(
+            f"layer must be one of the {len(layers)} walked to, got {name!r}; see the stage's "
+            "layers"
+        )
+    return layers[name]
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model that computes something else in training than in use.
+
+    :raises ValueError: it is in training mode.
+    """
+    if model.training:
+        raise ValueError(
+            f"the model must be in evaluation mode, {type(model).__name__} is in training mode; "
+            "call model.eval()"
+        )
+
+
+class StagedWalk:
+    """Base of the walks that know all stages from the start: their turns, and weights by stream.
+
+    :param layers: Modules of the layers to walk to, by name.
+    :param streams: Streams whose inputs the stages give.
+    :param effective: Weights that the quantized stream uses from the start, by module's name.
+    """
+
+    _batches: Sequence[Any]
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        streams: Streams,
+        effective: Mapping[str, Tensor] | None,
+    ) -> None:
+        self._layers = layers
+        self._effective = {} if effective is None or streams == "float" else effective
+        # By stream, weights in place of the layers' own.
+        self._weights: dict[str, dict[str, Tensor]] = {name: {} for name in stream_names(streams)}
+        self._waiting = set(self._effective)  # to be asked for when they are reached
+        self._pending: set[str] = set()
+        self._current = -1
+        self._order = LayerOrder()
+
+    def stages(self) -> Iterator[Stage]:
+        """Yield each stage in turn, in the order of the layers' calls."""
+        for number, layers in enumerate(self._order.stages):
+            assert not self._pending, f"{sorted(self._pending)} must be decided first"
+            self._current = -1
+            self._advance(number)
+            self._current = number
+            if "quantized" in self._weights:
+                self._pending = set(layers)
+            relus = {n: relu for n, relu in self._order.activations.items() if n in layers}
+            yield Stage(layers, relus, partial(self._read, number))
+        self._current = -1
+
+    def hold(self, layer: str) -> None:
+        """Have the float stream go on with this layer's weight as it is now, for it will change.
+
+        :raises ValueError: the layer was not asked for.
+        """
+        weight: Any = known(self._layers, layer).weight
+        if "float" in self._weights and self._is_used(layer):
+            self._weights["float"][layer] = weight.detach().clone()
+
+    def decide(self, layer: str, weight: Tensor) -> None:
+        """Have the quantized stream use this weight from now on.
+
+        :raises ValueError: the layer was not asked for, or the shape is wrong.
+        """
+        known(self._layers, layer)
+        weight = self._checked(layer, weight)
+        if "quantized" in self._weights and self._is_used(layer):
+            self._weights["quantized"][layer] = weight
+        self._waiting.discard(layer)
+        self._pending.discard(layer)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers walked to."""
+        return tuple(self._layers)
+
+    def close(self) -> None:
+        """Drop the weights."""
+        self._current = -1
+        for weights in self._weights.values():
+            weights.clear()
+
+    def _advance(self, number: int) -> None:
+        """Make ready for a stage."""
+
+    def _is_used(self, layer: str) -> bool:
+        """Return True if a layer's weight is still going to be used."""
+        return True
+
+    def _checked(self, layer: str, weight: Tensor) -> Tensor:
+        """Return a weight to compute with in place of the layer's own.
+
+        :raises ValueError: the shape is wrong.
+        """
+        return checked_weight(layer, self._layers[layer], weight)
+
+    def _load_effective(self, is_reached: Callable[[str], bool]) -> None:
+        """Ask for the weights of ``effective`` whose layers are reached now for the first time."""
+        for name in sorted(self._waiting):
+            if is_reached(name):
+                self._weights["quantized"][name] = self._checked(name, self._effective[name])
+                self._waiting.discard(name)
+
+    def _read(self, number: int) -> Iterator[Inputs]:
+        names = self._order.stages[number]
+        for batch in range(len(self._batches)):
+            for use in range(self._uses(number)):
+                if self._current != number:
+                    raise RuntimeError(
+                        f"the stage of {', '.join(names)} is over; read its batches before the "
+                        "next stage is asked for"
+                    )
+                if seen := self._seen(number, batch, use):
+                    mask = self._mask(batch)
+                    yield stage_inputs(names[0], self._layers[names[0]], batch, seen, mask)
+
+    def _uses(self, number: int) -> int:
+        """Return how many operations apply the weights of a stage's layers."""
+        return 1
+
+    def _seen(self, number: int, batch: int, use: int) -> Mapping[str, Tensor]:
+        """Return the input of a stage for a batch by stream; nothing if it does not get there.
+
+        :param use: Number of the operation, of those that apply the layers' weights.
+        """
+        raise NotImplementedError
+
+    def _mask(self, batch: int) -> Tensor | None:
+        """Return which tokens of a batch count; None where it does not say."""
+        raise NotImplementedError
+
+
+class ModelWalk(StagedWalk):
+    """Base of the walks over a torch model; see :class:`Walk`.
+
+    The model runs where it is, in evaluation mode, with
+    its quantizers off.
+
+    :param model: Model in evaluation mode.
+    :param batches: Tensors, tuples of positional or mappings of keyword arguments, or whatever
+        ``forward_fn`` takes. Any iterable; anything but a list or tuple is copied.
+    :param layers: Names of linear layers and convolutions to walk to.
+    :param streams: Streams whose inputs the stages give.
+    :param effective: Weights that the quantized stream uses from the start, by module's name.
+    :param forward_fn: Function called as ``forward_fn(model, batch)`` in place of the model itself.
+    :param cache_dir: Folder for memory-mapped caches; None keeps them in RAM, on the CPU.
+    :param device: Device on which the layers' inputs are handed out, the model's own if None.
+    :raises ValueError: a layer is unknown, called twice or never, or followed by a batch norm that
+        was not folded; a weight's shape is wrong; there are no batches; the model is in training.
+    :raises TypeError: a layer is neither linear nor a convolution.
+    :raises RuntimeError: the forward pass of a batch failed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        layers: Sequence[str],
+        *,
+        streams: Streams = "quantized",
+        effective: Mapping[str, Tensor] | None = None,
+        forward_fn: ForwardFn | None = None,
+        cache_dir: str | Path | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        check_model(model)
+        super().__init__(layers_by_name(model, layers), streams, effective)
+        self._model = model
+        self._fixed = layers_by_name(model, self._effective, "effective")
+        self._forward_fn = forward_fn
+        self._device = module_device(model) if device is None else torch.device(device)
+        self._batches = keep_batches(batches, cache_dir)
+
+    def close(self) -> None:
+        """Drop the weights, and the batches if they were copied."""
+        super().close()
+        if isinstance(self._batches, StoredBatches):
+            self._batches.close()
+
+    def _checked(self, layer: str, weight: Tensor) -> Tensor:
+        module = self._layers.get(layer) or self._fixed[layer]
+        return checked_weight(layer, module, weight)
+
+    def _mask(self, batch: int) -> Tensor | None:
+        return token_mask(self._batches[batch], None if self._forward_fn else self._model)
+
+
+class RerunWalk(ModelWalk):
+    """A walk that runs the model from its inputs for every stage and every look at its batches.
+
+    It keeps nothing but weights, and asks nothing of the model but that layers are modules.
+    ``layers`` may be those of a part of the model.
+
+    :param reason: Reason why the model is run so often, for the report.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        layers: Sequence[str],
+        *,
+        reason: str | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(model, batches, layers, **settings)
+        self._reason = reason
+        self._passes = 0
+        self._load_effective(lambda name: True)
+        weights = self._weights.get("quantized", {})
+        passes = (partial(self._run, n, weights) for n in range(len(self._batches)))
+        self._order = layer_order(model, layers, passes)
+
+    @property
+    def cost(self) -> dict[str, Any]:
+        """Forward passes of a batch so far, most of them ended at a layer, and the reason."""
+        cost: dict[str, Any] = {"walk": "rerun", "forward_passes": self._passes}
+        return cost if self._reason is None else {**cost, "reason": self._reason}
+
+    def _seen(self, number: int, batch: int, use: int) -> Mapping[str, Tensor]:
+        layers = [self._layers[name] for name in self._order.stages[number]]
+        seen: dict[str, Tensor] = {}
+        for stream, weights in self._weights.items():
+            if seen and not self._weights["quantized"]:
+                seen[stream] = seen["quantized"]  # nothing is decided yet
+                continue
+            found = seen_input(layers, partial(self._run, batch, weights))
+            if found is None:
+                return {}  # this batch does not reach the layers
+            seen[stream] = found.to(self._device)
+        return seen
+
+    @torch.no_grad()
+    def _run(self, number: int, weights: Mapping[str, Tensor]) -> Any:
+        self._passes += 1
+        batch = map_tensors(torch.clone, self._batches[number])  # a model may change its inputs
+        with swapped_weights(self._model, weights):
+            return run_batch(self._model, batch, number, self._forward_fn)
