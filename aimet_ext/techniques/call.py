@@ -125,11 +125,11 @@ def technique(
         kind = load(row.params)
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
         number = row.number if row.number not in [p.name for p in own] else None
-        signature = _signature(row, function, own, kind, needs_data)
+        signature, order = _signature(row, function, own, kind, needs_data), row.order
 
         @functools.wraps(function)
         def apply(*args: Any, **kwargs: Any) -> Any:
-            args, kwargs = _in_own_order(apply, row.order, args, kwargs)
+            args, kwargs = _in_own_order(apply, order, args, kwargs)
             try:
                 bound = signature.bind(*args, **kwargs)
             except TypeError as error:
