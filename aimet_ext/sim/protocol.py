@@ -6,18 +6,15 @@ import importlib
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, Unpack
 
-import torch
 from torch import Tensor, nn
 
 from aimet_ext.config import LPBQ, Blockwise, Granularity, PerChannel, PerTensor, QSpec
 from aimet_ext.core.affine import Grid
 from aimet_ext.core.clipping import GridLayout
-from aimet_ext.data.batches import ForwardFn
 from aimet_ext.models.topology import BlockTopology, TopologyDescription
-from aimet_ext.walk.streamed import BlockPass
+from aimet_ext.walk.streamed import BlockPass, WalkOptions
 from aimet_ext.walk.walk import Streams, Walk
 
 if TYPE_CHECKING:
@@ -271,6 +268,9 @@ class FloatWeights(Protocol):
     def preserved_state(self) -> AbstractContextManager[None]:
         """Open a context that restores training flags, ``requires_grad`` and ``use_cache``."""
 
+    def original_names(self) -> Callable[[str], str]:
+        """Return a function from names in ``model`` to names in the original checkpoint."""
+
     def full_name(self, name: str) -> str:
         """Return the name in ``model`` of a layer that has several names, else the name itself."""
 
@@ -313,9 +313,7 @@ class CalibrationWalks(Protocol):
         *,
         streams: Streams,
         effective: Mapping[str, Tensor],
-        forward_fn: ForwardFn | None,
-        cache_dir: str | Path | None,
-        device: torch.device | str | None,
+        **options: Unpack[WalkOptions],
     ) -> Walk:
         """Start a walk to layers, with the quantizers off; see :mod:`aimet_ext.walk.walk`.
 
@@ -328,9 +326,7 @@ class CalibrationWalks(Protocol):
         batches: Sequence[Any],
         *,
         effective: Mapping[str, Tensor],
-        forward_fn: ForwardFn | None,
-        cache_dir: str | Path | None,
-        device: torch.device | str | None,
+        **options: Unpack[WalkOptions],
     ) -> BlockPass:
         """Capture both streams at the first block, with the quantizers off.
 

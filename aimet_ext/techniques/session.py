@@ -40,19 +40,9 @@ class RunOptions:
     progress: bool = True
 
 
-def original_names(model: nn.Module) -> Callable[[str], str]:
-    """Return a function from names in a simulation's model to names in the original checkpoint."""
-    try:
-        from aimet_ext.models.huggingface import checkpoint_prefix
-    except ModuleNotFoundError:  # no transformers, so no Hugging Face model
-        return lambda name: name
-    prefix = checkpoint_prefix(model)
-    return lambda name: name.removeprefix(prefix)
-
-
 def _weights_hash(adaptor: SimAdaptor) -> str:
     """Hash all float parameters under their original names, in the order of these (SHA-256)."""
-    rename = original_names(adaptor.model)
+    rename = adaptor.original_names()
     state = adaptor.float_state()
     return hash_tensors((rename(name), state[name]) for name in sorted(state))
 

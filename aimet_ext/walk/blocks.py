@@ -6,13 +6,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from aimet_ext.data.batches import ForwardFn, call_model, module_device
+from aimet_ext.data.batches import call_model, module_device
 from aimet_ext.walk.hooks import (
     LayerOrder,
     checked_weight,
@@ -26,6 +25,7 @@ from aimet_ext.walk.streamed import (
     BlockPass,
     Inputs,
     StreamedBlock,
+    WalkOptions,
     no_tokens,
     open_pass,
     stage_inputs,
@@ -74,21 +74,15 @@ class BlockWalk:
         *,
         streams: Streams = "quantized",
         effective: Weights | None = None,
-        forward_fn: ForwardFn | None = None,
-        cache_dir: str | Path | None = None,
-        device: torch.device | str | None = None,
+        **options: Unpack[WalkOptions],
     ) -> None:
         self.model = model
         self.blocks = tuple(blocks)
         self.batches = batches
         self.layers = tuple(layers)
         self.effective = {} if effective is None or streams == "float" else effective
-        self.forward_fn = forward_fn
-        self._settings: dict[str, Any] = {
-            "forward_fn": forward_fn,
-            "cache_dir": cache_dir,
-            "device": device,
-        }
+        self.forward_fn = options.get("forward_fn")
+        self._options = options
         self._streams = streams
         # Weights outside the blocks that the streams do not take from the model.
         self._weights: dict[str, dict[str, Tensor]] = {name: {} for name in stream_names(streams)}
@@ -142,11 +136,11 @@ class BlockWalk:
                 before,
                 streams=self._streams,
                 effective=self.effective,
-                **self._settings,
+                **self._options,
             )
             yield from self._outside.stages()
         weights = {stream: self._swapped(stream) for stream in self._weights}
-        self._pass = open_pass(self.model, self.blocks, self.batches, weights, **self._settings)
+        self._pass = open_pass(self.model, self.blocks, self.batches, weights, **self._options)
         del weights
         with closing(self._pass.blocks()) as blocks:
             for block in blocks:

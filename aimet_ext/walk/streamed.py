@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,19 @@ Weights = Mapping[str, Tensor]
 # Input in the quantized and in the float stream (None if not asked for), and which tokens count:
 # bool of the input's leading dimensions, None for all.
 Inputs: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class WalkOptions(TypedDict, total=False):
+    """Arguments of a walk that a technique hands on from its caller.
+
+    :param forward_fn: Function called as ``forward_fn(model, batch)`` in place of the model itself.
+    :param cache_dir: Folder for memory-mapped caches; None keeps them in RAM.
+    :param device: Device for the block or the inputs that are worked on.
+    """
+
+    forward_fn: ForwardFn | None
+    cache_dir: str | Path | None
+    device: torch.device | str | None
 
 
 # ---- one block ----------------------------------------------------------------------------------
@@ -316,10 +329,7 @@ def open_pass(
     blocks: Sequence[str],
     batches: Sequence[Any],
     weights: Mapping[str, Weights],
-    *,
-    forward_fn: ForwardFn | None = None,
-    cache_dir: str | Path | None = None,
-    device: torch.device | str | None = None,
+    **options: Unpack[WalkOptions],
 ) -> BlockPass:
     """Capture the streams at a model's first block, after which they can pass through all.
 
@@ -331,14 +341,13 @@ def open_pass(
 
     def capture(own: Weights) -> BlockStream:
         with swapped_weights(model, own):
-            return capture_block_inputs(
-                model, blocks[0], batches, forward_fn, cache_dir=cache_dir, device=device
-            )
+            return capture_block_inputs(model, blocks[0], batches, **options)
 
     flows = capture_streams(capture, weights)  # which says what is wrong with a batch
-    found = BlockPass(model, blocks, flows, device)
+    found = BlockPass(model, blocks, flows, options.get("device"))
+    run = partial(call_model, model, batches[0], options.get("forward_fn"))
     try:
-        check_same_arguments(model, blocks, partial(call_model, model, batches[0], forward_fn))
+        check_same_arguments(model, blocks, run)
     except BaseException:
         found.close()
         raise

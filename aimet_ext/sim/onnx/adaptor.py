@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import torch
 from aimet_onnx import QuantizationSimModel
 from torch import Tensor, nn
 
-from aimet_ext.data.batches import ForwardFn
 from aimet_ext.data.feeds import named_batches
 from aimet_ext.models.topology import BlockTopology, TopologyDescription
 from aimet_ext.onnx.graph import OnnxGraph
@@ -37,7 +35,7 @@ from aimet_ext.sim.onnx.quantizers import (
     uninitialize,
 )
 from aimet_ext.sim.protocol import Range, SimAdaptor, carried
-from aimet_ext.walk.streamed import BlockPass
+from aimet_ext.walk.streamed import BlockPass, WalkOptions
 from aimet_ext.walk.walk import Streams, Walk
 
 if TYPE_CHECKING:
@@ -192,6 +190,9 @@ class OnnxSim(SimAdaptor):
     def float_state(self) -> Mapping[str, Tensor]:
         return _FloatState(self.graph, without=self.copied)
 
+    def original_names(self) -> Callable[[str], str]:
+        return lambda name: name  # a graph has names of its own
+
     def full_name(self, name: str) -> str:
         """Return the layer of a node's name, also of one that fusing or a bias gave it."""
         return node_names(self.graph, self.layers).get(name, name)
@@ -215,12 +216,10 @@ class OnnxSim(SimAdaptor):
         *,
         streams: Streams,
         effective: Mapping[str, Tensor],
-        forward_fn: ForwardFn | None,
-        cache_dir: str | Path | None,
-        device: torch.device | str | None,
+        **options: Unpack[WalkOptions],
     ) -> Walk:
         """Start a walk through the graph, in onnxruntime."""
-        if forward_fn is not None:
+        if options.get("forward_fn") is not None:
             raise _no_forward_fn()
         from aimet_ext.onnx.walk.walk import OnnxWalk
 
@@ -232,8 +231,8 @@ class OnnxSim(SimAdaptor):
             layers,
             streams=streams,
             effective=effective,
-            cache_dir=cache_dir,
-            device=device,
+            cache_dir=options.get("cache_dir"),
+            device=options.get("device"),
         )
 
     def find_blocks(self, description: TopologyDescription | None) -> list[BlockTopology]:
@@ -278,18 +277,14 @@ class OnnxSim(SimAdaptor):
         batches: Sequence[Any],
         *,
         effective: Mapping[str, Tensor],
-        forward_fn: ForwardFn | None,
-        cache_dir: str | Path | None,
-        device: torch.device | str | None,
+        **options: Unpack[WalkOptions],
     ) -> BlockPass:
         """Capture both streams at the first block, the quantizers being off."""
-        if forward_fn is not None:
+        if options.get("forward_fn") is not None:
             raise _no_forward_fn()
         from aimet_ext.sim.onnx.blocks import open_pass
 
-        return open_pass(
-            self, blocks, batches, effective=effective, cache_dir=cache_dir, device=device
-        )
+        return open_pass(self, blocks, batches, effective, **options)
 
     def commit(self, module: str) -> None:
         """Write a block's parameters, changed in place, to where the model stores them."""

@@ -6,8 +6,7 @@ import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from aimet_onnx.common import libpymo
@@ -35,7 +34,7 @@ from aimet_ext.onnx.graph import OnnxGraph
 from aimet_ext.onnx.layers import OnnxLayer, insert_module
 from aimet_ext.sim.onnx.quantizers import quantizer_state, restore_quantizer
 from aimet_ext.walk.stream import BlockStream
-from aimet_ext.walk.streamed import BlockPass, capture_streams
+from aimet_ext.walk.streamed import BlockPass, WalkOptions, capture_streams
 
 if TYPE_CHECKING:
     from aimet_ext.sim.onnx.adaptor import OnnxSim
@@ -393,10 +392,8 @@ def open_pass(
     adaptor: OnnxSim,
     blocks: Sequence[str],
     batches: Sequence[Mapping[str, Tensor]],
-    *,
     effective: Mapping[str, Tensor],
-    cache_dir: str | Path | None,
-    device: torch.device | str | None,
+    **options: Unpack[WalkOptions],
 ) -> BlockPass:
     """Capture both streams at the first block; the first time, all blocks are checked on them.
 
@@ -412,15 +409,15 @@ def open_pass(
             list(stack.plans.values()),
             batches,
             quantized=weights.get,
-            cache_dir=cache_dir,
-            device=device,
+            cache_dir=options.get("cache_dir"),
+            device=options.get("device"),
         )
 
     found = BlockPass(
         adaptor.model,
         blocks,
         capture_streams(capture, {"float": {}, "quantized": effective}),
-        device,
+        options.get("device"),
     )
     try:
         stack.check(found.flows["float"])

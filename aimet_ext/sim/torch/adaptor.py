@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, Unpack
 
 import torch
 from aimet_torch import QuantizationSimModel
@@ -15,7 +15,7 @@ from aimet_torch.quantization.base import QuantizerBase
 from torch import Tensor, nn
 
 from aimet_ext.core.affine import Grid, fake_quantize, minmax_range, scale_offset
-from aimet_ext.data.batches import ForwardFn, iterate_batches
+from aimet_ext.data.batches import iterate_batches
 from aimet_ext.files.folders import of_parameter, parameter_quantizer
 from aimet_ext.models.topology import BlockTopology, TopologyDescription, find_blocks
 from aimet_ext.sim.facts import SimFacts
@@ -28,7 +28,7 @@ from aimet_ext.sim.torch.state import (
     uninitialize,
 )
 from aimet_ext.walk.blocks import BlockWalk, find_stack
-from aimet_ext.walk.streamed import BlockPass, open_pass
+from aimet_ext.walk.streamed import BlockPass, WalkOptions, open_pass
 from aimet_ext.walk.traced import walk_graph
 from aimet_ext.walk.walk import Streams, Walk
 
@@ -199,6 +199,14 @@ class TorchSim(SimAdaptor):
         buffers = (item for item in self.model.named_buffers() if item[0] not in saved)
         return _outside(buffers, self._quantizers(""))
 
+    def original_names(self) -> Callable[[str], str]:
+        try:
+            from aimet_ext.models.huggingface import checkpoint_prefix
+        except ModuleNotFoundError:  # no transformers, so no Hugging Face model
+            return lambda name: name
+        prefix = checkpoint_prefix(self.model)
+        return lambda name: name.removeprefix(prefix)
+
     def full_name(self, name: str) -> str:
         return name  # modules have one
 
@@ -224,17 +232,9 @@ class TorchSim(SimAdaptor):
         *,
         streams: Streams,
         effective: Mapping[str, Tensor],
-        forward_fn: ForwardFn | None,
-        cache_dir: str | Path | None,
-        device: torch.device | str | None,
+        **options: Unpack[WalkOptions],
     ) -> Walk:
-        settings: dict[str, Any] = {
-            "streams": streams,
-            "effective": effective,
-            "forward_fn": forward_fn,
-            "cache_dir": cache_dir,
-            "device": device,
-        }
+        settings: dict[str, Any] = {"streams": streams, "effective": effective, **options}
         blocks = find_stack(self.model, layers)
         if blocks:
             return BlockWalk(self.model, blocks, batches, layers, **settings)
@@ -254,19 +254,10 @@ class TorchSim(SimAdaptor):
         batches: Sequence[Any],
         *,
         effective: Mapping[str, Tensor],
-        forward_fn: ForwardFn | None,
-        cache_dir: str | Path | None,
-        device: torch.device | str | None,
+        **options: Unpack[WalkOptions],
     ) -> BlockPass:
-        return open_pass(
-            self.model,
-            blocks,
-            batches,
-            {"float": {}, "quantized": effective},
-            forward_fn=forward_fn,
-            cache_dir=cache_dir,
-            device=device,
-        )
+        weights = {"float": {}, "quantized": effective}
+        return open_pass(self.model, blocks, batches, weights, **options)
 
     def commit(self, module: str) -> None:
         """Do nothing: no one holds copies."""

@@ -37,7 +37,6 @@ from aimet_ext.techniques.session import (
     layers_to_quantize,
     open_checkpoints,
     open_ledger,
-    original_names,
     peak_memory,
     undo_on_failure,
 )
@@ -123,7 +122,7 @@ def run_blockwise(
                 seconds=time.perf_counter() - started,
             )
             if call.output_path is not None:
-                rename = original_names(adaptor.model)
+                rename = adaptor.original_names()
                 with replace_folder(call.output_path) as place:
                     write_scales(place, ledger, rename=rename, aimet_keys=aimet_keys)
                     report.save(place / "report.json")
