@@ -9,8 +9,9 @@ from typing import Any
 
 from aimet_ext.artifact.export import read_quantizers
 from aimet_ext.files.encodings import load_encodings
-from aimet_ext.files.folders import MANIFEST, QUANTIZERS, of_parameter, read_manifest
+from aimet_ext.files.folders import MANIFEST, QUANTIZERS, read_manifest
 from aimet_ext.files.ledger import SCALES_FILE, load_scales
+from aimet_ext.files.tensors import of_parameter
 
 _Quantizer = tuple[str, bool, bool, bool]  # kind, and: of a parameter? frozen? with a range?
 

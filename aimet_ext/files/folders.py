@@ -45,17 +45,6 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
-def parameter_quantizer(parameter: str) -> str:
-    """Return the name that a torch sim's quantizer of a parameter has in an export."""
-    layer, _, key = parameter.rpartition(".")
-    return f"{layer}.param_quantizers.{key}".lstrip(".")
-
-
-def of_parameter(quantizer: str) -> bool:
-    """Return True if a quantizer of a torch sim is a parameter's, by its name in an export."""
-    return ".param_quantizers." in f".{quantizer}"
-
-
 def check_output(path: str | Path) -> Path:
     """Check, before any work is done, that a folder may be written at ``path``.
 

@@ -2,7 +2,8 @@
 
 A sealed file carries the SHA-256 of its bytes, taken with the hash itself written as 64 zeros. A
 file of a journal or checkpoint, written and read tensor by tensor, carries that of its content.
-A run keeps what it changes in an undo journal, and each finished block in a checkpoint.
+A run keeps what it changes in an undo journal, and each finished block in a checkpoint. Quantizers
+of a torch simulation have names of their own among the tensors.
 """
 
 from __future__ import annotations
@@ -55,6 +56,17 @@ def hash_tensors(items: Iterable[tuple[str, Tensor]]) -> str:
 def copy_to_cpu(tensor: Tensor) -> Tensor:
     """Return a contiguous copy on the CPU that shares no memory with ``tensor``."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def parameter_quantizer(parameter: str) -> str:
+    """Return the name that a torch sim's quantizer of a parameter has in an export."""
+    layer, _, key = parameter.rpartition(".")
+    return f"{layer}.param_quantizers.{key}".lstrip(".")
+
+
+def of_parameter(quantizer: str) -> bool:
+    """Return True if a quantizer of a torch sim is a parameter's, by its name in an export."""
+    return ".param_quantizers." in f".{quantizer}"
 
 
 def write_sealed(

@@ -26,11 +26,10 @@ from aimet_ext.files.folders import (
     SETTINGS,
     WEIGHTS,
     hash_file,
-    parameter_quantizer,
     replace_file,
 )
 from aimet_ext.files.ledger import AIMET_FILE, SCALES_FILE
-from aimet_ext.files.tensors import read_sealed
+from aimet_ext.files.tensors import parameter_quantizer, read_sealed
 from aimet_ext.integrity.stored import (
     GridIndex,
     StoredGraph,

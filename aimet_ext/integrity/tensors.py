@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from aimet_ext.core.affine import to_blocks
-from aimet_ext.files.folders import QUANTIZERS, WEIGHTS, parameter_quantizer
+from aimet_ext.files.folders import QUANTIZERS, WEIGHTS
+from aimet_ext.files.tensors import parameter_quantizer
 from aimet_ext.integrity.stored import (
     Cells,
     StoredGraph,

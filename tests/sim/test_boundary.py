@@ -22,7 +22,7 @@ _NAMES = frozenset(
     }
 )
 # Where the names that AIMET gives quantizers are part of a file's format.
-_FORMAT = "files/folders.py"
+_FORMAT = "files/tensors.py"
 
 
 def knowledge(source: str) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from aimet_ext.core.affine import Grid, fake_quantize, minmax_range, scale_offset
 from aimet_ext.data.batches import iterate_batches
-from aimet_ext.files.folders import of_parameter, parameter_quantizer
+from aimet_ext.files.tensors import of_parameter, parameter_quantizer
 from aimet_ext.models.topology import BlockTopology, TopologyDescription, find_blocks
 from aimet_ext.sim.facts import SimFacts
 from aimet_ext.sim.protocol import Range, SimAdaptor
