@@ -158,7 +158,7 @@ def context_length(module: nn.Module) -> int | None:
     model = module.model if isinstance(module, PreparedCausalLM) else causal_lm(module)
     if model is None:
         return None
-    return getattr(_text_config(model.config), "max_position_embeddings", None)
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _find(module: nn.Module) -> tuple[str, PreTrainedModel | None]:
@@ -176,16 +176,12 @@ def _is_causal_lm(module: nn.Module) -> bool:
     )
 
 
-def _text_config(config: Any) -> Any:
-    return config.get_text_config()
-
-
 def attention_windows(config: Any) -> dict[str, int | None]:
     """Return how many tokens a query sees, itself included, by type of layer; None: all.
 
     One entry where all layers are alike, which is handed to the model as one mask.
     """
-    config = _text_config(config)
+    config = config.get_text_config()
     window = getattr(config, "sliding_window", None)
     types = set(getattr(config, "layer_types", None) or ())
     if types - set(_LAYER_TYPES):

@@ -144,8 +144,8 @@ class CachedCausalLM(nn.Module):
         with ExitStack() as stack:
             for number, module in enumerate(self._rotary):
                 tables = (getattr(self, f"{part}_{number}") for part in ("cos", "sin"))
-                found = tuple(nn.functional.embedding(position_ids, table) for table in tables)
-                stack.enter_context(replaced_forward(module, partial(_same, found)))
+                found = [nn.functional.embedding(position_ids, table) for table in tables]
+                stack.enter_context(replaced_forward(module, partial(tuple, found)))
             logits = self._logits(input_ids, attention_mask, position_ids, cache)
         return (logits, *(tensor for pair in cache.present.values() for tensor in pair))
 
@@ -300,10 +300,6 @@ class _Cache:
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of slots of the cache, filled or not."""
         return self._past[layer_idx][0].shape[2] if self._past else 0
-
-
-def _same(value: Any) -> Any:
-    return value
 
 
 def _checked_layer_types(module: nn.Module, context: int) -> tuple[str, ...]:

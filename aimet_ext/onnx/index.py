@@ -146,9 +146,12 @@ class GraphIndex:
         counts = (max(1, list(node.input).count(name)) for node in self.readers(name))
         return sum(counts) + self.outputs.count(name)
 
-    def source(self, name: str) -> str:
-        """Return the tensor behind Identity nodes, by which exporters share equal values."""
-        while (node := self.node(name)) is not None and node.op_type == "Identity":
+    def source(self, name: str, through: Collection[str] = ("Identity",)) -> str:
+        """Return the tensor behind some nodes: Identities, by which exporters share equal values.
+
+        :param through: Operators that hand the values of their first input on.
+        """
+        while (node := self.node(name)) is not None and node.op_type in through:
             name = node.input[0]
         return name
 

@@ -347,19 +347,20 @@ def stored_bias(graph: OnnxGraph, layer: OnnxLayer) -> Tensor | None:
 class _Shell(nn.Module):
     """Base of all shells: no torch parameters, weight and bias as they are in the graph."""
 
-    graph: OnnxGraph
-    layer: OnnxLayer
     # Copies. Any, for torch's classes declare parameters here.
     weight: Any = property(lambda self: stored_weight(self.graph, self.layer))
     bias: Any = property(lambda self: stored_bias(self.graph, self.layer))
+
+    def __init__(self, graph: OnnxGraph, layer: OnnxLayer) -> None:
+        nn.Module.__init__(self)
+        self.graph, self.layer = graph, layer
 
 
 class _Linear(_Shell, nn.Linear):
     """A MatMul, with its Add, or a Gemm."""
 
     def __init__(self, graph: OnnxGraph, layer: OnnxLayer) -> None:
-        nn.Module.__init__(self)
-        self.graph, self.layer = graph, layer
+        _Shell.__init__(self, graph, layer)
         shape = graph.shape(layer.weight)
         self.out_features, self.in_features = reversed(shape) if layer.transposed else shape
 
@@ -368,8 +369,7 @@ class _Embedding(_Shell, nn.Embedding):
     """A Gather of rows."""
 
     def __init__(self, graph: OnnxGraph, layer: OnnxLayer) -> None:
-        nn.Module.__init__(self)
-        self.graph, self.layer = graph, layer
+        _Shell.__init__(self, graph, layer)
         self.num_embeddings, self.embedding_dim = graph.shape(layer.weight)
         self.padding_idx = self.max_norm = None
         self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
@@ -381,8 +381,7 @@ class _Convolution(_Shell):
     padding_mode: Any
 
     def __init__(self, graph: OnnxGraph, layer: OnnxLayer) -> None:
-        nn.Module.__init__(self)
-        self.graph, self.layer = graph, layer
+        _Shell.__init__(self, graph, layer)
         shape = graph.shape(layer.weight)
         self.out_channels, self.in_channels = shape[0], shape[1] * layer.group
         self.kernel_size, self.stride = layer.kernel, layer.strides

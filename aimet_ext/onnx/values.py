@@ -62,11 +62,15 @@ def write_array(tensor: TensorProto, array: np.ndarray[Any, Any]) -> None:
         )
     fresh = numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape)).raw_data
     stored = tensor.data_location != TensorProto.EXTERNAL and tensor.HasField("raw_data")
-    if stored and tensor.raw_data == fresh:
-        return
+    if not stored or tensor.raw_data != fresh:
+        put_bytes(tensor, fresh)
+
+
+def put_bytes(tensor: TensorProto, content: bytes) -> None:
+    """Put the bytes of a value in the place of a tensor's own, of the same shape and type."""
     for field in (*_VALUES, "external_data", "data_location"):
         tensor.ClearField(field)
-    tensor.raw_data = fresh
+    tensor.raw_data = content
 
 
 def set_value(tensor: TensorProto, array: np.ndarray[Any, Any]) -> None:

@@ -125,18 +125,8 @@ def open_checkpoints(
     return Checkpoints(options.checkpoint_dir, fingerprint)
 
 
-def on_grid(quantizer: WeightQuantizer, *, free_blocks: bool = False) -> Tensor:
-    """Return a weight as its quantizer rounds it.
-
-    :param free_blocks: True for LPBQ's blocks as if each had its own float scale.
-    """
-    weight = quantizer.weight.detach()
-    grid = quantizer.free_grid() if free_blocks else quantizer.grid()
-    return fake_quantize(weight, grid)
-
-
 class OnGrids(Mapping[str, Tensor]):
-    """Weights of layers that are not decided, on their grids, computed when they are asked for.
+    """Weights of layers on their grids, computed when they are asked for.
 
     The grids are read at once: later on the quantizers are out of the model.
 

@@ -58,19 +58,19 @@ class _Reader:
     def source(self, tensor: str) -> Activation | None:
         """Return the quantizer that a tensor's values went through last, None if they are float."""
         while tensor not in self.activations:
-            index = self.graph.producer.get(tensor)
-            if index is None or self.graph.nodes[index].op_type not in _MOVES:
+            node = self.graph.node(tensor)
+            if node is None or node.op_type not in _MOVES:
                 return None
-            tensor = self.graph.nodes[index].input[0]
+            tensor = node.input[0]
         return self.activations[tensor]
 
     def target(self, tensor: str) -> Activation | None:
         """Return the next quantizer of a tensor's values, beyond what AIMET fuses."""
         while tensor not in self.activations:
-            readers = self.graph.consumers.get(tensor, ())
-            if len(readers) != 1 or self.graph.nodes[readers[0]].op_type not in _FUSED | _MOVES:
+            readers = self.graph.readers(tensor)
+            if len(readers) != 1 or readers[0].op_type not in _FUSED | _MOVES:
                 return None
-            tensor = self.graph.nodes[readers[0]].output[0]
+            tensor = readers[0].output[0]
         return self.activations[tensor]
 
     def _layer(self, name: str, layer: OnnxLayer, shared: bool) -> LintLayer:
@@ -155,24 +155,16 @@ class _Reader:
         for node in self.graph.nodes:
             if node.op_type != "Softmax":
                 continue
-            tensor = self._origin(node.input[0])
-            index = self.graph.producer.get(tensor)
+            tensor = self.graph.source(node.input[0], _MOVES)
+            adding = self.graph.node(tensor)
             tensors = [node.input[0]]
-            if index is not None and self.graph.nodes[index].op_type in _ADDING:
-                tensors += [tensor, *self.graph.nodes[index].input]
+            if adding is not None and adding.op_type in _ADDING:
+                tensors += [tensor, *adding.input]
             for name in tensors:
                 activation = self.source(name) if name else None
                 if activation is not None:
                     found[activation.name] = activation
         return found
-
-    def _origin(self, tensor: str) -> str:
-        """Return the tensor of which another one holds the values, moved."""
-        while (index := self.graph.producer.get(tensor)) is not None:
-            if self.graph.nodes[index].op_type not in _MOVES:
-                break
-            tensor = self.graph.nodes[index].input[0]
-        return tensor
 
     def _tied(self) -> Iterator[tuple[Activation | None, Activation | None, str, str]]:
         """Yield a cache's quantizers and the names of its two tensors, as input and as output."""

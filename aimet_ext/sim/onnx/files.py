@@ -25,6 +25,7 @@ from aimet_onnx.graph_passes.fusions import inline_all_supergroups
 from aimet_onnx.quantsim import encodings_to_onnx_qdq
 
 from aimet_ext.onnx.index import stored_values
+from aimet_ext.onnx.values import put_bytes
 from aimet_ext.sim.onnx.quantizers import rounds_to_integers
 from aimet_ext.sim.onnx.state import enabled_quantizers, layer_biases, quantize_constant
 
@@ -41,15 +42,6 @@ _EARLY = ("V66", "V68", "V69")
 # Bytes of weights from which they are written beside the model: protobuf ends at 2 GiB.
 EXTERNAL_LIMIT = 2**31 - 2**27
 _WIDTHS = (4, 8, 16, 32)
-_FIELDS = (  # of a TensorProto, in place of raw_data
-    "float_data",
-    "int32_data",
-    "int64_data",
-    "double_data",
-    "uint64_data",
-    "external_data",
-    "data_location",
-)
 
 
 def multiplies_16_by_16(sim: Any) -> bool:
@@ -207,10 +199,7 @@ def overwrite(model: Any, values: Iterable[tuple[str, Any]]) -> None:
     """Replace the values of a ModelProto's constants of these names."""
     found = stored_values(model.graph)
     for name, value in values:
-        proto = found[name]
-        for field in _FIELDS:
-            proto.ClearField(field)
-        proto.raw_data = np.ascontiguousarray(value).tobytes()
+        put_bytes(found[name], np.ascontiguousarray(value).tobytes())
 
 
 def load_with(path: Path, values: Iterable[tuple[str, Any]]) -> Any:

@@ -312,20 +312,12 @@ class _Loader:
     def _place(self, name: str) -> str | None:
         """Return the tensor whose quantizer an encoding sets; None if another encoding sets it."""
         source, alone = name, True
-        while (node := self._mover(source)) is not None:
+        while (node := self.graph.node(source)) is not None and node.op_type in MOVES:
             source = node.input[0]
             alone = alone and len(self.graph.consumers.get(source, ())) == 1
             if source in self.encoded:
                 return None if _same(self.encoded[source], self.encoded[name]) else name
         return source if alone else name
-
-    def _mover(self, name: str) -> Any:
-        """Return the node that makes a tensor by moving values, None if another one makes it."""
-        index = self.graph.producer.get(name)
-        if index is None:
-            return None
-        node = self.graph.nodes[index]
-        return node if node.op_type in MOVES else None
 
     def _put_constant(self, name: str, entry: Entry) -> None:
         """Round a stored value to its grid, and set its quantizer."""

@@ -31,7 +31,6 @@ from aimet_ext.techniques.session import (
     OnGrids,
     RunOptions,
     choose_layers,
-    on_grid,
     open_checkpoints,
     open_ledger,
     undo_on_failure,
@@ -232,8 +231,10 @@ class LayerwiseRun:
             reports = self._decide(stage, bar)
             if checkpoints is not None:
                 self._save(checkpoints, number, stage, reports)
+        decided = {layer: self.quantizers[layer] for layer in stage.layers}
+        in_stream = OnGrids(decided, free_blocks=self.solver.aimet_stream)
         for layer in stage.layers:
-            walk.decide(layer, self._in_stream(layer))
+            walk.decide(layer, in_stream[layer])
         bar.update(len(stage.layers))
         return reports
 
@@ -308,10 +309,6 @@ class LayerwiseRun:
         device = self.options.device or weight.device
         wide = self.solver.rounds and torch.device(device).type == "cpu"
         return torch.float64 if wide else torch.promote_types(weight.dtype, torch.float32)
-
-    def _in_stream(self, layer: str) -> Tensor:
-        """Return the weight that the quantized stream uses from now on."""
-        return on_grid(self.quantizers[layer], free_blocks=self.solver.aimet_stream)
 
     def _save(
         self,
