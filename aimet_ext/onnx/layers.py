@@ -412,6 +412,18 @@ def shell(graph: OnnxGraph, layer: OnnxLayer) -> nn.Module:
     return (_Conv1d, _Conv2d, _Conv3d)[len(layer.kernel) - 1](graph, layer)
 
 
+def linear_module(graph: OnnxGraph, layer: OnnxLayer) -> nn.Linear:
+    """Return a layer as a module with values of its own."""
+    if layer.kind != "linear":
+        raise ValueError(f"{layer.name}: a linear layer is required, got kind {layer.kind!r}")
+    weight = stored_weight(graph, layer)
+    module = nn.Linear(weight.shape[1], weight.shape[0], layer.bias is not None, device="meta")
+    module.weight = nn.Parameter(weight)
+    if layer.bias is not None:
+        module.bias = nn.Parameter(graph.tensor(layer.bias))
+    return module
+
+
 def module_tree(modules: Mapping[str, nn.Module]) -> nn.Module:
     """Return a module whose ``named_modules()`` has these names for these modules.
 

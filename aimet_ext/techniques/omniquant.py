@@ -111,7 +111,8 @@ def train_block(
     # No more often than once an epoch: a score costs a forward pass over all batches.
     interval = max(len(block.quantized_stream), params.num_iterations // params.evaluations)
     for step in range(params.num_iterations):
-        _set_rates(optimizer, params, rate * _schedule(params, step))
+        for group in optimizer.param_groups:
+            group["lr"] = group["start"] * (rate * _schedule(params, step))
         loss = _step(block, learner, optimizer, next(order), params, float_outputs)
         on_step(loss)
         last = step + 1 == params.num_iterations
@@ -178,11 +179,6 @@ def _optimizer(learner: _Learner, params: OmniQuantParams) -> torch.optim.Optimi
         if found
     ]
     return torch.optim.Adam(groups)
-
-
-def _set_rates(optimizer: torch.optim.Optimizer, params: OmniQuantParams, factor: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = group["start"] * factor
 
 
 def _schedule(params: OmniQuantParams, step: int) -> float:

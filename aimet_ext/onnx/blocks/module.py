@@ -101,7 +101,10 @@ class OnnxBlock(TranslatedGraph):
         self._leading = torch.Size()  # batch and seq of the call
         self._batch = static_batch(flow.graph)
         self._attention = _find_attention(self._steps, self.outputs)
-        self._done = [] if self._attention is None else self._last_reads(self._attention)
+        if self._attention is not None:
+            reads = [[*step.read()] for step in self._steps]
+            reads[self._attention.last] += self._attention.inputs
+            self._dead = self._last_read(reads)
         self.requires_grad_(False).eval()
 
     def forward(  # type: ignore[override]  # as decoder blocks of transformers are called
@@ -125,34 +128,8 @@ class OnnxBlock(TranslatedGraph):
             full = torch.arange(self._batch, device=hidden_states.device) % count
             hidden_states = hidden_states[full]
             others = tuple(x[full] if x.dim() and len(x) == count else x for x in others)
-        return self._whole(hidden_states, *others)[:count]
-
-    def _whole(self, hidden_states: Tensor, *others: Tensor) -> Tensor:
-        """Compute the block for a batch size that the graph takes."""
-        attention = self._attention
-        if attention is None or self.observer is not None:
-            output: Tensor = super().forward(hidden_states, *others)  # type: ignore[assignment]
-            return output
-        values = self._start((hidden_states, *others))
-        for i, done in enumerate(self._done):
-            if i == attention.last:
-                values[attention.output] = attention(values)
-            elif i not in attention.skipped:
-                values.update(self._run(i, values))
-            for name in done:
-                values.pop(name, None)
-        return values[self.plan.end]
-
-    def _last_reads(self, attention: _FusedAttention) -> list[list[str]]:
-        """Return tensors that nothing reads after each step, once attention is computed as one."""
-        reads = {i: list(step.read()) for i, step in enumerate(self._steps)}
-        reads |= {i: [] for i in attention.skipped}
-        reads[attention.last] = attention.inputs
-        last = {name: i for i, names in reads.items() for name in names}
-        return [
-            [name for name in names if last[name] == i and name not in self.outputs]
-            for i, names in sorted(reads.items())
-        ]
+        output: Tensor = super().forward(hidden_states, *others)  # type: ignore[assignment]
+        return output[:count]
 
     def _start(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
         if len(self._known) > _MOST_SHAPES:
@@ -168,6 +145,12 @@ class OnnxBlock(TranslatedGraph):
             if i not in self._known_now:
                 self._known_now[i] = super()._run(i, values)
             return self._known_now[i]
+        attention = self._attention
+        if attention is not None and self.observer is None:
+            if i == attention.last:
+                return {attention.output: attention(values)}
+            if i in attention.skipped:
+                return {}
         step = self._steps[i]
         source = None if step.linear is None else values[step.inputs[0]]
         if source is not None and source.ndim == 2:

@@ -7,7 +7,7 @@ too, and never writes into an input.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -149,9 +149,3 @@ def apply_operator(
         ]
     outputs = operator(attributes, inputs, opset)
     return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
-def outputs_by_name(names: Iterable[str], outputs: Iterable[Tensor | None]) -> dict[str, Tensor]:
-    """Return an operator's outputs by the node's names for them; either may be longer."""
-    pairs = zip(names, outputs, strict=False)
-    return {name: value for name, value in pairs if name and value is not None}

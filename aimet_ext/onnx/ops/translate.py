@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from aimet_ext.errors import TransformRefused
 from aimet_ext.onnx.graph import OnnxGraph, Part
 from aimet_ext.onnx.index import reads
-from aimet_ext.onnx.layers import OnnxLayer, stored_weight
+from aimet_ext.onnx.layers import OnnxLayer, linear_module
 from aimet_ext.onnx.ops.attention import ATTENTION, ATTENTION_LIMITS
 from aimet_ext.onnx.ops.math import MATH, MATH_LIMITS
 from aimet_ext.onnx.ops.operator import (
@@ -25,7 +25,6 @@ from aimet_ext.onnx.ops.operator import (
     apply_operator,
     attributes_of,
     key_of,
-    outputs_by_name,
     widened,
 )
 from aimet_ext.onnx.ops.shape import SHAPE, SHAPE_LIMITS
@@ -57,28 +56,6 @@ def unsupported(nodes: Iterable[NodeProto]) -> list[str]:
     return found
 
 
-def evaluate(
-    node: NodeProto, values: Mapping[str, Tensor], opset: int, *, wide: bool = False
-) -> dict[str, Tensor]:
-    """Return the outputs of one node by tensor name, differentiable in its inputs.
-
-    :param values: at least the node's inputs, by tensor name; none is written into.
-    :param opset: version of ONNX's own domain that the model uses.
-    :param wide: take float64 where the node asks for less, as a Cast to float32 does.
-    :raises TransformRefused: the operator, or what its attributes ask for, is not translated.
-    """
-    refused = unsupported([node])
-    if refused:
-        raise TransformRefused(f"no differentiable form of {refused[0]} is known")
-    attributes = attributes_of(node)
-    inputs = [values[name] if name else None for name in node.input]
-    key = key_of(node)
-    outputs = apply_operator(
-        OPERATORS[key], key[1], widened(attributes) if wide else attributes, inputs, opset
-    )
-    return outputs_by_name(node.output, outputs)
-
-
 @dataclass(frozen=True)
 class Operation:
     """A node, or a linear layer with its bias.
@@ -97,6 +74,12 @@ class Operation:
     attributes: Attributes = field(default_factory=dict)
     wide: Attributes = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, node: NodeProto) -> Operation:
+        """Return the operation of a node alone."""
+        label = f"{node.op_type} {node.name or node.output[0]!r}"
+        return cls(node, label, tuple(node.input), tuple(node.output))
+
     @cached_property
     def key(self) -> tuple[str, str]:
         """Domain and operator, see :func:`key_of`."""
@@ -105,6 +88,10 @@ class Operation:
     def read(self) -> Iterator[str]:
         """Yield the names of the inputs that are there."""
         return filter(None, self.inputs)
+
+    def taken(self, values: Mapping[str, Tensor]) -> list[Tensor | None]:
+        """Return the inputs by name, None for one that is left out."""
+        return [values[name] if name else None for name in self.inputs]
 
     def prepared(self) -> Operation:
         """Return the step with its attributes read, in the node's precision and in float64."""
@@ -128,7 +115,26 @@ def _compute(
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         shapes = [None if x is None else (*x.shape,) for x in inputs]
         raise ValueError(f"{step.label} on inputs of shapes {shapes}: {error}") from error
-    return outputs_by_name(step.outputs, outputs)
+    pairs = zip(step.outputs, outputs, strict=False)  # either may be longer
+    return {name: value for name, value in pairs if name and value is not None}
+
+
+def evaluate(
+    node: NodeProto, values: Mapping[str, Tensor], opset: int, *, wide: bool = False
+) -> dict[str, Tensor]:
+    """Return the outputs of one node by tensor name, differentiable in its inputs.
+
+    :param values: at least the node's inputs, by tensor name; none is written into.
+    :param opset: version of ONNX's own domain that the model uses.
+    :param wide: take float64 where the node asks for less, as a Cast to float32 does.
+    :raises TransformRefused: the operator, or what its attributes ask for, is not translated.
+    :raises ValueError: the outputs cannot be computed.
+    """
+    refused = unsupported([node])
+    if refused:
+        raise TransformRefused(f"no differentiable form of {refused[0]} is known")
+    step = Operation.of(node).prepared()
+    return _compute(step, step.taken(values), opset, wide=wide)
 
 
 def _operations(
@@ -139,13 +145,12 @@ def _operations(
     done = {use.output for _, use in uses.values() if use.node in nodes}
     steps = []
     for index in nodes:
-        node = graph.nodes[index]
-        label = f"{node.op_type} {node.name or node.output[0]!r}"
+        step = Operation.of(graph.nodes[index])
         if index in uses:
             name, use = uses[index]
-            steps.append(Operation(node, label, (use.input,), (use.output,), linear=name))
-        elif not done.intersection(node.output):
-            steps.append(Operation(node, label, tuple(node.input), tuple(node.output)))
+            steps.append(replace(step, inputs=(use.input,), outputs=(use.output,), linear=name))
+        elif not done.intersection(step.outputs):
+            steps.append(step)
     return steps
 
 
@@ -229,7 +234,7 @@ class TranslatedGraph(nn.Module):
         for name, layer in (linears or {}).items():
             if name not in used:
                 raise ValueError(f"layer {layer.name!r} ({name}) has no use among the nodes given")
-            self._place(name, _linear(graph, layer))
+            self._place(name, linear_module(graph, layer))
         self._stored: dict[str, str] = {}  # initializer to dotted name
         self._host: dict[str, Tensor] = {}  # integers
         for name, initializer in (parameters or {}).items():
@@ -242,11 +247,7 @@ class TranslatedGraph(nn.Module):
         self.register_buffer("_precision", torch.zeros(()), persistent=False)
         self._load(graph, steps)
         self._steps = self._folded(steps)
-        last = {name: i for i, step in enumerate(self._steps) for name in step.read()}
-        self._dead: list[list[str]] = [[] for _ in self._steps]
-        for name, i in last.items():
-            if name not in self.outputs:
-                self._dead[i].append(name)
+        self._dead = self._last_read([[*step.read()] for step in self._steps])
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Return the outputs: one tensor alone, more as a tuple.
@@ -254,12 +255,23 @@ class TranslatedGraph(nn.Module):
         :raises ValueError: another number of inputs, or a node cannot be computed on them.
         """
         values = self._start(inputs)
-        for i in range(len(self._steps)):
+        for i, dead in enumerate(self._dead):
             values.update(self._run(i, values))
-            for name in self._dead[i]:
+            for name in dead:
                 values.pop(name, None)
         found = tuple(values[name] for name in self.outputs)
         return found[0] if len(found) == 1 else found
+
+    def _last_read(self, reads: Sequence[Sequence[str]]) -> list[list[str]]:
+        """Return the tensors that each step is the last one to read, but for outputs.
+
+        :param reads: Tensors that each step reads.
+        """
+        last = {name: i for i, names in enumerate(reads) for name in names}
+        return [
+            [name for name in names if last[name] == i and name not in self.outputs]
+            for i, names in enumerate(reads)
+        ]
 
     def _start(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return inputs and constants by tensor name; subclasses may replace values."""
@@ -281,10 +293,9 @@ class TranslatedGraph(nn.Module):
     def _run(self, i: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the outputs of one step by tensor name; subclasses may replace values."""
         step = self._steps[i]
-        inputs = [values[name] if name else None for name in step.inputs]
         if step.linear is not None:
-            return {step.outputs[0]: self.get_submodule(step.linear)(inputs[0])}
-        return _compute(step, inputs, self.opset, wide=self._is_wide)
+            return {step.outputs[0]: self.get_submodule(step.linear)(values[step.inputs[0]])}
+        return _compute(step, step.taken(values), self.opset, wide=self._is_wide)
 
     def _read(self, name: str) -> Tensor:
         *path, last = name.split(".")
@@ -328,7 +339,9 @@ class TranslatedGraph(nn.Module):
     def _folded(self, steps: Sequence[Operation]) -> tuple[Operation, ...]:
         """Return the steps that are left once those of small constants alone are computed."""
         free = dict(self._host)
-        free.update({n: b for n, at in self._stored.items() if (b := self._buffer(at)) is not None})
+        free.update(
+            {n: b for n, at in self._stored.items() if (b := self._buffers.get(at)) is not None}
+        )
         kept = []
         for step in steps:
             inputs = [free.get(name) if name else None for name in step.inputs]
@@ -349,21 +362,6 @@ class TranslatedGraph(nn.Module):
             if at in self._buffers:
                 del self._buffers[at]
         return tuple(kept)
-
-    def _buffer(self, name: str) -> Tensor | None:
-        return self._buffers.get(name)
-
-
-def _linear(graph: OnnxGraph, layer: OnnxLayer) -> nn.Linear:
-    """Return a layer as a module with values of its own."""
-    if layer.kind != "linear":
-        raise ValueError(f"{layer.name}: a linear layer is required, got kind {layer.kind!r}")
-    weight = stored_weight(graph, layer)
-    module = nn.Linear(weight.shape[1], weight.shape[0], layer.bias is not None, device="meta")
-    module.weight = nn.Parameter(weight)
-    if layer.bias is not None:
-        module.bias = nn.Parameter(graph.tensor(layer.bias))
-    return module
 
 
 def opset_of(graph: OnnxGraph) -> int:
