@@ -114,11 +114,11 @@ def quantize(
         names = _names(adapters, state.adapters)
         spec = _activations(sim, activations)
         batches = list(iterate_batches(dataloader))
-        done = [_calibrate(sim, name, batches, weights, spec, sums) for name in names]
+        done = {name: _calibrate(sim, name, batches, weights, spec, sums) for name in names}
         if shared:
             for slot in state.slots:
                 share_ranges(state.adapters[name][slot] for name in names)
-        reports = tuple(_measure(sim, batches, one) for one in done)
+        reports = tuple(_measure(sim, batches, name, *found) for name, found in done.items())
     except BaseException:
         state.adapters, state.sources = before, sources
         raise
@@ -165,15 +165,6 @@ def _activations(sim: Any, asked: int | QSpec | str | None) -> QSpec | None:
     return next((spec for slot in slots(sim).values() if (spec := slot.output_spec)), None)
 
 
-@dataclass(frozen=True)
-class _Calibrated:
-    """One adapter with ranges, and its logits while it was float."""
-
-    name: str
-    expected: list[Tensor]
-    seconds: float
-
-
 @torch.no_grad()
 def _calibrate(
     sim: Any,
@@ -182,7 +173,8 @@ def _calibrate(
     weights: QSpec | None,
     activations: QSpec | None,
     sums: Literal["adapter", "base"],
-) -> _Calibrated:
+) -> tuple[list[Tensor], float]:
+    """Give an adapter its ranges; return its logits while it was float, and the seconds it took."""
     started = time.perf_counter()
     state, places = lora_state(sim), slots(sim)
     floats = {slot: content.without_quantizers() for slot, content in state.adapters[name].items()}
@@ -204,23 +196,25 @@ def _calibrate(
             call_model(sim.model, batch)
     for content in state.adapters[name].values():
         content.freeze()
-    return _Calibrated(name, expected, time.perf_counter() - started)
+    return expected, time.perf_counter() - started
 
 
 @torch.no_grad()
-def _measure(sim: Any, batches: list[Any], one: _Calibrated) -> AdapterReport:
+def _measure(
+    sim: Any, batches: list[Any], name: str, expected: list[Tensor], seconds: float
+) -> AdapterReport:
     state = lora_state(sim)
-    switch(sim, one.name)
+    switch(sim, name)
     return AdapterReport(
-        name=one.name,
+        name=name,
         ranks={
             state.slots[slot]: content.b.shape[1]
-            for slot, content in state.adapters[one.name].items()
+            for slot, content in state.adapters[name].items()
             if content.a is not state.empty[slot].a
         },
-        change_sqnr_db=_changes(sim, one.name),
-        logits_sqnr_db=outputs_sqnr(_logits(sim, batches[:_SCORED]), one.expected),
-        seconds=one.seconds,
+        change_sqnr_db=_changes(sim, name),
+        logits_sqnr_db=outputs_sqnr(_logits(sim, batches[:_SCORED]), expected),
+        seconds=seconds,
     )
 
 

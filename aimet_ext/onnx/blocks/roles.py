@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from onnx import NodeProto
 
@@ -343,21 +343,15 @@ def _table(
     offsets = {attention.norm.gain_offset, mlp.norm.gain_offset}
     if len(offsets) > 1:
         raise MismatchError("both norms must add the same to their gains")
-    return TopologyDescription(
-        name=names.name,
-        block_class=names.block_class,
-        attention_norm=names.attention_norm,
-        mlp_norm=names.mlp_norm,
-        q=qkv["q"],
-        k=qkv["k"],
-        v=qkv["v"],
-        o=names.o,
+    return replace(
+        names,
+        **qkv,
         gate=gate,
         up=up,
-        down=names.down,
         attention_readers=_others("self_attn.reader", attention.others),
         mlp_readers=_others("mlp.reader", mlp.others),
         qk_norms=("self_attn.q_norm", "self_attn.k_norm") if attention.qk_norms else (),
+        others=(),
         gain_offset=offsets.pop(),
         head_dim=names.head_dim or attention.heads.dim,
     )

@@ -175,7 +175,9 @@ def make_static(
             break
         folded = fold_constants(folded, keep)
     if any(not output.type.tensor_type.HasField("shape") for output in folded.graph.output):
-        _name_outputs(folded)
+        inferred = infer_shapes(folded, data_prop=True)
+        for output, found in zip(folded.graph.output, inferred.graph.output, strict=True):
+            output.CopyFrom(found)
     return folded
 
 
@@ -212,13 +214,6 @@ def _store_shapes(graph: onnx.GraphProto, inferred: onnx.GraphProto) -> int:
     replace_nodes(graph, store)
     graph.initializer.extend(stored)
     return len(stored)
-
-
-def _name_outputs(model: onnx.ModelProto) -> None:
-    """Give outputs the shapes that follow from the inputs'."""
-    inferred = infer_shapes(model, data_prop=True)
-    for output, found in zip(model.graph.output, inferred.graph.output, strict=True):
-        output.CopyFrom(found)
 
 
 def drop_casts(model: onnx.ModelProto) -> int:

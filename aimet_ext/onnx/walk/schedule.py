@@ -20,7 +20,7 @@ from aimet_ext.data.moments import Geometry
 from aimet_ext.onnx.graph import OnnxGraph
 from aimet_ext.onnx.index import FLOATS, attribute, elements, reads
 from aimet_ext.onnx.layers import OnnxLayer
-from aimet_ext.walk.hooks import Activation, geometries
+from aimet_ext.walk.hooks import Activation
 
 _LARGE = 2**16  # elements of a stored value; what a node makes of a larger one is kept
 _AT_ONCE = 2**26  # elements of the weights that a section holds: 256 MiB of float32
@@ -87,11 +87,14 @@ def plan_stages(
     :raises TypeError: a layer is neither linear nor a convolution.
     """
     groups: dict[tuple[object, ...], list[str]] = {}
-    order = sorted(names, key=lambda name: layers[name].uses[0].node)
-    geometry = geometries({name: shells[name] for name in order})
-    for name in order:
+    geometry: dict[str, Geometry] = {}
+    for name in sorted(names, key=lambda name: layers[name].uses[0].node):
         layer = layers[name]
         _check_no_batch_norm(graph, layer)
+        try:
+            geometry[name] = Geometry.of(shells[name])
+        except TypeError as error:
+            raise TypeError(f"layer {name!r}: {error}") from error
         pads = None if layer.padding is not None else (layer.auto_pad, layer.pads)
         sources = tuple(dict.fromkeys(use.input for use in layer.uses))
         groups.setdefault((sources, geometry[name], pads), []).append(name)

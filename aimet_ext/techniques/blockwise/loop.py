@@ -330,14 +330,11 @@ class BlockwiseRun:
     def _record(self, block: Block, smooth: Mapping[str, Tensor]) -> None:
         """Note in the ledger what was folded into the weights."""
         for pair, scale in block.chosen(smooth):
-            sides = [
-                (
-                    f"{block.name}.{side.module}",
-                    side.axis,
-                    expand(side, scale, _width(block.params[f"{side.module}.weight"], side.axis)),
-                )
-                for side in pair.sides
-            ]
+            sides = []
+            for side in pair.sides:
+                width = block.params[f"{side.module}.weight"].shape[side.axis == "in"]
+                multiplier = expand(side, scale, width)
+                sides.append((f"{block.name}.{side.module}", side.axis, multiplier))
             producer = next((s.module for s in pair.sides if s.power == -1), "")
             self.adaptor.ledger.record(
                 self.solver.technique,
@@ -371,7 +368,3 @@ class BlockwiseRun:
         self.adaptor.restore(block.name, parts["state"], meta["state"])
         self._record(block, parts["smooth"])
         return BlockReport.from_checkpoint(meta["report"])
-
-
-def _width(weight: Tensor, axis: str) -> int:
-    return weight.shape[0] if axis == "out" else weight.shape[1]
