@@ -25,7 +25,7 @@ from aimet_ext.models.huggingface import causal_lm, checkpoint_prefix
 from aimet_ext.onnx.session import open_session
 from aimet_ext.sim.protocol import SimAdaptor
 from aimet_ext.sim.torch.adaptor import TorchSim
-from aimet_ext.sim.torch.state import LayerParameter, quantized_parameters
+from aimet_ext.sim.torch.state import LayerParameter, quantized_parameters, unset_quantizers
 
 # Largest deviation of onnxruntime from the float model, relative to its largest logit.
 _TOLERANCE = 1e-4
@@ -52,7 +52,7 @@ class TorchWriter:
     ) -> None:
         self.adaptor, self.prefix, self.tokenizer = TorchSim(sim), prefix, tokenizer
         self.rounded, self.options = rounded, options
-        self.without_range = [n for n, q in sim.named_quantizers() if not q.is_initialized()]
+        self.without_range = unset_quantizers(sim)
         self.inputs = positional_inputs(sim.model, dummy_input)
         self.name_prefix = checkpoint_prefix(sim.model)
 

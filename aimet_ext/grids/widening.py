@@ -249,14 +249,12 @@ def _grow(parameter: LayerParameter, part: _Part, description: Mapping[str, Any]
     """Replace the quantizer of a parameter that was padded; old cells keep their range."""
     cells = part.extra if part.fused else description["shape"][-1] - parameter.shape[-1]
     new = make_quantizer(description).to(parameter.layer.weight.device)
-    if parameter.quantizer.is_initialized():
+    if (bounds := parameter.bounds) is not None:
         parameter.calibrate(new)
-        bounds = []
-        for key in ("min", "max"):
-            old = getattr(parameter.quantizer, key).detach()
-            kept = part.grow(torch.ones_like(old), cells).bool()
-            bounds.append(torch.where(kept, part.grow(old, cells), getattr(new, key).detach()))
-        new.set_range(*bounds)
+        kept = part.grow(torch.ones_like(bounds[0]), cells).bool()
+        grown = (part.grow(old, cells) for old in bounds)
+        wanted = zip(grown, (new.min, new.max), strict=True)
+        new.set_range(*(torch.where(kept, old, rest.detach()) for old, rest in wanted))
     parameter.put(new)
 
 

@@ -69,6 +69,13 @@ class LayerParameter:
         size = getattr(self.quantizer, "block_size", None)
         return 0 if size is None else max(0, int(size[-1]))
 
+    @property
+    def bounds(self) -> tuple[Tensor, Tensor] | None:
+        """Lower and upper bound of each cell, None without a range."""
+        if not self.quantizer.is_initialized():
+            return None
+        return self.quantizer.min.detach(), self.quantizer.max.detach()
+
     @torch.no_grad()
     def rounded(self) -> Tensor:
         """Return the values that AIMET's quantizer makes of the parameter."""
@@ -154,6 +161,11 @@ def named_quantizers(root: nn.Module, name: str = "") -> list[tuple[str, Any]]:
     """
     every = root.named_modules(remove_duplicate=False, prefix=name)
     return [(inner, module) for inner, module in every if isinstance(module, QuantizerBase)]
+
+
+def unset_quantizers(sim: Any) -> list[str]:
+    """Return the names of the quantizers without a range."""
+    return [name for name, found in named_quantizers(sim.model) if not found.is_initialized()]
 
 
 def put_quantizer(root: nn.Module, name: str, quantizer: nn.Module | None) -> None:
