@@ -69,18 +69,20 @@ def test_help_of_a_command_shows_how_it_is_used(command: str) -> None:
 
 
 def test_version() -> None:
-    assert run("--version").stdout.strip() == aimet_ext.__version__
+    shown = run("--version").stdout.splitlines()
+    assert shown[0] == f"aimet-ext {aimet_ext.__version__}"
+    assert {line.split()[0] for line in shown} >= {"aimet-ext", "python", "torch", "safetensors"}
 
 
 def test_the_module_runs_as_a_program() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "aimet_ext.cli", "--version"],
+        [sys.executable, "-m", "aimet_ext", "--version"],
         capture_output=True,
         text=True,
         check=True,
         cwd=pathlib.Path(aimet_ext.__file__).parent.parent,
     )
-    assert done.stdout.strip() == aimet_ext.__version__
+    assert done.stdout.startswith(f"aimet-ext {aimet_ext.__version__}\n")
 
 
 # ------------------------------------------------------------------------------------ wrong usage
@@ -109,6 +111,8 @@ def test_the_module_runs_as_a_program() -> None:
         (then("gptq", "adaround"), "adaround cannot follow gptq"),
         (then("seq_mse", "omniquant"), "omniquant cannot follow seq_mse"),
         (then("omniquant", "nearest"), "give it alone"),
+        ([*then("gptq"), "--weights", "int16"], "gptq decides weights of at most 8 bits"),
+        ([*then("seq_mse"), "--set", "seq_mse.max_bitwidth=3"], "at most 3 bits (max_bitwidth)"),
     ],
 )
 def test_wrong_usage_ends_with_2(
@@ -223,7 +227,18 @@ def test_what_quantize_wrote_can_be_inspected(exported: pathlib.Path) -> None:
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)
     assert {"model.onnx"} <= set(found["files"])
-    assert "model.onnx" in run("inspect", exported).stdout
+    shown = run("inspect", exported).stdout
+    assert "model.onnx" in shown and max(map(len, shown.splitlines())) <= 120
+    head = "\n".join(shown.splitlines()[:20])
+    for word in ("omniquant", "int4, Blockwise (block_size=64)", "int8, per_channel", "dB"):
+        assert word in head, word
+
+
+def test_quantize_ends_with_a_verdict(exported: pathlib.Path) -> None:
+    found = json.loads(run("inspect", exported, "--json").stdout)["quality"]
+    for name in ("rounding", "quantized"):
+        assert found[name] != found["float"] == pytest.approx(found[name], rel=0.2)
+    assert found["windows"] >= 1 and found["text"] == "text that was not calibrated on"
 
 
 def test_what_quantize_wrote_can_be_evaluated(exported: pathlib.Path, text: pathlib.Path) -> None:
@@ -307,7 +322,8 @@ def test_plain_rounding_has_no_report(
         *("--activations", "none", "--seq-length", "32", "--num-batches", "1"),
     )
     assert done.exit_code == 0, done.stderr
-    assert "in all" not in done.stdout and not (output / "reports").exists()
+    assert "in all" not in done.stdout
+    assert [file.name for file in (output / "reports").iterdir()] == ["quality.json"]
     assert json.loads(run("inspect", output, "--json").stdout)["techniques"] == []
 
 

@@ -33,7 +33,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "walk*": ({"walk", "data", "files", "core", "config"}, {"torch"}),
     "models.huggingface": ({"models", "core", "config"}, {"torch", "transformers"}),
     "models*": (
-        {"models", "walk", "data", "core", "config"},
+        {"models", "walk", "data", "files", "core", "config"},
         {"torch", "transformers"},
     ),
     "onnx*": (
@@ -105,12 +105,13 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "cli*": (
         {
-            *("cli", "verification", "lora", "artifact", "integrations", "files", "config"),
-            *("registry", "public"),
+            *("cli", "verification", "lora", "artifact", "integrations", "models", "files"),
+            *("sim.protocol", "core", "config", "registry", "public"),
         },
         {"typer", "torch", "transformers"},
     ),
     "integrations": (set(), set()),
+    "__main__": ({"cli"}, set()),
 }
 
 

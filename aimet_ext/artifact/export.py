@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, Json
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from aimet_ext.errors import CorruptFileError, require, some
@@ -20,12 +20,12 @@ from aimet_ext.files.folders import (
     SETTINGS,
     WEIGHTS,
     check_output,
-    read_json,
     read_manifest,
     replace_folder,
     write_json,
     write_manifest,
 )
+from aimet_ext.files.reading import read_json, read_safetensors
 from aimet_ext.files.ledger import Ledger, write_scales
 from aimet_ext.files.tensors import hash_tensors, read_sealed, write_sealed
 from aimet_ext.integrity.description import write_fingerprints
@@ -248,15 +248,16 @@ def _rebuild(folder: Path, settings: _Settings, manifest: dict[str, Any]) -> Any
 def _model(folder: Path, settings: _Settings, loadable: bool) -> Any:
     """Return the model of an export; without weights if its config cannot say its widths."""
     transformers = require("transformers", "torch")
+    from aimet_ext.models.folders import read_causal_lm, read_config
+
     options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype)}
     if settings.attention is not None:
         options["attn_implementation"] = settings.attention
-    auto = transformers.AutoModelForCausalLM
     if loadable:
-        return auto.from_pretrained(folder, local_files_only=True, **options).eval()
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        return read_causal_lm(folder, **options)
     with torch.random.fork_rng(devices=[]):
-        return auto.from_config(config, **options).eval()
+        model = transformers.AutoModelForCausalLM.from_config(read_config(folder), **options)
+    return model.eval()
 
 
 def write_model(
@@ -379,7 +380,7 @@ def _load_weights(folder: Path, sim: Any, tied: Mapping[str, str]) -> None:
     """
     from aimet_ext.models.huggingface import original_name
 
-    stored = load_file(folder / WEIGHTS)
+    stored = read_safetensors(folder / WEIGHTS)[0]
     state = {
         original_name(name, sim.model): value for name, value in adapt(sim).float_state().items()
     }

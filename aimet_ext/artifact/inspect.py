@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from aimet_ext.artifact.export import read_quantizers
+from aimet_ext.core.objective import sqnr_db
 from aimet_ext.files.encodings import load_encodings
 from aimet_ext.files.folders import MANIFEST, QUANTIZERS, read_manifest
 from aimet_ext.files.ledger import SCALES_FILE, load_scales
 from aimet_ext.files.tensors import of_parameter
+from aimet_ext.files.reading import read_json
 
 _Quantizer = tuple[str, bool, bool, bool]  # kind, and: of a parameter? frozen? with a range?
 
@@ -21,8 +25,9 @@ def inspect_export(path: str | Path) -> dict[str, Any]:
 
     :returns: JSON values: ``kind``, ``versions``, ``settings``, ``techniques``, ``checks``,
         ``scales`` (modules and pairs by kind), ``quantizers`` (how many of each width, frozen,
-        without range), ``encodings`` (how many of each version), ``files`` with their sizes and
-        hashes, and ``unlisted`` files that came later.
+        without range), ``encodings`` (how many of each version), ``reports`` (quality that the
+        techniques reported), ``quality`` (perplexities that ``quantize`` measured), ``files`` with
+        their sizes and hashes, and ``unlisted`` files that came later.
     :raises FileNotFoundError: the folder was not written by aimet_ext.
     :raises CorruptFileError: a file was changed or is absent.
     """
@@ -51,7 +56,32 @@ def inspect_export(path: str | Path) -> dict[str, Any]:
         for name in manifest["files"]
         if name.endswith(".encodings")
     }
+    reports = {Path(name).stem: name for name in manifest["files"] if name.startswith("reports/")}
+    if quality := reports.pop("quality", None):
+        summary["quality"] = read_json(folder / quality)
+    found_reports = {name: _quality(read_json(folder / file)) for name, file in reports.items()}
+    summary["reports"] = {name: value for name, value in found_reports.items() if value}
     return summary
+
+
+def _quality(report: dict[str, Any]) -> dict[str, Any]:
+    """Return median and lowest SQNR of the units of a technique's report; empty without any."""
+    found = {}
+    for unit in (*report.get("layers", ()), *report.get("blocks", ())):
+        after = unit.get("sqnr_db")
+        if after is None and unit["loss_after"] > 0:
+            after = sqnr_db(unit["signal"], unit["loss_after"])
+        if after is not None and math.isfinite(after):
+            found[unit["name"]] = after
+    if not found:
+        return {}
+    lowest = min(found, key=lambda name: found[name])
+    return {
+        "units": "layers" if report.get("layers") else "blocks",
+        "median_sqnr_db": statistics.median(found.values()),
+        "lowest_sqnr_db": found[lowest],
+        "lowest": lowest,
+    }
 
 
 def _torch_quantizers(described: dict[str, dict[str, Any]]) -> Iterator[_Quantizer]:

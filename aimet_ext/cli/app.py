@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import typer
 
-import aimet_ext
 from aimet_ext.cli.demo import EPILOG as DEMO_EPILOG
 from aimet_ext.cli.demo import demo
 from aimet_ext.cli.errors import EXIT_CODES_HELP, ErrorsAsCodes
@@ -25,6 +24,7 @@ from aimet_ext.cli.options import (
     Output,
     Seed,
     SeqLength,
+    check_width,
     chosen_techniques,
     folder_argument,
     on_blocks,
@@ -37,9 +37,6 @@ from aimet_ext.cli.options import (
 )
 from aimet_ext.cli.verify import EPILOG as VERIFY_EPILOG
 from aimet_ext.cli.verify import verify
-
-# Left out of what `inspect` prints for people.
-_TOO_LONG = frozenset({"onnx_names", "seeds", "settings", "techniques"})
 
 _HELP = """Quantize language models with AIMET and techniques that AIMET lacks.
 
@@ -67,22 +64,11 @@ app = typer.Typer(
 )
 
 
-def _summary(found: dict[str, Any]) -> str:
-    """Return the findings of ``inspect`` as text."""
-    files = found.pop("files")
-    rows = []
-    for name, value in found.items():
-        if isinstance(value, dict) and name not in _TOO_LONG:
-            rows += [(f"{name}: {key}", json.dumps(inner)) for key, inner in value.items()]
-        elif value and name not in _TOO_LONG:
-            rows.append((name, value if isinstance(value, str) else json.dumps(value)))
-    rows += [(name, f"{entry['bytes']} bytes") for name, entry in files.items()]
-    return table(rows) + "\nEvery file agrees with its hash."
-
-
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(aimet_ext.__version__)
+        from aimet_ext.files.folders import versions
+
+        typer.echo("\n".join(f"{name} {number}" for name, number in versions().items()))
         raise typer.Exit
 
 
@@ -90,7 +76,10 @@ def _version(asked: bool) -> None:
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Show versions, AIMET's too."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -182,8 +171,10 @@ def quantize(
     techniques = chosen_techniques(
         technique or ["omniquant"], settings or [], num_iterations=num_iterations, seed=seed
     )
+    check_width(weights, techniques)
     with stdout_for_results():
         from aimet_ext.cli import jobs
+        from aimet_ext.cli.summary import quality_lines
 
         result = jobs.quantize(
             model_dir,
@@ -203,6 +194,10 @@ def quantize(
     for report in result.reports.values():
         typer.echo(str(report))
     typer.echo(table(result.files))
+    typer.echo(f"\n{quality_lines(result.quality)}")
+    typer.echo(
+        f"Done in {result.seconds:.0f} s. Next: aimet-ext verify {output} --text HELD_OUT.txt"
+    )
 
 
 @app.command(
@@ -249,12 +244,13 @@ def inspect(
     """Check an exported folder and list it."""
     with stdout_for_results():
         from aimet_ext.artifact.inspect import inspect_export
+        from aimet_ext.cli.summary import summary
 
         found = inspect_export(folder)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
-        typer.echo(_summary(found))
+        typer.echo(summary(found))
 
 
 @app.command(

@@ -100,10 +100,10 @@ def run(output: Path, *, num_iterations: int, seed: int) -> Demo:
     check_output(output)
     model, tokenizer = jobs.load_model(aimet_ext.examples.model_dir())
     documents = aimet_ext.examples.documents
-    batches = jobs.cut_batches(
+    batches = aimet_ext.calibration_batches(
         tokenizer, documents("calibration"), 256, WINDOWS["calibration"] // 2, batch_size=2
     )
-    held_out = jobs.cut_batches(
+    held_out = aimet_ext.calibration_batches(
         tokenizer, documents("evaluation"), 256, WINDOWS["evaluation"] // 8, batch_size=8
     )
     given = {

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import aimet_ext
 from aimet_ext.errors import require
-from aimet_ext.files.folders import check_output, is_ours, relist_files, replace_folder
+from aimet_ext.files.folders import check_output, is_ours, relist_files, replace_folder, write_json
 from aimet_ext.registry import TECHNIQUES, load
+from aimet_ext.sim.protocol import adapt
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,13 +26,25 @@ PREFIX = "model"
 REPORTS = "reports"
 """Folder for the techniques' reports, in the exported one."""
 
+QUALITY_WINDOWS = 16
+"""Windows of text on which ``quantize`` measures its result."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """Result of ``quantize``: reports by technique, in order, and files with their sizes."""
+    """Result of ``quantize``.
+
+    :param reports: Reports by technique, in order.
+    :param quality: Perplexities of the float model, with weights rounded to nearest, and as
+        exported, and the text that they were measured on.
+    :param files: Files with their sizes.
+    :param seconds: Seconds of all the work.
+    """
 
     reports: dict[str, Any]
+    quality: dict[str, Any]
     files: list[tuple[str, str]]
+    seconds: float
 
 
 def quantize(
@@ -54,19 +68,46 @@ def quantize(
     :param outer: Grid of the output head; the token embedding has as many bits.
     :param folders: ``checkpoint_dir``, ``cache_dir``.
     """
+    start = time.perf_counter()
     check_output(output)
     model, tokenizer = load_model(model_dir)
-    batches = cut_batches(tokenizer, calibration, seq_length, num_batches, batch_size)
+    batches = aimet_ext.calibration_batches(
+        tokenizer, calibration, seq_length, num_batches, batch_size
+    )
+    held_out, described = _held_out(tokenizer, calibration, batches)
+    _check_ids(model, [*batches, *held_out])
+    quality = {"float": aimet_ext.evaluate_perplexity(model, held_out)}
     sim = aimet_ext.create_sim(
         model, batches[0], weights=weights, lm_head=outer, activations=activations
     )
+    with adapt(sim).disabled_quantizers(weights=False):
+        quality["rounding"] = aimet_ext.evaluate_perplexity(sim, held_out)
     reports = _apply(sim, batches, techniques, **folders)
+    quality["quantized"] = aimet_ext.evaluate_perplexity(sim, held_out)
+    quality |= {"windows": sum(map(len, held_out)), "text": described}
     with replace_folder(output) as folder:
         aimet_ext.export(sim, folder, PREFIX, batches[0][:1], hf_checkpoint=hf_checkpoint)
         for name, report in reports.items():
             report.save(folder / REPORTS / f"{name}.json")
+        (folder / REPORTS).mkdir(exist_ok=True)
+        write_json(folder / REPORTS / "quality.json", quality)
         relist_files(folder)
-    return Quantized(reports, list_files(output))
+    return Quantized(reports, quality, list_files(output), time.perf_counter() - start)
+
+
+def _held_out(
+    tokenizer: PreTrainedTokenizerBase, text: Path, batches: Sequence[Tensor]
+) -> tuple[list[Tensor], str]:
+    """Return windows of a text beyond those of the batches, and a description of them.
+
+    Where the text has no more, these are windows of the batches.
+    """
+    used, length = sum(map(len, batches)), batches[0].shape[1]
+    try:
+        windows = aimet_ext.calibration_batches(tokenizer, text, length, used + QUALITY_WINDOWS)
+    except ValueError:
+        return [batch[:1] for batch in batches[:QUALITY_WINDOWS]], "the calibration text"
+    return windows[used:], "text that was not calibrated on"
 
 
 def evaluate(folder: Path, text: Path, *, seq_length: int, num_windows: int) -> dict[str, Any]:
@@ -76,7 +117,9 @@ def evaluate(folder: Path, text: Path, *, seq_length: int, num_windows: int) -> 
         tokenizer = load_tokenizer(folder)
     else:
         model, tokenizer = load_model(folder)
-    batches = cut_batches(tokenizer, text, seq_length, None, batch_size=1)[:num_windows]
+    batches = aimet_ext.calibration_batches(tokenizer, text, seq_length, None)[:num_windows]
+    if not is_ours(folder):
+        _check_ids(model, batches)
     return {
         "perplexity": aimet_ext.evaluate_perplexity(model, batches),
         "windows": sum(len(batch) for batch in batches),
@@ -85,14 +128,11 @@ def evaluate(folder: Path, text: Path, *, seq_length: int, num_windows: int) -> 
     }
 
 
-def cut_batches(
-    tokenizer: PreTrainedTokenizerBase, text: Any, length: int, number: int | None, batch_size: int
-) -> list[Tensor]:
-    """Cut text into batches; a tokenizer without BOS, as Qwen's, starts documents with its EOS."""
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else None
-    return aimet_ext.calibration_batches(
-        tokenizer, text, length, number, batch_size, bos_token_id=start
-    )
+def _check_ids(model: PreTrainedModel, batches: Sequence[Tensor]) -> None:
+    """Refuse a tokenizer of another model."""
+    from aimet_ext.models.huggingface import check_token_ids
+
+    check_token_ids(model, *batches)
 
 
 def _apply(
@@ -132,31 +172,23 @@ def load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model in float32, and its tokenizer, without a network.
 
     :raises ValueError: the folder holds no such model.
+    :raises CorruptFileError: a file is damaged.
     """
-    transformers = require("transformers", "torch")
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{folder}: the folder of a Hugging Face model is required, but it has no config.json"
-        )
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype="float32", local_files_only=True
-        )
-    except OSError as error:
-        raise ValueError(f"{folder}: the model could not be loaded: {error}") from error
-    return model.eval(), load_tokenizer(folder)
+    require("transformers", "torch")
+    from aimet_ext.models.folders import read_causal_lm
+
+    return read_causal_lm(folder, dtype="float32"), load_tokenizer(folder)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder, without a network.
 
-    :raises ValueError: the folder holds none.
+    :raises CorruptFileError: the folder holds none, or a file is damaged.
     """
-    transformers = require("transformers", "torch")
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except OSError as error:
-        raise ValueError(f"{folder}: the tokenizer could not be loaded: {error}") from error
+    require("transformers", "torch")
+    from aimet_ext.models.folders import read_tokenizer
+
+    return read_tokenizer(folder)
 
 
 def list_files(folder: Path) -> list[tuple[str, str]]:

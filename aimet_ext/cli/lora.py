@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import aimet_ext
 from aimet_ext.cli.options import (
     AsJson,
     BatchSize,
@@ -127,7 +128,7 @@ def quantize(
 
         check_output(output)
         source = adapter if name is None else lora.read_adapter(adapter, name)
-        batches = jobs.cut_batches(
+        batches = aimet_ext.calibration_batches(
             jobs.load_tokenizer(export_dir), calibration, seq_length, num_batches, batch_size
         )
         sim = lora.create_sim(source, export_dir)

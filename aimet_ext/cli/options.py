@@ -155,6 +155,21 @@ def chosen_techniques(
     return {name: _params(name, fields, seed) for name, fields in values.items()}
 
 
+def check_width(weights: QSpec, techniques: Mapping[str, Any]) -> None:
+    """Refuse weights that a technique would leave to plain rounding.
+
+    :raises typer.BadParameter: Weights of more bits than a technique decides.
+    """
+    for name, params in techniques.items():
+        most = getattr(params, "max_bitwidth", weights.bitwidth)
+        if weights.bitwidth > most:
+            raise typer.BadParameter(
+                f"{name} decides weights of at most {most} bits (max_bitwidth), got "
+                f"{weights.bitwidth} bits; choose a smaller width or --technique {NEAREST}",
+                param_hint="--weights",
+            )
+
+
 def _check_order(names: Sequence[str]) -> None:
     """Refuse an order that would fail in the middle of the work.
 

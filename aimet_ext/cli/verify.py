@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+import aimet_ext
 from aimet_ext.cli.options import AsJson, folder_argument, stdout_for_results
 
 FAILED = 1
@@ -87,4 +88,4 @@ def _batches(folder: Path, text: Path, count: int) -> list[Any]:
 
     prefix = read_manifest(folder, verify=False)["prefix"]
     length = exported_length(folder / f"{prefix}.onnx")
-    return jobs.cut_batches(jobs.load_tokenizer(folder), text, length, None, 1)[:count]
+    return aimet_ext.calibration_batches(jobs.load_tokenizer(folder), text, length, None)[:count]

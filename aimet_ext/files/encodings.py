@@ -28,7 +28,7 @@ from torch import Tensor
 
 from aimet_ext.core.affine import Grid
 from aimet_ext.errors import CorruptFileError
-from aimet_ext.files.folders import read_json
+from aimet_ext.files.reading import read_json
 
 _VERSIONS = ("1.0.0", "2.0.0")
 _INTEGER = re.compile(r"(u?)int(\d+)")

@@ -17,10 +17,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from aimet_ext import __version__
 from aimet_ext.errors import CorruptFileError
+from aimet_ext.files.reading import read_json
 
 MANIFEST = "manifest.json"
 # Files of an export that have one name whatever its prefix.
@@ -161,22 +162,6 @@ def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def read_json(path: Path, kind: Any = dict[str, Any]) -> Any:
-    """Read a JSON file whose content must be of a type that pydantic can validate.
-
-    :raises FileNotFoundError: there is no such file.
-    :raises CorruptFileError: it is not JSON, or its content is of another type.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CorruptFileError(f"{path} is not JSON: {error}") from error
-    try:
-        return TypeAdapter(kind).validate_python(content)
-    except ValidationError as error:
-        raise CorruptFileError(f"{path} does not hold what it must: {error}") from error
-
-
 def write_json(path: Path, content: Any) -> None:
     """Write a value as an indented JSON file."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -290,7 +275,7 @@ def hash_file(path: str | Path) -> str:
 
 def versions() -> dict[str, str]:
     """Return versions of Python and of the installed packages that decide what is written."""
-    found = {"python": platform.python_version(), "aimet-ext": __version__}
+    found = {"aimet-ext": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)

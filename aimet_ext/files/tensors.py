@@ -26,7 +26,8 @@ from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from aimet_ext.errors import CorruptFileError
-from aimet_ext.files.folders import atomic_path, read_json, replace_file, versions, writable_folder
+from aimet_ext.files.folders import atomic_path, replace_file, versions, writable_folder
+from aimet_ext.files.reading import read_json
 
 _FORMAT = "aimet_ext.tensors/1"
 _ZEROS = b"0" * 64

@@ -75,7 +75,8 @@ class PreparedCausalLM(nn.Module):
     def check_input(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         """Refuse what :meth:`forward` cannot take; nothing is computed.
 
-        :raises ValueError: shapes that do not fit, or more tokens than the model's context.
+        :raises ValueError: shapes that do not fit, ids that are not of the vocabulary, or more
+            tokens than the model's context.
         """
         if input_ids.dim() != 2:
             raise ValueError(
@@ -93,6 +94,7 @@ class PreparedCausalLM(nn.Module):
                 f"at most {limit} tokens, the model's context, can be taken at once, "
                 f"got {input_ids.shape[1]}; cut the text into shorter windows"
             )
+        check_token_ids(self.model, input_ids)
 
 
 def prepare_model(model: nn.Module, *, mask_value: float | None = None) -> nn.Module:
@@ -131,6 +133,22 @@ def prepare_model(model: nn.Module, *, mask_value: float | None = None) -> nn.Mo
         )
     attention_windows(model.config)
     return PreparedCausalLM(model, mask_value)
+
+
+def check_token_ids(model: nn.Module, *batches: Tensor) -> None:
+    """Refuse token ids that the model's embedding does not have.
+
+    :param model: causal LM of transformers.
+    :raises ValueError: an id is not of the model's vocabulary.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    for ids in batches:
+        low, high = map(int, ids.aminmax()) if ids.numel() else (0, 0)
+        if low < 0 or high >= rows:
+            raise ValueError(
+                f"token ids from 0 to {rows - 1}, the model's vocabulary, are required, got "
+                f"{low if low < 0 else high}; use the tokenizer that the model was trained with"
+            )
 
 
 def causal_lm(module: nn.Module) -> PreTrainedModel | None:

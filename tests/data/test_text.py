@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from aimet_ext import CorruptFileError
 from aimet_ext.data.text import calibration_batches
 
 
@@ -20,6 +21,7 @@ class Letters:
 
 
 DOCUMENTS = ["abc", "de", "fghij"]
+FORMS = (".jsonl", "s.json", "-2.json", ".csv")
 IDS = [0, 1, 2, 3, 0, 4, 5, 0, 6, 7, 8, 9, 10]
 
 
@@ -49,12 +51,17 @@ def test_none_takes_all_and_the_last_batch_may_be_smaller():
 
 
 def test_sources_are_the_same_text(tmp_path):
-    lines = tmp_path / "text.jsonl"
-    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
+    entries = [{"text": text} for text in DOCUMENTS]
+    lines, listed, strings, table = (tmp_path / f"text{end}" for end in FORMS)
+    lines.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    listed.write_text(json.dumps(entries))
+    strings.write_text(json.dumps(DOCUMENTS))
+    table.write_text("number,text\n" + "".join(f'{n},"{t}"\n' for n, t in enumerate(DOCUMENTS)))
     plain = tmp_path / "text.txt"
     plain.write_text("abcdefgh")
     expected = rows(calibration_batches(Letters(), DOCUMENTS, 4, 3))
-    assert rows(calibration_batches(Letters(), lines, 4, 3)) == expected
+    for file in (lines, listed, strings, table):
+        assert rows(calibration_batches(Letters(), file, 4, 3)) == expected
     assert rows(calibration_batches(Letters(), str(lines), 4, 3)) == expected
     assert rows(calibration_batches(Letters(), plain, 4, 2)) == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
     assert rows(calibration_batches(Letters(), "abcdefgh", 4, 2)) == rows(
@@ -77,11 +84,12 @@ def test_too_little_text_is_counted():
         calibration_batches(Letters(), [], 4, None)
 
 
-def test_a_tokenizer_without_bos_needs_a_token():
+def test_documents_start_with_eos_or_nothing_where_there_is_no_bos():
     tokenizer = Letters()
     tokenizer.bos_token_id = None
-    with pytest.raises(ValueError, match="no BOS token; pass bos_token_id"):
-        calibration_batches(tokenizer, DOCUMENTS, 4, 1)
+    assert rows(calibration_batches(tokenizer, DOCUMENTS, 4, 1)) == [[[1, 2, 3, 4]]]
+    tokenizer.eos_token_id = 9
+    assert rows(calibration_batches(tokenizer, DOCUMENTS, 4, 1)) == [[[9, 1, 2, 3]]]
     batches = calibration_batches(tokenizer, DOCUMENTS, 4, 1, bos_token_id=7)
     assert rows(batches) == [[[7, 1, 2, 3]]]
 
@@ -97,7 +105,29 @@ def test_numbers_must_be_positive_integers(name, number):
 def test_bad_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no .*absent\.jsonl"):
         calibration_batches(Letters(), tmp_path / "absent.jsonl", 4, 1)
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"text": "a"}\n{"words": "b"}\n')
-    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: a line"):
-        calibration_batches(Letters(), bad, 2, 2)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_text_in_the_encodings_of_editors(tmp_path, encoding):
+    plain = tmp_path / "text.txt"
+    plain.write_text("abcdefgh", encoding=encoding)
+    assert rows(calibration_batches(Letters(), plain, 4, 2)) == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("bad.jsonl", b'{"text": "a"}\n{"words": "b"}\n', r"bad\.jsonl, line 2: .*text.* required"),
+        ("bad.jsonl", b"{", r"bad\.jsonl, line 1 is not JSON"),
+        ("bad.json", b'{"text": "a"}', r"bad\.json: a list of documents"),
+        ("bad.json", b'["a", 3]', r"bad\.json, \[1\]: .*text.* required, got '3'"),
+        ("bad.json", b"[" * 100_000, r"bad\.json is nested too deeply"),
+        ("bad.csv", b"words\nb\n", r"bad\.csv: a column 'text' is required, got \['words'\]"),
+        ("bad.txt", b"caf\xe9", r"bad\.txt: text in UTF-8 is required, but byte 3"),
+        ("bad.parquet", b"PAR1\x80", r"bad\.parquet: text in UTF-8"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CorruptFileError, match=message):
+        calibration_batches(Letters(), tmp_path / name, 2, 2)

@@ -1,4 +1,4 @@
-"""``python -m aimet_ext.cli`` is ``aimet-ext``."""
+"""``python -m aimet_ext`` is ``aimet-ext``."""
 
 from aimet_ext.cli.app import main
 

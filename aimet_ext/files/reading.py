@@ -1,0 +1,103 @@
+"""Files as they are read back: regular, bounded, of the expected form, or refused by their name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from aimet_ext.errors import CorruptFileError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# A tokenizer of 250,000 tokens has 35 MB, the encodings of a model of 70 billion weights 300 MB.
+LARGEST_JSON = 1 << 30
+
+
+def check_regular(path: str | Path) -> Path:
+    """Return the path of a regular file: devices and pipes, which never end, are refused.
+
+    :raises FileNotFoundError: there is no such file.
+    :raises CorruptFileError: it is a folder, a device or a pipe.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is required and is absent")
+    if not path.is_file():
+        raise CorruptFileError(f"{path}: a regular file is required, but it is none")
+    return path
+
+
+def read_text(path: str | Path) -> str:
+    """Return the content of a text file in UTF-8, or in UTF-16 that begins with a byte order mark.
+
+    :raises FileNotFoundError: there is no such file.
+    :raises CorruptFileError: it is in another encoding, or no regular file.
+    """
+    content = check_regular(path).read_bytes()
+    marked = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+    try:
+        return content.decode("utf-16" if marked else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CorruptFileError(
+            f"{path}: text in UTF-8 is required, but byte {error.start} is none; save it in UTF-8"
+        ) from error
+
+
+def read_json(path: str | Path, kind: Any = dict[str, Any]) -> Any:
+    """Read a JSON file whose content must be of a type that pydantic can validate.
+
+    :raises FileNotFoundError: there is no such file.
+    :raises CorruptFileError: it is not JSON, too large, or its content is of another type.
+    """
+    path = check_regular(path)
+    if path.stat().st_size > LARGEST_JSON:
+        raise CorruptFileError(f"{path}: at most {LARGEST_JSON} bytes of JSON are read")
+    return parse_json(path.read_bytes(), path, kind)
+
+
+def parse_json(text: str | bytes, place: object, kind: Any = Any) -> Any:
+    """Return the value of a JSON text that was read from a file.
+
+    :param place: Where it stands, for the error.
+    :raises CorruptFileError: it is not JSON, or its value is of another type.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(json.loads(text))
+    except RecursionError as error:
+        raise CorruptFileError(f"{place} is nested too deeply to be read") from error
+    except ValidationError as error:
+        raise CorruptFileError(f"{place} does not hold what it must: {error}") from error
+    except ValueError as error:
+        raise CorruptFileError(f"{place} is not JSON: {error}") from error
+
+
+def open_safetensors(path: str | Path) -> Any:
+    """Return an open safetensors file, whose tensors are read one by one.
+
+    :raises FileNotFoundError: there is no such file.
+    :raises CorruptFileError: it is damaged or cut short.
+    """
+    try:
+        return safe_open(check_regular(path), framework="pt")
+    except SafetensorError as error:
+        raise CorruptFileError(f"{path} is no sound safetensors file: {error}") from error
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors, on the CPU, and the metadata of a safetensors file.
+
+    :raises FileNotFoundError: there is no such file.
+    :raises CorruptFileError: it is damaged or cut short.
+    """
+    with open_safetensors(path) as file:
+        try:
+            # A copy: the file may be replaced while its tensors are in use.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise CorruptFileError(f"{path} is no sound safetensors file: {error}") from error
+        return tensors, file.metadata() or {}

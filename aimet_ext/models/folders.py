@@ -1,0 +1,145 @@
+"""Model folders of Hugging Face, read without running their code and without a network."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from aimet_ext.errors import CorruptFileError, some
+from aimet_ext.files.reading import open_safetensors, read_json
+
+_CONFIG = "config.json"
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def read_config(folder: Path) -> Any:
+    """Read the configuration of a model folder.
+
+    :raises ValueError: there is none, or it asks for code of its own.
+    :raises CorruptFileError: it is damaged.
+    """
+    if not (folder / _CONFIG).is_file():
+        raise ValueError(
+            f"{folder}: the folder of a Hugging Face model is required, but it has no {_CONFIG}"
+        )
+    content = read_json(folder / _CONFIG)
+    kind = content.get("model_type")
+    if kind not in transformers.CONFIG_MAPPING:
+        own = " from the Python code that auto_map names, which is not run" * (
+            "auto_map" in content
+        )
+        raise ValueError(
+            f"{folder / _CONFIG}: a model_type that transformers {transformers.__version__} has is "
+            f"required, got {kind!r}{own}; load such a model yourself and pass it to create_sim"
+        )
+    with _named(folder / _CONFIG):
+        return transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+
+
+def read_causal_lm(folder: Path, **options: Any) -> Any:
+    """Load a causal language model with all its weights from safetensors.
+
+    :param options: Further options of ``AutoModelForCausalLM.from_pretrained``.
+    :returns: the model in evaluation mode.
+    :raises ValueError: the folder holds no such model, code of its own, pickled weights, or too few
+        of them.
+    :raises CorruptFileError: a file is damaged.
+    """
+    config = read_config(folder)
+    for file in _weight_files(folder):
+        open_safetensors(file)
+    with _named(folder), _quiet():
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{folder}: all weights of the model are required, but {some(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} absent; {_CONFIG} and weights are not of one "
+            "model, or a file is missing"
+        )
+    return model.eval()
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of a folder.
+
+    :raises ValueError: the folder holds none.
+    :raises CorruptFileError: a file is damaged.
+    """
+    for file in sorted(folder.glob("*token*.json")):
+        read_json(file)
+    with _named(folder, "the tokenizer"):
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a model.
+
+    :raises ValueError: there is none, or a shard is absent.
+    """
+    if (folder / _WEIGHTS).is_file():
+        return [folder / _WEIGHTS]
+    if (folder / _INDEX).is_file():
+        shards = read_json(folder / _INDEX, dict[str, Any]).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(v, str) for v in shards.values()):
+            raise CorruptFileError(f"{folder / _INDEX}: a weight_map of files is required")
+        names = sorted(set(shards.values()))
+        if outside := [name for name in names if Path(name).name != name]:
+            raise CorruptFileError(
+                f"{folder / _INDEX}: files of the folder are required, got {some(outside)}"
+            )
+        if absent := [name for name in names if not (folder / name).is_file()]:
+            raise ValueError(f"{folder}: {some(absent)} of {_INDEX} is required and is absent")
+        return [folder / name for name in names]
+    pickles = [name for name in _PICKLES if (folder / name).is_file()]
+    why = (
+        f"{pickles[0]} is a pickle, which can run code when it is read; load the model with "
+        "transformers and save it with save_pretrained"
+        if pickles
+        else "it has neither"
+    )
+    raise ValueError(f"{folder}: {_WEIGHTS} or {_INDEX} is required, but {why}")
+
+
+@contextmanager
+def _named(place: Path, what: str = "the model") -> Iterator[None]:
+    """Turn an error of transformers, of whatever kind, into one that names the file."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise CorruptFileError(
+            f"{place}: {what} could not be loaded ({type(error).__name__}: {said[:300]})"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep away the loading report of transformers: what it says is an error here."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
