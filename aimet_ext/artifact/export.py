@@ -224,7 +224,7 @@ class _Settings(BaseModel):
 
     create_sim: dict[str, Any] | None
     attention: str | None = None
-    dtype: str = ""
+    dtype: Literal["", "float16", "bfloat16", "float32", "float64"] = ""
 
 
 def _rebuild(folder: Path, settings: _Settings, manifest: dict[str, Any]) -> Any:

@@ -76,7 +76,7 @@ def quantize(
     )
     held_out, described = _held_out(tokenizer, calibration, batches)
     _check_ids(model, [*batches, *held_out])
-    quality = {"float": aimet_ext.evaluate_perplexity(model, held_out)}
+    quality: dict[str, Any] = {"float": aimet_ext.evaluate_perplexity(model, held_out)}
     sim = aimet_ext.create_sim(
         model, batches[0], weights=weights, lm_head=outer, activations=activations
     )

@@ -140,6 +140,44 @@ def attended_tokens(attention: Tensor, shape: tuple[int, int]) -> Tensor | None:
     return (allowed & usual[:, :, None]).any(1).expand(batch, seq)
 
 
+def seen_arguments(
+    model: nn.Module, batches: Iterable[Any], forward_fn: Callable[[nn.Module, Any], Any]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that a model is called with for batches of a type of the user's own.
+
+    :returns: pairs of a name, with the plain values of the call in it, and a tensor.
+    :raises ValueError: ``forward_fn`` does not call the model, so that nothing tells one batch
+        from another.
+    """
+    calls: list[Any] = []
+    plain: list[str] = []
+
+    def note(leaf: Any) -> None:
+        if not isinstance(leaf, Tensor):  # an object's text has its address in it
+            known = leaf is None or isinstance(leaf, str | int | float)
+            plain.append(repr(leaf) if known else type(leaf).__name__)
+
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+    )
+    try:
+        for number, batch in enumerate(batches):
+            calls.clear()
+            plain.clear()
+            forward_fn(model, batch)
+            if not calls:
+                raise ValueError(
+                    "with checkpoint_dir, batches of a type of one's own are known by the model's "
+                    f"arguments, but forward_fn does not call the model with batch {number}; "
+                    "give batches of tensors, or leave checkpoint_dir out"
+                )
+            map_leaves(note, calls)
+            for place, tensor in enumerate(tensors_in(calls)):
+                yield f"{number}.{place} {plain}", tensor
+    finally:
+        hook.remove()
+
+
 # ---------------------------------------------------------------------------------- nested values
 
 

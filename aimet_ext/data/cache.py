@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import tempfile
 import weakref
 from collections import Counter
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from aimet_ext.data.batches import map_leaves, map_tensors
 from aimet_ext.files.folders import atomic_path, writable_folder
+from aimet_ext.files.scratch import make_scratch, remove_scratch
 from aimet_ext.files.tensors import copy_to_cpu
 
 Key = TypeVar("Key", bound=Hashable)
@@ -36,7 +36,7 @@ class TensorCache:
     every file is a complete safetensors file at any moment.
 
     On disk the cache lives in a new folder under ``cache_dir``, which :meth:`close`, garbage
-    collection or the end of the program removes.
+    collection or the end of the program removes; what a killed one left, the next one does.
 
     :param cache_dir: folder for the files, created if need be; None keeps the tensors in RAM.
     :param name: first part of the name of the folder created in ``cache_dir``.
@@ -56,9 +56,9 @@ class TensorCache:
         self.folder: Path | None = None
         self._remove = lambda: None
         if self.cache_dir is not None:
-            writable_folder(self.cache_dir, "cache_dir")
-            self.folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.cache_dir))
-            self._remove = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+            home = writable_folder(self.cache_dir, "cache_dir")
+            self.folder = make_scratch(home, f"aimet_ext-{name}")
+            self._remove = weakref.finalize(self, remove_scratch, self.folder)
 
     def append(self, tensor: Tensor) -> None:
         """Add a copy of ``tensor`` at the end."""

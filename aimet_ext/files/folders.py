@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import ctypes
+import glob
 import hashlib
 import json
 import os
 import platform
-import secrets
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
-from pathlib import Path
-from typing import Any, Literal
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, ValidationError
 
 from aimet_ext import __version__
-from aimet_ext.errors import CorruptFileError
+from aimet_ext.errors import CorruptFileError, some
 from aimet_ext.files.reading import read_json
+from aimet_ext.files.scratch import release, remove_abandoned, scratch
 
 MANIFEST = "manifest.json"
 # Files of an export that have one name whatever its prefix.
@@ -49,16 +50,18 @@ _RENAME_EXCHANGE = 2
 def check_output(path: str | Path) -> Path:
     """Check, before any work is done, that a folder may be written at ``path``.
 
-    Absent and empty folders are fine, and so is one that an earlier run wrote (it is going
+    Absent and empty folders are fine, and so is one that an earlier run wrote (its files are going
     to be replaced). Nothing is created or changed.
 
     :returns: the path, absolute.
+    :raises ValueError: the path is empty.
     :raises FileExistsError: a file, or a folder with files that are not ours, is there.
     :raises PermissionError: nothing can be written there.
     """
+    _refuse_empty(path, "output path")
     target = Path(path).expanduser().resolve()
     _refuse_foreign(target)
-    check_writable(target)
+    check_writable(target / MANIFEST if _stays(target) else target)
     return target
 
 
@@ -84,8 +87,9 @@ def writable_folder(path: str | Path, parameter: str) -> Path:
     """Return a folder that exists and can be written, created if need be.
 
     :param parameter: name of the user's parameter, for the error.
-    :raises ValueError: it cannot be created or written.
+    :raises ValueError: it cannot be created or written, or its path is empty.
     """
+    _refuse_empty(path, parameter)
     folder = Path(path)
     problem = "permission denied"
     try:
@@ -100,34 +104,122 @@ def writable_folder(path: str | Path, parameter: str) -> Path:
     )
 
 
+def _refuse_empty(path: str | Path, parameter: str) -> None:
+    if not str(path).strip():
+        raise ValueError(f'{parameter} must name a folder, got ""; the current folder is "."')
+
+
 @contextmanager
 def replace_folder(path: str | Path) -> Iterator[Path]:
     """Write a folder aside, then put it in the place of ``path`` in one step.
 
     If the block raises, or the process is killed, what was at ``path`` is untouched. The block must
-    write a manifest last, by which the folder is known as ours.
+    write a manifest last, by which the folder is known as ours. Of what was at ``path``, the files
+    that its manifest lists are replaced and all others kept. A folder that must stay, such as the
+    current one, gets the files one by one, the manifest first: until the last is there, the
+    manifest tells that files are missing.
 
     >>> with replace_folder("out") as folder:
     ...     (folder / "notes.txt").write_text("…")
     ...     write_manifest(folder, "notes")
 
     :returns: a context manager that yields the folder to write to.
-    :raises FileExistsError: see :func:`check_output`.
+    :raises FileExistsError: see :func:`check_output`; or a file of another origin has the name of
+        one to be written.
     :raises PermissionError: see :func:`check_output`.
     """
     target = check_output(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
-    folder.mkdir()
-    try:
+    stays = _stays(target)
+    home = target if stays else target.parent
+    home.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(target, _leftovers(target))
+    with scratch(home, f".{target.name}") as folder:
         yield folder
         assert is_ours(folder), "a folder without a manifest was to be put in place"
         for file in filter(Path.is_file, folder.rglob("*")):
             _sync(file)  # the disk must hold all of it before the folder is put in place
         _refuse_foreign(target)
+        kept = _files_of_others(target, folder)
+        if clash := [name for name in kept if os.path.lexists(folder / name)]:
+            raise FileExistsError(
+                f"output folder {target}: {some(list(map(str, clash)))} would be replaced, which "
+                "aimet_ext did not write; move it away or choose another path"
+            )
+        if stays:
+            _replace_files(folder, target, kept)
+            return
+        for name in kept:
+            _carry(target / name, folder / name)
         _put_in_place(folder, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _stays(target: Path) -> bool:
+    """Return True if a folder cannot be replaced: it is current, mounted, or in a closed one."""
+    if not target.is_dir():
+        return False
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:
+        here = Path("/")
+    return (
+        here.is_relative_to(target)
+        or os.path.ismount(target)
+        or not os.access(target.parent, os.W_OK | os.X_OK)
+    )
+
+
+def _leftovers(target: Path) -> str:
+    """Return the pattern of folders in ``target`` that runs write to, and killed ones leave."""
+    return f".{glob.escape(target.name)}-*.scratch"
+
+
+def _files_of_others(target: Path, scratch_folder: Path) -> list[Path]:
+    """Return files and empty folders below ``target`` that its manifest does not list."""
+    if not target.is_dir():
+        return []
+    files = read_json(target / MANIFEST).get("files") if is_ours(target) else {}
+    listed = {MANIFEST, *(files if isinstance(files, dict) else ())}
+    found = []
+    for path in sorted(target.rglob("*")):
+        if path == scratch_folder or scratch_folder in path.parents:
+            continue
+        is_folder = path.is_dir() and not path.is_symlink()
+        if path.relative_to(target).as_posix() not in listed and not (
+            is_folder and any(path.iterdir())
+        ):
+            found.append(path.relative_to(target))
+    return found
+
+
+def _carry(source: Path, place: Path) -> None:
+    """Give a file, link or empty folder a second place, without a copy where that is possible."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir() and not source.is_symlink():
+        place.mkdir()
+        return
+    try:
+        os.link(source, place, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, place, follow_symlinks=False)
+
+
+def _replace_files(folder: Path, target: Path, kept: list[Path]) -> None:
+    """Move the files of ``folder`` into ``target``, and remove those that were listed before."""
+    old = {path for path in target.rglob("*") if path.is_file() and folder not in path.parents}
+    old -= {target / name for name in kept}
+    new = [path for path in folder.rglob("*") if path.is_file()]
+    for path in sorted(new, key=lambda path: path != folder / MANIFEST):
+        place = target / path.relative_to(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(place)
+        old.discard(place)
+    for path in old:
+        path.unlink()
+    for path in sorted((path for path in target.rglob("*") if path.is_dir()), reverse=True):
+        relative = path.relative_to(target)
+        if path != folder and not any(path.iterdir()) and relative not in kept:
+            path.rmdir()
+    _sync(target)
 
 
 def replace_file(path: str | Path, content: bytes) -> None:
@@ -167,6 +259,14 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def _inside(name: str) -> str:
+    """Refuse the name of a file that is not below the folder of its manifest."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or not path.parts or ".." in path.parts or "\\" in name:
+        raise ValueError(f"a file below the folder is required, got {name!r}")
+    return name
+
+
 class _File(BaseModel, strict=True):
     bytes: int
     sha256: str
@@ -177,7 +277,8 @@ class _Manifest(BaseModel, strict=True):
 
     format: Literal["aimet_ext.manifest/1"]
     kind: str
-    files: dict[str, _File]
+    files: dict[Annotated[str, AfterValidator(_inside)], _File]
+    prefix: Annotated[str, AfterValidator(_inside)] | None = None
     sha256: str
 
 
@@ -292,6 +393,8 @@ def changed_files(
         path = folder / name
         if not path.is_file():
             yield name, "is absent"
+        elif not path.resolve().is_relative_to(folder.resolve()):
+            yield name, "is a link to another place"
         elif (size := path.stat().st_size) != expected["bytes"]:
             yield name, f"has {size} bytes instead of {expected['bytes']}"
         elif hash_file(path) != expected["sha256"]:
@@ -311,7 +414,8 @@ def _refuse_foreign(target: Path) -> None:
             f"output folder {target}: a folder is required, but a file of that name is there; "
             "choose another path"
         )
-    if any(target.iterdir()) and not is_ours(target):
+    own = set(target.glob(_leftovers(target)))
+    if set(target.iterdir()) - own and not is_ours(target):
         raise FileExistsError(
             f"output folder {target}: an empty folder or one written by aimet_ext is required, but "
             "it holds other files, which are left as they are; choose another path or remove them"
@@ -328,13 +432,14 @@ def _sync(path: Path) -> None:
 
 def _put_in_place(folder: Path, target: Path) -> None:
     """Move ``folder`` to ``target``; what was there is afterwards at ``folder`` or removed."""
+    release(folder)
     if not target.exists():
         folder.rename(target)
         return
     if _exchange(folder, target):
         return
     # Without an exchange in one step there is a moment with no folder at all, but never half a one.
-    backup = folder.with_suffix(".old")
+    backup = folder.with_name(f"{folder.name}.old")
     target.rename(backup)
     try:
         folder.rename(target)

@@ -14,6 +14,7 @@ import platform
 import re
 import shutil
 import warnings
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -28,6 +29,7 @@ from torch import Tensor
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.folders import atomic_path, replace_file, versions, writable_folder
 from aimet_ext.files.reading import read_json
+from aimet_ext.files.scratch import hold, release
 
 _FORMAT = "aimet_ext.tensors/1"
 _ZEROS = b"0" * 64
@@ -84,8 +86,17 @@ def write_sealed(
     metadata = {**texts, "schema": schema, "sha256": _ZEROS.decode()}
     # safetensors refuses tensors that share memory, so each is copied.
     content = save({name: copy_to_cpu(tensor) for name, tensor in tensors.items()}, metadata)
+    content = _in_order(content)
     digest = hashlib.sha256(content).hexdigest().encode()
     replace_file(path, content.replace(b'"sha256":"' + _ZEROS, b'"sha256":"' + digest, 1))
+
+
+def _in_order(content: bytes) -> bytes:
+    """Return a safetensors file with a sorted header: safetensors writes metadata in any order."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[end:]
 
 
 def read_sealed(
@@ -190,7 +201,6 @@ class UndoJournal:
         self._directory = None
         if directory is not None:
             self._directory = writable_folder(directory, "directory of the undo journal")
-            _remove_leftovers(self._directory, "undo_*")
 
     def save(self, key: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Keep copies of ``tensors`` and ``meta`` under ``key``.
@@ -267,6 +277,12 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path, fingerprint: Mapping[str, Any]) -> None:
         self.directory = writable_folder(directory, "checkpoint_dir")
+        if not hold(self.directory):
+            raise ValueError(
+                f"checkpoint_dir {str(directory)!r} is in use by another process; wait for its end "
+                "or pass another folder"
+            )
+        self._release = weakref.finalize(self, release, self.directory)
         _remove_leftovers(self.directory, "block_*")
         _remove_leftovers(self.directory, "run.json.*")
         run = json.loads(json.dumps(dict(fingerprint)))
@@ -305,6 +321,10 @@ class Checkpoints:
                 "or renamed. Delete it"
             )
         return tensors, meta["meta"]
+
+    def close(self) -> None:
+        """Let other processes use the folder."""
+        self._release()
 
     def __contains__(self, index: object) -> bool:
         return index in self._indices()

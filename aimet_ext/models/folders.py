@@ -58,7 +58,7 @@ def read_causal_lm(folder: Path, **options: Any) -> Any:
     for file in _weight_files(folder):
         open_safetensors(file)
     with _named(folder), _quiet():
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             local_files_only=True,
@@ -67,6 +67,7 @@ def read_causal_lm(folder: Path, **options: Any) -> Any:
             output_loading_info=True,
             **options,
         )
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"{folder}: all weights of the model are required, but {some(missing)} "

@@ -135,13 +135,14 @@ def prepare_model(model: nn.Module, *, mask_value: float | None = None) -> nn.Mo
     return PreparedCausalLM(model, mask_value)
 
 
-def check_token_ids(model: nn.Module, *batches: Tensor) -> None:
+def check_token_ids(model: PreTrainedModel, *batches: Tensor) -> None:
     """Refuse token ids that the model's embedding does not have.
 
     :param model: causal LM of transformers.
     :raises ValueError: an id is not of the model's vocabulary.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    table: Any = model.get_input_embeddings()
+    rows = table.weight.shape[0]
     for ids in batches:
         low, high = map(int, ids.aminmax()) if ids.numel() else (0, 0)
         if low < 0 or high >= rows:

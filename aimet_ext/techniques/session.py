@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from aimet_ext.core.affine import fake_quantize, to_blocks
 from aimet_ext.data.batches import ForwardFn
 from aimet_ext.files.folders import writable_folder
 from aimet_ext.files.ledger import Ledger
+from aimet_ext.files.scratch import scratch
 from aimet_ext.files.tensors import Checkpoints, UndoJournal, environment, hash_tensors
 from aimet_ext.models.topology import BlockTopology
 from aimet_ext.sim.protocol import SimAdaptor, SimHandle, WeightQuantizer
@@ -59,8 +59,8 @@ def undo_on_failure(
     """
     if cache_dir is not None:
         cache_dir = writable_folder(cache_dir, "cache_dir")
-    with tempfile.TemporaryDirectory(dir=cache_dir, prefix="undo_") as folder:
-        journal = UndoJournal(None if cache_dir is None else folder)
+    with nullcontext() if cache_dir is None else scratch(cache_dir, "aimet_ext-undo") as folder:
+        journal = UndoJournal(folder)
         ledger = adaptor.ledger
 
         def keep(module: str) -> None:
@@ -92,6 +92,7 @@ def open_ledger(adaptor: SimAdaptor, technique: str, modules: Sequence[str]) -> 
     return ledger
 
 
+@contextmanager
 def open_checkpoints(
     adaptor: SimAdaptor,
     options: RunOptions,
@@ -101,28 +102,41 @@ def open_checkpoints(
     quantizers: Mapping[str, WeightQuantizer],
     data: Iterable[tuple[str, Tensor]],
     device: torch.device | str,
-    **more: Any,
-) -> Checkpoints | None:
-    """Open the folder of checkpoints of a run, None if there is to be none.
+) -> Iterator[Checkpoints | None]:
+    """Open the folder of checkpoints of a run for the time of a context; None: there is to be none.
 
     :param quantizers: Quantizers of the layers to decide, by name.
     :param data: Tensors of the calibration data, by name.
     :param device: Device on which the run computes.
-    :param more: Further parts of the run's fingerprint.
     :raises ValueError: the folder belongs to another run.
     """
     if options.checkpoint_dir is None:
-        return None
+        yield None
+        return
+    others = {n: q for n, q in adaptor.weight_quantizers().items() if n not in quantizers}
+    fixed = {**others, **{name: q for name, q in quantizers.items() if q.frozen}}
     fingerprint = {
         **environment(device),
         "technique": technique,
         "settings": dict(settings),
         "layers": {name: q.spec().to_dict() for name, q in quantizers.items()},
+        "others": {name: q.spec().to_dict() for name, q in others.items()},
+        "ranges": _ranges_hash({name: q for name, q in fixed.items() if q.initialized}),
         "weights": _weights_hash(adaptor),
-        **more,
         "data": hash_tensors(data),
     }
-    return Checkpoints(options.checkpoint_dir, fingerprint)
+    with closing(Checkpoints(options.checkpoint_dir, fingerprint)) as checkpoints:
+        yield checkpoints
+
+
+def _ranges_hash(quantizers: Mapping[str, WeightQuantizer]) -> str:
+    """Hash the ranges that a run takes as they are (SHA-256)."""
+    grids = ((name, quantizers[name].grid()) for name in sorted(quantizers))
+    return hash_tensors(
+        (f"{name}.{field}", getattr(grid, field))
+        for name, grid in grids
+        for field in ("scale", "offset")
+    )
 
 
 class OnGrids(Mapping[str, Tensor]):

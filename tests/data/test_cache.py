@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from aimet_ext.data import cache as cache_module
 from aimet_ext.data.cache import TensorCache
 
 
@@ -102,6 +104,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 MEASURE = """
 import sys, torch
+from aimet_ext.data import cache as cache_module
 from aimet_ext.data.cache import TensorCache
 
 def memory(key):
@@ -131,3 +134,25 @@ def test_memory_on_disk_does_not_grow_with_the_number_of_tensors(tmp_path):
     on_disk, in_memory = (int(line) for line in done.stdout.split())
     assert on_disk < 64
     assert in_memory > 200
+
+
+KILLED = """
+import os, signal, sys, torch
+from aimet_ext.data import cache as cache_module
+from aimet_ext.data.cache import TensorCache
+
+cache = TensorCache(sys.argv[1])
+cache.append(torch.ones(2))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_goes_with_the_next(tmp_path):
+    mine = TensorCache(tmp_path)
+    mine.append(torch.ones(2))
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(cache_module.__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=environment, check=False)
+    assert len(list(tmp_path.iterdir())) == 2
+    other = TensorCache(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted((mine.folder, other.folder))
+    assert torch.equal(mine[0], torch.ones(2))

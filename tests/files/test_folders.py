@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import subprocess
@@ -135,7 +136,7 @@ def test_a_failed_move_puts_the_old_folder_back(
     rename = pathlib.Path.rename
 
     def fail_second(self: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
-        if self.suffix == ".partial":
+        if self.suffix == ".scratch":
             raise OSError("disk on fire")
         return rename(self, target)
 
@@ -183,3 +184,169 @@ def test_a_changed_manifest_is_noticed(tmp_path: pathlib.Path, change: tuple[str
 def test_a_folder_without_manifest_is_named(tmp_path: pathlib.Path) -> None:
     with pytest.raises(FileNotFoundError, match="written by aimet_ext"):
         read_manifest(tmp_path)
+
+
+# ------------------------------------------------------------------------- files of others
+
+
+def with_others(out: pathlib.Path) -> dict[str, bytes]:
+    write(out, "one")
+    (out / "notes.txt").write_text("mine")
+    (out / "sub" / "mine.txt").write_text("mine too")
+    (out / "empty").mkdir()
+    (out / "link").symlink_to("notes.txt")
+    return {"notes.txt": b"mine", "sub/mine.txt": b"mine too", "link": b"mine"}
+
+
+@pytest.mark.parametrize("way", ["exchanged", "renamed", "current", "mounted", "closed parent"])
+def test_files_of_others_are_kept(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    out = tmp_path / "out"
+    theirs = with_others(out)
+    inode = out.stat().st_ino
+    if way == "renamed":
+        monkeypatch.setattr(folders, "_exchange", lambda one, other: False)
+    if way == "current":
+        monkeypatch.chdir(out / "sub")
+    if way == "mounted":
+        monkeypatch.setattr(os.path, "ismount", lambda path: pathlib.Path(path) == out)
+    if way == "closed parent":
+        monkeypatch.setattr(os, "access", lambda path, mode: pathlib.Path(path) != tmp_path)
+    write(out, "two")
+    assert {name: (out / name).read_bytes() for name in theirs} == theirs
+    assert (out / "link").is_symlink() and (out / "empty").is_dir()
+    assert read_manifest(out)["files"].keys() == {"sub/a.txt"}
+    assert (out / "sub" / "a.txt").read_text() == "two" and names(tmp_path) == ["out"]
+    assert names(out) == ["empty", "link", MANIFEST, "notes.txt", "sub"]
+    if way not in ("exchanged", "renamed"):
+        assert out.stat().st_ino == inode
+    if way == "current":
+        assert pathlib.Path.cwd() == out / "sub"
+
+
+@pytest.mark.parametrize("current", [False, True])
+def test_files_that_are_not_written_again_are_removed(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, current: bool
+) -> None:
+    out = tmp_path / "out"
+    write(out, "one")
+    if current:
+        monkeypatch.chdir(out)
+    with replace_folder(out) as folder:
+        (folder / "b.txt").write_text("two")
+        write_manifest(folder, "test")
+    assert names(out) == ["b.txt", MANIFEST]
+
+
+def test_a_file_of_others_is_not_overwritten(tmp_path: pathlib.Path) -> None:
+    out = tmp_path / "out"
+    write(out, "one")
+    (out / "b.txt").write_text("mine")
+
+    def again() -> None:
+        with replace_folder(out) as folder:
+            (folder / "b.txt").write_text("two")
+            write_manifest(folder, "test")
+
+    with pytest.raises(FileExistsError, match=r"b\.txt would be replaced.*did not write"):
+        again()
+    assert (out / "b.txt").read_text() == "mine" and read_manifest(out)
+
+
+@pytest.mark.parametrize("path", [".", "./"])
+def test_the_current_folder_stays_current(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    write(path, "one")  # type: ignore[arg-type]
+    assert pathlib.Path().stat().st_ino == pathlib.Path.cwd().stat().st_ino
+    assert names(tmp_path / "work") == [MANIFEST, "sub"] and read_manifest(".")
+
+
+def test_a_failure_leaves_the_current_folder_as_it_was(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "one")
+    monkeypatch.chdir(tmp_path)
+
+    def failing() -> None:
+        with replace_folder(".") as folder:
+            (folder / "b.txt").write_text("two")
+            raise RuntimeError("none")
+
+    with pytest.raises(RuntimeError, match="none"):
+        failing()
+    assert names(tmp_path) == [MANIFEST, "sub"] and read_manifest(tmp_path)
+
+
+def test_an_empty_path_is_refused(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r'output path must name a folder, got ""'):
+        check_output("")
+    assert names(tmp_path) == []
+
+
+KILLED = """
+import os, signal, sys
+from aimet_ext.files.folders import replace_folder, write_manifest
+
+with replace_folder(sys.argv[1]) as folder:
+    (folder / "a.txt").write_text("two")
+    write_manifest(folder, "test")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("current", [False, True])
+def test_what_a_killed_run_left_goes_with_the_next(tmp_path: pathlib.Path, current: bool) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    where = {"cwd": out, "path": "."} if current else {"cwd": tmp_path, "path": "out"}
+    command = [sys.executable, "-c", KILLED, where["path"]]
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(folders.__file__).parents[2])}
+    subprocess.run(command, cwd=where["cwd"], env=environment, check=False)
+    assert len(list(tmp_path.rglob("*.scratch"))) == 1
+    write(out, "one")
+    assert names(tmp_path) == ["out"] and names(out) == [MANIFEST, "sub"]
+
+
+def test_what_another_process_writes_is_left_to_it(tmp_path: pathlib.Path) -> None:
+    with replace_folder(tmp_path / "out") as folder:
+        (folder / "b.txt").write_text("two")
+        write_manifest(folder, "test")
+        code = KILLED.replace("os.kill(os.getpid(), signal.SIGKILL)", "")
+        command = [sys.executable, "-c", code, str(tmp_path / "out")]
+        environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(folders.__file__).parents[2])}
+        subprocess.run(command, env=environment, check=True)
+        assert (folder / "b.txt").is_file()
+    assert names(tmp_path / "out") == ["b.txt", MANIFEST]
+
+
+@pytest.mark.parametrize("name", ["../a.txt", "/etc/passwd", "sub/../../a.txt", "..\\a.txt", ""])
+@pytest.mark.parametrize("field", ["files", "prefix"])
+def test_a_manifest_names_files_of_its_folder_alone(
+    tmp_path: pathlib.Path, name: str, field: str
+) -> None:
+    write(tmp_path / "out", "one")
+    content = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    entry = content["files"]["sub/a.txt"]
+    content |= {"files": {name: entry}} if field == "files" else {"prefix": name}
+    content["sha256"] = folders._digest(content)
+    (tmp_path / "out" / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(CorruptFileError, match="a file below the folder is required"):
+        read_manifest(tmp_path / "out")
+
+
+def test_links_out_of_a_folder_are_refused(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / "out", "one")
+    file = tmp_path / "out" / "sub" / "a.txt"
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CorruptFileError, match=r"sub/a\.txt is a link to another place"):
+        read_manifest(tmp_path / "out")
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    with pytest.raises(CorruptFileError, match=r"sub/a\.txt is absent"):
+        read_manifest(tmp_path / "out")

@@ -235,7 +235,24 @@ def test_a_run_killed_while_it_writes_leaves_whole_files(tmp_path):
         for index in done:
             tensors, meta = checkpoints.load(index)
             assert bool((tensors["x"] == meta["step"]).all())
+        checkpoints.close()
     assert done
+
+
+def test_a_folder_serves_one_process_at_a_time(tmp_path):
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    first = Checkpoints(tmp_path, {"data": "bb"})
+    second = Checkpoints(tmp_path, {"data": "bb"})  # of this process, as after an error
+    for still in (first, second):
+        refused = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert "is in use by another process" in refused.stderr
+        still.close()
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"writing\n"
+        with pytest.raises(ValueError, match=r"checkpoint_dir .* is in use by another process"):
+            Checkpoints(tmp_path, {"data": "bb"})
+        process.kill()
+    Checkpoints(tmp_path, {"data": "bb"})
 
 
 CRASHED = """

@@ -237,12 +237,53 @@ def test_another_run_is_not_resumed(
         (make_sim(), batches[:2], {}, "data was"),
         (make_sim(spec=aimet_ext.QSpec(bitwidth=3)), batches, three_bits, "layers"),
         (other_weights, batches, {}, "weights was"),
+        (make_sim(embedding=aimet_ext.QSpec(bitwidth=3)), batches, {}, r"others\.\S*embed_tokens"),
     ]
     for sim, data, settings, text in cases:
         before = state_of(sim)
         with pytest.raises(ValueError, match=f"belongs to another run.*{text}"):
             technique.apply(sim, data, checkpoint_dir=tmp_path, **settings)
         assert state_of(sim) == before
+
+
+class Wrapped:
+    """A batch in a form that only its ``forward_fn`` knows."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = tokens
+
+
+def test_other_data_behind_forward_fn_is_not_resumed(
+    technique: Any, make_sim: Any, batches: list[Tensor], result_of: Any, tmp_path: pathlib.Path
+) -> None:
+    def run(data: list[Tensor], folder: pathlib.Path, factor: int = 1) -> Any:
+        sim = make_sim(layers=1)
+        wrapped = [Wrapped(batch) for batch in data]
+        forward_fn = lambda model, batch: model(batch.tokens * factor)  # noqa: E731
+        report = technique.apply(sim, wrapped, forward_fn=forward_fn, checkpoint_dir=folder)
+        return result_of(sim), technique.resumed(report)
+
+    first, _ = run(batches[:2], tmp_path)
+    again, resumed = run(batches[:2], tmp_path)
+    assert again == first and all(resumed)
+    others = [batches[0].flip(0, 1), batches[1]]
+    for data, factor in ((others, 1), (batches[1:], 1), (batches[:2], 0)):
+        with pytest.raises(ValueError, match=r"belongs to another run.*data was"):
+            run(data, tmp_path, factor)
+
+
+def test_data_that_nothing_tells_apart_is_refused(
+    make_sim: Any, batches: list[Tensor], tmp_path: pathlib.Path
+) -> None:
+    def forward_fn(model: Any, batch: Wrapped) -> Any:
+        return model.forward(batch.tokens)  # past the hooks
+
+    wrapped = [Wrapped(batch) for batch in batches[:2]]
+    with pytest.raises(ValueError, match=r"forward_fn does not call the model with batch 0"):
+        aimet_ext.apply_seq_mse(
+            make_sim(layers=1), wrapped, 2, forward_fn=forward_fn, checkpoint_dir=tmp_path,
+            progress=False,
+        )  # fmt: skip
 
 
 def test_a_damaged_checkpoint_is_named(

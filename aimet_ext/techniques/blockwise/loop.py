@@ -153,14 +153,16 @@ class BlockwiseRun:
         with ExitStack() as stack:
             streams = stack.enter_context(closing(self._open(dataloader)))
             floats, solver = streams.flows["float"], self.solver
-            checkpoints = open_checkpoints(
-                self.adaptor,
-                self.options,
-                technique=solver.technique,
-                settings=solver.params.to_dict(),
-                quantizers=self.quantizers,
-                data=floats.named_tensors(),
-                device=floats.device,
+            checkpoints = stack.enter_context(
+                open_checkpoints(
+                    self.adaptor,
+                    self.options,
+                    technique=solver.technique,
+                    settings=solver.params.to_dict(),
+                    quantizers=self.quantizers,
+                    data=floats.named_tensors(),
+                    device=floats.device,
+                )
             )
             bar = stack.enter_context(
                 tqdm(

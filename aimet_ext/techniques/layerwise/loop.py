@@ -10,6 +10,7 @@ import copy
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -19,10 +20,10 @@ from tqdm.auto import tqdm
 
 from aimet_ext.config import LayerwiseParams
 from aimet_ext.core.objective import SecondMoment
-from aimet_ext.data.batches import tensors_in
+from aimet_ext.data.batches import seen_arguments, tensors_in
 from aimet_ext.data.moments import sum_moments
 from aimet_ext.files.folders import replace_folder, write_manifest
-from aimet_ext.files.tensors import Checkpoints, hash_tensors
+from aimet_ext.files.tensors import Checkpoints
 from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer, adapt
 from aimet_ext.techniques.call import Call
 from aimet_ext.techniques.layerwise.deploy import Decision, Problem, SampleSum, deploy
@@ -153,10 +154,9 @@ class LayerwiseRun:
             disable=not self.options.progress,
         )
         try:
-            checkpoints = self._checkpoints(batches)
             stages = walk.stages()
             number = 0
-            with bar:
+            with self._checkpoints(batches) as checkpoints, bar:
                 while (stage := self._next(stages)) is not None:
                     reports += self._stage(number, stage, walk, checkpoints, bar)
                     number += 1
@@ -188,9 +188,7 @@ class LayerwiseRun:
         with self.adaptor.disabled_quantizers(), torch.no_grad():
             return next(stages, None)
 
-    def _checkpoints(self, batches: Sequence[Any]) -> Checkpoints | None:
-        if self.options.checkpoint_dir is None:
-            return None
+    def _checkpoints(self, batches: Sequence[Any]) -> AbstractContextManager[Checkpoints | None]:
         device = next(iter(self.quantizers.values())).weight.device
         return open_checkpoints(
             self.adaptor,
@@ -198,20 +196,17 @@ class LayerwiseRun:
             technique=self.solver.technique,
             settings=self.solver.params.to_dict(),
             quantizers=self.quantizers,
-            data=((str(n), tensor) for n, tensor in enumerate(tensors_in(list(batches)))),
+            data=self._data(batches),
             device=self.options.device or device,
-            ranges=self._ranges_hash(),
         )
 
-    def _ranges_hash(self) -> str:
-        """Hash the ranges that the run takes as they are (SHA-256)."""
-        fixed = {**self.others, **{n: q for n, q in self.quantizers.items() if q.frozen}}
-        grids = ((name, fixed[name].grid()) for name in sorted(fixed))
-        return hash_tensors(
-            (f"{name}.{field}", getattr(grid, field))
-            for name, grid in grids
-            for field in ("scale", "offset")
-        )
+    def _data(self, batches: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors that tell one set of data from another, by name."""
+        if self.options.forward_fn is None:
+            yield from ((str(n), tensor) for n, tensor in enumerate(tensors_in(list(batches))))
+            return
+        with self.adaptor.disabled_quantizers(), torch.no_grad():
+            yield from seen_arguments(self.adaptor.model, batches, self.options.forward_fn)
 
     def _stage(
         self,
