@@ -25,8 +25,8 @@ from aimet_ext.files.folders import (
     write_json,
     write_manifest,
 )
-from aimet_ext.files.reading import read_json, read_safetensors
 from aimet_ext.files.ledger import Ledger, write_scales
+from aimet_ext.files.reading import read_json, read_safetensors
 from aimet_ext.files.tensors import hash_tensors, read_sealed, write_sealed
 from aimet_ext.integrity.description import write_fingerprints
 from aimet_ext.sim.protocol import adapt

@@ -19,7 +19,6 @@ from aimet_ext.files.folders import (
     MANIFEST,
     changed_files,
     hash_file,
-    read_json,
     read_manifest,
 )
 from aimet_ext.files.ledger import (
@@ -29,6 +28,7 @@ from aimet_ext.files.ledger import (
     aimet_tensors,
     cumulative_tensors,
 )
+from aimet_ext.files.reading import read_json
 from aimet_ext.integrity.description import ExportContents, read_record
 from aimet_ext.integrity.tensors import (
     check_encodings,

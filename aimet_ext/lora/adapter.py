@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from aimet_ext.errors import CorruptFileError, require, some
-from aimet_ext.files.folders import read_json
+from aimet_ext.files.reading import read_json
 from aimet_ext.models.huggingface import checkpoint_prefix
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -16,12 +16,12 @@ from aimet_ext.errors import CorruptFileError, Finding
 from aimet_ext.files.folders import (
     CONFIG,
     check_output,
-    read_json,
     read_manifest,
     replace_folder,
     versions,
     write_manifest,
 )
+from aimet_ext.files.reading import read_json
 from aimet_ext.integrations.qnn_targets import HtpTarget, find_target
 from aimet_ext.integrity.check import check_integrity
 from aimet_ext.onnx.values import read_input_specs
