@@ -34,7 +34,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "models.huggingface": ({"models", "core", "config"}, {"torch", "transformers"}),
     "models*": (
         {"models", "walk", "data", "files", "core", "config"},
-        {"torch", "transformers"},
+        {"torch", "transformers", "pydantic"},
     ),
     "onnx*": (
         {"onnx", "walk", "models", "data", "core", "config"},

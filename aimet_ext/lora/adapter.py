@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from safetensors import SafetensorError, safe_open
+from pydantic import AfterValidator, BaseModel, FiniteFloat, PositiveInt, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from aimet_ext.errors import CorruptFileError, require, some
-from aimet_ext.files.reading import read_json
+from aimet_ext.errors import require, some
+from aimet_ext.files.reading import parse_json, read_json, read_safetensors
 from aimet_ext.models.huggingface import checkpoint_prefix
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -118,12 +118,17 @@ class Adapter:
     parts: tuple[Part, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        _check_type(self.name, self.config)
+        _check_config(self.name, self.config)
         unknown = [key for key in self.tensors if _part(key) is None]
         if unknown:
             raise ValueError(
                 f"adapter {self.name!r}: tensors of a LoRA adapter of PEFT are required, but "
                 f"{some(unknown)} is unknown; save the adapter again with a recent peft"
+            )
+        if bad := [key for key, value in self.tensors.items() if not value.isfinite().all()]:
+            raise ValueError(
+                f"adapter {self.name!r}: finite numbers are required, but {some(bad)} holds NaN or "
+                "infinity; train or save the adapter again"
             )
         parts = tuple(part for part in map(_part, self.tensors) if part is not None)
         object.__setattr__(self, "parts", parts)
@@ -276,9 +281,7 @@ def _from_folder(folder: Path) -> dict[str, Adapter]:
 
 
 def _read(folder: Path, name: str) -> Adapter:
-    config = read_json(folder / ADAPTER_CONFIG, Any)
-    if not isinstance(config, dict):
-        raise CorruptFileError(f"{folder / ADAPTER_CONFIG} must hold a JSON object")
+    config = read_json(folder / ADAPTER_CONFIG)
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file() and (folder / _PICKLE).is_file():
         raise ValueError(
@@ -288,13 +291,10 @@ def _read(folder: Path, name: str) -> Adapter:
         )
     if not path.is_file():
         raise FileNotFoundError(f"{path} is required beside {ADAPTER_CONFIG} and is absent")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CorruptFileError(f"{path} is no sound safetensors file: {error}") from error
-    folded = json.loads(metadata[_FOLDED]) if _FOLDED in metadata else None
+    tensors, metadata = read_safetensors(path)
+    folded = None
+    if _FOLDED in metadata:
+        folded = parse_json(metadata[_FOLDED], f"{path}, {_FOLDED}", dict[str, Any])
     return Adapter(name, config, tensors, folded)
 
 
@@ -311,7 +311,7 @@ def _from_model(model: Any) -> dict[str, Adapter]:
     for name, config in model.peft_config.items():
         saved = {**config.to_dict(), "inference_mode": True}  # as peft writes it
         plain = json.loads(json.dumps(saved, default=_to_json))
-        _check_type(name, plain)
+        _check_config(name, plain)
         # Its own state dict is given, as peft warns of biases in B where it takes it by itself.
         state = peft.get_peft_model_state_dict(
             model, model.state_dict(), adapter_name=name, save_embedding_layers=False
@@ -335,13 +335,49 @@ def _part(key: str) -> Part | None:
     return None
 
 
-def _check_type(name: str, config: Mapping[str, Any]) -> None:
+def _regex(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"a regular expression is required ({error})") from error
+    return pattern
+
+
+class _Config(BaseModel):
+    """Fields of ``adapter_config.json`` that are used; others are passed on as they are."""
+
+    r: PositiveInt = 8
+    lora_alpha: FiniteFloat = 8
+    rank_pattern: dict[str, PositiveInt] | None = None
+    alpha_pattern: dict[Annotated[str, AfterValidator(_regex)], FiniteFloat] | None = None
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+    fan_in_fan_out: bool | None = None
+    bias: str = "none"
+    base_model_name_or_path: str | None = None
+    target_modules: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+
+
+def _check_config(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse an adapter of another kind, or with fields of another form.
+
+    :raises ValueError: The field is named.
+    """
     kind = str(config.get("peft_type"))
     if kind != "LORA":
         raise ValueError(
             f"adapter {name!r}: a LoRA adapter (peft_type LORA) is required, got {kind}; adapters "
             "of other kinds can be merged into the model before it is quantized"
         )
+    try:
+        _Config.model_validate(config, strict=True)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}, got {fault['input']!r}"
+            for fault in error.errors()
+        )
+        raise ValueError(f"adapter {name!r}: {ADAPTER_CONFIG}: {faults}") from error
 
 
 def _to_json(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from aimet_ext.errors import CorruptFileError
-from aimet_ext.files.folders import is_ours, read_manifest
+from aimet_ext.files.folders import CONFIG, WEIGHTS, is_ours, read_manifest
+from aimet_ext.files.reading import open_safetensors, read_json
 from aimet_ext.files.tensors import hash_tensors
+from aimet_ext.models.folders import weight_files
 from aimet_ext.models.huggingface import causal_lm, checkpoint_prefix
 from aimet_ext.models.padding import pad_rows
 from aimet_ext.models.topology import FAMILIES
 
-_FILE, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 # What peft puts into the names of a model's own parameters, and names of parameters of its own.
 _AROUND = re.compile(r"\.(token_adapter\.)?(base_layer|original_module)\.")
 _OF_PEFT = (".lora_", ".token_adapter.", ".modules_to_save.")
@@ -131,7 +129,7 @@ def open_target(path: Path | None) -> Target:
     if not is_ours(folder):
         return nothing
     manifest = read_manifest(folder, verify=False)
-    if manifest.get("kind") != "export" or not (folder / _FILE).is_file():
+    if manifest.get("kind") != "export" or not (folder / WEIGHTS).is_file():
         return nothing
     tied = (manifest.get("model") or {}).get("tied") or {}
     checkpoint = _from_folder(folder, tied)
@@ -155,9 +153,8 @@ def open_checkpoint(base: Any) -> Checkpoint:
 
 
 def _from_folder(folder: Path, tied: Mapping[str, str] | None = None) -> Checkpoint:
-    files = _files(folder)
-    opened = {path: _open(path) for path in files}
-    place = {name: path for path in files for name in opened[path].keys()}  # noqa: SIM118
+    opened = {path: open_safetensors(path) for path in weight_files(folder)}
+    place = {name: path for path in opened for name in opened[path].keys()}  # noqa: SIM118
     config = _config(folder)
     if tied is None:
         tied = _tied(place, config)
@@ -175,35 +172,20 @@ def _from_folder(folder: Path, tied: Mapping[str, str] | None = None) -> Checkpo
     return Checkpoint(shapes, read, _gain_offset(classes, config.get("model_type")), str(folder))
 
 
-def _files(folder: Path) -> list[Path]:
-    if (folder / _FILE).is_file():
-        return [folder / _FILE]
-    if (folder / _INDEX).is_file():
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        return [folder / name for name in sorted(set(index["weight_map"].values()))]
-    raise FileNotFoundError(
-        f"{folder}: the original model, a folder with {_FILE} or {_INDEX}, is required"
-    )
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise CorruptFileError(f"{path} is no sound safetensors file: {error}") from error
-
-
 def _config(folder: Path) -> dict[str, Any]:
-    path = folder / _CONFIG
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return content if isinstance(content, dict) else {}
+    path = folder / CONFIG
+    found: dict[str, Any] = read_json(path) if path.is_file() else {}
+    return found
 
 
 def _tied(place: Mapping[str, Path], config: Mapping[str, Any]) -> dict[str, str]:
-    """Return the head if it shares the embedding's weight: it is not in the files then."""
-    head, table = "lm_head.weight", "model.embed_tokens.weight"
-    shared = head not in place and table in place and config.get("tie_word_embeddings", True)
-    return {head: table} if shared else {}
+    """Return the name of a shared weight that is not in the files, by which the other is."""
+    both = ("lm_head.weight", "model.embed_tokens.weight")
+    stored = [name for name in both if name in place]
+    if len(stored) != 1 or not config.get("tie_word_embeddings", True):
+        return {}
+    absent = both[1 - both.index(stored[0])]
+    return {absent: stored[0]}
 
 
 def _from_module(module: nn.Module) -> Checkpoint:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from pydantic import BaseModel
 
 from aimet_ext.errors import CorruptFileError, some
 from aimet_ext.files.reading import open_safetensors, read_json
@@ -17,6 +18,10 @@ from aimet_ext.files.reading import open_safetensors, read_json
 _CONFIG = "config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+class _Shards(BaseModel):
+    weight_map: dict[str, str]
 
 
 def read_config(folder: Path) -> Any:
@@ -52,10 +57,11 @@ def read_causal_lm(folder: Path, **options: Any) -> Any:
     :returns: the model in evaluation mode.
     :raises ValueError: the folder holds no such model, code of its own, pickled weights, or too few
         of them.
+    :raises FileNotFoundError: the folder has no weights.
     :raises CorruptFileError: a file is damaged.
     """
     config = read_config(folder)
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         open_safetensors(file)
     with _named(folder), _quiet():
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -91,33 +97,31 @@ def read_tokenizer(folder: Path) -> Any:
         )
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a model.
 
-    :raises ValueError: there is none, or a shard is absent.
+    :raises FileNotFoundError: there is none, or a shard is absent.
+    :raises ValueError: the weights are pickled.
+    :raises CorruptFileError: the index of shards is damaged.
     """
     if (folder / _WEIGHTS).is_file():
         return [folder / _WEIGHTS]
     if (folder / _INDEX).is_file():
-        shards = read_json(folder / _INDEX, dict[str, Any]).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(v, str) for v in shards.values()):
-            raise CorruptFileError(f"{folder / _INDEX}: a weight_map of files is required")
-        names = sorted(set(shards.values()))
+        names = sorted(set(read_json(folder / _INDEX, _Shards).weight_map.values()))
         if outside := [name for name in names if Path(name).name != name]:
             raise CorruptFileError(
                 f"{folder / _INDEX}: files of the folder are required, got {some(outside)}"
             )
         if absent := [name for name in names if not (folder / name).is_file()]:
-            raise ValueError(f"{folder}: {some(absent)} of {_INDEX} is required and is absent")
+            raise FileNotFoundError(f"{folder}: {some(absent)} of {_INDEX} is absent")
         return [folder / name for name in names]
-    pickles = [name for name in _PICKLES if (folder / name).is_file()]
-    why = (
-        f"{pickles[0]} is a pickle, which can run code when it is read; load the model with "
-        "transformers and save it with save_pretrained"
-        if pickles
-        else "it has neither"
-    )
-    raise ValueError(f"{folder}: {_WEIGHTS} or {_INDEX} is required, but {why}")
+    for pickle in _PICKLES:
+        if (folder / pickle).is_file():
+            raise ValueError(
+                f"{folder / pickle} is a pickle, which can run code when it is read, and is "
+                "refused; load the model with transformers and save it with save_pretrained"
+            )
+    raise FileNotFoundError(f"{folder}: a model with {_WEIGHTS} or {_INDEX} is required")
 
 
 @contextmanager

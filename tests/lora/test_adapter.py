@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.ledger import ModuleScales, Scales
 from aimet_ext.lora import attach_adapter, fold_adapter, read_adapter, read_adapters
+from aimet_ext.lora.checkpoint import open_checkpoint
 from aimet_ext.models.proof import Float64Casts
 
 peft = pytest.importorskip("peft")
@@ -121,6 +122,59 @@ def test_damaged_files(wrapped: Any, tmp_path: Any) -> None:
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(CorruptFileError, match="is not JSON"):
         read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("r", -1),
+        ("r", 0),
+        ("r", "8"),
+        ("lora_alpha", "x"),
+        ("lora_alpha", float("nan")),
+        ("rank_pattern", {"q_proj": 0}),
+        ("alpha_pattern", {"q_proj": None}),
+        ("alpha_pattern", {"(": 2}),
+        ("use_rslora", "yes"),
+        ("base_model_name_or_path", 5),
+        ("target_modules", {"q_proj": 1}),
+    ],
+)
+def test_fields_of_another_form_are_named(
+    wrapped: Any, tmp_path: Any, field: str, value: Any
+) -> None:
+    wrapped.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, field: value}))
+    with pytest.raises(ValueError, match=rf"adapter 'default': adapter_config\.json: {field}"):
+        read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_numbers_that_are_not_finite_are_refused(
+    wrapped: Any, tmp_path: Any, part: str, number: float
+) -> None:
+    wrapped.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    name = next(name for name in tensors if part in name)
+    tensors[name][0, 0] = number
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=rf"finite numbers are required, but \S*q_proj\.{part}"):
+        read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("kept", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_a_tied_weight_is_known_by_either_name(tiny_model: Any, tmp_path: Any, kept: str) -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tied = [tensors.pop(n) for n in ("lm_head.weight", "model.embed_tokens.weight") if n in tensors]
+    save_file({**tensors, kept: tied[0]}, tmp_path / "model.safetensors", {"format": "pt"})
+    found = open_checkpoint(tmp_path)
+    assert found.shapes.keys() == model.state_dict().keys()
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert torch.equal(found.read(name), tied[0])
 
 
 def test_other_kinds_of_adapters_are_refused(tiny_llama: Any, tmp_path: Any) -> None:

@@ -80,7 +80,7 @@ def test_a_missing_shard(tiny_llama: Any, tmp_path: pathlib.Path) -> None:
     shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
     read_causal_lm(tmp_path)
     shard.unlink()
-    with pytest.raises(ValueError, match=f"{shard.name} .*absent"):
+    with pytest.raises(FileNotFoundError, match=f"{shard.name} .*absent"):
         read_causal_lm(tmp_path)
 
 
