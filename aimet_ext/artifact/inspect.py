@@ -14,8 +14,8 @@ from aimet_ext.core.objective import sqnr_db
 from aimet_ext.files.encodings import load_encodings
 from aimet_ext.files.folders import MANIFEST, QUANTIZERS, read_manifest
 from aimet_ext.files.ledger import SCALES_FILE, load_scales
-from aimet_ext.files.tensors import of_parameter
 from aimet_ext.files.reading import read_json
+from aimet_ext.files.tensors import of_parameter
 
 _Quantizer = tuple[str, bool, bool, bool]  # kind, and: of a parameter? frozen? with a range?
 

@@ -63,6 +63,7 @@ class BlockWalk:
     :param blocks: Full names of the repeated blocks, see :func:`find_stack`.
     :param batches: Batches of the dataloader, as a list.
     :param device: Device for the block that is worked on; None leaves it where it is.
+    :param kinds: Result of :func:`~aimet_ext.walk.streamed.kinds_of`, None to compute it.
     """
 
     def __init__(
@@ -74,10 +75,12 @@ class BlockWalk:
         *,
         streams: Streams = "quantized",
         effective: Weights | None = None,
+        kinds: Sequence[int] | None = None,
         **options: Unpack[WalkOptions],
     ) -> None:
         self.model = model
         self.blocks = tuple(blocks)
+        self._kinds = kinds
         self.batches = batches
         self.layers = tuple(layers)
         self.effective = {} if effective is None or streams == "float" else effective
@@ -140,7 +143,9 @@ class BlockWalk:
             )
             yield from self._outside.stages()
         weights = {stream: self._swapped(stream) for stream in self._weights}
-        self._pass = open_pass(self.model, self.blocks, self.batches, weights, **self._options)
+        self._pass = open_pass(
+            self.model, self.blocks, self.batches, weights, self._kinds, **self._options
+        )
         del weights
         with closing(self._pass.blocks()) as blocks:
             for block in blocks:

@@ -15,7 +15,13 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from aimet_ext.data.batches import ForwardFn, call_model, module_device, tensors_in
+from aimet_ext.data.batches import (
+    ForwardFn,
+    call_model,
+    map_tensors,
+    module_device,
+    tensors_in,
+)
 from aimet_ext.data.moments import Geometry
 
 Activation: TypeAlias = Callable[[Tensor], Tensor]
@@ -274,6 +280,34 @@ def uncalled(layers: Iterable[str]) -> ValueError:
 
 class _Reached(BaseException):
     """Ends a forward pass; no Exception, so that a ``forward_fn`` does not catch it by mistake."""
+
+
+def first_calls(
+    modules: Sequence[nn.Module], run: Callable[[], object]
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Return the arguments of each module's first call, of those that are called, in their order.
+
+    :param run: Forward pass, which ends once all have been called.
+    """
+    calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def note(number: int, call: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+        if number not in calls:
+            # Copies, where the pass goes on: the module may change its arguments in place.
+            calls[number] = call if len(modules) == 1 else map_tensors(Tensor.clone, call)
+        if len(calls) == len(modules):
+            raise _Reached
+
+    with ExitStack() as hooks:
+        for number, module in enumerate(modules):
+
+            def hook(_: Any, args: Any, kwargs: Any, number: int = number) -> None:
+                note(number, (args, dict(kwargs)))
+
+            hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        with suppress(_Reached):
+            run()
+    return [calls[number] for number in sorted(calls)]
 
 
 def first_call(

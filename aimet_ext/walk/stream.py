@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from aimet_ext.data.batches import (
 )
 from aimet_ext.data.cache import TensorCache
 from aimet_ext.files.tensors import hash_tensors
-from aimet_ext.walk.hooks import evaluating, first_call, run_batch
+from aimet_ext.walk.hooks import evaluating, first_calls, run_batch
 
 BlockFn = Callable[..., Any]
 Rows = Sequence[int] | Tensor | slice
@@ -83,7 +85,7 @@ _HIDDEN = _Slot(-1)
 
 @dataclass(frozen=True, eq=False)
 class _Record:
-    """The stored arguments of one batch, slots in place of tensors."""
+    """The stored arguments of a block for one batch, slots in place of tensors."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -93,10 +95,13 @@ class _Record:
 
 @dataclass(frozen=True, eq=False)
 class _Arguments:
-    """The arguments that do not change from block to block; equal tensors are stored once."""
+    """The arguments beside the hidden states; equal tensors are stored once.
+
+    :param records: Records of all batches by kind of block, ``""`` for that of the first block.
+    """
 
     tensors: TensorCache
-    records: list[_Record] = field(default_factory=list)
+    records: dict[str, list[_Record]] = field(default_factory=lambda: {"": []})
     known: dict[str, _Slot] = field(default_factory=dict)
 
     def keep(self, tensor: Tensor) -> _Slot:
@@ -112,6 +117,9 @@ class BlockStream:
 
     Invariant: beside the caches, at most the tensors of one batch are in memory.
 
+    Blocks of several kinds, such as those with sliding and with full attention, are called with
+    arguments of their own: those of :attr:`kind`.
+
     :param device: Device on which blocks are called. May be set to another one at any time.
     :param cache_dir: Folder for memory-mapped caches; None keeps them in RAM, on the CPU.
     """
@@ -120,6 +128,7 @@ class BlockStream:
         self.device = torch.device(device)
         self.hidden = TensorCache(cache_dir, name="hidden")
         self.width = 0  # of the hidden states, once there are any
+        self.kind = ""
         self._arguments = _Arguments(TensorCache(cache_dir, name="arguments"))
         # Most batches share masks and position embeddings: those of the last call stay loaded.
         self._loaded: dict[_Slot, Tensor] = {}
@@ -135,31 +144,46 @@ class BlockStream:
         :param kwargs: keyword arguments of the block. Key-value caches are dropped.
         :param mask: bool ``[batch, seq]``, true for real tokens.
         """
+        self.width = hidden.shape[-1]
+        self.append_arguments("", hidden, args, kwargs, mask)
+        self.hidden.append(hidden)
+
+    def append_arguments(
+        self,
+        kind: str,
+        hidden: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        mask: Tensor,
+    ) -> None:
+        """Add a batch's arguments for a kind of block; see :meth:`append`."""
 
         def keep(leaf: Any) -> Any:
             if isinstance(leaf, Tensor):
                 return _HIDDEN if leaf is hidden else self._arguments.keep(leaf)
             return None if hasattr(leaf, "get_seq_length") else leaf  # a key-value cache
 
-        self.width = hidden.shape[-1]
         named = map_leaves(keep, kwargs)
         if named.get("use_cache"):
             named["use_cache"] = False
         shape = (hidden.shape[0], hidden.shape[1])
         record = _Record(map_leaves(keep, args), named, self._arguments.keep(mask), shape)
-        self.hidden.append(hidden)
-        self._arguments.records.append(record)
+        self._arguments.records.setdefault(kind, []).append(record)
+
+    @property
+    def _records(self) -> list[_Record]:
+        return self._arguments.records.get(self.kind) or self._arguments.records[""]
 
     def __len__(self) -> int:
-        return len(self._arguments.records)
+        return len(self._arguments.records[""])
 
     def shape(self, index: int) -> tuple[int, int]:
         """Return the batch and sequence length of a batch."""
-        return self._arguments.records[index].shape
+        return self._records[index].shape
 
     def mask(self, index: int) -> Tensor:
         """Return bool ``[batch, seq]`` on the CPU, true for real tokens."""
-        return self._arguments.tensors[self._arguments.records[index].mask.number]
+        return self._arguments.tensors[self._records[index].mask.number]
 
     def select(self, index: int, rows: Rows | None = None) -> BlockCall:
         """Return one batch, or some of its sequences, on :attr:`device`.
@@ -169,7 +193,7 @@ class BlockStream:
 
         :param rows: Numbers of the sequences, all if None.
         """
-        record = self._arguments.records[index]
+        record = self._records[index]
         batch, seq = record.shape
         where = rows if rows is None or isinstance(rows, slice) else torch.as_tensor(rows)
 
@@ -201,7 +225,7 @@ class BlockStream:
         twin = BlockStream.__new__(BlockStream)
         twin.device = self.device
         twin.hidden = self.new_cache("hidden")
-        twin.width = self.width
+        twin.width, twin.kind = self.width, self.kind
         for tensor in self.hidden:
             twin.hidden.append(tensor)
         twin._arguments = self._arguments
@@ -216,7 +240,7 @@ class BlockStream:
 
         :raises ValueError: the batches differ in number or shape.
         """
-        mine, theirs = self._arguments.records, other._arguments.records
+        mine, theirs = self._arguments.records[""], other._arguments.records[""]
         if [record.shape for record in mine] != [record.shape for record in theirs]:
             raise ValueError("streams of the same batches are required, their shapes differ")
         if [*self._arguments.known] == [*other._arguments.known]:
@@ -229,7 +253,7 @@ class BlockStream:
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield all tensors of the stream, one at a time, for a hash of the data."""
-        for index, record in enumerate(self._arguments.records):
+        for index, record in enumerate(self._arguments.records[""]):
             yield f"{index}.hidden", self.hidden[index]
             yield f"{index}.mask", self._arguments.tensors[record.mask.number]
         for number, tensor in enumerate(self._arguments.tensors):
@@ -267,28 +291,30 @@ def capture_block_inputs(
     batches: Iterable[Any],
     forward_fn: ForwardFn | None = None,
     *,
+    others: Sequence[str] = (),
     cache_dir: str | Path | None = None,
     device: torch.device | str | None = None,
 ) -> BlockStream:
     """Capture what the first block of ``model`` receives for every batch.
 
     The model runs where it is, in evaluation mode and without gradients or key-value caches, and
-    only up to that block. Of each batch, the first call of the block is taken.
+    only up to that block, or the last of ``others``. Of each batch, the first call is taken.
 
     :param first_block_name: Name of the block in ``model``, such as ``"model.layers.0"``.
     :param batches: Dataloader, or the batches of
         :func:`~aimet_ext.data.batches.iterate_batches`.
     :param forward_fn: Function called as ``forward_fn(model, batch)`` in place of the model itself.
+    :param others: Names of blocks of other kinds, whose arguments are captured as well.
     :param cache_dir: Folder for memory-mapped caches; None keeps them in RAM.
     :param device: Device on which the blocks will be called, the block's own if None.
     :raises TypeError: a batch is of a wrong type.
-    :raises ValueError: there are no batches; the block is unknown, was not called or blocks differ
-        in what they receive; a sequence exceeds the context; an input holds NaN or infinity.
+    :raises ValueError: there are no batches; the block is unknown or was not called; a sequence
+        exceeds the context; an input holds NaN or infinity.
     :raises RuntimeError: the forward pass of a batch failed.
     """
     block = _submodule(model, first_block_name)
+    further = [_submodule(model, name) for name in others]
     config = nearest_config(model, first_block_name, "max_position_embeddings")
-    _check_uniform(config)
     context = getattr(config, "max_position_embeddings", None)
     checked = iterate_batches(batches, opaque=forward_fn is not None)
     stream = BlockStream(device if device is not None else module_device(block), cache_dir)
@@ -297,30 +323,56 @@ def capture_block_inputs(
             for number, batch in enumerate(checked):
                 if forward_fn is None:
                     _check_length(token_ids(batch), context, number)
-                args, kwargs = _first_call(model, block, batch, forward_fn, number)
-                hidden = _hidden(args, kwargs, number)
-                _check_length(hidden[..., 0], context, number)
-                known = None if forward_fn is not None else model
-                attention = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-                mask = real_tokens(token_mask(batch, known), attention, hidden, number)
-                stream.append(hidden, args, kwargs, mask)
+                run = partial(run_batch, model, batch, number, forward_fn)
+                calls = first_calls([block, *further], run)
+                given = token_mask(batch, None if forward_fn is not None else model)
+                _append(stream, block, ("", *others), calls, given, number)
+                _check_length(stream.hidden[number][..., 0], context, number)
     except BaseException:
         stream.close()
         raise
     return stream
 
 
-def _first_call(
-    model: nn.Module, block: nn.Module, batch: Any, forward_fn: ForwardFn | None, number: int
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of the first call of ``block`` in a forward pass."""
-    call = first_call([block], lambda: run_batch(model, batch, number, forward_fn))
-    if call is None:
+def _append(
+    stream: BlockStream,
+    block: nn.Module,
+    kinds: Sequence[str],
+    calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]],
+    given: Tensor | None,
+    number: int,
+) -> None:
+    """Add a batch to a stream.
+
+    :param block: First block.
+    :param calls: Arguments of a block of each kind.
+    :param given: Mask of the batch, if it has one.
+    """
+    if len(calls) < len(kinds):
         raise ValueError(
             f"the first block ({type(block).__name__}) must be called for every batch, it was not "
             f"for batch {number}; forward_fn must run the model it is given"
         )
-    return call
+    args, kwargs = calls[0]
+    hidden = _hidden(args, kwargs, number)
+    attention = named_argument(block, "attention_mask", args, kwargs)
+    mask = real_tokens(given, attention, hidden, number)
+    if given is None and not _is_hidden(block, hidden, args, kwargs, mask):
+        mask = torch.ones_like(mask)
+    stream.append(hidden, args, kwargs, mask)
+    for kind, (args, kwargs) in zip(kinds[1:], calls[1:], strict=True):
+        stream.append_arguments(kind, _hidden(args, kwargs, number), args, kwargs, mask)
+
+
+def named_argument(
+    module: nn.Module, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Return the argument that a module's ``forward`` knows by a name, None without it."""
+    if name in kwargs:
+        return kwargs[name]
+    parameters = list(inspect.signature(module.forward).parameters)
+    place = parameters.index(name) if name in parameters else len(args)
+    return args[place] if place < len(args) else None
 
 
 def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any], number: int) -> Tensor:
@@ -360,6 +412,34 @@ def real_tokens(mask: Tensor | None, attention: Any, hidden: Tensor, number: int
     return mask
 
 
+def _is_hidden(
+    block: nn.Module,
+    hidden: Tensor,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    mask: Tensor,
+) -> bool:
+    """Return True if real tokens do not see the others: a mask of True for hidden ones fails.
+
+    :param mask: Mask to prove, bool ``[batch, seq]``.
+    """
+    mask = mask.to(hidden.device)
+    if bool(mask.all()):
+        return True
+    changed = torch.where(mask[..., None], hidden, hidden.flip(-1) + 1)
+    outputs = []
+    for states in (hidden, changed):
+
+        def fill(leaf: Any, states: Tensor = states) -> Any:
+            leaf = states if leaf is hidden else leaf
+            return None if hasattr(leaf, "get_seq_length") else leaf  # a key-value cache
+
+        result = block.forward(*map_leaves(fill, args), **map_leaves(fill, dict(kwargs)))
+        outputs.append(hidden_state(result)[mask])
+    one, other = outputs
+    return torch.allclose(one, other, rtol=1e-4, atol=1e-4 * float(one.abs().max()))
+
+
 def _submodule(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
@@ -381,15 +461,6 @@ def nearest_config(model: nn.Module, name: str, entry: str) -> Any:
         if hasattr(config, entry):
             return config
     return None
-
-
-def _check_uniform(config: Any) -> None:
-    kinds = sorted(set(getattr(config, "layer_types", None) or ()))
-    if len(kinds) > 1:
-        raise ValueError(
-            "all blocks must receive the same attention mask and position embeddings, but this "
-            f"model's config.layer_types mixes {' and '.join(kinds)}; such models are not supported"
-        )
 
 
 def _check_length(tokens: Tensor | None, context: Any, number: int) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from aimet_ext.data.batches import ForwardFn, call_model, map_leaves
+from aimet_ext.data.batches import ForwardFn, call_model
 from aimet_ext.data.cache import TensorCache
 from aimet_ext.data.moments import Geometry
 from aimet_ext.walk.hooks import (
@@ -26,6 +26,7 @@ from aimet_ext.walk.hooks import (
     swapped_weights,
 )
 from aimet_ext.walk.stream import BlockStream, capture_block_inputs
+from aimet_ext.walk.wiring import NotInSequence, block_kinds
 
 Weights = Mapping[str, Tensor]
 
@@ -276,17 +277,21 @@ class BlockPass:
     :param names: Full names of the blocks, in order.
     :param flows: Inputs of the first block by stream.
     :param device: Device for the block that is worked on; None leaves it where it is.
+    :param kinds: Block whose arguments each block is called with, by name; empty: the first one's.
     """
 
     model: nn.Module
     names: Sequence[str]
     flows: Mapping[str, BlockStream]
     device: torch.device | str | None
+    kinds: Sequence[str] = ()
     calls: int = 0
 
     def blocks(self) -> Generator[StreamedBlock]:
         """Yield each block in turn; who takes it moves the streams past it."""
-        for name in self.names:
+        for name, kind in zip(self.names, self.kinds or [""] * len(self.names), strict=True):
+            for flow in self.flows.values():
+                flow.kind = kind
             module = self.model.get_submodule(name)
             block = StreamedBlock(module, name, self.flows)
             with on_device(module, self.device), closing(block):
@@ -329,6 +334,7 @@ def open_pass(
     blocks: Sequence[str],
     batches: Sequence[Any],
     weights: Mapping[str, Weights],
+    kinds: Sequence[int] | None = None,
     **options: Unpack[WalkOptions],
 ) -> BlockPass:
     """Capture the streams at a model's first block, after which they can pass through all.
@@ -336,82 +342,33 @@ def open_pass(
     :param blocks: Full names of the blocks, in order.
     :param weights: Weights outside the blocks that a stream does not take from the model, by
         stream and layer.
-    :raises ValueError: blocks are called in different ways, or a batch is unusable.
+    :param kinds: Result of :func:`~aimet_ext.walk.wiring.block_kinds`, None to compute it.
+    :raises ValueError: blocks are not called one after another, or a batch is unusable.
     """
+    if kinds is None:
+        kinds = kinds_of(model, blocks, batches, options.get("forward_fn"))
+    others = [blocks[number] for number in sorted(set(kinds) - {0})]
 
     def capture(own: Weights) -> BlockStream:
         with swapped_weights(model, own):
-            return capture_block_inputs(model, blocks[0], batches, **options)
+            return capture_block_inputs(model, blocks[0], batches, others=others, **options)
 
-    flows = capture_streams(capture, weights)  # which says what is wrong with a batch
-    found = BlockPass(model, blocks, flows, options.get("device"))
-    run = partial(call_model, model, batches[0], options.get("forward_fn"))
-    try:
-        check_same_arguments(model, blocks, run)
-    except BaseException:
-        found.close()
-        raise
-    return found
+    flows = capture_streams(capture, weights)
+    return BlockPass(model, blocks, flows, options.get("device"), [blocks[k] for k in kinds])
 
 
-@torch.no_grad()
-def check_same_arguments(
-    model: nn.Module, blocks: Sequence[str], run: Callable[[], object]
-) -> None:
-    """Refuse blocks that cannot be called with the first block's arguments.
+def kinds_of(
+    model: nn.Module, blocks: Sequence[str], batches: Sequence[Any], forward_fn: ForwardFn | None
+) -> Sequence[int]:
+    """Return the kinds of blocks by the first batch.
 
-    :param blocks: full names, in order.
-    :param run: runs the model once.
-    :raises ValueError: a block's arguments differ; it is named, and the argument.
+    :raises NotInSequence: see :func:`~aimet_ext.walk.wiring.block_kinds`.
     """
-    first: dict[str, Any] = {}
-    with ExitStack() as hooks:
-        for block in blocks:
-            hook = _compare(block, blocks[0], first)
-            module = model.get_submodule(block)
-            hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        run()
-
-
-def _compare(block: str, reference: str, first: dict[str, Any]) -> Callable[..., None]:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = {f"argument {place}": value for place, value in enumerate(args)}
-        named |= {f"argument {name!r}": value for name, value in kwargs.items()}
-        hidden = "argument 0" if args else "argument 'hidden_states'"
-        leaves = {name: _leaves(value) for name, value in named.items() if name != hidden}
-        if block == reference:
-            first.update(leaves)
-            return
-        for name in {**first, **leaves}:
-            if not _equal(first.get(name), leaves.get(name)):
-                raise ValueError(
-                    f"{block} must receive what {reference} does beside the hidden states, but its "
-                    f"{name} differs; blocks that are called in different ways are not supported"
-                )
-
-    return hook
-
-
-def _leaves(value: Any) -> list[Any]:
-    found: list[Any] = []
-
-    def note(leaf: Any) -> Any:
-        plain = leaf is None or isinstance(leaf, bool | int | float | str)
-        if plain or isinstance(leaf, Tensor):
-            found.append(leaf)  # anything else is a cache, which is dropped
-        return leaf
-
-    map_leaves(note, value)
-    return found
-
-
-def _equal(one: list[Any] | None, other: list[Any] | None) -> bool:
-    if one is None or other is None or len(one) != len(other):
-        return False
-    return all(_same(a, b) for a, b in zip(one, other, strict=True))
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return torch.equal(one, other)
-    return type(one) is type(other) and not isinstance(one, Tensor) and one == other
+    if not batches:
+        return [0] * len(blocks)  # the capture says that there are none
+    try:
+        return block_kinds(model, blocks, partial(call_model, model, batches[0], forward_fn))
+    except NotInSequence:
+        raise
+    except Exception:  # noqa: BLE001  (of the batch or forward_fn: the capture says more)
+        return [0] * len(blocks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Unpack
 
@@ -28,9 +28,10 @@ from aimet_ext.sim.torch.state import (
     uninitialize,
 )
 from aimet_ext.walk.blocks import BlockWalk, find_stack
-from aimet_ext.walk.streamed import BlockPass, WalkOptions, open_pass
+from aimet_ext.walk.streamed import BlockPass, WalkOptions, kinds_of, open_pass
 from aimet_ext.walk.traced import walk_graph
 from aimet_ext.walk.walk import Streams, Walk
+from aimet_ext.walk.wiring import NotInSequence
 
 _T = TypeVar("_T")
 
@@ -235,9 +236,10 @@ class TorchSim(SimAdaptor):
         **options: Unpack[WalkOptions],
     ) -> Walk:
         settings: dict[str, Any] = {"streams": streams, "effective": effective, **options}
-        blocks = find_stack(self.model, layers)
-        if blocks:
-            return BlockWalk(self.model, blocks, batches, layers, **settings)
+        if blocks := find_stack(self.model, layers):
+            with suppress(NotInSequence):  # the graph knows how data flows
+                kinds = kinds_of(self.model, blocks, batches, options.get("forward_fn"))
+                return BlockWalk(self.model, blocks, batches, layers, kinds=kinds, **settings)
         return walk_graph(self.model, batches, layers, leaves=self.sim.qmodules(), **settings)
 
     def find_blocks(self, description: TopologyDescription | None) -> list[BlockTopology]:
