@@ -216,6 +216,22 @@ def minimum_scale(steps: int) -> float:
     return min(torch.finfo(torch.float32).eps, 0.01 / steps)
 
 
+def bias_scale(bias: Tensor, peak: float, steps: int) -> Tensor:
+    """Return the smallest scale of each row with which an int32 holds the row's bias.
+
+    A bias is an integer of the step ``s_x · s_w``; the input's ``s_x`` is at least its largest
+    magnitude over the number of its steps, half of which is taken as a margin.
+
+    :param bias: Bias of the layer, shape [out].
+    :param peak: Largest magnitude of the input, 0 if it is not known.
+    :param steps: Steps of the input's grid, 0 for a float one.
+    :returns: scales of shape [out], 0 where nothing is required.
+    """
+    if not peak or not steps:
+        return torch.zeros_like(bias)
+    return 2 * bias.abs() / (2**31 * (peak / steps))
+
+
 def _aligned(shape: Sequence[int], dims: int) -> tuple[int, ...]:
     return (1,) * (dims - len(shape)) + tuple(shape)
 

@@ -26,11 +26,13 @@ class SecondMoment:
         convolution in groups, each of which has inputs and output rows of its own.
     :param cross: ``C``, of the same shape, likewise; None where the target is ``W x̂``.
     :param tokens: number of tokens.
+    :param peak: largest magnitude of an input; 0 if it is not known.
     """
 
     second: Tensor
     cross: Tensor | None
     tokens: int
+    peak: float = 0.0
 
     def pull(self, weight: Tensor) -> Tensor | None:
         """Return the linear term ``W Cᵀ [out, in]``: where upstream errors pull the weight to."""

@@ -309,7 +309,7 @@ class MomentSum:
                 cross[:, place] = self._mean(self._cross[:, place])
         if self.groups == 1:
             second, cross = second[0], None if cross is None else cross[0]
-        return SecondMoment(second, cross, self.tokens)
+        return SecondMoment(second, cross, self.tokens, float(self._peak.max()))
 
     def _mean(self, sums: Tensor) -> Tensor:
         if not torch.isfinite(sums.sum()):

@@ -168,6 +168,23 @@ def _lpbq_bias(layer: LintLayer, weight: Any, limits: HtpLimits) -> str | None:
     )
 
 
+def _bias(layer: LintLayer, weight: Any, limits: HtpLimits) -> str | None:
+    if layer.bias is None or layer.reads is None or not layer.reads.step or not weight.initialized:
+        return None
+    scale = weight.grid().scale.flatten()
+    if len(scale) not in (1, len(layer.bias)):
+        return None  # beside blocks a bias is float
+    numbers = layer.bias.detach().abs() / (layer.reads.step * scale).to(layer.bias)
+    beyond = int((numbers > 2**31).sum())
+    if not beyond:
+        return None
+    return (
+        f"biases within 2^31 of the input's times the weight's scale are required, got "
+        f"{float(numbers.max()):.3g} in {beyond} of {len(numbers)} output channels: an int32 "
+        "overflows"
+    )
+
+
 def _bias_remedy(layer: LintLayer, limits: HtpLimits) -> str:
     if layer.fused == "Conv":
         return "write the model with sim.to_onnx_qdq(export_int32_bias=True)"
@@ -203,6 +220,12 @@ _LAYER_RULES = (
     _LayerRule("LPBQ bits", "LPBQ", _lpbq_bits, "use LPBQ of 4 bits with scale_bits=4"),
     _LayerRule("LPBQ block", "LPBQ", _lpbq_block, _block_remedy),
     _LayerRule("LPBQ convolution", "LPBQ", _lpbq_conv, "give it a scale for each channel"),
+    _LayerRule(
+        "bias",
+        "factor",
+        _bias,
+        "raise the weight's scale there, or calibrate its input on more data",
+    ),
     _LayerRule("LPBQ bias", "LPBQ", _lpbq_bias, _bias_remedy),
     _LayerRule(
         "lookup table", "table", _table, "use QSpec(granularity=PerTensor()) for the embedding"

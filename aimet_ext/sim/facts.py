@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from aimet_ext.sim.protocol import WeightQuantizer
 
 Kind = Literal["linear", "conv", "embedding"]
@@ -58,6 +60,7 @@ class LintLayer:
     :param tied: True if another layer has the same weight.
     :param fused: Operator within which the graph adds a float bias: ``"Gemm"`` (also without
         one), ``"MatMul+Add"`` or ``"Conv"``.
+    :param bias: Its bias ``[out]``, or None.
     :param reads: Quantizer of its input, None where there is none or it is not known.
     :param makes: Quantizer of its output, likewise.
     :param floats: ``"input"`` and ``"output"``, where that is known to be float.
@@ -70,6 +73,7 @@ class LintLayer:
     weight: WeightQuantizer | None = None
     tied: bool = False
     fused: str | None = None
+    bias: Tensor | None = None
     reads: Activation | None = None
     makes: Activation | None = None
     floats: tuple[str, ...] = ()

@@ -235,6 +235,9 @@ class Activations(Protocol):
     def activation_quantizers(self, module: str = "") -> dict[str, Any]:
         """Return input and output quantizers inside a module by their full names."""
 
+    def activation_bits(self) -> int:
+        """Return the most bits of an integer activation, 0 where all are float."""
+
     def tensor_ranges(self, module: str, run: Callable[[], object]) -> dict[str, Range]:
         """Return the range of what each quantizer of a module quantizes while ``run`` runs it.
 

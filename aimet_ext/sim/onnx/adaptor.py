@@ -170,6 +170,10 @@ class OnnxSim(SimAdaptor):
             and (tensors is None or name in tensors)
         }
 
+    def activation_bits(self) -> int:
+        found = self.activation_quantizers().values()
+        return max((q.bitwidth for q in found if q.enabled), default=0)
+
     @torch.no_grad()
     def tensor_ranges(self, module: str, run: Callable[[], object]) -> dict[str, Range]:
         from aimet_ext.onnx.blocks.module import observed_ranges

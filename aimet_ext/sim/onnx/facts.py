@@ -90,6 +90,7 @@ class _Reader:
             kernel=layer.kernel,
             weight=self.adaptor.weight_quantizer(name),
             fused=self._fused(layer),
+            bias=getattr(self.adaptor.model.get_submodule(name), "bias", None),
             reads=sides["input"],
             makes=sides["output"],
             floats=tuple(side for side, found in sides.items() if found is None),

@@ -148,6 +148,10 @@ class TorchSim(SimAdaptor):
             if not of_parameter(name)
         }
 
+    def activation_bits(self) -> int:
+        found = self.activation_quantizers().values()
+        return max((q.bitwidth for q in found if hasattr(q, "qmax")), default=0)
+
     @torch.no_grad()
     def tensor_ranges(self, module: str, run: Callable[[], object]) -> dict[str, Range]:
         """Return the range of what each quantizer of a module reads while ``run`` runs in float.

@@ -85,6 +85,7 @@ class _Reader:
             **common,
             kind="conv" if isinstance(module, _CONVOLUTIONS) else "linear",
             kernel=tuple(module.weight.shape[2:]),
+            bias=module.bias,
             reads=self._own(module, "input_quantizers") or self._read(name),
             makes=made,
             floats=() if made is not None or fused else ("output",),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from aimet_ext.core.affine import Grid, dequantize, fake_quantize, quantize, short_scale
+from aimet_ext.core.affine import Grid, bias_scale, dequantize, fake_quantize, quantize, short_scale
 from aimet_ext.core.clipping import GridLayout
 from aimet_ext.core.objective import SecondMoment, moment_product, row_errors
 from aimet_ext.sim.protocol import WeightQuantizer
@@ -23,6 +23,7 @@ class Problem:
     :param weight: Weight in the dtype of the moments, float32 at least, to compute with.
     :param bias: Bias ``[out]``, or None.
     :param frozen: Grid that an earlier technique decided; None where it may be chosen.
+    :param least: Smallest scale of each row with which its bias fits int32, ``[out]``.
     :param moment: Second moment of its inputs.
     :param samples: Inputs and the ReLU that follows, where the technique asked for them.
     """
@@ -31,6 +32,7 @@ class Problem:
     stored: Tensor
     weight: Tensor
     bias: Tensor | None
+    least: Tensor
     layout: GridLayout
     frozen: Grid | None
     moment: SecondMoment
@@ -45,16 +47,23 @@ class Problem:
         bias: Tensor | None,
         moment: SecondMoment,
         samples: SampleSum | None,
+        input_steps: int = 0,
     ) -> Problem:
-        """Make the problem of a layer of a simulation."""
+        """Make the problem of a layer of a simulation.
+
+        :param input_steps: Steps of the grid of its input, 0 if that is float.
+        """
         original = quantizer.weight.detach().flatten(1)
         stored = original.to(moment.second.device, copy=True)  # the original may be replaced
         weight = stored.to(torch.promote_types(stored.dtype, moment.second.dtype))
+        bias = None if bias is None else bias.detach().to(weight)
+        held = weight.new_zeros(weight.shape[0]) if bias is None else bias
         return cls(
             name=name,
             stored=stored,
             weight=weight,
-            bias=None if bias is None else bias.detach().to(weight),
+            bias=bias,
+            least=bias_scale(held, moment.peak, input_steps),
             layout=quantizer.layout,
             frozen=_read(quantizer, weight) if quantizer.frozen else None,
             moment=moment,
@@ -71,7 +80,14 @@ class Problem:
         if self.frozen is not None:
             return self.frozen
         scale, offset = self.layout.raw(*self.layout.bounds(self.stored.float()))
-        return self.layout.with_scale(short_scale(scale), offset)
+        return self.layout.with_scale(short_scale(self.raised(scale)), offset)
+
+    def raised(self, scale: Tensor) -> Tensor:
+        """Return scales of the grid's cells with which the biases fit int32."""
+        if scale.shape[1] > 1 or not bool(self.least.any()):
+            return scale  # blocks have float biases
+        least = self.least[:, None] if len(scale) == len(self.least) else self.least.max()
+        return torch.maximum(scale, least.to(scale))
 
     def signal(self) -> float:
         """Return the mean square of the float output over all tokens, summed over rows."""
@@ -125,6 +141,9 @@ def deploy(
     elif problem.frozen is None:
         _write(quantizer, plain.scale, plain.offset)
     grid = _read(quantizer, problem.weight)
+    if problem.frozen is None and bool((problem.raised(grid.scale) > grid.scale).any()):
+        _write(quantizer, problem.raised(grid.scale), grid.offset)
+        grid = _read(quantizer, problem.weight)
     codes = quantize(problem.stored, grid) if decision.codes is None else decision.codes(grid)
     found = judge(_values(codes, grid, problem.stored.dtype))
     nearest_values = fake_quantize(problem.stored, plain)

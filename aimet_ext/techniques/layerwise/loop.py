@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -141,6 +142,12 @@ class LayerwiseRun:
     keep: Callable[[str], None]
     cost: dict[str, Any] = field(default_factory=dict)
 
+    @cached_property
+    def input_steps(self) -> int:
+        """Most steps of the grid of an activation, 0 where all are float."""
+        bits = self.adaptor.activation_bits()
+        return 2**bits - 1 if bits else 0
+
     def all_layers(self, dataloader: Iterable[Any]) -> list[LayerReport]:
         """Decide every layer, in the order in which data flows."""
         batches = self.adaptor.batches(dataloader, opaque=self.options.forward_fn is not None)
@@ -246,7 +253,12 @@ class LayerwiseRun:
             self.keep(layer)
             module: Any = self.adaptor.model.get_submodule(layer)
             problem = Problem.of(
-                layer, quantizer, getattr(module, "bias", None), moment, samples.get(layer)
+                layer,
+                quantizer,
+                getattr(module, "bias", None),
+                moment,
+                samples.get(layer),
+                self.input_steps,
             )
             with torch.no_grad():
                 outcome = deploy(problem, quantizer, self.solver.decide)
