@@ -16,6 +16,9 @@ from aimet_ext.files.folders import replace_file
 
 U = TypeVar("U", bound="UnitReport")
 
+# Of fewer tokens than this for each input of a layer, roundings learn more noise than signal.
+_TOKENS_AN_INPUT = 4
+
 
 class _Plain:
     def to_dict(self) -> dict[str, Any]:
@@ -75,6 +78,7 @@ class LayerReport(UnitReport):
     :param rows_nearest: Output rows for which plain rounding was better and was kept.
     :param rows: Output rows.
     :param tokens: Rows of input that the losses are taken over.
+    :param inputs: Inputs of an output row.
     :param storage: Place of its second moments: ``"memory"``, or ``"mapped"`` files where they
         would not fit.
     :param seconds: Seconds of work.
@@ -89,7 +93,13 @@ class LayerReport(UnitReport):
     rows_nearest: int
     rows: int
     tokens: int
+    inputs: int
     storage: str
+
+    @property
+    def is_short_of_tokens(self) -> bool:
+        """True if so few tokens came that what was decided may fit these alone."""
+        return self.tokens < _TOKENS_AN_INPUT * self.inputs
 
     @property
     def sqnr_db(self) -> float:
@@ -118,13 +128,25 @@ class LayerwiseReport(Report):
 
     def __str__(self) -> str:
         width = max([20, *(len(layer.name) + 2 for layer in self.layers)])
-        head = f"{'layer':<{width}}{'bits':>4}{'nearest':>12}{'after':>12}{'s':>8}  grid"
+        head = f"{'layer':<{width}}{'bits':>4}{'rounding':>12}{'deployed':>12}{'SQNR':>10}{'s':>8}"
         rows = [
-            f"{layer.name:<{width}}{layer.bitwidth:>4}{layer.loss_nearest:>12.4g}"
-            f"{layer.loss_after:>12.4g}{layer.seconds:>8.2f}  {layer.spec}"
+            f"{layer.name:<{width}}{layer.bitwidth:>4}"
+            f"{_share(layer.loss_nearest, layer.signal):>12}"
+            f"{_share(layer.loss_after, layer.signal):>12}"
+            f"{'' if math.isnan(layer.sqnr_db) else f'{layer.sqnr_db:.1f} dB':>10}"
+            f"{layer.seconds:>8.2f}  {layer.spec}"
             for layer in self.layers
         ]
-        lines = [f"{self.technique}:", head, *rows, f"{self.seconds:.1f} s in all"]
+        lines = [f"{self.technique}: errors of the layers' outputs, as shares of their signal"]
+        lines += [f"{head}  grid", *rows, f"{self.seconds:.1f} s in all"]
+        if short := [layer for layer in self.layers if layer.is_short_of_tokens]:
+            least = min(short, key=lambda layer: layer.tokens / layer.inputs)
+            enough = max(_TOKENS_AN_INPUT * layer.inputs for layer in short)
+            lines.append(
+                f"too few tokens for {len(short)} of {len(self.layers)} layers: {least.name} has "
+                f"{least.inputs} inputs and saw {least.tokens} tokens; give at least {enough}, "
+                "or other text may fare worse than with plain rounding"
+            )
         lines += [f"left alone: {name}: {why}" for name, why in self.skipped.items()]
         mapped = [layer.name for layer in self.layers if layer.storage == "mapped"]
         if mapped:
@@ -188,3 +210,8 @@ class BlockwiseReport(Report):
                 f"{dropped} encodings no longer fit and were reset: run sim.compute_encodings"
             )
         return "\n".join(lines)
+
+
+def _share(loss: float, signal: float) -> str:
+    """Return a loss as a share of the signal; a loss without its constant is no share."""
+    return f"{loss / signal:.3%}" if loss >= 0 and signal > 0 else "n/a"

@@ -36,8 +36,23 @@ def test_report(
     report.save(tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text()) == report.to_dict()
     text = str(report)
-    assert text.startswith(f"{technique.name}:") and text.count("\n") == 16
+    assert text.startswith(f"{technique.name}:") and text.count("\n") == 17
+    assert "-" not in text.replace("e-", "") and "%" in text  # shares of the signal, none negative
     assert BLOCK + "mlp.down_proj" in text
+
+
+@LAYER_WISE
+def test_too_few_tokens_are_said_with_numbers(
+    technique: Any, make_sim: Any, ids: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    report = technique.apply(make_sim(layers=1), [ids(2, 64)])
+    assert not any(layer.is_short_of_tokens for layer in report.layers if layer.inputs <= 32)
+    few = technique.apply(make_sim(layers=1), [ids(1, 12)])
+    assert all(layer.is_short_of_tokens for layer in few.layers)
+    text = str(few)
+    assert "too few tokens for 7 of 7 layers" in text and "saw 12 tokens; give at least 512" in text
+    if few.technique != "seq_mse":  # which decides ranges alone
+        assert "too few tokens for 7 of 7 layers" in caplog.text
 
 
 @LAYER_WISE

@@ -7,6 +7,7 @@ flows; each layer is decided, deployed and read back before the next one is look
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -41,6 +42,8 @@ from aimet_ext.walk.hooks import Activation, uncalled
 from aimet_ext.walk.walk import Stage, Streams, Walk
 
 P = TypeVar("P", bound=LayerwiseParams)
+
+_log = logging.getLogger(__name__)
 
 _STREAMS: dict[str, Streams] = {"symqt": "quantized", "symfp": "float", "asym": "both"}
 
@@ -108,6 +111,13 @@ def run_layerwise(
         run = LayerwiseRun(adaptor, choice.decided, choice.others, solver, options, keep)
         with adaptor.calibrated(choice.others):
             layers = run.all_layers(call.dataloader)
+        if row.rounds and (short := [layer for layer in layers if layer.is_short_of_tokens]):
+            _log.warning(
+                "%s: too few tokens for %d of %d layers, see the report",
+                row.name,
+                len(short),
+                len(layers),
+            )
         ledger.log_run(row.name, list(choice.decided), rounds=row.rounds, settings=settings)
         report = LayerwiseReport(
             technique=row.name,
@@ -273,6 +283,7 @@ class LayerwiseRun:
                     rows_nearest=outcome.rows_nearest,
                     rows=problem.weight.shape[0],
                     tokens=moment.tokens,
+                    inputs=problem.weight.shape[1],
                     storage=storage,
                     seconds=gathering + time.perf_counter() - started,
                 )
