@@ -110,7 +110,8 @@ def export(
         ``{"input_ids": {0: "batch", 1: "length"}}``; of torch sims.
     :param bias: ``"int32"`` gives each bias of a quantized layer an encoding of 32 bits, with the
         scale of the input times that of the weight, as some targets need; of ONNX sims.
-    :param qdq: write the QDQ model; of ONNX sims, and done by default.
+    :param qdq: write the QDQ model, of ONNX sims. None, the default: unless it cannot hold the
+        sim's grids or computes something else, which is logged and noted in the manifest.
     :param external_data: write weights to ``{file}.data`` beside an ONNX file; None: if they are
         larger than a file may be; of ONNX sims.
     :returns: the manifest.
@@ -133,7 +134,7 @@ def export(
         kept = {"opset_version": opset_version, "dynamic_axes": dynamic_axes}
         _refuse("an ONNX", {"hf_checkpoint": hf_checkpoint or None, **kept})
         writer: Any = OnnxWriter(
-            adaptor, filename_prefix, dummy_input, tokenizer, bias, qdq is not False, external_data
+            adaptor, filename_prefix, dummy_input, tokenizer, bias, qdq, external_data
         )
     else:
         asked = {"bias": bias if bias != "float" else None, "qdq": qdq or None}

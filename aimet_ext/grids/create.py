@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from aimet_ext.config import PerTensor, QSpec, WeightPlan, fit_blocks
 from aimet_ext.data.batches import as_tensors, map_tensors, module_device
-from aimet_ext.errors import require
+from aimet_ext.errors import require, some
 from aimet_ext.grids.patterns import LAYERS
 from aimet_ext.models.huggingface import PreparedCausalLM, causal_lm, original_name, prepare_model
 from aimet_ext.sim.protocol import adapt
@@ -81,6 +81,12 @@ def create_sim(
     specs = {"weights": weights, "lm_head": lm_head, "embedding": embedding}
     overrides = dict(overrides or {})
     plan = plan_weights(module, **specs, overrides=overrides)
+    layers: dict[str, Any] = {n: module.get_submodule(n) for n, spec in plan.specs.items() if spec}
+    if bad := [name for name, layer in layers.items() if not bool(layer.weight.isfinite().all())]:
+        raise ValueError(
+            f"finite weights are required, but {some([original_name(n, module) for n in bad])} "
+            "holds NaN or infinity; repair the checkpoint"
+        )
     padded: dict[str, int] = {}
     if plan.pad:
         from aimet_ext.grids.widening import pad_mlps

@@ -187,11 +187,22 @@ def probe_inputs(
     :param args: positional arguments of a captured call, hidden states ``[batch, seq, hidden]``
         first unless they go by name.
     :param length: tokens to keep; all are kept if the block has tensor arguments of unknown names.
-    :returns: all arguments by name.
+    :returns: all arguments by name; uncut where the block takes inputs of these sizes alone, as a
+        graph of static shapes does.
     :raises ValueError: fewer than 8 tokens, or fewer than 8 to be kept.
     """
     named = _bind(block, args, kwargs)
     named.update({name: off for name, off in _CACHES.items() if name in named})
+    short = _cut_inputs(block, dict(named), length)
+    try:
+        with evaluating(block), torch.no_grad():
+            block(**short)
+    except (RuntimeError, ValueError):
+        return named
+    return short
+
+
+def _cut_inputs(block: nn.Module, named: dict[str, Any], length: int) -> dict[str, Any]:
     first = next(iter(named))
     hidden = named[first]
     batch, seq = hidden.shape[:2]

@@ -85,8 +85,15 @@ def undo_on_failure(
 def open_ledger(adaptor: SimAdaptor, technique: str, modules: Sequence[str]) -> Ledger:
     """Return the simulation's ledger, a new one if needed, once the technique may be applied.
 
-    :raises ValueError: the technique was applied before, or the weights are rounded.
+    :raises ValueError: the technique was applied before, the weights are rounded, or a parameter
+        holds NaN.
     """
+    rename = adaptor.original_names()
+    state = adaptor.float_state()
+    _refuse(
+        [rename(name) for name in state if bool(state[name].isnan().any())],
+        "must hold numbers, it holds NaN; repair the checkpoint",
+    )
     ledger = adaptor.ledger or Ledger(origin=_weights_hash(adaptor))
     ledger.check_can_apply(technique, modules)
     return ledger

@@ -14,6 +14,7 @@ import torch
 from aimet_torch import QuantizationSimModel
 from aimet_torch.nn import BaseQuantizationMixin
 from aimet_torch.quantization.affine import GroupedBlockQuantizeDequantize, QuantizeDequantize
+from aimet_torch.quantization.base import QuantizerBase
 from torch import Tensor, nn
 
 from aimet_ext.config import LPBQ, PerTensor, QSpec
@@ -89,9 +90,10 @@ def weight_quantizer_for(spec: QSpec, weight: Tensor) -> nn.Module:
 
 
 def _set_activations(sim: QuantizationSimModel, spec: QSpec | None) -> None:
-    for name, quantizer in list(sim.named_quantizers()):
+    # A shared quantizer is there under each of its names.
+    for name, quantizer in list(sim.model.named_modules(remove_duplicate=False)):
         parent, _, key = name.rpartition(".")
-        if parent.endswith("param_quantizers"):
+        if not isinstance(quantizer, QuantizerBase) or parent.endswith("param_quantizers"):
             continue
         if spec is None:
             setattr(sim.model.get_submodule(parent), key, None)
