@@ -76,6 +76,8 @@ class OnnxWriter:
         self.sample = _sample(adaptor, dummy_input)
         self.without_range = uncalibrated(self.sim)
         self.wider = files.containers(self.sim)
+        if bias == "int32":
+            _refuse_shared_biases(adaptor)
         self.unfit = files.unfit_for_qdq(self.sim, self.wider) if self.qdq else []
         if self.unfit and self.needs_qdq and not self.without_range:
             raise ValueError(
@@ -234,6 +236,24 @@ class OnnxWriter:
                 f"but deviates by {deviation:.3g}"
             )
         return deviation
+
+
+def _refuse_shared_biases(adaptor: Any) -> None:
+    """Refuse biases of several layers, whose integers would need several scales.
+
+    :raises ValueError: The biases are named.
+    """
+    readers: dict[str, list[str]] = {}
+    for name, layer in adaptor.layers.items():
+        if layer.bias is not None:
+            readers.setdefault(layer.bias, []).append(name)
+    for bias, layers in readers.items():
+        if len(layers) > 1:
+            raise ValueError(
+                f'bias="int32": a bias for each layer is required, but {bias} is that of '
+                f"{some(layers)}; copy it for each before the simulation is built "
+                '(aimet_onnx.utils.duplicate_shared_initializers), or export with bias="float"'
+            )
 
 
 def _told(error: BaseException) -> str:

@@ -92,7 +92,7 @@ def open_ledger(adaptor: SimAdaptor, technique: str, modules: Sequence[str]) -> 
     state = adaptor.float_state()
     _refuse(
         [rename(name) for name in state if bool(state[name].isnan().any())],
-        "must hold numbers, it holds NaN; repair the checkpoint",
+        "must be finite, it holds NaN; repair the checkpoint",
     )
     ledger = adaptor.ledger or Ledger(origin=_weights_hash(adaptor))
     ledger.check_can_apply(technique, modules)
@@ -263,6 +263,8 @@ def _refuse_rounded(quantizers: Mapping[str, WeightQuantizer]) -> None:
 def _is_rounded(quantizer: WeightQuantizer) -> bool:
     """Return true if a weight has no more distinct values than its grid, in each cell tried."""
     weight = quantizer.weight.detach()
+    if not bool(weight.any()):
+        return False  # zeros are on every grid
     if quantizer.initialized:
         return bool(torch.equal(fake_quantize(weight, quantizer.grid()), weight))
     layout = quantizer.layout

@@ -282,8 +282,10 @@ def test_a_half_precision_model_has_no_qdq_model(tmp_path: pathlib.Path) -> None
         value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
     sim = simulated(model, half)
     with pytest.raises(ValueError, match=r"fc0\.bias \(float16\).*qdq=False"):
-        aimet_ext.export(sim, tmp_path / "out", "m", half)
-    aimet_ext.export(sim, tmp_path / "out", "m", half, qdq=False)
+        aimet_ext.export(sim, tmp_path / "out", "m", half, qdq=True)
+    manifest = aimet_ext.export(sim, tmp_path / "out", "m", half)
+    assert "fc0.bias (float16)" in manifest["checks"]["qdq_left_out"]
+    assert "m.qdq.onnx" not in manifest["files"]
     assert np.array_equal(outputs(aimet_ext.load(tmp_path / "out"), half), outputs(sim, half))
 
 
@@ -440,9 +442,58 @@ def test_a_wrong_file_is_noticed_and_the_old_folder_stays(
         right = np.concatenate([outputs(sim), outputs(sim)])[:4] * 1.2
         monkeypatch.setattr("aimet_ext.artifact.onnx_export.run_file", lambda *_: [right])
     with pytest.raises(RuntimeError, match=r"^m\.(qdq\.onnx|onnx|encodings)"):
-        aimet_ext.export(sim, tmp_path / "out", "m", X)
+        aimet_ext.export(sim, tmp_path / "out", "m", X, qdq=True)
     assert read_manifest(tmp_path / "out") == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_qdq_model_that_deviates_is_left_out_and_said(
+    tmp_path: pathlib.Path,
+    sim: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    wrong = outputs(sim) * 1.2
+    monkeypatch.setattr("aimet_ext.artifact.onnx_export.run_file", lambda *_: [wrong])
+    manifest = aimet_ext.export(sim, tmp_path / "out", "m", X)
+    assert (
+        "m.qdq.onnx" not in manifest["files"] and "deviates" in manifest["checks"]["qdq_left_out"]
+    )
+    assert "no QDQ model was written" in caplog.text
+
+
+def test_a_qdq_model_counts_that_onnxruntime_computes_right(
+    tmp_path: pathlib.Path, sim: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unread(*_: Any, **__: Any) -> None:
+        raise KeyError("an operator that AIMET does not read")
+
+    monkeypatch.setattr("aimet_ext.artifact.onnx_export.read_qdq", unread)
+    manifest = aimet_ext.export(sim, tmp_path / "out", "m", X, qdq=True)
+    assert "m.qdq.onnx" in manifest["files"]
+    assert "KeyError" in manifest["checks"]["qdq_not_read_by_aimet"]
+
+
+def test_weights_that_old_files_list_as_inputs(tmp_path: pathlib.Path) -> None:
+    model = mlp_model((64, 96, 32), bias="add")
+    for proto in model.graph.initializer:
+        shape = list(proto.dims)
+        info = onnx.helper.make_tensor_value_info(proto.name, proto.data_type, shape)
+        model.graph.input.append(info)
+    sim = simulated(model)
+    aimet_ext.export(sim, tmp_path / "out", "m", X, qdq=True)
+    assert np.array_equal(outputs(aimet_ext.load(tmp_path / "out")), outputs(sim))
+
+
+def test_a_bias_of_two_layers_cannot_be_an_integer(tmp_path: pathlib.Path) -> None:
+    model = mlp_model((32, 32, 32), bias="add")
+    names = sorted(p.name for p in model.graph.initializer if p.name.endswith("bias"))
+    for node in model.graph.node:
+        node.input[:] = [names[0] if name == names[1] else name for name in node.input]
+    del model.graph.initializer[[p.name for p in model.graph.initializer].index(names[1])]
+    feed = {"x": X["x"][..., :32]}
+    with pytest.raises(ValueError, match=rf'bias="int32".*{names[0]} is that of fc0, fc1'):
+        aimet_ext.export(simulated(model, feed), tmp_path / "out", "m", feed, bias="int32")
 
 
 def test_what_cannot_be_written_is_named(tmp_path: pathlib.Path, sim: Any) -> None:
@@ -454,7 +505,7 @@ def test_what_cannot_be_written_is_named(tmp_path: pathlib.Path, sim: Any) -> No
     odd.qc_quantize_op_dict["x"].set_bitwidth(12)
     odd.compute_encodings([X])
     with pytest.raises(ValueError, match=r"x \(12 bits, and it is no constant\).*qdq=False"):
-        aimet_ext.export(odd, out, "m", X)
+        aimet_ext.export(odd, out, "m", X, qdq=True)
     conv = conv_model()
     feed = {"x": np.zeros((1, 3, 8, 8), np.float32)}
     blocks = aimet_onnx.QuantizationSimModel(conv)
@@ -466,7 +517,7 @@ def test_what_cannot_be_written_is_named(tmp_path: pathlib.Path, sim: Any) -> No
     blocks.qc_quantize_op_dict[name].set_qspec(spec)
     blocks.compute_encodings([feed])
     with pytest.raises(ValueError, match=rf"{name} \(blocks of a 4-D weight\)"):
-        aimet_ext.export(blocks, out, "m", feed)
+        aimet_ext.export(blocks, out, "m", feed, qdq=True)
     for options in (
         {"hf_checkpoint": True},
         {"opset_version": 21},

@@ -202,7 +202,16 @@ class OnnxSim(SimAdaptor):
         return node_names(self.graph, self.layers).get(name, name)
 
     def unsupported_layers(self) -> dict[str, str]:
-        return self.layers.skipped
+        own = {layer.weight for name, layer in self.layers.items() if self.weight_quantizer(name)}
+        found: dict[str, str] = {}
+        for node in self.graph.nodes:
+            for name in node.input:
+                quantizer = self.sim.qc_quantize_op_dict.get(name)
+                stored = name in self.graph.stored and len(self.graph.shape(name) or ()) > 1
+                if stored and name not in own and is_integer(quantizer) and quantizer.enabled:
+                    place = node.name or f"{node.op_type} of {node.output[0]}"
+                    found[place] = f"{name} of {node.op_type} is quantized to nearest, not decided"
+        return {**found, **self.layers.skipped}
 
     def shared_weights(self) -> dict[str, list[str]]:
         return self.layers.shared_weights()

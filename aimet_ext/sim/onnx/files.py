@@ -336,7 +336,13 @@ def save_qdq_model(model: Any, encodings: Mapping[str, Any], path: Path, *, exte
     :param model: Float model whose quantized constants are on their grids.
     :param encodings: Encodings of version 2.0.0.
     """
+    stored = set(stored_values(model.graph))
     converted = encodings_to_onnx_qdq(model, dict(encodings), prequantize_constants=True)
+    # Files of IR 3 list their weights among the inputs, of which integers take the place.
+    inputs = [value for value in converted.graph.input if value.name not in stored]
+    del converted.graph.input[:]
+    converted.graph.input.extend(inputs)
+    converted.ir_version = max(4, converted.ir_version)
     name_nodes(converted)
     save_model(converted, path, external=external)
 
