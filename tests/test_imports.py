@@ -37,8 +37,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "transformers", "pydantic"},
     ),
     "onnx*": (
-        {"onnx", "walk", "models", "data", "core", "config"},
-        {"torch", "numpy", "onnx", "onnxruntime"},
+        {"onnx", "walk", "models", "data", "files", "core", "config"},
+        {"torch", "numpy", "google", "onnx", "onnxruntime"},
     ),
     "sim.torch*": (
         {
@@ -72,7 +72,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "examples*": ({"examples"}, set()),
     "integrity*": (
-        {"integrity", "onnx.index", "files", "core"},
+        {"integrity", "onnx.index", "onnx.reading", "files", "core"},
         {"torch", "numpy", "safetensors", "onnx", "pydantic"},
     ),
     "evaluation*": ({"evaluation", "sim", "walk", "models", "data"}, {"torch", "numpy"}),
@@ -96,7 +96,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "safetensors", "pydantic"},
     ),
     "integrations.olive*": (
-        {"integrations", "registry", "sim", "config", "public"},
+        {"integrations", "registry", "sim", "files", "config", "public"},
         {"olive", "onnx", "pydantic"},
     ),
     "integrations.qnn*": (

@@ -19,6 +19,7 @@ from aimet_ext.files.encodings import entries, load_encodings
 from aimet_ext.files.folders import SETTINGS, atomic_path, read_manifest
 from aimet_ext.files.reading import read_json
 from aimet_ext.onnx.index import GraphIndex
+from aimet_ext.onnx.reading import read_model
 from aimet_ext.onnx.rewrite.compilable import bound_masks, drop_casts, float_weights, make_static
 from aimet_ext.onnx.rewrite.htp import fuse_rms_norms, set_apart, sign_second_operands
 from aimet_ext.onnx.rewrite.kv import keep_keys_and_values
@@ -91,7 +92,7 @@ def hand_off(
         raise CorruptFileError(f"{folder}: an export is required, got {manifest['kind']!r}")
     prefix = manifest["prefix"]
     encoded = entries(load_encodings(folder / f"{prefix}.encodings"))
-    model = onnx.load(str(folder / f"{prefix}.onnx"))
+    model = read_model(folder / f"{prefix}.onnx")
     batches = _batches(model, dataloader)
     source = sim if sim is not None else load(folder)
     (reference,) = run_feeds(adapt(source).runner, batches[:1])

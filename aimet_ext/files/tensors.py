@@ -22,13 +22,13 @@ from urllib.parse import quote
 
 import torch
 from pydantic import BaseModel, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.folders import atomic_path, replace_file, versions, writable_folder
-from aimet_ext.files.reading import read_json
+from aimet_ext.files.reading import check_regular, read_json, read_safetensors
 from aimet_ext.files.scratch import hold, release
 
 _FORMAT = "aimet_ext.tensors/1"
@@ -110,7 +110,7 @@ def read_sealed(
         its bytes was changed, or its fields are not those of the model.
     """
     path = Path(path)
-    content = path.read_bytes()
+    content = check_regular(path).read_bytes()
     header_end = 8 + int.from_bytes(content[:8], "little")
     seals = list(_SEAL.finditer(content[:header_end]))
     if len(seals) != 1:
@@ -127,7 +127,7 @@ def read_sealed(
     try:
         tensors = load(content)
         metadata = json.loads(content[8:header_end])["__metadata__"]
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, ValueError, KeyError, RecursionError) as error:
         raise CorruptFileError(f"{path} is not a safetensors file: {error}") from error
     if metadata.get("schema") != schema:
         raise CorruptFileError(
@@ -161,10 +161,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     :raises CorruptFileError: the file is damaged or was not written by :func:`write_tensors`.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+        tensors, header = read_safetensors(path)
+    except CorruptFileError as error:
         raise CorruptFileError(
             f"{path} is damaged ({error}); delete it and run the step that writes it again"
         ) from error

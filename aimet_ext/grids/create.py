@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from aimet_ext.config import PerTensor, QSpec, WeightPlan, fit_blocks
 from aimet_ext.data.batches import as_tensors, map_tensors, module_device
 from aimet_ext.errors import require, some
+from aimet_ext.files.reading import read_json
 from aimet_ext.grids.patterns import LAYERS
 from aimet_ext.models.huggingface import PreparedCausalLM, causal_lm, original_name, prepare_model
 from aimet_ext.sim.protocol import adapt
@@ -204,7 +204,7 @@ def _config(config: str | Path | Mapping[str, Any] | None) -> str | dict[str, An
         return dict(config)
     path = Path(config)
     if path.suffix == ".json":
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     return str(config)
 
 

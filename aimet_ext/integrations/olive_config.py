@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aimet_ext.errors import CorruptFileError, MissingExtraError
+from aimet_ext.files.reading import read_json
 
 #: Name of the pass, in a workflow and in a package configuration, where its case does not count.
 PASS = "AimetQuantization"
@@ -66,7 +67,7 @@ def write_package_config(output: Path, base: Path | None) -> None:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text("utf-8"))
+        return read_json(path)
     except ValueError as error:
         raise CorruptFileError(f"{path} must be a JSON file, but {error}") from error
 
@@ -74,7 +75,7 @@ def _read(path: Path) -> Any:
 def _check_ours(path: Path) -> None:
     """Refuse to replace what this package did not write."""
     try:
-        passes = json.loads(path.read_text("utf-8"))["passes"].values()
+        passes = read_json(path)["passes"].values()
         ours = any(entry["module_path"].startswith("aimet_ext.") for entry in passes)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         ours = False

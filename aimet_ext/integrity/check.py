@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +27,7 @@ from aimet_ext.files.ledger import (
     aimet_tensors,
     cumulative_tensors,
 )
-from aimet_ext.files.reading import read_json
+from aimet_ext.files.reading import parse_json, read_json
 from aimet_ext.integrity.description import ExportContents, read_record
 from aimet_ext.integrity.tensors import (
     check_encodings,
@@ -302,12 +301,16 @@ def _check_fields(state: Examination, ledger: Ledger) -> None:
     required = {"techniques": list(ledger.techniques), "origin": ledger.origin or ""}
     for name, value in required.items():
         text = fields.get(name)
-        found = text if name == "origin" else json.loads(text or "null")
+        found = (
+            text if name == "origin" else parse_json(text or "null", f"{SCALES_FILE}, field {name}")
+        )
         if found != value:
             message = f"says {name} {found!r}, and {LEDGER} {value!r}"
             state.add("scales", SCALES_FILE, message, (SCALES_FILE, f"field {name}"))
-    pairs = json.loads(fields.get("pairs", "[]"))
-    kinds = [(pair["technique"], pair["pair"], pair["size"]) for pair in pairs]
+    pairs = parse_json(
+        fields.get("pairs", "[]"), f"{SCALES_FILE}, field pairs", list[dict[str, Any]]
+    )
+    kinds = [tuple(pair.get(key) for key in ("technique", "pair", "size")) for pair in pairs]
     if kinds != [(entry.technique, entry.pair, entry.size) for entry in ledger.entries]:
         message = f"lists other scale pairs than {LEDGER}"
         state.add("scales", SCALES_FILE, message, (SCALES_FILE, "field pairs"))

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, Field, TypeAdapter
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from aimet_ext.errors import CorruptFileError
@@ -29,6 +27,7 @@ from aimet_ext.files.folders import (
     replace_file,
 )
 from aimet_ext.files.ledger import AIMET_FILE, SCALES_FILE
+from aimet_ext.files.reading import parse_json, read_json, read_safetensors
 from aimet_ext.files.tensors import parameter_quantizer, read_sealed
 from aimet_ext.integrity.stored import (
     GridIndex,
@@ -52,7 +51,7 @@ class Stored:
 
     def json(self, name: str) -> Any:
         """Return the value of a field that holds JSON; an empty object if there is none."""
-        return json.loads(self.fields.get(name, "{}"))
+        return parse_json(self.fields.get(name, "{}"), f"field {name}")
 
 
 @dataclass(frozen=True)
@@ -181,10 +180,8 @@ def read_record(folder: Path) -> Mapping[str, Hashes] | None:
     path = folder / FINGERPRINTS
     if not path.is_file():
         return None
-    try:
-        return _Record.model_validate(json.loads(path.read_text(encoding="utf-8"))).items
-    except ValueError as error:
-        raise CorruptFileError(f"{path.name} is damaged: {error}") from error
+    record: _Record = read_json(path, _Record)
+    return record.items
 
 
 def _constants(graph: StoredGraph, weights: Stored) -> dict[str, str]:
@@ -218,17 +215,7 @@ def _owners(contents: ExportContents, parameters: Mapping[str, str]) -> dict[str
 
 
 def _read_safetensors(path: Path) -> Stored:
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        return Stored(load_file(path), metadata)
-    except (SafetensorError, ValueError) as error:
-        raise CorruptFileError(f"{path.name} is no safetensors file: {error}") from error
-
-
-def _read_values(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return TypeAdapter(dict[str, Any]).validate_python(content)
+    return Stored(*read_safetensors(path))
 
 
 def _read_encodings(path: Path) -> dict[str, dict[str, Any]]:
@@ -300,8 +287,8 @@ _ALL = (
     _safetensors(SCALES_FILE, _of_fields, sealed=True),
     _safetensors(LEDGER, _of_fields, sealed=True),
     _safetensors(AIMET_FILE, _of_tensors, optional=True),
-    Part(CONFIG, _read_values, dict, {"": _of_values}, optional=True),
-    Part(SETTINGS, _read_values, dict, {"": _of_values}, optional=True),
+    Part(CONFIG, read_json, dict, {"": _of_values}, optional=True),
+    Part(SETTINGS, read_json, dict, {"": _of_values}, optional=True),
     _safetensors(f"checkpoint/{WEIGHTS}", _of_tensors, optional=True),
 )
 _PARTS = {part.name: part for part in _ALL}

@@ -21,6 +21,7 @@ from aimet_ext.core.affine import Grid, lpbq_scale, scale_offset, to_blocks
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.encodings import Layout, to_grid
 from aimet_ext.onnx.index import GraphIndex, attribute, elements
+from aimet_ext.onnx.reading import read_model
 
 Array = np.ndarray[Any, Any]
 _RELATIVE = 1e-6
@@ -47,7 +48,7 @@ class StoredGraph:
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.name
         try:
-            self.index = GraphIndex(onnx.load(str(path), load_external_data=False).graph)
+            self.index = GraphIndex(read_model(path, external=False).graph)
         except Exception as error:  # protobuf's own DecodeError, which is not to be imported
             if type(error).__name__ != "DecodeError":
                 raise

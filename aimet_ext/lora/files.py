@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import BaseModel, Json
-from safetensors.torch import load_file
 from torch import Tensor
 
 from aimet_ext.artifact.export import load as load_base
@@ -26,6 +25,7 @@ from aimet_ext.files.folders import (
     replace_folder,
     write_manifest,
 )
+from aimet_ext.files.reading import read_safetensors
 from aimet_ext.files.tensors import read_sealed, write_sealed
 from aimet_ext.lora.adapter import read_adapter
 from aimet_ext.lora.baked import open_folder
@@ -189,7 +189,7 @@ def _check_base(sim: Any, state: LoraState) -> None:
         raise CorruptFileError(
             f"{state.base} was written again since this simulation was made from it; make it again"
         )
-    weights, (ranges, _) = load_file(state.base / WEIGHTS), read_quantizers(state.base)
+    weights, (ranges, _) = read_safetensors(state.base / WEIGHTS)[0], read_quantizers(state.base)
     tied = manifest["model"]["tied"]
     floats, present, _ = base_state(sim, adapt(sim).float_state())
     changed = []

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from aimet_ext.artifact.torch_export import (
@@ -24,8 +24,10 @@ from aimet_ext.artifact.torch_export import (
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.errors import MissingExtraError, require
 from aimet_ext.files.encodings import Layout, entries, load_encodings, to_grid, to_version_1
+from aimet_ext.files.reading import read_safetensors
 from aimet_ext.lora.baked import encodings_file
 from aimet_ext.lora.sim import LoraState, lora_state, switch
+from aimet_ext.onnx.reading import read_model
 from aimet_ext.sim.protocol import adapt
 from aimet_ext.sim.torch.lora import described_entry, slots
 
@@ -154,7 +156,7 @@ def _make_inputs(path: Path, inputs: Mapping[str, Input]) -> None:
     from aimet_ext.onnx.index import GraphIndex, rename_reads
     from aimet_ext.onnx.values import set_value
 
-    model = onnx.load(str(path))
+    model = read_model(path)
     graph = model.graph
     index = GraphIndex(graph)
     real = {index.source(name): entry for name, entry in inputs.items()}
@@ -312,7 +314,7 @@ def _check(
     deviations = {}
     for name in (None, *lora_state(sim).adapters):
         switch(sim, name)
-        own_feed = {} if name is None else load_file(folder / f"{name}.safetensors")
+        own_feed = {} if name is None else read_safetensors(folder / f"{name}.safetensors")[0]
         try:
             output = run_onnx(file.path, inputs, own_feed)
         except MissingExtraError:

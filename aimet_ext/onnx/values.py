@@ -18,6 +18,7 @@ from torch import Tensor
 
 from aimet_ext.data.feeds import InputSpec
 from aimet_ext.onnx.index import FLOATS, GraphIndex, attributes, elements, stored_value
+from aimet_ext.onnx.reading import read_model
 
 #: By ``onnx.TensorProto.DataType``.
 DTYPES: Mapping[int, torch.dtype] = {
@@ -96,7 +97,7 @@ def torch_array(tensor: Tensor) -> np.ndarray[Any, Any]:
 
 def read_input_specs(path: Path) -> dict[str, InputSpec]:
     """Return shapes and types of the inputs of an ONNX file; its weights are not read."""
-    model = onnx.load(str(path), load_external_data=False)
+    model = read_model(path, external=False)
     return input_specs(GraphIndex(model.graph).inputs)
 
 

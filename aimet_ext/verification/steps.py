@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import onnx
 from torch import nn
 
 from aimet_ext.artifact.export import load
@@ -22,6 +21,7 @@ from aimet_ext.integrations.qnn import HtpRejected, is_available
 from aimet_ext.integrations.qnn_process import HtpCrashed, HtpProcess
 from aimet_ext.integrations.qnn_targets import HtpTarget
 from aimet_ext.linting.lint import lint
+from aimet_ext.onnx.reading import read_model
 from aimet_ext.onnx.rewrite.compilable import with_outputs
 from aimet_ext.onnx.session import open_session
 from aimet_ext.sim.onnx import files as onnx_files
@@ -193,7 +193,7 @@ class Verification:
         for version, name in (("1.0.0", ""), ("2.0.0", ".2.0.0")):
             path = self.work / f"{self.prefix}{name}.encodings"
             onnx_files.write_encodings(sim, path, version, wider, int32_biases=False)
-        model = onnx.load(str(self.qdq), load_external_data=False)
+        model = read_model(self.qdq, external=False)
         names = self.manifest.get("onnx_names", {}).items()
         self.facts = compared_layers(model, {t: n.removesuffix(".weight") for n, t in names})
         return f"{len(model.graph.node)} nodes, {len(self.facts)} operators to compare"

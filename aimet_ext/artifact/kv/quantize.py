@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import onnx
 from onnx.numpy_helper import to_array
 
 from aimet_ext.artifact.hand_off import HandOff
@@ -15,6 +14,7 @@ from aimet_ext.artifact.kv.run import CacheFiles
 from aimet_ext.files.encodings import entries, load_encodings
 from aimet_ext.models.kv_cache import CacheShape
 from aimet_ext.onnx.index import stored_values
+from aimet_ext.onnx.reading import read_model
 from aimet_ext.onnx.rewrite.compilable import fold_constants
 from aimet_ext.onnx.rewrite.kv import moved_from, same_tensors, separate_outputs
 from aimet_ext.sim.onnx.files import build_target
@@ -37,7 +37,7 @@ class Reference:
     def of(cls, found: HandOff) -> Reference:
         """Return the reference of a hand-off whose folder is still there."""
         encoded = entries(load_encodings(found.folder / f"{found.prefix}.encodings"))
-        model = onnx.load(str(found.folder / f"{found.prefix}.onnx"))
+        model = read_model(found.folder / f"{found.prefix}.onnx")
         return cls(found, fold_constants(model, keep=encoded))
 
 
@@ -63,7 +63,7 @@ def quantized_graph(
     """
     path = files.path(name)
     encoded = entries(load_encodings(path.with_suffix(".encodings")))
-    model = fold_constants(onnx.load(str(path)), keep=encoded)
+    model = fold_constants(read_model(path), keep=encoded)
     if kv_bitwidth is not None:
         separate_outputs(model, _cache_names(files.shape)[1])
     sources = _Sources(model, reference.graph, files.shape)

@@ -14,6 +14,7 @@ from torch import Tensor
 from aimet_ext.errors import CorruptFileError, require
 from aimet_ext.files.folders import read_manifest
 from aimet_ext.models.kv_cache import CacheShape, Run, TokenCache, run_with_cache
+from aimet_ext.onnx.reading import read_model
 from aimet_ext.onnx.session import open_session
 
 KIND = "cache"
@@ -134,14 +135,14 @@ def share_weights(paths: Sequence[Path], name: str) -> int:
     places: dict[bytes, tuple[int, int]] = {}
     with (folder / name).open("wb") as file:
         for path in paths:
-            before = onnx.load(str(path), load_external_data=False)
+            before = read_model(path, external=False)
             own = {
                 entry.value
                 for proto in before.graph.initializer
                 for entry in proto.external_data
                 if entry.key == "location"
             }
-            model = onnx.load(str(path))
+            model = read_model(path)
             for proto in model.graph.initializer:
                 values = proto.raw_data
                 if len(values) < _SMALLEST:

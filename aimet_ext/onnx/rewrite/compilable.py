@@ -22,6 +22,7 @@ from aimet_ext.onnx.index import (
     stored_value,
     stored_values,
 )
+from aimet_ext.onnx.reading import read_model
 from aimet_ext.onnx.session import open_session
 from aimet_ext.onnx.values import (
     can_be_given,
@@ -274,7 +275,7 @@ def with_outputs(model: str | Path | onnx.ModelProto, tensors: Sequence[str]) ->
     if isinstance(model, onnx.ModelProto):
         copy.CopyFrom(model)
     else:
-        copy = onnx.load(str(model), load_external_data=False)
+        copy = read_model(model, external=False)
     index = GraphIndex(copy.graph)
     missing = [name for name in tensors if name not in index.producer and name not in index.inputs]
     if missing:

@@ -25,6 +25,7 @@ from aimet_onnx.graph_passes.fusions import inline_all_supergroups
 from aimet_onnx.quantsim import encodings_to_onnx_qdq
 
 from aimet_ext.onnx.index import stored_values
+from aimet_ext.onnx.reading import read_external, read_model
 from aimet_ext.onnx.values import put_bytes
 from aimet_ext.sim.onnx.quantizers import rounds_to_integers
 from aimet_ext.sim.onnx.state import enabled_quantizers, layer_biases, quantize_constant
@@ -207,9 +208,9 @@ def load_with(path: Path, values: Iterable[tuple[str, Any]]) -> Any:
 
     Of external data only the rest is read: protobuf keeps the room of a value that is replaced.
     """
-    model = onnx.load(str(path), load_external_data=False)
+    model = read_model(path, external=False)
     overwrite(model, values)
-    onnx.load_external_data_for_model(model, str(path.parent))
+    read_external(model, path)
     return model
 
 

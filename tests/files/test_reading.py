@@ -1,0 +1,59 @@
+"""Files are read bounded and validated, and each error names the file."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from aimet_ext.errors import CorruptFileError
+from aimet_ext.files.reading import read_json, read_safetensors, read_text
+
+READERS = [read_json, read_safetensors, read_text]
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_places_without_a_file(tmp_path: pathlib.Path, read) -> None:
+    with pytest.raises(FileNotFoundError, match="absent"):
+        read(tmp_path / "absent")
+    for path in ("/dev/zero", tmp_path):
+        with pytest.raises(CorruptFileError, match="a regular file is required"):
+            read(path)
+    (tmp_path / "link").symlink_to("/dev/zero")
+    with pytest.raises(CorruptFileError, match="link: a regular file"):
+        read(tmp_path / "link")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not JSON"),
+        (b'{"a": ', "not JSON"),
+        (b"\xff\xff", "not JSON"),
+        (b"[1]", "does not hold what it must"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a": ' * 100_000, "nested too deeply"),
+    ],
+)
+def test_damaged_json(tmp_path: pathlib.Path, content: bytes, message: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(CorruptFileError, match=rf"a\.json.*{message}"):
+        read_json(path)
+
+
+def test_damaged_tensors(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"x": torch.ones(8)}, path, {"note": "1"})
+    tensors, metadata = read_safetensors(path)
+    assert torch.equal(tensors["x"], torch.ones(8)) and metadata == {"note": "1"}
+    content = path.read_bytes()
+    for length in range(0, len(content), 5):
+        path.write_bytes(content[:length])
+        with pytest.raises(CorruptFileError, match=r"a\.safetensors"):
+            read_safetensors(path)
+    path.write_bytes(content[:8].replace(content[:1], b"\xff") + content[8:])
+    with pytest.raises(CorruptFileError, match=r"a\.safetensors"):
+        read_safetensors(path)
