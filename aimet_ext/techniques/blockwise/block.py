@@ -220,9 +220,9 @@ class Block:
         for layer, (scale, offset) in state.grids.items():
             quantizer = self.quantizers[layer]
             symmetric = quantizer.layout.symmetric
-            if scale.shape[1] == 1:
+            dead = quantizer.weight.flatten(1).abs().amax(1, keepdim=True) == 0  # [out, 1]
+            if scale.shape == dead.shape:
                 # A row of zeros takes any scale: that of another holds its bias as an int32.
-                dead = quantizer.weight.flatten(1).abs().amax(1, keepdim=True) == 0
                 scale = torch.where(dead.to(scale.device), scale.amax(), scale)
             quantizer.set_scale(scale.float(), None if symmetric else offset.float())
             quantizer.freeze()
