@@ -144,6 +144,8 @@ def check_token_ids(model: PreTrainedModel, *batches: Tensor) -> None:
     table: Any = model.get_input_embeddings()
     rows = table.weight.shape[0]
     for ids in batches:
+        if torch.compiler.is_compiling() or type(ids) is not Tensor:
+            continue  # traced: the ids are none yet
         low, high = map(int, ids.aminmax()) if ids.numel() else (0, 0)
         if low < 0 or high >= rows:
             raise ValueError(

@@ -271,6 +271,12 @@ class FloatWeights(Protocol):
     def preserved_state(self) -> AbstractContextManager[None]:
         """Open a context that restores training flags, ``requires_grad`` and ``use_cache``."""
 
+    def remembered(self) -> Callable[[], None]:
+        """Return a function that puts every quantizer and parameter back in the place it has now.
+
+        Contexts do that by themselves; an interrupt at the very end of one can keep it from it.
+        """
+
     def original_names(self) -> Callable[[str], str]:
         """Return a function from names in ``model`` to names in the original checkpoint."""
 

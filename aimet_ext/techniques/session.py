@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from aimet_ext.core.affine import fake_quantize, to_blocks
+from aimet_ext.core.interrupts import uninterrupted
 from aimet_ext.data.batches import ForwardFn
 from aimet_ext.files.folders import writable_folder
 from aimet_ext.files.ledger import Ledger
@@ -61,7 +62,7 @@ def undo_on_failure(
         cache_dir = writable_folder(cache_dir, "cache_dir")
     with nullcontext() if cache_dir is None else scratch(cache_dir, "aimet_ext-undo") as folder:
         journal = UndoJournal(folder)
-        ledger = adaptor.ledger
+        ledger, put_back = adaptor.ledger, adaptor.remembered()
 
         def keep(module: str) -> None:
             if module not in journal:
@@ -73,10 +74,12 @@ def undo_on_failure(
                 adaptor.model.zero_grad(set_to_none=True)
                 yield keep
         except BaseException:
-            adaptor.ledger = ledger
-            with adaptor.preserved_state():
-                for module in tuple(journal.keys()):
-                    adaptor.restore(module, *journal.restore(module))
+            with uninterrupted():
+                adaptor.ledger = ledger
+                put_back()
+                with adaptor.preserved_state():
+                    for module in tuple(journal.keys()):
+                        adaptor.restore(module, *journal.restore(module))
             raise
         finally:
             journal.clear()

@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from aimet_ext.core.interrupts import uninterrupted
 from aimet_ext.data.batches import (
     ForwardFn,
     call_model,
@@ -397,8 +398,9 @@ def swapped_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator
             layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
         yield
     finally:
-        for parameters, parameter in reversed(kept):
-            parameters["weight"] = parameter
+        with uninterrupted():
+            for parameters, parameter in reversed(kept):
+                parameters["weight"] = parameter
 
 
 @contextmanager
@@ -427,7 +429,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             config.use_cache = False
         yield
     finally:
-        for module, flag in training:
-            module.training = flag
-        for config, value in caching:
-            config.use_cache = value
+        with uninterrupted():
+            for module, flag in training:
+                module.training = flag
+            for config, value in caching:
+                config.use_cache = value

@@ -368,7 +368,7 @@ def test_short_sequences_are_an_error(tiny_llama):
 def test_masks_keep_their_form_and_unknown_tensors_their_length():
     class Block(nn.Module):
         def forward(self, x, bias, attention_mask=None, scale=None):
-            raise NotImplementedError
+            return x
 
     x, bias = torch.randn(4, 20, 8), torch.randn(4, 20)
     named = probe_inputs(Block(), (x, bias), {"attention_mask": torch.ones(4, 20).long()})

@@ -194,6 +194,15 @@ class OnnxSim(SimAdaptor):
     def float_state(self) -> Mapping[str, Tensor]:
         return _FloatState(self.graph, without=self.copied)
 
+    def remembered(self) -> Callable[[], None]:
+        kept = {q: q.enabled for q in self.sim.qc_quantize_op_dict.values()}
+
+        def put_back() -> None:
+            for quantizer, enabled in kept.items():
+                quantizer.enabled = enabled
+
+        return put_back
+
     def original_names(self) -> Callable[[str], str]:
         return lambda name: name  # a graph has names of its own
 

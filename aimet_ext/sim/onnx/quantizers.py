@@ -31,6 +31,7 @@ from aimet_ext.core.affine import (
     symmetric_offset,
 )
 from aimet_ext.core.clipping import GridLayout
+from aimet_ext.core.interrupts import uninterrupted
 from aimet_ext.onnx.graph import OnnxGraph
 from aimet_ext.onnx.layers import OnnxLayer, stored_weight
 from aimet_ext.sim.protocol import WeightQuantizer
@@ -59,8 +60,9 @@ def switched_off(quantizers: Sequence[QcQuantizeOp]) -> Iterator[None]:
             quantizer.enabled = False
         yield
     finally:
-        for quantizer in quantizers:
-            quantizer.enabled = True
+        with uninterrupted():
+            for quantizer in quantizers:
+                quantizer.enabled = True
 
 
 def calibrate_on(quantizer: QcQuantizeOp, values: np.ndarray[Any, Any]) -> None:

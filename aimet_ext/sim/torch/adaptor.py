@@ -15,6 +15,7 @@ from aimet_torch.quantization.base import QuantizerBase
 from torch import Tensor, nn
 
 from aimet_ext.core.affine import Grid, fake_quantize, minmax_range, scale_offset
+from aimet_ext.core.interrupts import uninterrupted
 from aimet_ext.data.batches import iterate_batches
 from aimet_ext.files.tensors import of_parameter, parameter_quantizer
 from aimet_ext.models.topology import BlockTopology, TopologyDescription, find_blocks
@@ -95,8 +96,9 @@ class TorchSim(SimAdaptor):
                 setattr(container, key, None)
             yield
         finally:
-            for container, key, quantizer in places:
-                setattr(container, key, quantizer)
+            with uninterrupted():
+                for container, key, quantizer in places:
+                    setattr(container, key, quantizer)
 
     @contextmanager
     def live_activations(self, module: str) -> Iterator[None]:
@@ -277,13 +279,31 @@ class TorchSim(SimAdaptor):
         try:
             yield
         finally:
-            for module, was in training.items():
-                module.training = was
-            for parameter, (was, gradient) in gradients.items():
-                parameter.requires_grad_(was)
-                parameter.grad = gradient
-            for config, cached in caches:
-                config.use_cache = cached
+            with uninterrupted():
+                for module, was in training.items():
+                    module.training = was
+                for parameter, (was, gradient) in gradients.items():
+                    parameter.requires_grad_(was)
+                    parameter.grad = gradient
+                for config, cached in caches:
+                    config.use_cache = cached
+
+    def remembered(self) -> Callable[[], None]:
+        quantizers = [
+            (self.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], quantizer)
+            for name, quantizer in self._quantizers("")
+        ]
+        parameters = [
+            (module._parameters, {**module._parameters}) for module in self.model.modules()
+        ]
+
+        def put_back() -> None:
+            for container, key, quantizer in quantizers:
+                setattr(container, key, quantizer)
+            for own, kept in parameters:
+                own.update(kept)
+
+        return put_back
 
     @property
     def framework(self) -> Literal["torch"]:

@@ -17,6 +17,7 @@ from aimet_torch.quantization.base import QuantizerBase
 from torch import Tensor, nn
 
 from aimet_ext.config import QSpec
+from aimet_ext.core.interrupts import uninterrupted
 from aimet_ext.files.encodings import Layout
 from aimet_ext.sim.torch.setup import quiet, weight_quantizer_for
 
@@ -114,8 +115,9 @@ class LayerParameter:
             with quiet():
                 self.layer.compute_param_encodings()
         finally:
-            for key, kept in own.items():
-                self.layer.param_quantizers[key] = kept
+            with uninterrupted():
+                for key, kept in own.items():
+                    self.layer.param_quantizers[key] = kept
         return quantizer
 
 
