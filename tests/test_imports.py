@@ -56,7 +56,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "sim*": ({"sim.protocol", "sim.facts", "walk", "models", "data", "core", "config"}, {"torch"}),
     "grids*": (
-        {"grids", "techniques", "sim", "models", "data", "core", "config"},
+        {"grids", "techniques", "sim", "models", "data", "files.reading", "core", "config"},
         {"torch"},
     ),
     "techniques.lpbq": (

@@ -22,11 +22,11 @@ Example:
 """
 
 BITWIDTHS = (4, 3)
-WINDOWS = {"calibration": 8, "evaluation": 24}  # of 256 tokens
+WINDOWS = {"calibration": 8, "evaluation": 16}  # of 256 tokens
 # Less work than with the defaults: all runs together take less than two minutes of one core.
 SETTINGS: dict[str, dict[str, Any]] = {
     "gptq": {"scale_candidates": 3, "refine_sweeps": 2},
-    "adaround": {"start": "weight", "num_iterations": 60, "refine_sweeps": 2},
+    "adaround": {"start": "weight", "num_iterations": 40, "refine_sweeps": 2},
     "omniquant": {"search_sweeps": 1, "evaluations": 1},
 }
 _LABELS = {
