@@ -22,7 +22,7 @@ Example:
 """
 
 BITWIDTHS = (4, 3)
-WINDOWS = {"calibration": 8, "evaluation": 16}  # of 256 tokens
+WINDOWS = {"calibration": 8, "evaluation": 24}  # of 256 tokens
 # Less work than with the defaults: all runs together take less than two minutes of one core.
 SETTINGS: dict[str, dict[str, Any]] = {
     "gptq": {"scale_candidates": 3, "refine_sweeps": 2},
