@@ -14,7 +14,7 @@ WIDTH = 100
 
 def summary(found: Mapping[str, Any]) -> str:
     """Return the findings of :func:`aimet_ext.artifact.inspect.inspect_export` as text."""
-    width = max(len(name) for name in found["files"])
+    width = max(map(len, found["files"]), default=0)
     files = [(f"  {name:<{width}}", size(e["bytes"])) for name, e in found["files"].items()]
     lines = [_lines(name, value) for name, value in _rows(found) if value]
     return "\n".join(
@@ -60,7 +60,8 @@ def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     deviation = found.get("checks", {}).get("onnxruntime_relative_deviation")
     if deviation is not None:
         yield "checked", f"ONNX model in onnxruntime: {deviation:.1e} off, relative to the outputs"
-    yield "target", str(settings.get("config_file") or "")
+    config = settings.get("config_file")
+    yield "config", config if isinstance(config, str) else "of its own" if config else ""
     yield "made by", ", ".join(f"{name} {number}" for name, number in versions.items())
     yield "unlisted", ", ".join(found.get("unlisted", ()))
 
@@ -96,10 +97,8 @@ def quality_lines(quality: Mapping[str, Any]) -> str:
     """Return the perplexities that ``quantize`` measured, one a line."""
     float_ = quality["float"]
     rows = [
-        (name, f"{quality[key]:.4g}  {quality[key] / float_ - 1:+.1%}")
+        (f"  {name}", f"{quality[key]:.4g}  {quality[key] / float_ - 1:+.1%}")
         for key, name in (("rounding", "weights rounded to nearest"), ("quantized", "as exported"))
     ]
     head = f"Perplexity on {quality['windows']} windows of {quality['text']}:"
-    return (
-        f"{head}\n{table([('  float model', f'{float_:.4g}'), *((f'  {n}', v) for n, v in rows)])}"
-    )
+    return f"{head}\n{table([('  float model', f'{float_:.4g}'), *rows])}"
