@@ -345,8 +345,14 @@ def open_pass(
     :param kinds: Result of :func:`~aimet_ext.walk.wiring.block_kinds`, None to compute it.
     :raises ValueError: blocks are not called one after another, or a batch is unusable.
     """
+    fault: Exception | None = None
     if kinds is None:
-        kinds = kinds_of(model, blocks, batches, options.get("forward_fn"))
+        try:
+            kinds = kinds_of(model, blocks, batches, options.get("forward_fn"))
+        except NotInSequence:
+            raise
+        except Exception as error:  # noqa: BLE001  (of the batch: the capture says more)
+            kinds, fault = [0] * len(blocks), error
     others = [blocks[number] for number in sorted(set(kinds) - {0})]
 
     def capture(own: Weights) -> BlockStream:
@@ -354,7 +360,11 @@ def open_pass(
             return capture_block_inputs(model, blocks[0], batches, others=others, **options)
 
     flows = capture_streams(capture, weights)
-    return BlockPass(model, blocks, flows, options.get("device"), [blocks[k] for k in kinds])
+    found = BlockPass(model, blocks, flows, options.get("device"), [blocks[k] for k in kinds])
+    if fault is not None:  # behind the first block, so that nothing is proved
+        found.close()
+        raise fault
+    return found
 
 
 def kinds_of(
@@ -366,9 +376,4 @@ def kinds_of(
     """
     if not batches:
         return [0] * len(blocks)  # the capture says that there are none
-    try:
-        return block_kinds(model, blocks, partial(call_model, model, batches[0], forward_fn))
-    except NotInSequence:
-        raise
-    except Exception:  # noqa: BLE001  (of the batch or forward_fn: the capture says more)
-        return [0] * len(blocks)
+    return block_kinds(model, blocks, partial(call_model, model, batches[0], forward_fn))

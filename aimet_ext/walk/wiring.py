@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aimet_ext.data.batches import map_leaves
+from aimet_ext.data.batches import map_leaves, map_tensors
 from aimet_ext.walk.stream import hidden_state, nearest_config
 
 # Values of each argument of a block but the hidden states, by the argument's name.
@@ -80,7 +80,11 @@ def _calls(model: nn.Module, blocks: Sequence[str], run: Callable[[], object]) -
                 f"{blocks[number]} must receive what {blocks[number - 1]} returns, but the model "
                 "does something to it in between"
             )
-        found.append({name: _leaves(value) for name, value in named.items()})
+        own = {name: _leaves(value) for name, value in named.items()}
+        # One copy of what blocks share: masks of long sequences are large.
+        alike = (other for other in found if _differing(other, own) is None)
+        shared: _Arguments | None = next(iter(alike), None)
+        found.append(_copied(own) if shared is None else shared)
 
     def after(result: Any) -> None:
         try:
@@ -112,12 +116,16 @@ def _other_output(_: nn.Module, args: Any, output: Any) -> Any:
     return map_leaves(lambda leaf: changed if leaf is hidden else leaf, output)
 
 
+def _copied(arguments: _Arguments) -> _Arguments:
+    return {name: map_tensors(Tensor.clone, leaves) for name, leaves in arguments.items()}
+
+
 def _leaves(value: Any) -> list[Any]:
     found: list[Any] = []
 
     def note(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
-            found.append(leaf.detach().clone())
+            found.append(leaf.detach())
         elif leaf is None or isinstance(leaf, bool | int | float | str):
             found.append(leaf)  # anything else is a cache, which is dropped
         return leaf
@@ -128,6 +136,8 @@ def _leaves(value: Any) -> list[Any]:
 
 def _differing(one: _Arguments, other: _Arguments) -> str | None:
     """Return the name of an argument that differs, None without one."""
+    if one is other:
+        return None
     for name in {**one, **other}:
         mine, theirs = one.get(name), other.get(name)
         if mine is None or theirs is None or len(mine) != len(theirs):

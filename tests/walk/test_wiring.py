@@ -119,6 +119,16 @@ def test_a_walk_calls_each_kind_with_its_arguments() -> None:
     walk.close()
 
 
+def test_a_model_that_fails_behind_its_first_block_is_refused() -> None:
+    """Nothing is taken for granted where the wiring could not be proved."""
+    model = Stack([None] * 3).eval()
+    model.blocks[1].proj.register_forward_hook(lambda *_: 1 / 0)
+    walk = BlockWalk(model, BLOCKS, [torch.randn(1, 2, 4)], ["blocks.0.proj"])
+    with pytest.raises(ZeroDivisionError):
+        next(walk.stages())
+    walk.close()
+
+
 def true_inputs(model: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
     """Mean square of what reaches each linear layer."""
     seen: dict[str, list[Tensor]] = {}

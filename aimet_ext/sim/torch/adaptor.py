@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Unpack
 
@@ -243,8 +243,13 @@ class TorchSim(SimAdaptor):
     ) -> Walk:
         settings: dict[str, Any] = {"streams": streams, "effective": effective, **options}
         if blocks := find_stack(self.model, layers):
-            with suppress(NotInSequence):  # the graph knows how data flows
+            try:
                 kinds = kinds_of(self.model, blocks, batches, options.get("forward_fn"))
+            except NotInSequence:
+                blocks = []  # the graph knows how data flows
+            except Exception:  # noqa: BLE001  (of the batch: the walk says more)
+                kinds = None
+            if blocks:
                 return BlockWalk(self.model, blocks, batches, layers, kinds=kinds, **settings)
         return walk_graph(self.model, batches, layers, leaves=self.sim.qmodules(), **settings)
 
