@@ -57,7 +57,7 @@ def create_sim(
         is the spec of the output layer there, and else one scale for the tensor in as many bits:
         what lookups of NPUs take, and ``aimet_onnx`` too, which loads no encoding by rows for one.
     :param activations: Bits (asymmetric) or spec of all inputs and outputs. None leaves them and
-        the gains of norms float; otherwise gains have 16 bits.
+        the gains of norms float; otherwise gains have 16 bits, or 8 beside activations of 8.
     :param overrides: Specs for the layers whose name, in the checkpoint or in the model, fits a
         pattern like ``"model.layers.0.*"``; of several that fit, the first one counts.
     :param config_file: Alias, path or content of AIMET's configuration, which says what tensors

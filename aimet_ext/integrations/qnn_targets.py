@@ -12,6 +12,15 @@ from dataclasses import dataclass
 #: Masked scores below this leave the others less than 40 dB, even at 16 bits.
 MASK_LIMIT = -1e4
 
+#: Rounding scores that go into a Softmax by half of this changes attention weights by 5 %.
+SCORE_STEP = 0.1
+
+#: Remedy for a gain that :func:`refuses_norm`.
+NORM_REMEDY = (
+    "quantize its gain to unsigned integers as wide as the norm's output (bitwidth=8, "
+    "symmetric=False beside activations of 8 bits), or give its input or output 16 bits"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class HtpTarget:
@@ -126,6 +135,23 @@ def _targets() -> dict[str, HtpTarget]:
 
 
 _TARGETS = _targets()
+
+
+def refuses_norm(reads: str | None, gain: str | None, makes: str | None) -> bool:
+    """Return True if no HTP takes an RMS norm of these integers.
+
+    Measured on all architectures, with ``SimplifiedLayerNormalization``.
+
+    :param reads: Type of its input, such as ``"uint8"``; None if it is float or not known.
+    :param gain: Type of its gain, likewise.
+    :param makes: Type of its output, likewise.
+    """
+    if gain is None or reads is None or makes is None:
+        return False
+    wide = {kind.endswith("16") for kind in (reads, makes)}
+    if len(wide) == 2:  # one side of 16 bits and one of 8: any gain will do
+        return False
+    return gain == "int8" if wide == {True} else gain != "uint8"
 
 
 def target_names() -> list[str]:

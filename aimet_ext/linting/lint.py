@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from aimet_ext.config import PerTensor
 from aimet_ext.errors import Finding
-from aimet_ext.integrations.qnn_targets import LIMITS, MASK_LIMIT, HtpLimits, HtpTarget, find_target
+from aimet_ext.integrations.qnn_targets import (
+    LIMITS,
+    MASK_LIMIT,
+    NORM_REMEDY,
+    SCORE_STEP,
+    HtpLimits,
+    HtpTarget,
+    find_target,
+    refuses_norm,
+)
 from aimet_ext.sim.facts import FIXED_RANGES, Activation, LintLayer, SimFacts
 from aimet_ext.sim.protocol import adapt
 
@@ -22,9 +32,9 @@ def lint(sim: Any, target: str | HtpTarget = "htp_v79") -> list[Finding]:
     """Find what a chip's HTP does not compute as the simulation does.
 
     Nothing is run, compiled or changed: looked at are widths of weights and activations, grids,
-    block sizes, biases beside LPBQ, lookup tables, ranges that are fixed, absent or ruined by a
-    mask, layers left float, and caches whose input and output differ. A simulation without findings
-    can still fail; ``aimet_ext.verify`` compiles and runs it.
+    block sizes, biases beside LPBQ, lookup tables, gains of norms, ranges that are fixed, absent or
+    ruined by a mask, layers left float, and caches whose input and output differ. A simulation
+    without findings can still fail; ``aimet_ext.verify`` compiles and runs it.
 
     :param sim: ``aimet_torch.QuantizationSimModel`` or ``aimet_onnx.QuantizationSimModel``, best
         after ``sim.compute_encodings``.
@@ -321,6 +331,25 @@ def _masks(facts: SimFacts, limits: HtpLimits) -> Iterator[Finding]:
             )
 
 
+def _scores(facts: SimFacts, limits: HtpLimits) -> Iterator[Finding]:
+    """Check the steps of masked scores, known ones or those that the mask makes at least."""
+    steps = [(a.name, a.step) for a in facts.masked if a.low is None or a.low >= MASK_LIMIT]
+    widths = [activation.bitwidth for activation in facts.activations]
+    if facts.mask is not None and facts.mask >= MASK_LIMIT and widths:
+        bits = max(set(widths), key=widths.count)  # what an NPU's other quantizers get
+        steps.append(("the attention mask", -facts.mask / ((1 << bits) - 1)))
+    for name, step in steps:
+        if step > SCORE_STEP:
+            yield Finding(
+                "scores",
+                name,
+                f"scores of steps of {SCORE_STEP:g} or less are required before a Softmax, got "
+                f"{step:.3g}: a rounding changes an attention weight by up to "
+                f"{math.expm1(step / 2):.0%}",
+                "quantize activations to 16 bits",
+            )
+
+
 def _operands(facts: SimFacts, limits: HtpLimits) -> Iterator[Finding]:
     for activation in () if limits.wide_operands else facts.operands:
         if activation.bitwidth > 8:
@@ -331,6 +360,19 @@ def _operands(facts: SimFacts, limits: HtpLimits) -> Iterator[Finding]:
                 f"{activation.bitwidth}: v{limits.arch} rounds it to 8",
                 "take a target from v73 on, or set its bitwidth to 8 (kv_bitwidth=8 for what is "
                 "kept between calls), so that the simulation shows what that costs",
+            )
+
+
+def _norms(facts: SimFacts, limits: HtpLimits) -> Iterator[Finding]:
+    for norm in facts.norms:
+        types = norm.types()
+        if refuses_norm(*types):
+            yield Finding(
+                "norm",
+                norm.name,
+                f"a gain that v{limits.arch} takes in an RMS norm from {types[0]} to {types[2]} is "
+                f"required, got {types[1]}",
+                NORM_REMEDY,
             )
 
 
@@ -385,7 +427,9 @@ _RULES: tuple[_Rule, ...] = (
     _ranges,
     _fixed,
     _masks,
+    _scores,
     _operands,
+    _norms,
     _tied,
     _conversions,
 )

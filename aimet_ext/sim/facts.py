@@ -80,11 +80,36 @@ class LintLayer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NormFacts:
+    """An RMS norm with a quantized gain.
+
+    :param name: Name of the gain in the simulation.
+    :param bitwidth: Bits of the gain.
+    :param signed: True if its integers are signed.
+    :param reads: Quantizer of the norm's input, None where there is none or it is not known.
+    :param makes: Quantizer of its output, likewise.
+    """
+
+    name: str
+    bitwidth: int
+    signed: bool
+    reads: Activation | None
+    makes: Activation | None
+
+    def types(self) -> tuple[str | None, str, str | None]:
+        """Return the types of input, gain and output as integers; unknown inputs as the output."""
+        makes = None if self.makes is None else f"uint{self.makes.bitwidth}"
+        reads = makes if self.reads is None else f"uint{self.reads.bitwidth}"
+        return reads, f"{'' if self.signed else 'u'}int{self.bitwidth}", makes
+
+
+@dataclass(frozen=True, kw_only=True)
 class SimFacts:
     """Everything that a lint judges of a simulation.
 
     :param layers: Layers with a weight, by which an NPU is chosen; gains of norms are none.
     :param activations: All integer quantizers of activations.
+    :param norms: RMS norms.
     :param unset: Parameters whose quantizers have no range.
     :param fixed: Outputs of operators whose range is always the same, with the operator.
     :param masked: Tensors that hold the mask, or scores to which it was added.
@@ -97,6 +122,7 @@ class SimFacts:
 
     layers: tuple[LintLayer, ...]
     activations: tuple[Activation, ...]
+    norms: tuple[NormFacts, ...] = ()
     unset: tuple[str, ...] = ()
     fixed: tuple[tuple[str, Activation], ...] = ()
     masked: tuple[Activation, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,11 +11,13 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto
 from onnx.numpy_helper import to_array
 
+from aimet_ext.integrations.qnn_targets import NORM_REMEDY, SCORE_STEP, refuses_norm
 from aimet_ext.onnx.index import GraphIndex, attribute
 from aimet_ext.verification.report import array_sqnr
 
 _WITH_WEIGHT = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_OTHERS = ("Add", "LayerNormalization", "Mul", "RMSNormalization", "Softmax")
+_RMS_NORMS = ("RMSNormalization", "SimplifiedLayerNormalization")
+_OTHERS = ("Add", "LayerNormalization", "Mul", "Softmax", *_RMS_NORMS)
 _MOVING = ("QuantizeLinear", "Reshape", "Transpose")
 
 # Blocks of as many input channels as this, or of a multiple of it, are computed right; the smaller
@@ -38,11 +41,13 @@ class LayerFacts:
     :param tensor: Output of the last operator, before its quantizer.
     :param parents: Nearest such tensors upstream.
     :param step: Step of the grid of that output, None if unknown.
+    :param score_step: Step of the grid of a Softmax's input, None for other operators.
     :param bits: Width of the stored weight, None without one.
     :param block_size: Block size of the weight, None unless blockwise.
     :param lpbq: True if the blocks' scales are integers.
     :param kernel: Spatial sizes of a convolution's weight.
     :param factor_type: Type of the second factor's integers, in a product of two activations.
+    :param norm_types: Types of an RMS norm's input, gain and output, None for other operators.
     :param bias: Values of the bias, None without one.
     :param fused: True if nothing is quantized between a MatMul and the Add of its bias.
     :param bias_type: Type of the bias, ``"float32"``, ``"int32"``, … , None without one.
@@ -54,11 +59,13 @@ class LayerFacts:
     tensor: str
     parents: tuple[str, ...] = ()
     step: float | None = None
+    score_step: float | None = None
     bits: int | None = None
     block_size: int | None = None
     lpbq: bool = False
     kernel: tuple[int, ...] = ()
     factor_type: str | None = None
+    norm_types: tuple[str | None, ...] | None = None
     bias: np.ndarray[Any, Any] | None = None
     bias_type: str | None = None
     fused: bool = False
@@ -94,6 +101,8 @@ class _Reader:
                     nodes=(node.name,),
                     op_type=node.op_type,
                     tensor=node.output[0],
+                    norm_types=self._norm_types(node) if node.op_type in _RMS_NORMS else None,
+                    score_step=self._score_step(node) if node.op_type == "Softmax" else None,
                 )
             else:
                 continue
@@ -152,6 +161,18 @@ class _Reader:
             "lpbq": integers,
             "kernel": tuple(weight.dims[2:]),
         }
+
+    def _score_step(self, node: Any) -> float | None:
+        made = self.index.node(node.input[0])
+        if made is None or made.op_type != "DequantizeLinear":
+            return None
+        scale = self.index.constant(made.input[1])
+        return None if scale is None else float(to_array(scale).max())
+
+    def _norm_types(self, node: Any) -> tuple[str | None, ...]:
+        made = self._quantizer(node.output[0])
+        tensors = (node.input[0], node.input[1], made)
+        return tuple(None if name is None else self._factor_type(name) for name in tensors)
 
     def _factor_type(self, name: str) -> str | None:
         """Return the type of a dequantized tensor's integers, by its zero point."""
@@ -339,6 +360,22 @@ _PATTERNS: tuple[_Pattern, ...] = (
             "it is a product of two activations whose second one is uint16, which HTP multiplies "
             "with some 8 bits only",
             "have the second input quantized symmetrically and stored as int16 with zero point 0",
+        ),
+    ),
+    (
+        lambda layer: layer.norm_types is not None and refuses_norm(*layer.norm_types),
+        lambda layer: Cause(
+            "it is an RMS norm with an input, gain and output of "
+            f"{', '.join(str(kind) for kind in layer.norm_types or ())}, which HTP does not take",
+            NORM_REMEDY,
+        ),
+    ),
+    (
+        lambda layer: layer.score_step is not None and layer.score_step > SCORE_STEP,
+        lambda layer: Cause(
+            f"its scores have a step of {layer.score_step:.3g}, so that a rounding changes an "
+            f"attention weight by up to {math.expm1(layer.score_step / 2):.0%}",
+            "quantize activations to 16 bits",
         ),
     ),
     (

@@ -34,7 +34,8 @@ class Thresholds:
         30 dB above sim against float is enough too.
     :param layer_db: Ratio of every layer on the device to the same layer of the ONNX sim; a
         difference of less than a step of the output's grid is accepted in any case.
-    :param top1: Share of tokens whose largest logit is the sim's.
+    :param top1: Share of tokens whose largest logit is the sim's. Near-ties do not count against
+        it: tokens where the sim's two logits are nearer than an error of ``output_db`` tells apart.
     :param perplexity: Largest relative difference from the sim's perplexity.
     """
 
@@ -59,6 +60,11 @@ class Thresholds:
     def output_db(self, sim_float_db: float) -> float:
         """Return the ratio that the device's outputs must reach against the sim's."""
         return min(self.enough_db, sim_float_db + self.margin_db)
+
+    def flips_allowed(self, tokens: int) -> int:
+        """Return the number of tokens whose largest logit may be another than the sim's."""
+        allowed = math.floor((1 - self.top1) * tokens + 1e-9)
+        return max(1, allowed) if self.top1 < 1 else 0
 
     def hand_off_db(self, sim_float_db: float) -> float:
         """Return the ratio that the ONNX sim's outputs must reach against the exported sim's."""
@@ -249,23 +255,59 @@ def array_sqnr(value: Any, target: Any) -> float:
     return outputs_sqnr(map(torch.from_numpy, values), map(torch.from_numpy, targets))
 
 
-def top1_agreement(
-    outputs: Sequence[Array], targets: Sequence[Array], feeds: Sequence[Feed]
-) -> float | None:
-    """Return the share of tokens whose largest logit is at the same place, masked tokens left out.
+@dataclass(frozen=True, kw_only=True)
+class TopOne:
+    """Comparison of the largest logits of all tokens that are no padding.
 
-    None where the outputs are no logits ``[batch, seq, vocab]`` or ``[batch, classes]``.
+    :param tokens: Tokens compared.
+    :param margins: Of each token whose largest logit is another: the difference of the target's
+        two logits, in root mean squares of all the target's logits.
     """
-    same = count = 0
+
+    tokens: int
+    margins: tuple[float, ...]
+
+    @property
+    def agreement(self) -> float:
+        """Share of tokens whose largest logit is at the same place."""
+        return 1 - len(self.margins) / self.tokens
+
+    def beyond(self, noise_db: float) -> list[float]:
+        """Return the margins that noise of a ratio does not account for.
+
+        Two logits, each with that noise, differ by more than three standard deviations.
+        """
+        return [m for m in self.margins if not m <= 3 * math.sqrt(2) * 10 ** (-noise_db / 20)]
+
+
+def top_one(
+    outputs: Sequence[Array], targets: Sequence[Array], feeds: Sequence[Feed]
+) -> TopOne | None:
+    """Compare the places of the largest logits, masked tokens left out.
+
+    None where the outputs are no logits ``[batch, seq, vocab]`` or ``[batch, classes]``, or no
+    token counts.
+    """
+    tokens, squares, numbers = 0, 0.0, 0
+    margins: list[Array] = []
     for output, target, feed in zip(outputs, targets, feeds, strict=True):
         if output.ndim not in (2, 3):
             return None
-        equal = torch.from_numpy(output.argmax(-1) == target.argmax(-1))
-        real = token_mask(feed)
-        if output.ndim == 3 and real is not None:
-            equal = equal[real]
-        same, count = same + int(equal.sum()), count + equal.numel()
-    return same / count if count else None
+        real = token_mask(feed) if output.ndim == 3 else None
+        keep = np.ones(output.shape[:-1], bool) if real is None else real.cpu().numpy()
+        want = target[keep].astype(np.float64)  # [tokens, vocab]
+        chosen = output[keep].argmax(-1)[:, None]
+        margin = want.max(-1) - np.take_along_axis(want, chosen, -1)[:, 0]
+        margins.append(margin[chosen[:, 0] != want.argmax(-1)])
+        tokens, squares, numbers = (
+            tokens + len(want),
+            squares + float(np.square(want).sum()),
+            numbers + want.size,
+        )
+    if not tokens:
+        return None
+    size = math.sqrt(squares / numbers) or 1.0
+    return TopOne(tokens=tokens, margins=tuple((np.concatenate(margins) / size).tolist()))
 
 
 def perplexity(outputs: Sequence[Array], feeds: Sequence[Feed]) -> float | None:

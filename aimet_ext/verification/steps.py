@@ -39,9 +39,10 @@ from aimet_ext.verification.report import (
     LayerCheck,
     Measures,
     Thresholds,
+    TopOne,
     array_sqnr,
     perplexity,
-    top1_agreement,
+    top_one,
 )
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -247,10 +248,11 @@ class Verification:
         found = [self.session.run(feed)[0] for feed in self.windows]
         onnx_sim = run_feeds(adapt(self._hand().sim).runner, self.windows)
         ratio = array_sqnr(found, self.expected)
+        places = top_one(found, self.expected, self.windows)
         self._measure(
             device_sim_db=ratio,
             device_onnx_db=array_sqnr(found, onnx_sim),
-            top1=top1_agreement(found, self.expected, self.windows),
+            top1=None if places is None else places.agreement,
         )
         if self.real:
             self._measure(perplexity_device=perplexity(found, self.windows))
@@ -261,13 +263,8 @@ class Verification:
                 f"and it is {ratio:.1f} dB"
             )
             self._fault("output", name, message, _ASK_AGAIN)
-        top1, limit = self.measures.top1, self.thresholds.top1
-        if top1 is not None and not top1 >= limit:
-            message = (
-                f"the largest logit must be the sim's for {limit:.2%} of the tokens or more, "
-                f"and it is for {top1:.2%}"
-            )
-            self._fault("top-1", name, message, _ASK_AGAIN)
+        if places is not None:
+            self._check_top1(name, places, required)
         self._check_perplexity(name)
         return f"{ratio:.1f} dB against the sim, {required:.1f} required"
 
@@ -376,6 +373,17 @@ class Verification:
                 self.backend, self.session, self.fallbacks = MIXED, session, session.fallbacks
         if self.session is None:
             self.session = CpuSession(self.qdq)
+
+    def _check_top1(self, name: str, places: TopOne, noise_db: float) -> None:
+        beyond, limits = places.beyond(noise_db), self.thresholds
+        if len(beyond) <= limits.flips_allowed(places.tokens):
+            return
+        message = (
+            f"the largest logit must be the sim's for {limits.top1:.2%} of the tokens or more, "
+            f"near-ties aside, and it is another for {len(beyond)} of {places.tokens}, by up to "
+            f"{max(beyond):.3g} times the root mean square of the logits"
+        )
+        self._fault("top-1", name, message, _ASK_AGAIN)
 
     def _check_perplexity(self, name: str) -> None:
         device, sim = self.measures.perplexity_device, self.measures.perplexity_sim

@@ -97,6 +97,34 @@ def test_a_mask_that_leaves_no_grid_for_scores_is_found(tiny_llama: Any) -> None
     assert "mask_value=-100.0" in found.remedy
 
 
+def narrow_sim(tiny_llama: Any) -> Any:
+    ids = torch.arange(32).reshape(2, 16)
+    sim = create_sim(tiny_llama, ids, weights=QSpec(bitwidth=4), activations=8)
+    sim.compute_encodings(lambda model: model(ids))
+    return sim
+
+
+def test_gains_of_norms_are_narrow_beside_narrow_activations(tiny_llama: Any) -> None:
+    """HTP takes a norm from 8 bits to 8 with an unsigned gain of 8 bits alone."""
+    sim = narrow_sim(tiny_llama)
+    assert named(sim) == {"the attention mask": "scores"}
+    gain = sim.model.get_submodule("model.model.norm").param_quantizers["weight"]
+    assert (gain.bitwidth, gain.symmetric) == (8, False)
+    for changes in ({"bitwidth": 16}, {"bitwidth": 8, "symmetric": True, "signed": True}):
+        for name, value in changes.items():
+            setattr(gain, name, value)
+        assert named(sim)["model.model.norm.weight"] == "norm"
+        (found,) = [found for found in lint(sim) if found.check == "norm"]
+        assert "unsigned integers" in found.remedy
+
+
+def test_scores_of_wide_steps_are_found(tiny_llama: Any) -> None:
+    """A grid of 8 bits that holds a mask of -100 has a step of 0.39."""
+    (found,) = lint(narrow_sim(tiny_llama))
+    assert "22%" in found.message
+    assert "16 bits" in found.remedy
+
+
 SPECS: dict[str, tuple[QSpec | None, str, str]] = {
     "3 bits": (QSpec(bitwidth=3), "weight width", "4 or 8 bits"),
     "asymmetric": (QSpec(bitwidth=8, symmetric=False), "symmetry", "symmetric=True"),

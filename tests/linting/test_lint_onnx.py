@@ -173,6 +173,53 @@ def test_a_mask_in_the_graph_is_found_by_its_range(value: float, found: bool) ->
     assert named(sim) == (dict.fromkeys(("masked", "mask"), "mask") if found else {})
 
 
+def with_bits(**bits: int) -> Callable[[Any], None]:
+    """Return a change of a simulation that gives tensors other widths; negative ones are signed."""
+
+    def change(sim: Any) -> None:
+        for name, width in bits.items():
+            quantizer = sim.qc_quantize_op_dict[name]
+            quantizer.enabled = True
+            quantizer.set_bitwidth(abs(width))
+            quantizer.use_symmetric_encodings = width < 0
+
+    return change
+
+
+@pytest.mark.parametrize(("bits", "found"), [(8, True), (16, False)])
+def test_masked_scores_of_wide_steps_are_found(bits: int, found: bool) -> None:
+    nodes = [("Add", ["s", "mask"], "masked", {}), ("Softmax", ["masked"], "y", {"axis": -1})]
+    feed = {"s": rand(1, 2, 4, 4), "mask": np.triu(np.full((1, 1, 4, 4), -100, np.float32), 1)}
+    change = with_bits(masked=bits, mask=bits)
+    sim = onnx_sim(nodes, {}, feed, shapes={"y": [1, 2, 4, 4]}, change=change)
+    assert named(sim) == (dict.fromkeys(("masked", "mask"), "scores") if found else {})
+
+
+@pytest.mark.parametrize("root", ["Mul", "Div"])
+@pytest.mark.parametrize(
+    ("activations", "gain", "found"),
+    [(8, 8, False), (8, 16, True), (8, -8, True), (16, 16, False), (16, -8, True)],
+)
+def test_a_gain_that_no_htp_takes_is_found(
+    root: str, activations: int, gain: int, found: bool
+) -> None:
+    """The gain of a norm that is spelt out; from 8 bits to 8 it has to be unsigned, of 8 bits."""
+    nodes: list[tuple[Any, ...]] = [
+        ("Mul", ["x", "x"], "squares", {}),
+        ("ReduceMean", ["squares"], "mean", {"axes": [-1]}),
+        ("Add", ["mean", "eps"], "above", {}),
+        ("Sqrt", ["above"], "root", {}),
+        ("Reciprocal", ["root"], "over", {}),
+        ("Mul", ["x", "over"], "n", {}) if root == "Mul" else ("Div", ["x", "root"], "n", {}),
+        ("Mul", ["gain", "n"], "y", {}),
+    ]
+    stored = {"eps": np.full(1, 1e-5, np.float32), "gain": rand(32)}
+    change = with_bits(x=activations, y=activations, gain=gain)
+    sim = onnx_sim(nodes, stored, change=change)
+    checks = [(each.name, each.check) for each in lint(sim) if each.check == "norm"]
+    assert checks == ([("gain", "norm")] if found else [])
+
+
 def cache_sim(**changes: Any) -> Any:
     """Keys of earlier calls before those of this one; all of them come out again."""
 

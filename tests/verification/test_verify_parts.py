@@ -27,10 +27,11 @@ from aimet_ext.verification.report import (
     Measures,
     StepResult,
     Thresholds,
+    TopOne,
     VerifyReport,
     array_sqnr,
     perplexity,
-    top1_agreement,
+    top_one,
 )
 from aimet_ext.verification.steps import CpuSession
 from aimet_ext.verification.verify import exported_length
@@ -133,13 +134,54 @@ def test_perplexity_is_exp_of_the_mean_loss_and_skips_what_a_mask_hides() -> Non
     assert perplexity([logits], [{"pixels": np.zeros((1, 4), np.float32)}]) is None
 
 
+def _compare_places(outputs: list[Any], targets: list[Any], feeds: list[dict[str, Any]]) -> TopOne:
+    found = top_one(outputs, targets, feeds)
+    assert found is not None
+    return found
+
+
 def test_top1_counts_tokens_that_are_real() -> None:
     one, two = np.eye(3, dtype=np.float32)[None], np.eye(3, dtype=np.float32)[None].copy()
     two[0, 0] = [0, 1, 0]
     feeds = [{"input_ids": np.array([[0, 1, 2]]), "attention_mask": np.array([[0, 1, 1]])}]
-    assert top1_agreement([one], [two], feeds) == 1
+    assert _compare_places([one], [two], feeds).agreement == 1
     del feeds[0]["attention_mask"]
-    assert top1_agreement([one], [two], feeds) == pytest.approx(2 / 3)
+    assert _compare_places([one], [two], feeds).agreement == pytest.approx(2 / 3)
+    assert top_one([one[None]], [two[None]], feeds) is None
+
+
+def test_near_ties_are_no_fault_and_decided_tokens_are() -> None:
+    """Of 128 tokens two are near-ties that noise of 40 dB turns, or two are decided otherwise."""
+    generator = np.random.default_rng(0)
+    target = generator.normal(size=(1, 128, 50)).astype(np.float32)
+    order = np.argsort(target, -1)
+    first, second = (np.take_along_axis(target, order[..., -n:][..., :1], -1) for n in (1, 2))
+    np.put_along_axis(target, order[..., -1:], np.maximum(first, second + 0.5), -1)
+    feeds = [{"input_ids": np.zeros((1, 128), np.int64)}]
+    limits = Thresholds()
+    for margin, faults in ((0.01, 0), (0.5, 2)):
+        close, output = target.copy(), target.copy()
+        for token in (3, 70):
+            best, next_ = order[0, token, -1], order[0, token, -2]
+            close[0, token, best] = close[0, token, next_] + margin
+            output[0, token] = close[0, token]
+            output[0, token, next_] = close[0, token, best] + 0.01
+        places = _compare_places([output], [close], feeds)
+        assert places.agreement == pytest.approx(126 / 128)
+        assert len(places.beyond(limits.enough_db)) == faults
+        assert (faults > limits.flips_allowed(places.tokens)) == bool(faults)
+
+
+def test_logits_that_are_not_finite_are_no_near_ties() -> None:
+    target = np.eye(4, dtype=np.float32)[None]
+    feeds = [{"input_ids": np.zeros((1, 4), np.int64)}]
+    assert len(_compare_places([np.full_like(target, np.nan)], [target], feeds).beyond(40.0)) == 3
+    assert len(_compare_places([np.roll(target, 1, -1)], [target], feeds).beyond(40.0)) == 4
+
+
+def test_the_flips_that_are_allowed_are_a_share_one_at_least() -> None:
+    assert [Thresholds().flips_allowed(n) for n in (10, 128, 300)] == [1, 1, 3]
+    assert Thresholds(top1=1).flips_allowed(1000) == 0
 
 
 def test_the_ratio_of_what_is_not_finite_is_the_worst() -> None:

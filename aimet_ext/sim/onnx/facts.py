@@ -7,7 +7,7 @@ from typing import Any
 
 from aimet_ext.onnx.index import MOVES
 from aimet_ext.onnx.layers import OnnxLayer
-from aimet_ext.sim.facts import FIXED_RANGES, Activation, LintLayer, SimFacts
+from aimet_ext.sim.facts import FIXED_RANGES, Activation, LintLayer, NormFacts, SimFacts
 from aimet_ext.sim.onnx.quantizers import OnnxWeightQuantizer, is_integer
 from aimet_ext.sim.protocol import WeightQuantizer
 
@@ -15,6 +15,9 @@ from aimet_ext.sim.protocol import WeightQuantizer
 _MOVES = MOVES | {"DepthToSpace", "Gather", "MaxPool", "SpaceToDepth"}
 # Operators that AIMET takes together with the layer before them, which then has no quantizer.
 _FUSED = {"BatchNormalization", "Clip", "HardSwish", "LeakyRelu", "PRelu", "Relu"}
+# RMS norms as one operator, and steps between the mean of squares and the root.
+_RMS_NORMS = {"RMSNormalization", "SimplifiedLayerNormalization"}
+_ROOT_STEPS = {"Add", "Div", "Pow", "Reciprocal", "Sqrt"}
 _ADDING = {"Add", "Max", "Min", "Sub", "Where"}
 # How the output for the next call is named after the input.
 _CACHES = (("past_key_values", "present"), ("past", "present"), ("past", "new"))
@@ -46,6 +49,7 @@ class _Reader:
                 for name, layer in self.adaptor.layers.items()
             ),
             activations=tuple(self.activations.values()),
+            norms=tuple(self._norms()),
             unset=tuple(
                 name for name in self.adaptor.sim.param_names if self._is_unset_parameter(name)
             ),
@@ -135,6 +139,37 @@ class _Reader:
                 if second is not None:
                     found[second.name] = second
         return found
+
+    def _norms(self) -> Iterator[NormFacts]:
+        """Yield the RMS norms with a quantized gain, of one operator or spelt out."""
+        for node in self.graph.nodes:
+            if node.op_type not in {"Mul", *_RMS_NORMS}:
+                continue
+            for gain, other in (node.input[:2], node.input[1::-1]):
+                quantizer = self.adaptor.sim.qc_quantize_op_dict.get(gain)
+                source = other if node.op_type != "Mul" else self._normalized(other)
+                if not self.graph.is_stored(gain) or not is_integer(quantizer) or source is None:
+                    continue
+                yield NormFacts(
+                    name=gain,
+                    bitwidth=int(quantizer.bitwidth),
+                    signed=bool(quantizer.use_symmetric_encodings),
+                    reads=self.source(source),
+                    makes=self.target(node.output[0]),
+                )
+
+    def _normalized(self, tensor: str) -> str | None:
+        """Return what is divided by the root of its mean square to make a tensor, if it is that."""
+        scaled = self.graph.node(self.graph.source(tensor, _MOVES))
+        if scaled is None or scaled.op_type not in ("Div", "Mul"):
+            return None
+        root = self.graph.node(scaled.input[1])
+        while root is not None and root.op_type in _ROOT_STEPS | _MOVES:
+            made = [self.graph.node(name) for name in root.input if not self.graph.is_stored(name)]
+            root = next((node for node in made if node is not None), None)
+        if root is None or root.op_type != "ReduceMean":
+            return None
+        return str(self.graph.source(scaled.input[0], _MOVES))
 
     def _is_unset_parameter(self, name: str) -> bool:
         quantizer = self.adaptor.sim.qc_quantize_op_dict.get(name)

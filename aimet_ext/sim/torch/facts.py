@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from aimet_ext.sim.facts import FIXED_RANGES, Activation, LintLayer, SimFacts
+from aimet_ext.sim.facts import FIXED_RANGES, Activation, LintLayer, NormFacts, SimFacts
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _LAYERS = (nn.Linear, nn.Embedding, *_CONVOLUTIONS)
@@ -58,6 +58,7 @@ class _Reader:
         return SimFacts(
             layers=tuple(layers),
             activations=tuple(self.activations.values()),
+            norms=tuple(self._norms()),
             unset=tuple(self._unset_parameters()),
             fixed=tuple(self._fixed()),
             mask=self._mask(),
@@ -95,6 +96,21 @@ class _Reader:
         """Return the integer quantizer of a layer's weight, None where there is none."""
         found = dict(getattr(self.modules[name], "param_quantizers", {})).get("weight")
         return self.adaptor.weight_quantizer(name) if hasattr(found, "qmin") else None
+
+    def _norms(self) -> Iterator[NormFacts]:
+        """Yield the RMS norms: modules by that name with a gain, and no shift or running mean."""
+        for name, module in self.modules.items():
+            gain = dict(getattr(module, "param_quantizers", {})).get("weight")
+            kinds = " ".join(cls.__name__ for cls in type(module).__mro__)
+            if not hasattr(gain, "qmin") or "RMSNorm" not in kinds:
+                continue
+            yield NormFacts(
+                name=f"{name}.weight",
+                bitwidth=_bits(gain),
+                signed=int(gain.qmin) < 0,
+                reads=self._own(module, "input_quantizers") or self._read(name),
+                makes=self._made(name, module)[0],
+            )
 
     def _own(self, module: Any, key: str) -> Activation | None:
         """Return the first of a module's own input or output quantizers."""
@@ -166,9 +182,13 @@ class _Reader:
         return None
 
 
+def _bits(quantizer: Any) -> int:
+    return (int(quantizer.qmax) - int(quantizer.qmin)).bit_length()
+
+
 @torch.no_grad()
 def _activation(name: str, quantizer: Any) -> Activation:
-    bitwidth = (int(quantizer.qmax) - int(quantizer.qmin)).bit_length()
+    bitwidth = _bits(quantizer)
     if not quantizer.is_initialized():
         return Activation(name=name, bitwidth=bitwidth)
     low, high = float(quantizer.get_min().min()), float(quantizer.get_max().max())

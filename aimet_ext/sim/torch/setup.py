@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from aimet_ext.config import LPBQ, PerTensor, QSpec
 
-_NORM_BITS = 16
+# Bits of what has no spec: gains of norms, which NPUs take in 8 bits beside activations of 8.
+_GAIN_BITS, _NARROW = 16, 8
 
 
 def build_sim(
@@ -37,17 +38,19 @@ def build_sim(
     :param model: Traceable model; copied unless ``in_place``.
     :param dummy_input: Input to trace the model with.
     :param weights: Spec by name of module, None for float. Modules not named (norms) have 16-bit
-        parameters, or float ones where activations are float.
+        parameters, 8-bit ones beside activations of 8 bits, or float ones where activations are
+        float.
     :param activations: Spec of every input and output quantizer, None for float.
     :param config: Alias or path of AIMET's configuration file, or its content.
     :param ranges: False if ranges are loaded next: AIMET looks for a 16-bit grid for seconds.
     """
+    narrow = activations is not None and activations.bitwidth <= _NARROW
     with _config_file(config) as config_file, quiet():
         sim = QuantizationSimModel(
             model,
             dummy_input,
-            default_output_bw=_NORM_BITS,
-            default_param_bw=_NORM_BITS,
+            default_output_bw=_GAIN_BITS,
+            default_param_bw=_NARROW if narrow else _GAIN_BITS,
             in_place=in_place,
             config_file=config_file,
         )
