@@ -4,12 +4,63 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 _TILE = 128  # columns; smaller ones save more products, and make each slower
+#: Of fewer tokens than this for each input of a layer, roundings learn more noise than signal.
+TOKENS_AN_INPUT = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """Shares of noise in a second moment, estimated from its own rows; ``[]`` or ``[groups]``.
+
+    :param products: Share in the products of two inputs, what is beside the diagonal.
+    :param squares: Share in what tells one input's mean square from another's.
+    """
+
+    products: Tensor
+    squares: Tensor
+
+    @classmethod
+    def of(cls, second: Tensor, tokens: int, powers: Tensor) -> Noise:
+        """Estimate the shares with the least expected squared error (Schäfer and Strimmer 2005).
+
+        :param second: ``H``, ``[in, in]`` or ``[groups, in, in]``.
+        :param tokens: Independent rows that it is the mean of, or as many as they are worth.
+        :param powers: Means of ``(Σ x²)²`` and of ``Σ x⁴`` over rows, ``[2]`` or ``[2, groups]``.
+        """
+        diagonal = second.diagonal(dim1=-2, dim2=-1).double()  # [..., in]
+        alive = diagonal > 0
+        mean = diagonal.sum(-1) / alive.sum(-1).clamp_min(1)
+        spread = ((diagonal - mean[..., None]) * alive).square().sum(-1)
+        own = diagonal.square().sum(-1)
+        beside = torch.linalg.vector_norm(second, dim=(-2, -1), dtype=torch.float64).square() - own
+        norms, fourth = powers.double().to(second.device)
+        variance = torch.stack([norms - fourth - beside, fourth - own])
+        variance = variance / (tokens - 1) if tokens > 1 else variance + torch.inf
+        # Not all: what was seen has to be told from the rest, in this precision.
+        most = 1 - torch.finfo(second.dtype).eps ** 0.5
+        shares = (variance / torch.stack([beside, spread])).nan_to_num(most, most)
+        products, squares = shares.clamp(0, most).to(second.dtype)
+        return cls(products, squares)
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What a moment was before it was shrunk, as far as errors need it.
+
+    :param kept: Share of the products that was kept, ``[]`` or ``[groups]``.
+    :param pulled: The same of ``C``, a number of its own included.
+    :param rest: Diagonal to add once the moment is divided by ``kept``, ``[..., in]``.
+    """
+
+    kept: Tensor
+    pulled: Tensor
+    rest: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,12 +78,68 @@ class SecondMoment:
     :param cross: ``C``, of the same shape, likewise; None where the target is ``W x̂``.
     :param tokens: number of tokens.
     :param peak: largest magnitude of an input; 0 if it is not known.
+    :param noise: shares of noise, None if they are not known.
     """
 
     second: Tensor
     cross: Tensor | None
     tokens: int
     peak: float = 0.0
+    noise: Noise | None = None
+    _seen: _Seen | None = None
+
+    @property
+    def is_short(self) -> bool:
+        """True if so few tokens came that what is decided may fit these alone."""
+        return self.tokens < TOKENS_AN_INPUT * self.second.shape[-1]
+
+    def shrunk(self, strength: float = 1.0) -> SecondMoment:
+        """Return the moment to decide by, in place of this one: less noise, by what is known of it.
+
+        Products of inputs shrink towards 0, and mean squares towards their mean: with the least
+        evidence, errors count alone and each alike, which is plain rounding; with much, nothing
+        changes. Inputs that are always 0 stay so.
+
+        :param strength: share of ``C`` to keep besides.
+        """
+        second, cross = self.second, self.cross
+        if self.noise is None:
+            if cross is not None:
+                cross.mul_(strength)
+            one = second.new_ones(second.shape[:-2])
+            seen = _Seen(one, one * strength, torch.zeros_like(second[..., 0]))
+            return replace(self, _seen=seen)
+        diagonal = second.diagonal(dim1=-2, dim2=-1)  # [..., in]
+        own, alive = diagonal.clone(), diagonal > 0
+        mean = own.sum(-1, keepdim=True) / alive.sum(-1, keepdim=True).clamp_min(1)
+        new = torch.where(alive, torch.lerp(own, mean, self.noise.squares[..., None]), own)
+        kept = 1 - self.noise.products
+        second.mul_(kept[..., None, None])
+        diagonal.copy_(new)
+        if cross is not None:
+            cross.mul_(strength * kept[..., None, None])
+        return replace(self, _seen=_Seen(kept, strength * kept, own - new / kept[..., None]))
+
+    def seen_errors(self, error: Tensor, pull: Tensor | None) -> Tensor:
+        """Return :func:`row_errors` on the rows as they came, whatever was shrunk, ``[out]``.
+
+        :param error: quantized minus float weight, ``[out, in]``.
+        :param pull: that of the shrunk moment, ``[out, in]`` or None.
+        """
+        errors = row_errors(error, self.second, None)
+        if self._seen is None:
+            return errors if pull is None else errors - 2 * (pull * error).sum(1)
+
+        def by_row(numbers: Tensor) -> Tensor:  # [groups, …] or […] as [out or 1, …]
+            grouped = self.second.dim() == 3
+            return numbers.repeat_interleave(len(error) // len(numbers), 0) if grouped else numbers
+
+        errors = errors / by_row(self._seen.kept) + (by_row(self._seen.rest) * error.square()).sum(
+            1
+        )
+        if pull is None:
+            return errors
+        return errors - 2 * (pull * error).sum(1) / by_row(self._seen.pulled)
 
     def pull(self, weight: Tensor) -> Tensor | None:
         """Return the linear term ``W Cᵀ [out, in]``: where upstream errors pull the weight to."""

@@ -6,7 +6,6 @@ Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", ar
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,8 +24,6 @@ from aimet_ext.walk.hooks import Activation
 
 # Settings of the rounding at the start.
 _DAMPING, _BEAMS = 1e-3, 32
-# Share of its mean that is added to the diagonal where there are fewer tokens than inputs.
-_DOUBT = 0.05
 
 
 class AdaRound(Solver[AdaRoundParams]):
@@ -41,7 +38,6 @@ class AdaRound(Solver[AdaRoundParams]):
 
     def decide(self, problem: Problem) -> Decision:
         """Choose ranges, if asked to, and the integers that are learnt on them."""
-        problem = _doubted(problem)
         scale = offset = None
         if self.params.search_ranges and problem.frozen is None:
             row_wise = problem.layout.is_row_wise(problem.weight)
@@ -49,7 +45,7 @@ class AdaRound(Solver[AdaRoundParams]):
             scale, offset = search(
                 problem.weight, problem.layout, problem.moment.second, problem.pull
             )
-        if problem.samples is None:
+        if problem.samples is None or problem.moment.is_short:
             return Decision(scale=scale, offset=offset, codes=self._by_moments(problem))
         behind = _Behind(problem, problem.samples)
         return Decision(
@@ -113,22 +109,6 @@ class AdaRound(Solver[AdaRoundParams]):
             )
 
         return codes
-
-
-def _doubted(problem: Problem) -> Problem:
-    """Return the problem with its moment drawn to equal, independent inputs if tokens are few.
-
-    Rounding errors compensate each other along directions that few tokens determine, at the cost of
-    others. With many tokens for each input nothing changes.
-    """
-    moment = problem.moment
-    second = moment.second
-    share = _DOUBT * min(1.0, second.shape[-1] / moment.tokens)
-    diagonal = second.diagonal(dim1=-2, dim2=-1)  # [..., in]
-    equal = torch.where(diagonal > 0, diagonal.mean(-1, keepdim=True), 0.0)
-    second = second * (1 - share)
-    second.diagonal(dim1=-2, dim2=-1).add_(equal, alpha=share)
-    return replace(problem, moment=replace(moment, second=second))
 
 
 class _Behind:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,13 +10,10 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from aimet_ext.core.objective import sqnr_db
+from aimet_ext.core.objective import TOKENS_AN_INPUT, sqnr_db
 from aimet_ext.files.folders import replace_file
 
 U = TypeVar("U", bound="UnitReport")
-
-# Of fewer tokens than this for each input of a layer, roundings learn more noise than signal.
-_TOKENS_AN_INPUT = 4
 
 
 class _Plain:
@@ -66,8 +62,9 @@ class LayerReport(UnitReport):
     """Report on one layer.
 
     Losses are mean squared errors of the layer's output over all tokens that count, summed over
-    its rows. With ``inp_symmetry="asym"`` a constant is left out, which no choice can change, so
-    that they may be negative. Where a ReLU follows and counts, they are taken behind it.
+    its rows. With ``inp_symmetry="asym"`` the errors of the layers before it are among them, in
+    part estimated from every sixteenth token. Where a ReLU follows and counts, losses are taken
+    behind it.
 
     :param name: Name of the layer.
     :param spec: Grid of its weight.
@@ -99,13 +96,11 @@ class LayerReport(UnitReport):
     @property
     def is_short_of_tokens(self) -> bool:
         """True if so few tokens came that what was decided may fit these alone."""
-        return self.tokens < _TOKENS_AN_INPUT * self.inputs
+        return self.tokens < TOKENS_AN_INPUT * self.inputs
 
     @property
     def sqnr_db(self) -> float:
-        """SQNR of the output as deployed, in dB; NaN where a constant of the loss is not known."""
-        if self.loss_after < 0 or self.loss_nearest < 0:
-            return math.nan
+        """SQNR of the output as deployed, in dB."""
         return sqnr_db(self.signal, self.loss_after)
 
 
@@ -133,7 +128,7 @@ class LayerwiseReport(Report):
             f"{layer.name:<{width}}{layer.bitwidth:>4}"
             f"{_share(layer.loss_nearest, layer.signal):>12}"
             f"{_share(layer.loss_after, layer.signal):>12}"
-            f"{'' if math.isnan(layer.sqnr_db) else f'{layer.sqnr_db:.1f} dB':>10}"
+            f"{f'{layer.sqnr_db:.1f} dB':>10}"
             f"{layer.seconds:>8.2f}  {layer.spec}"
             for layer in self.layers
         ]
@@ -141,7 +136,7 @@ class LayerwiseReport(Report):
         lines += [f"{head}  grid", *rows, f"{self.seconds:.1f} s in all"]
         if short := [layer for layer in self.layers if layer.is_short_of_tokens]:
             least = min(short, key=lambda layer: layer.tokens / layer.inputs)
-            enough = max(_TOKENS_AN_INPUT * layer.inputs for layer in short)
+            enough = max(TOKENS_AN_INPUT * layer.inputs for layer in short)
             lines.append(
                 f"too few tokens for {len(short)} of {len(self.layers)} layers: {least.name} has "
                 f"{least.inputs} inputs and saw {least.tokens} tokens; give at least {enough}, "
@@ -213,5 +208,5 @@ class BlockwiseReport(Report):
 
 
 def _share(loss: float, signal: float) -> str:
-    """Return a loss as a share of the signal; a loss without its constant is no share."""
-    return f"{loss / signal:.3%}" if loss >= 0 and signal > 0 else "n/a"
+    """Return a loss as a share of the signal."""
+    return f"{loss / signal:.3%}" if signal > 0 else "n/a"

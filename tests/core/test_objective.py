@@ -9,6 +9,7 @@ import torch
 from search_reference import objective_by_loop
 
 from aimet_ext.core.objective import (
+    Noise,
     SecondMoment,
     quadratic,
     row_errors,
@@ -111,3 +112,66 @@ def test_squared_error_counts_real_tokens_alone():
     target[0, 2] = math.nan  # of padding: it must not get in
     mask = torch.tensor([[True, True, False], [True, False, False]])
     assert squared_error(output, target, mask) == (12.0, 12)
+
+
+def noise_by_definition(rows, tokens):
+    """Shares of noise, from the variance of each product over rows."""
+    products = rows[:, :, None] * rows[:, None]  # [tokens, in, in]
+    mean = products.mean(0)
+    variance = (products - mean).square().mean(0) / (tokens - 1)
+    own = torch.eye(rows.shape[1], dtype=torch.bool)
+    diagonal = mean[own]
+    return (
+        float(variance[~own].sum() / mean[~own].square().sum()),
+        float(variance[own].sum() / (diagonal - diagonal.mean()).square().sum()),
+    )
+
+
+def powers_of(rows):
+    squares = rows.square()
+    return torch.stack([squares.sum(1).square().mean(), squares.square().sum(1).mean()])
+
+
+def test_shares_of_noise_are_those_of_the_definition():
+    rows = torch.randn(50, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64)
+    rows *= torch.arange(1, 7)
+    second = rows.T @ rows / 50
+    for tokens in (25, 50):
+        noise = Noise.of(second, tokens, powers_of(rows))
+        assert (float(noise.products), float(noise.squares)) == pytest.approx(
+            noise_by_definition(rows, tokens), rel=1e-9
+        )
+
+
+def test_noise_is_bounded_whatever_came():
+    one = torch.randn(1, 4, dtype=torch.float64)
+    for rows in (one, torch.zeros(3, 4), torch.eye(4), one * 1e30):
+        second = rows.T @ rows / len(rows)
+        noise = Noise.of(second, len(rows), powers_of(rows.double()))
+        assert 0 <= float(noise.products) < 1 and 0 <= float(noise.squares) < 1
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_errors_on_rows_as_they_came_survive_the_shrinking(groups, strength):
+    def normal(*shape):
+        return torch.randn(*shape, dtype=torch.float64)
+
+    rows, off = normal(groups, 20, 5), normal(groups, 20, 5) / 10
+    rows *= torch.tensor([5.0, 3, 2, 1, 0])
+    rows[..., 1] += rows[..., 0]
+    second, cross = rows.mT @ rows / 20, rows.mT @ off / 20
+    powers = torch.stack([powers_of(each) for each in rows], 1)
+    weight, error = normal(6, 5), normal(6, 5) / 10
+    if groups == 1:
+        second, cross, powers = second[0], cross[0], powers[:, 0]
+    noise = Noise.of(second, 20, powers)
+    moment = SecondMoment(second.clone(), cross.clone(), 20, noise=noise)
+    expected = row_errors(error, second, moment.pull(weight))
+    found = moment.shrunk(strength)
+    pull = found.pull(weight)
+    torch.testing.assert_close(found.seen_errors(error, pull), expected, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(row_errors(error, found.second, pull), expected, rtol=1e-3)
+    diagonal = found.second.diagonal(dim1=-2, dim2=-1)
+    assert bool((diagonal[..., 4] == 0).all()) and bool((diagonal[..., :4] > 0).all())
+    assert bool((torch.linalg.eigvalsh(found.second) > -1e-12).all())

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from aimet_ext.core.affine import Grid, bias_scale, dequantize, fake_quantize, quantize, short_scale
 from aimet_ext.core.clipping import GridLayout
-from aimet_ext.core.objective import SecondMoment, moment_product, row_errors
+from aimet_ext.core.objective import SecondMoment, row_errors
 from aimet_ext.sim.protocol import WeightQuantizer
 from aimet_ext.walk.hooks import Activation
+
+_ALL_ROWS, _EVERY = 4096, 16
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -26,6 +28,7 @@ class Problem:
     :param least: Smallest scale of each row with which its bias fits int32, ``[out]``.
     :param moment: Second moment of its inputs.
     :param samples: Inputs and the ReLU that follows, where the technique asked for them.
+    :param upstream: Error of its output by those of the layers before it, which no choice changes.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Problem:
     moment: SecondMoment
     pull: Tensor | None
     samples: SampleSum | None = None
+    upstream: float = 0.0
 
     @classmethod
     def of(
@@ -48,6 +52,7 @@ class Problem:
         moment: SecondMoment,
         samples: SampleSum | None,
         input_steps: int = 0,
+        upstream: float = 0.0,
     ) -> Problem:
         """Make the problem of a layer of a simulation.
 
@@ -69,11 +74,16 @@ class Problem:
             moment=moment,
             pull=moment.pull(weight),
             samples=samples,
+            upstream=upstream,
         )
 
     def errors(self, values: Tensor) -> Tensor:
         """Return the objective of a quantized weight, for every row ``[out]``."""
         return row_errors(values.to(self.weight) - self.weight, self.moment.second, self.pull)
+
+    def seen_errors(self, values: Tensor) -> Tensor:
+        """Return the same on the data as they came, to report."""
+        return self.moment.seen_errors(values.to(self.weight) - self.weight, self.pull)
 
     def nearest_grid(self) -> Grid:
         """Return the grid of plain rounding: the frozen one, or one that holds every weight."""
@@ -91,8 +101,7 @@ class Problem:
 
     def signal(self) -> float:
         """Return the mean square of the float output over all tokens, summed over rows."""
-        power = moment_product(self.weight, self.moment.second) * self.weight
-        return float(power.sum(dtype=torch.float64))
+        return float(self.moment.seen_errors(self.weight, None).sum(dtype=torch.float64))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -118,7 +127,7 @@ class Decision:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Objective of plain rounding and as deployed, and number of rows that plain rounding keeps."""
+    """Losses of plain rounding and as deployed, and number of rows that plain rounding keeps."""
 
     nearest: float
     after: float
@@ -133,7 +142,6 @@ def deploy(
     """Decide a layer, write the range, read the grid back, round on that, keep what is better."""
     plain = problem.nearest_grid()
     decision = decide(problem)
-    judge = decision.judge or problem.errors
     if decision.range is not None:
         quantizer.set_range(*(bound.float() for bound in decision.range))
     elif decision.scale is not None:
@@ -145,24 +153,29 @@ def deploy(
         _write(quantizer, problem.raised(grid.scale), grid.offset)
         grid = _read(quantizer, problem.weight)
     codes = quantize(problem.stored, grid) if decision.codes is None else decision.codes(grid)
-    found = judge(_values(codes, grid, problem.stored.dtype))
-    nearest_values = fake_quantize(problem.stored, plain)
-    nearest = judge(nearest_values)
-    given_back = torch.zeros_like(found, dtype=torch.bool)
+    values = _values(codes, grid, problem.stored.dtype)
+    nearest = fake_quantize(problem.stored, plain)
+    seen, upstream = decision.judge, 0.0
+    if seen is None:
+        seen, upstream = problem.seen_errors, problem.upstream
+    after, before = seen(values), seen(nearest)
+    given_back = torch.zeros_like(after, dtype=torch.bool)
     if decision.compare:
-        given_back = ~(found <= nearest)
+        given_back = ~(after <= before)
+        if decision.judge is None:
+            given_back |= ~(problem.errors(values) <= problem.errors(nearest))
         whole = problem.frozen is None and not problem.layout.is_row_wise(problem.weight)
         if whole:  # rows share cells of a range that was chosen: all or none
-            given_back[:] = bool(~(found.sum() <= nearest.sum()))
+            given_back[:] = bool(~(after.sum() <= before.sum()))
     if bool(given_back.any()):
         grid, codes = _give_back(problem, quantizer, plain, grid, codes, given_back)
-        found = judge(_values(codes, grid, problem.stored.dtype))
+        after = seen(_values(codes, grid, problem.stored.dtype))
     if decision.codes is not None:
         _write_weight(problem, quantizer, codes, grid)
     quantizer.freeze()
     return Outcome(
-        nearest=float(nearest.sum(dtype=torch.float64)),
-        after=float(found.sum(dtype=torch.float64)),
+        nearest=max(0.0, float(before.sum(dtype=torch.float64)) + upstream),
+        after=max(0.0, float(after.sum(dtype=torch.float64)) + upstream),
         signal=problem.signal(),
         rows_nearest=int(given_back.sum()),
     )
@@ -220,6 +233,34 @@ def _write_weight(problem: Problem, quantizer: WeightQuantizer, codes: Tensor, g
             f"quantizes them, but {moved} of {values.numel()} move; report this"
         )
     quantizer.set_weight(values.view(quantizer.weight.shape))
+
+
+class UpstreamError:
+    """Mean square of a layer's output for what its inputs lost, ``Σ ‖W (x − x̂)‖²`` by row.
+
+    After the first rows every sixteenth is taken, as it only serves the report.
+
+    :param weight: Weight ``[out, in]``.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight, self._rows, self._sum = weight, 0, 0.0
+
+    def add(self, rows: Tensor, originals: Tensor) -> None:
+        """Take in rows of both streams, ``[groups, n, in]``; the same object if there is one."""
+        step = 1 if self._rows < _ALL_ROWS else _EVERY
+        self._rows += rows.shape[1]
+        if originals is rows:
+            return
+        lost = originals[:, ::step].to(self._weight) - rows[:, ::step].to(self._weight)
+        grouped = self._weight.view(len(lost), -1, lost.shape[2])  # [groups, out / groups, in]
+        power = float((lost @ grouped.mT).square().sum(dtype=torch.float64))
+        self._sum += power * rows.shape[1] / lost.shape[1]
+
+    @property
+    def mean(self) -> float:
+        """Mean over rows, summed over the outputs."""
+        return self._sum / max(1, self._rows)
 
 
 class SampleSum:

@@ -28,7 +28,13 @@ from aimet_ext.files.folders import replace_folder, write_manifest
 from aimet_ext.files.tensors import Checkpoints
 from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer, adapt
 from aimet_ext.techniques.call import Call
-from aimet_ext.techniques.layerwise.deploy import Decision, Problem, SampleSum, deploy
+from aimet_ext.techniques.layerwise.deploy import (
+    Decision,
+    Problem,
+    SampleSum,
+    UpstreamError,
+    deploy,
+)
 from aimet_ext.techniques.report import LayerReport, LayerwiseReport
 from aimet_ext.techniques.session import (
     OnGrids,
@@ -254,7 +260,7 @@ class LayerwiseRun:
         bar.set_postfix_str(stage.layers[0])
         started = time.perf_counter()
         with self.adaptor.disabled_quantizers(), torch.no_grad():
-            moment, storage, samples = self._gather(stage)
+            moment, storage, samples, upstream = self._gather(stage)
         gathering = (time.perf_counter() - started) / len(stage.layers)
         reports = []
         for layer in stage.layers:
@@ -269,6 +275,7 @@ class LayerwiseRun:
                 moment,
                 samples.get(layer),
                 self.input_steps,
+                upstream[layer].mean if layer in upstream else 0.0,
             )
             with torch.no_grad():
                 outcome = deploy(problem, quantizer, self.solver.decide)
@@ -290,8 +297,14 @@ class LayerwiseRun:
             )
         return reports
 
-    def _gather(self, stage: Stage) -> tuple[SecondMoment, str, dict[str, SampleSum]]:
-        """Return second moments of a stage's input, and samples for layers that a ReLU follows."""
+    def _gather(
+        self, stage: Stage
+    ) -> tuple[SecondMoment, str, dict[str, SampleSum], dict[str, UpstreamError]]:
+        """Return what is known of a stage's input.
+
+        That are second moments, how they are stored, samples for layers that a ReLU follows, and
+        what upstream errors cost each layer where it is to make up for them.
+        """
         params = self.solver.params
         layer: Any = self.adaptor.model.get_submodule(stage.layers[0])
         dtype = self._dtype(layer.weight)
@@ -300,22 +313,26 @@ class LayerwiseRun:
             for name, activation in stage.activations.items()
             if (kept := self.solver.samples(activation)) is not None
         }
+        upstream: dict[str, UpstreamError] = {}
+        if params.inp_symmetry == "asym":
+            weights = {name: self.quantizers[name].weight.detach() for name in stage.layers}
+            upstream = {name: UpstreamError(each.flatten(1)) for name, each in weights.items()}
         try:
             total = sum_moments(
                 stage.batches(),
                 layer,
                 dtype=dtype,
                 mapped_dir=self.options.cache_dir,
-                also=[kept.add for kept in samples.values()],
+                also=[kept.add for kept in (*samples.values(), *upstream.values())],
             )
             moment = None if total is None else total.result(dtype)
         except ValueError as error:
             raise ValueError(f"{', '.join(stage.layers)}: {error}") from error
         if total is None or moment is None:
             raise uncalled(stage.layers)
-        if moment.cross is not None and not self.solver.aimet_stream:
-            moment.cross.mul_(params.asym_strength)  # ours alone
-        return moment, total.storage, samples
+        if not self.solver.aimet_stream:  # ours alone
+            moment = moment.shrunk(params.asym_strength)
+        return moment, total.storage, samples, upstream
 
     def _dtype(self, weight: Tensor) -> torch.dtype:
         """Return the dtype of moments and roundings.
