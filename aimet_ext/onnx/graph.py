@@ -26,6 +26,7 @@ from aimet_ext.onnx.index import (
     keep_where,
     make_part,
     reads,
+    rename_reads,
     stored_value,
 )
 from aimet_ext.onnx.session import open_session
@@ -305,9 +306,13 @@ def _replace(
             node = places.get(use.node)
             if node is None:
                 continue
-            turned = _is_turned(node)
+            other = layers[name].kind == "other"
+            turned = not other and _is_turned(node)
             own = f"replaced_weight_{number}{'_turned' if turned else ''}"
-            node.input[_WEIGHT_INPUT[node.op_type]] = own
+            if other:
+                rename_reads(node, {layers[name].weight: own})
+            else:
+                node.input[_WEIGHT_INPUT[node.op_type]] = own
             if own not in arrays:
                 arrays[own] = torch_array((weight.T if turned else weight).contiguous().cpu())
                 model.graph.initializer.append(_declared(own, arrays[own]))

@@ -1,8 +1,8 @@
-"""Layers with a weight in an ONNX graph, and torch modules without weights that stand for them."""
+"""Layers with a weight in an ONNX graph, and the other stored values that nodes read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from aimet_ext.onnx.graph import OnnxGraph
 from aimet_ext.onnx.index import FLOATS, attribute, inner_nodes
 
-Kind = Literal["linear", "conv", "embedding"]
+Kind = Literal["linear", "conv", "embedding", "other"]
 
 _TAKEN = frozenset(dir(nn.Linear(1, 1)))  # attributes of modules, which no child may be named
 _WEIGHTED = frozenset(("MatMul", "Gemm", "Conv", "ConvTranspose"))
@@ -45,6 +45,7 @@ class OnnxLayer:
 
     :param name: name of the first node, or of the weight where that has none.
     :param uses: places where it is applied, in order.
+    :param kind: ``"other"`` for what is no layer, see :func:`other_weights`.
     :param weight: name of the initializer, or of the Constant node's output.
     :param transposed: the stored weight is ``[in, out]``.
     :param bias: name of the stored bias ``[out]``, None if there is none, or uses differ in it.
@@ -125,6 +126,25 @@ def find_layers(graph: OnnxGraph) -> FoundLayers:
             )
         layers[layer.name] = layer
     return FoundLayers(layers, skipped)
+
+
+def other_weights(graph: OnnxGraph, known: Collection[str]) -> dict[str, OnnxLayer]:
+    """Return stored float values of several dimensions, by names of their own.
+
+    Among them are the weights of all operators that are no layers: LSTM, ConvTranspose, a MatMul of
+    another form. Their uses are the nodes that read them, whatever these compute.
+
+    :param known: stored values to leave out, such as the weights of layers.
+    """
+    found: dict[str, OnnxLayer] = {}
+    for weight, tensor in graph.stored.items():
+        readers = graph.consumers.get(weight, [])
+        if weight in known or tensor.data_type not in FLOATS or len(tensor.dims) < 2 or not readers:
+            continue
+        name = f"{weight} of {graph.nodes[readers[0]].op_type}"
+        uses = tuple(Use(index, weight, graph.nodes[index].output[0]) for index in readers)
+        found[name] = OnnxLayer(name=name, kind="other", uses=uses, weight=weight)
+    return found
 
 
 def node_names(graph: OnnxGraph, layers: Mapping[str, OnnxLayer]) -> dict[str, str]:
@@ -342,104 +362,3 @@ def stored_weight(graph: OnnxGraph, layer: OnnxLayer) -> Tensor:
 def stored_bias(graph: OnnxGraph, layer: OnnxLayer) -> Tensor | None:
     """Return a copy of a layer's bias ``[out]``, None if it has none."""
     return None if layer.bias is None else graph.tensor(layer.bias)
-
-
-class _Shell(nn.Module):
-    """Base of all shells: no torch parameters, weight and bias as they are in the graph."""
-
-    # Copies. Any, for torch's classes declare parameters here.
-    weight: Any = property(lambda self: stored_weight(self.graph, self.layer))
-    bias: Any = property(lambda self: stored_bias(self.graph, self.layer))
-
-    def __init__(self, graph: OnnxGraph, layer: OnnxLayer) -> None:
-        nn.Module.__init__(self)
-        self.graph, self.layer = graph, layer
-
-
-class _Linear(_Shell, nn.Linear):
-    """A MatMul, with its Add, or a Gemm."""
-
-    def __init__(self, graph: OnnxGraph, layer: OnnxLayer) -> None:
-        _Shell.__init__(self, graph, layer)
-        shape = graph.shape(layer.weight)
-        self.out_features, self.in_features = reversed(shape) if layer.transposed else shape
-
-
-class _Embedding(_Shell, nn.Embedding):
-    """A Gather of rows."""
-
-    def __init__(self, graph: OnnxGraph, layer: OnnxLayer) -> None:
-        _Shell.__init__(self, graph, layer)
-        self.num_embeddings, self.embedding_dim = graph.shape(layer.weight)
-        self.padding_idx = self.max_norm = None
-        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
-
-
-class _Convolution(_Shell):
-    """A Conv. Its padding is 0 where it is not the same on both sides: inputs come padded then."""
-
-    padding_mode: Any
-
-    def __init__(self, graph: OnnxGraph, layer: OnnxLayer) -> None:
-        _Shell.__init__(self, graph, layer)
-        shape = graph.shape(layer.weight)
-        self.out_channels, self.in_channels = shape[0], shape[1] * layer.group
-        self.kernel_size, self.stride = layer.kernel, layer.strides
-        self.padding: Any = layer.padding or (0,) * len(layer.kernel)
-        self.dilation, self.groups = layer.dilations, layer.group
-        self.padding_mode, self.transposed = "zeros", False
-        self.output_padding = (0,) * len(layer.kernel)
-
-
-class _Conv1d(_Convolution, nn.Conv1d):
-    pass
-
-
-class _Conv2d(_Convolution, nn.Conv2d):
-    pass
-
-
-class _Conv3d(_Convolution, nn.Conv3d):
-    pass
-
-
-def shell(graph: OnnxGraph, layer: OnnxLayer) -> nn.Module:
-    """Return a layer as ``nn.Linear``, ``nn.Embedding`` or ``nn.Conv1d`` to ``nn.Conv3d``."""
-    if layer.kind == "linear":
-        return _Linear(graph, layer)
-    if layer.kind == "embedding":
-        return _Embedding(graph, layer)
-    return (_Conv1d, _Conv2d, _Conv3d)[len(layer.kernel) - 1](graph, layer)
-
-
-def linear_module(graph: OnnxGraph, layer: OnnxLayer) -> nn.Linear:
-    """Return a layer as a module with values of its own."""
-    if layer.kind != "linear":
-        raise ValueError(f"{layer.name}: a linear layer is required, got kind {layer.kind!r}")
-    weight = stored_weight(graph, layer)
-    module = nn.Linear(weight.shape[1], weight.shape[0], layer.bias is not None, device="meta")
-    module.weight = nn.Parameter(weight)
-    if layer.bias is not None:
-        module.bias = nn.Parameter(graph.tensor(layer.bias))
-    return module
-
-
-def module_tree(modules: Mapping[str, nn.Module]) -> nn.Module:
-    """Return a module whose ``named_modules()`` has these names for these modules.
-
-    A name is cut at its dots, as torch does.
-    """
-    root = nn.Module()
-    for name in sorted(modules, key=lambda name: name.count(".")):
-        insert_module(root, name, modules[name])
-    return root
-
-
-def insert_module(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module under a name, which may be cut at its dots, in place of what was there."""
-    *path, last = name.split(".")
-    for piece in path:
-        if piece not in root._modules:
-            root.add_module(piece, nn.Module())
-        root = root.get_submodule(piece)
-    root.add_module(last, module)

@@ -197,17 +197,22 @@ class WeightQuantizers(Protocol):
             )
         return {name: found for name, found in every.items() if found is not None}
 
-    @contextmanager
-    def calibrated(self, names: Iterable[str]) -> Iterator[None]:
-        """Open a context in which these layers' weight quantizers have a range."""
-        new = [w for w in self.weight_quantizers(names).values() if not w.initialized]
-        try:
-            for quantizer in new:
-                quantizer.calibrate()
-            yield
-        finally:
-            for quantizer in new:
-                quantizer.reset()
+    def other_quantizers(self) -> dict[str, WeightQuantizer]:
+        """Return the quantizers of weights beside :meth:`weight_quantizers`, by other names."""
+        return {}
+
+
+@contextmanager
+def calibrated(quantizers: Iterable[WeightQuantizer]) -> Iterator[None]:
+    """Open a context in which these weight quantizers have a range."""
+    new = [quantizer for quantizer in quantizers if not quantizer.initialized]
+    try:
+        for quantizer in new:
+            quantizer.calibrate()
+        yield
+    finally:
+        for quantizer in new:
+            quantizer.reset()
 
 
 class Activations(Protocol):
@@ -370,6 +375,10 @@ class SimAdaptor(
     Protocol,
 ):
     """One simulation, of either framework. Names are those of ``model.named_modules()``."""
+
+    def counts_as_weight(self, name: str) -> bool:
+        """Return False for a lookup table, or what AIMET counts as an activation."""
+        return not isinstance(self.model.get_submodule(name), nn.Embedding)
 
     def lint_facts(self) -> SimFacts:
         """Return the facts of the simulation that a lint judges."""

@@ -123,7 +123,8 @@ def open_checkpoints(
     if options.checkpoint_dir is None:
         yield None
         return
-    others = {n: q for n, q in adaptor.weight_quantizers().items() if n not in quantizers}
+    every = {**adaptor.weight_quantizers(), **adaptor.other_quantizers()}
+    others = {name: quantizer for name, quantizer in every.items() if name not in quantizers}
     fixed = {**others, **{name: q for name, q in quantizers.items() if q.frozen}}
     fingerprint = {
         **environment(device),
@@ -285,7 +286,8 @@ class LayerChoice:
     """The quantized layers of a simulation, by full name.
 
     :param decided: Layers to decide.
-    :param others: Quantized layers that are left as they are; they compute on their grids.
+    :param others: Quantized layers that are left as they are, and weights that no layer has; they
+        compute on their grids.
     :param skipped: Those of ``others`` that a user may expect to be decided, with the reason.
     """
 
@@ -369,6 +371,7 @@ def choose_layers(
         adaptor.ledger.check_can_apply(technique, decided or skipped)
     _check(decided, skipped)
     others = {name: quantizer for name, quantizer in every.items() if name not in decided}
+    others.update(adaptor.other_quantizers())
     return LayerChoice(decided, others, skipped)
 
 

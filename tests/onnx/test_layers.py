@@ -14,7 +14,8 @@ from onnx_models import conv_model, mlp_model, run_onnx  # noqa: E402
 
 from aimet_ext.data.moments import Geometry  # noqa: E402
 from aimet_ext.onnx.graph import OnnxGraph  # noqa: E402
-from aimet_ext.onnx.layers import find_layers, module_tree, node_names, shell  # noqa: E402
+from aimet_ext.onnx.layers import find_layers, node_names  # noqa: E402
+from aimet_ext.onnx.shells import module_tree, shell  # noqa: E402
 
 FLOAT = TensorProto.FLOAT
 

@@ -13,7 +13,8 @@ import onnx_walk_reference as reference
 from onnx import TensorProto, helper, numpy_helper
 
 from aimet_ext.onnx.graph import OnnxGraph
-from aimet_ext.onnx.layers import find_layers, shell
+from aimet_ext.onnx.layers import find_layers
+from aimet_ext.onnx.shells import shell
 from aimet_ext.onnx.walk.walk import OnnxWalk
 
 

@@ -8,7 +8,8 @@ import torch
 from onnx import numpy_helper
 
 from aimet_ext.onnx.graph import OnnxGraph
-from aimet_ext.onnx.layers import find_layers, shell
+from aimet_ext.onnx.layers import find_layers
+from aimet_ext.onnx.shells import shell
 from aimet_ext.onnx.walk.walk import OnnxWalk
 
 

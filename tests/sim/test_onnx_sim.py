@@ -16,11 +16,11 @@ from onnx_models import exported_llama, mlp_model, run_onnx  # noqa: E402
 
 import aimet_ext  # noqa: E402
 from aimet_ext.core.affine import fake_quantize  # noqa: E402
-from aimet_ext.onnx.layers import insert_module  # noqa: E402
+from aimet_ext.onnx.shells import insert_module  # noqa: E402
 from aimet_ext.sim.onnx.adaptor import OnnxSim  # noqa: E402
 from aimet_ext.sim.onnx.blocks import OnnxPart  # noqa: E402
 from aimet_ext.sim.onnx.quantizers import live_quantizer  # noqa: E402
-from aimet_ext.sim.protocol import adapt  # noqa: E402
+from aimet_ext.sim.protocol import adapt, calibrated  # noqa: E402
 
 WIDTHS = (8, 16, 16, 4)
 
@@ -198,7 +198,7 @@ def test_ranges_for_the_while_are_gone_afterwards(sim) -> None:
     quantizers = adaptor.weight_quantizers()
     quantizers["fc0"].calibrate()
     own = quantizers["fc0"].grid().scale
-    with adaptor.calibrated(["fc0", "fc1"]):
+    with calibrated([quantizers["fc0"], quantizers["fc1"]]):
         assert quantizers["fc1"].initialized and not quantizers["fc2"].initialized
     assert not quantizers["fc1"].initialized
     assert torch.equal(quantizers["fc0"].grid().scale, own)

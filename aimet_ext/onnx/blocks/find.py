@@ -20,7 +20,7 @@ from aimet_ext.onnx.blocks.roles import (
     mlp_roles,
 )
 from aimet_ext.onnx.graph import OnnxGraph, Part
-from aimet_ext.onnx.layers import OnnxLayer
+from aimet_ext.onnx.layers import OnnxLayer, other_weights
 from aimet_ext.walk.stream import BlockStream, real_tokens
 
 #: Operators that compute one shape from others.
@@ -315,14 +315,15 @@ def capture_blocks(
     outputs = [name for name in wanted if name not in flow.graph.inputs]
     graph = flow.graph
     nodes = graph.subgraph(graph.inputs, outputs)
-    before = [name for name, layer in flow.found.items() if layer.uses[0].node in set(nodes)]
+    layers = {**flow.found, **other_weights(graph, ())}
+    before = [name for name, layer in layers.items() if layer.uses[0].node in set(nodes)]
     weights = {name: weight for name in before if (weight := quantized(name)) is not None}
     part = Part(
         graph,
         nodes,
         list(graph.inputs),
         outputs,
-        layers=flow.found,
+        layers=layers,
         weights=weights,
     )
     names = argument_names(plans)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from aimet_ext.errors import TransformRefused
 from aimet_ext.onnx.graph import OnnxGraph, Part
 from aimet_ext.onnx.index import reads
-from aimet_ext.onnx.layers import OnnxLayer, linear_module
+from aimet_ext.onnx.layers import OnnxLayer
 from aimet_ext.onnx.ops.attention import ATTENTION, ATTENTION_LIMITS
 from aimet_ext.onnx.ops.math import MATH, MATH_LIMITS
 from aimet_ext.onnx.ops.operator import (
@@ -28,6 +28,7 @@ from aimet_ext.onnx.ops.operator import (
     widened,
 )
 from aimet_ext.onnx.ops.shape import SHAPE, SHAPE_LIMITS
+from aimet_ext.onnx.shells import linear_module
 from aimet_ext.onnx.values import to_torch
 
 # By domain ("" for ONNX's own) and operator.

@@ -270,7 +270,7 @@ class _Planner:
         fixed: set[str] = {*self.graph.initializers}
         for index, node in enumerate(self.graph.nodes):
             read = set(reads(node))
-            if read <= fixed:
+            if read <= fixed and index not in self.weighted:
                 fixed.update(node.output)
                 light.add(index)
             elif read <= tensors | fixed and not self._is_heavy(index, node):

@@ -35,7 +35,7 @@ class OnnxWalk(StagedWalk):
     gives, for each batch, the inputs of all of them in turn, the later ones as the weights are now.
 
     :param graph: whose stored weights the float stream uses, unless they are held.
-    :param layers: all layers of the graph, by name.
+    :param layers: all layers of the graph by name, and other weights that ``effective`` holds.
     :param shells: the module that stands for each layer.
     :param batches: inputs of the graph by name, see
         :func:`aimet_ext.data.feeds.named_batches`. A 2-D ``attention_mask`` among them says
@@ -43,7 +43,7 @@ class OnnxWalk(StagedWalk):
     :param names: the layers to walk to, linear layers and convolutions.
     :param streams: streams of inputs that the layers' stages give.
     :param effective: weights that the quantized stream uses from the start, by layer's name; each
-        is asked for once, when its layer is reached.
+        is asked for once, when it is reached.
     :param cache_dir: folder for memory-mapped caches; None keeps them in RAM.
     :param device: where the layers' inputs are handed out, the CPU if None.
     :param providers: onnxruntime's providers, the CPU's if None.

@@ -19,10 +19,10 @@ from aimet_ext.onnx.layers import (
     FoundLayers,
     OnnxLayer,
     find_layers,
-    module_tree,
     node_names,
-    shell,
+    other_weights,
 )
+from aimet_ext.onnx.shells import module_tree, shell
 from aimet_ext.onnx.values import input_specs, read_array, to_torch
 from aimet_ext.sim.facts import SimFacts
 from aimet_ext.sim.onnx.quantizers import (
@@ -34,7 +34,7 @@ from aimet_ext.sim.onnx.quantizers import (
     switched_off,
     uninitialize,
 )
-from aimet_ext.sim.protocol import Range, SimAdaptor, carried
+from aimet_ext.sim.protocol import Range, SimAdaptor, WeightQuantizer, carried
 from aimet_ext.walk.streamed import BlockPass, WalkOptions
 from aimet_ext.walk.walk import Streams, Walk
 
@@ -71,6 +71,13 @@ class OnnxSim(SimAdaptor):
         return find_layers(self.graph)
 
     @cached_property
+    def others(self) -> dict[str, OnnxLayer]:
+        """Weights of all that is no layer, and layers' weights that AIMET counts as activations."""
+        layers = self.layers.values()
+        own = {layer.weight for layer in layers if self._is_parameter(layer.weight)}
+        return other_weights(self.graph, own)
+
+    @cached_property
     def shells(self) -> dict[str, nn.Module]:
         """The module that stands for each layer."""
         return {name: shell(self.graph, layer) for name, layer in self.layers.items()}
@@ -81,12 +88,31 @@ class OnnxSim(SimAdaptor):
 
     def weight_quantizer(self, name: str) -> OnnxWeightQuantizer | None:
         layer = self._layer(name)
-        if layer is None or layer.weight not in self.sim.param_names:
+        if layer is None or not self._is_parameter(layer.weight):
             return None
+        return self._quantizer(layer)
+
+    def other_quantizers(self) -> dict[str, WeightQuantizer]:
+        found = ((name, self._quantizer(weight)) for name, weight in self.others.items())
+        return {name: quantizer for name, quantizer in found if quantizer is not None}
+
+    def _quantizer(self, layer: OnnxLayer) -> OnnxWeightQuantizer | None:
         quantizer = self.sim.qc_quantize_op_dict.get(layer.weight)
         if not is_integer(quantizer) or layer.weight in self.sim._folded_param_quantizers:
             return None
-        return OnnxWeightQuantizer(layer.name, self.graph, layer, quantizer, self.touch)
+        return OnnxWeightQuantizer(
+            layer.name,
+            self.graph,
+            layer,
+            quantizer,
+            self.touch,
+            parameter=self._is_parameter(layer.weight),
+        )
+
+    def counts_as_weight(self, name: str) -> bool:
+        if name in self.others:
+            return self._is_parameter(self.others[name].weight)
+        return super().counts_as_weight(name)
 
     def layer_names(self) -> Iterator[str]:
         return iter(self.layers)
@@ -211,15 +237,12 @@ class OnnxSim(SimAdaptor):
         return node_names(self.graph, self.layers).get(name, name)
 
     def unsupported_layers(self) -> dict[str, str]:
-        own = {layer.weight for name, layer in self.layers.items() if self.weight_quantizer(name)}
         found: dict[str, str] = {}
-        for node in self.graph.nodes:
-            for name in node.input:
-                quantizer = self.sim.qc_quantize_op_dict.get(name)
-                stored = name in self.graph.stored and len(self.graph.shape(name) or ()) > 1
-                if stored and name not in own and is_integer(quantizer) and quantizer.enabled:
-                    place = node.name or f"{node.op_type} of {node.output[0]}"
-                    found[place] = f"{name} of {node.op_type} is quantized to nearest, not decided"
+        for name in self.other_quantizers():
+            for use in self.others[name].uses:
+                node = self.graph.nodes[use.node]
+                place = node.name or f"{node.op_type} of {node.output[0]}"
+                found[place] = f"{name} is quantized to nearest, not decided"
         return {**found, **self.layers.skipped}
 
     def shared_weights(self) -> dict[str, list[str]]:
@@ -247,7 +270,7 @@ class OnnxSim(SimAdaptor):
 
         return OnnxWalk(
             self.graph,
-            self.layers,
+            {**self.layers, **{n: w for n, w in self.others.items() if n in effective}},
             self.shells,
             batches,
             layers,
@@ -288,7 +311,7 @@ class OnnxSim(SimAdaptor):
         """Drop the index of the graph, some of whose nodes read other tensors now."""
         self.copied = tuple(copied)
         self.parts.clear()
-        for name in ("graph", "layers", "shells", "model"):
+        for name in ("graph", "layers", "others", "shells", "model"):
             self.__dict__.pop(name, None)
         if copied:
             self.touch()

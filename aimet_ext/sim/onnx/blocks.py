@@ -31,7 +31,8 @@ from aimet_ext.onnx.blocks.module import (
     write_back,
 )
 from aimet_ext.onnx.graph import OnnxGraph
-from aimet_ext.onnx.layers import OnnxLayer, insert_module
+from aimet_ext.onnx.layers import OnnxLayer
+from aimet_ext.onnx.shells import insert_module
 from aimet_ext.sim.onnx.quantizers import quantizer_state, restore_quantizer
 from aimet_ext.walk.stream import BlockStream
 from aimet_ext.walk.streamed import BlockPass, WalkOptions, capture_streams

@@ -232,6 +232,7 @@ class OnnxWeightQuantizer(WeightQuantizer):
 
     :param name: Name of the layer, for messages.
     :param changed: Function to call when the weight was changed, which the session does not see.
+    :param parameter: False for a table that AIMET counts as an activation.
     """
 
     def __init__(
@@ -241,12 +242,14 @@ class OnnxWeightQuantizer(WeightQuantizer):
         layer: OnnxLayer,
         quantizer: QcQuantizeOp,
         changed: Callable[[], None],
+        parameter: bool = True,
     ) -> None:
         self.name = name
         self.graph = graph
         self.layer = layer
         self.quantizer = quantizer
         self._changed = changed
+        self._parameter = parameter
 
     @property
     def weight(self) -> Tensor:
@@ -377,7 +380,7 @@ class OnnxWeightQuantizer(WeightQuantizer):
 
     def reset(self) -> None:
         if self.initialized:
-            uninitialize(self.quantizer)
+            uninitialize(self.quantizer, parameter=self._parameter)
 
     @property
     def _dims(self) -> int:

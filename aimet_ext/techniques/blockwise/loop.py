@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from aimet_ext.config import TechniqueParams
@@ -27,7 +27,14 @@ from aimet_ext.files.ledger import write_scales
 from aimet_ext.files.tensors import Checkpoints
 from aimet_ext.models.proof import probe, probe_inputs, prove_pairs
 from aimet_ext.models.topology import BlockTopology, TopologyDescription, select_pairs
-from aimet_ext.sim.protocol import Range, SimAdaptor, WeightQuantizer, adapt, moved_ranges
+from aimet_ext.sim.protocol import (
+    Range,
+    SimAdaptor,
+    WeightQuantizer,
+    adapt,
+    calibrated,
+    moved_ranges,
+)
 from aimet_ext.techniques.blockwise.block import Block, Choice
 from aimet_ext.techniques.call import Call
 from aimet_ext.techniques.report import BlockReport, BlockwiseReport
@@ -180,17 +187,15 @@ class BlockwiseRun:
             return reports
 
     def _open(self, dataloader: Iterable[Any]) -> BlockPass:
-        """Return the first block's inputs in the float model and with quantized embeddings."""
+        """Return the first block's inputs in the float model and with quantized weights."""
         options, adaptor = self.options, self.adaptor
         batches = adaptor.batches(dataloader, opaque=options.forward_fn is not None)
         names = [block.name for block in self.blocks]
         inside = tuple(f"{name}." for name in names)
-        others = {n: q for n, q in adaptor.weight_quantizers().items() if not n.startswith(inside)}
-        embeddings = [
-            name for name in others if isinstance(adaptor.model.get_submodule(name), nn.Embedding)
-        ]
-        with adaptor.calibrated(embeddings):
-            effective = OnGrids({name: q for name, q in others.items() if q.initialized})
+        every = {**adaptor.weight_quantizers(), **adaptor.other_quantizers()}
+        others = {name: q for name, q in every.items() if not name.startswith(inside)}
+        with calibrated(others.values()):
+            effective = OnGrids(others)
             with adaptor.disabled_quantizers():
                 return adaptor.block_pass(
                     names,

@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from aimet_ext.config import LayerwiseParams
@@ -26,7 +26,7 @@ from aimet_ext.data.batches import seen_arguments, tensors_in
 from aimet_ext.data.moments import sum_moments
 from aimet_ext.files.folders import replace_folder, write_manifest
 from aimet_ext.files.tensors import Checkpoints
-from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer, adapt
+from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer, adapt, calibrated
 from aimet_ext.techniques.call import Call
 from aimet_ext.techniques.layerwise.deploy import (
     Decision,
@@ -115,7 +115,7 @@ def run_layerwise(
     with undo_on_failure(adaptor, options.cache_dir, weights=row.rounds) as keep:
         adaptor.ledger = ledger = copy.deepcopy(ledger)
         run = LayerwiseRun(adaptor, choice.decided, choice.others, solver, options, keep)
-        with adaptor.calibrated(choice.others):
+        with calibrated(choice.others.values()):
             layers = run.all_layers(call.dataloader)
         if row.rounds and (short := [layer for layer in layers if layer.is_short_of_tokens]):
             _log.warning(
@@ -145,7 +145,7 @@ class LayerwiseRun:
     """The walk over a simulation's layers; everything it changes is kept for undoing first.
 
     :param quantizers: Weight quantizers of the layers to decide, by full name.
-    :param others: Quantized layers that are not decided, which compute on their grids meanwhile.
+    :param others: Quantized weights that are not decided, which are on their grids meanwhile.
     :param keep: Function to call with a layer's name before the layer is changed.
     :param cost: Cost of the walk, once it is done.
     """
@@ -189,11 +189,11 @@ class LayerwiseRun:
         return reports
 
     def _walk(self, batches: Sequence[Any]) -> Walk:
-        aimet, model = self.solver.aimet_stream, self.adaptor.model
+        aimet, adaptor = self.solver.aimet_stream, self.adaptor
         others = {
             name: quantizer
             for name, quantizer in self.others.items()
-            if not aimet or not isinstance(model.get_submodule(name), nn.Embedding)
+            if not aimet or adaptor.counts_as_weight(name)
         }
         effective = OnGrids(others, free_blocks=aimet)
         with self.adaptor.disabled_quantizers(), torch.no_grad():
