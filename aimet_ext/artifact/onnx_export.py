@@ -29,7 +29,7 @@ from aimet_ext.sim.onnx.state import (
     float_tensors,
     read_encodings,
     read_qdq,
-    refresh,
+    rebuild_session,
     restore_sim,
     run,
     run_file,
@@ -90,7 +90,7 @@ class OnnxWriter:
         self.folder, self.model_path = folder, folder / f"{self.prefix}.onnx"
         self.described = describe_sim(self.sim)
         self.rounded = dict(files.quantized_constants(self.sim, self.wider)) if self.wider else {}
-        refresh(self.sim)  # a technique, or the user, may have written to the weights
+        rebuild_session(self.sim)  # a technique, or the user, may have written to the weights
         self.outputs = run(self.sim, self.sample)
         with self.adaptor.disabled_quantizers():
             error = _deviation(self.outputs, run(self.sim, self.sample))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
+import subprocess
 import sys
 from typing import Any
 
@@ -398,6 +399,36 @@ def test_a_sim_of_the_same_model_is_loaded_into(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=r"fc0\.weight has shape \(64, 48\) instead of \(64, 96\)"):
         aimet_ext.load(tmp_path / "out", sim=narrow)
     assert np.array_equal(outputs(narrow), before)
+
+
+_OUTLIVES = """
+import gc, sys
+import numpy as np
+import aimet_ext
+feed = {"x": np.load(sys.argv[2])}
+sim = aimet_ext.load(sys.argv[1])
+expected = sim.session.run(None, feed)
+decided = aimet_ext.load(sys.argv[1])
+aimet_ext.apply_gptq(decided, [feed], progress=False)
+sessions = [sim.session, decided.session]
+del sim, decided
+gc.collect()
+others = [np.full(size, size) for size in range(1, 5000)]  # in the memory that is free now
+found = [session.run(None, feed) for session in sessions for _ in range(20)]
+assert all(np.array_equal(one, two) for one, two in zip(expected, found[0]))
+"""
+
+
+def test_a_session_outlives_its_simulation(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Its operators point at memory of the quantizers; without them the process would end."""
+    np.save(tmp_path / "x.npy", X["x"])
+    done = subprocess.run(
+        [sys.executable, "-c", _OUTLIVES, str(folder), str(tmp_path / "x.npy")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("fault", ["scale", "weight", "lost", "range", "output"])

@@ -34,6 +34,7 @@ from aimet_ext.sim.onnx.quantizers import (
     switched_off,
     uninitialize,
 )
+from aimet_ext.sim.onnx.state import rebuild_session
 from aimet_ext.sim.protocol import Range, SimAdaptor, WeightQuantizer, carried
 from aimet_ext.walk.streamed import BlockPass, WalkOptions
 from aimet_ext.walk.walk import Streams, Walk
@@ -344,7 +345,7 @@ class OnnxSim(SimAdaptor):
     def refresh(self) -> None:
         """Build the session anew if values of the model changed since it was built."""
         if self._stale:
-            self.sim._rebuild_session()
+            rebuild_session(self.sim)
             self._stale = False
 
     @contextmanager

@@ -28,7 +28,13 @@ from aimet_ext.sim.onnx.quantizers import (
     restore_quantizer,
     uninitialize,
 )
-from aimet_ext.sim.onnx.state import absent_tensors, enabled_quantizers, insert_quantizers, untie
+from aimet_ext.sim.onnx.state import (
+    absent_tensors,
+    enabled_quantizers,
+    insert_quantizers,
+    rebuild_session,
+    untie,
+)
 from aimet_ext.sim.protocol import Range, adapt
 
 if TYPE_CHECKING:
@@ -230,7 +236,7 @@ def quantize_activations(sim: Any, bitwidths: Mapping[str, int | None]) -> None:
         quantizer.enabled = True
         if bits is not None:
             quantizer.set_precision(aimet_onnx.qtype.int(bits))
-    sim._rebuild_session()
+    rebuild_session(sim)
 
 
 def take_ranges(
@@ -266,7 +272,7 @@ def take_ranges(
         _put_range(quantizers[name], encoding.min, encoding.max)
     for name in names:
         quantizers[name].freeze_encodings()
-    sim._rebuild_session()
+    rebuild_session(sim)
 
 
 def _put_range(quantizer: QcQuantizeOp, low: float, high: float) -> None:

@@ -126,7 +126,7 @@ def restore_sim(
             found = {"encodings": tensors[name]} if name in tensors else {}
             restore_quantizer(own[name], found, description)
     sim._set_quantizers(own, rebuild_session=False)
-    sim._rebuild_session()
+    rebuild_session(sim)
 
 
 def absent_tensors(sim: Any, names: Iterable[str]) -> list[str]:
@@ -171,9 +171,14 @@ def _match_casts(sim: Any, other: Any) -> None:
             quantizer.enabled = False
 
 
-def refresh(sim: Any) -> None:
-    """Rebuild the session from the model, whose values may have been changed in place."""
+def rebuild_session(sim: Any) -> None:
+    """Rebuild the session from the model, whose values may have been changed in place.
+
+    The nodes point at the quantizers' memory, so the session holds them: it may outlive the
+    simulation.
+    """
     sim._rebuild_session()
+    sim.session.aimet_ext_quantizers = [*sim.qc_quantize_op_dict.values()]
 
 
 def run(sim: Any, feed: Mapping[str, Any]) -> list[Any]:
