@@ -45,9 +45,10 @@ from aimet_ext.integrations.olive_config import PASS  # noqa: E402
 from aimet_ext.integrations.olive_techniques import check_techniques, reports_of, with_defaults  # noqa: E402
 from aimet_ext.sim.onnx.files import build_with, name_nodes  # noqa: E402
 from aimet_ext.sim.onnx.state import deviation, layer_biases, run, run_file, uncalibrated  # noqa: E402
+from aimet_ext.sim.protocol import adapt  # noqa: E402
 
-#: What lies beside the QDQ model: the folder that :func:`aimet_ext.export` writes, and the reports.
-FOLDER, REPORT = "aimet_ext", "aimet_ext_report.json"
+#: What lies beside the QDQ model and the files of :func:`aimet_ext.export`.
+REPORT = "aimet_ext_report.json"
 
 # Name of the QDQ model in Olive's cache. If the folder that Olive was started in has a file of that
 # name, Olive takes that one in its place, to evaluate it or for the next pass.
@@ -55,6 +56,8 @@ _FILE = "quantized_by_aimet_ext.onnx"
 
 # Deviation of outputs relative to their norm: absolute, and the fraction of the sim's own one.
 _TOLERANCE, _FRACTION = 1e-4, 0.5
+# Operators whose weights are quantized already.
+_PACKED = {"MatMulNBits", "MatMulBnb4", "GatherBlockQuantized", "QMoE"}
 # What Olive's engine raises again; it swallows all others.
 _RAISED = (AssertionError, AttributeError, ImportError, TypeError, ValueError)
 
@@ -79,8 +82,8 @@ class AimetQuantization(shipped.AimetQuantization):
     :param bias: ``"int32"``, ``"float"``, or ``"auto"``: int32 where the target is Qualcomm's
         runtime, which computes wrong with float biases of quantized layers.
     :param save_encodings: write the float model, its encodings in AIMET's formats, learnt scales
-        and reports to a folder ``aimet_ext`` beside the QDQ model; :func:`aimet_ext.load` makes the
-        simulation of it again.
+        and reports beside the QDQ model; :func:`aimet_ext.load` makes the simulation of the folder
+        again.
     """
 
     @classmethod
@@ -178,9 +181,10 @@ class AimetQuantization(shipped.AimetQuantization):
             _check_outputs(sim, model.model_path, handler.model_path, batch)
             if settings["save_encodings"]:
                 bias: Literal["float", "int32"] = "int32" if biases else "float"
-                beside, prefix = Path(path).parent, Path(model.model_path).stem
-                aimet_ext.export(sim, beside / FOLDER, prefix, batch, bias=bias, qdq=False)
-                _add_files(beside, sim, handler, model)
+                prefix = f"{Path(model.model_path).stem}_float"
+                made = Path(path).parent / "aimet_ext"
+                aimet_ext.export(sim, made, prefix, batch, bias=bias, qdq=False)
+                _add_files(made, sim, handler, model)
         return handler
 
     def _int32_biases(self, bias: Any) -> bool:
@@ -229,7 +233,8 @@ def _simulation(model: Any, settings: dict[str, Any], folder: str, batch: dict[s
             "with Olive's ExtractAdapters, or merge them with MergeAdapterWeights"
         )
     proto = onnx.load(model.model_path)
-    if any(node.op_type == "DynamicQuantizeLinear" for node in proto.graph.node):
+    operators = {node.op_type for node in proto.graph.node}
+    if "DynamicQuantizeLinear" in operators:
         raise PassFailed(f"{model.model_path}: a float model is required, it quantizes at run time")
     sim = build_with(
         proto,
@@ -241,6 +246,12 @@ def _simulation(model: Any, settings: dict[str, Any], folder: str, batch: dict[s
         providers=settings["calibration_providers"],
         path=folder,
     )
+    if (packed := sorted(operators & _PACKED)) and not adapt(sim).weight_quantizers():
+        raise PassFailed(
+            f"{model.model_path}: float weights are required, but all are integers in its "
+            f"{', '.join(packed)} already, which AIMET does not see; build the model in float, "
+            "with ModelBuilder at precision fp32"
+        )
     shipped._apply_precision_overrides(sim, settings["tensor_precision_overrides"] or {})
     if settings["op_types_to_exclude"]:
         shipped._exclude_op_types(sim, settings["op_types_to_exclude"])
@@ -304,13 +315,18 @@ def _check_outputs(sim: Any, source: str, written: str, batch: dict[str, Any]) -
         )
 
 
-def _add_files(folder: Path, sim: Any, handler: ONNXModelHandler, source: Any) -> None:
-    """Write the reports, and tell Olive which files belong to the model."""
-    report = folder / REPORT
-    report.write_text(json.dumps(reports_of(sim), indent=2) + "\n", encoding="utf-8")
+def _add_files(export: Path, sim: Any, handler: ONNXModelHandler, source: Any) -> None:
+    """Write the reports, and tell Olive which files belong to the model.
+
+    Olive hands them on to later passes by their names alone, without folders: those of the export
+    go beside the model too, where all of them together are an export again.
+    """
+    (export / REPORT).write_text(json.dumps(reports_of(sim), indent=2) + "\n", encoding="utf-8")
+    files = [file.rename(export.parent / file.name) for file in export.iterdir()]
+    export.rmdir()
     attributes = dict(source.model_attributes or {})
     others = attributes.get("additional_files") or []
-    attributes["additional_files"] = sorted({*others, str(folder / FOLDER), str(report)})
+    attributes["additional_files"] = sorted({*others, *map(str, files)})
     handler.model_attributes = attributes
 
 

@@ -251,7 +251,7 @@ def test_float_model_encodings_and_reports_lie_beside_the_model(workflow: Workfl
     (report,) = json.loads((output / ours.REPORT).read_text("utf-8"))
     assert report["technique"] == "seqmse"
     assert report["settings"]["num_candidates"] == 20
-    sim = aimet_ext.load(output / ours.FOLDER)
+    sim = aimet_ext.load(output)
     batch = {"input": np.random.default_rng(3).standard_normal((4, WIDTH)).astype(np.float32)}
     (simulated,) = sim.session.run(None, batch)
     # Values that lie between two integers may be rounded to either.
@@ -262,14 +262,63 @@ def test_float_model_encodings_and_reports_lie_beside_the_model(workflow: Workfl
 def test_encodings_are_left_out_if_asked(workflow: Workflow) -> None:
     output = workflow.run({**EXAMPLES["plain"], "save_encodings": False})
     assert (output / "model.onnx").is_file()
-    assert not (output / ours.FOLDER).exists()
+    assert not (output / "manifest.json").exists()
 
 
 def test_the_files_survive_a_pass_that_follows(workflow: Workflow) -> None:
     output = workflow.run(EXAMPLES["seqmse"], {"type": "OnnxPeepholeOptimizer"})
     assert (output / "model.onnx").is_file()
     assert (output / ours.REPORT).is_file()
-    assert aimet_ext.load(output / ours.FOLDER) is not None
+    assert aimet_ext.load(output) is not None
+
+
+def test_a_model_is_split_as_for_npus(tmp_path: pathlib.Path, script: pathlib.Path) -> None:
+    """What CaptureSplitInfo noted reaches SplitModel, whose parts go on with the files."""
+    model = layers_model()
+    model.metadata_props.add(key="split_assignments", value="fc0=0;fc1=1;lm_head=1")
+    workflow = Workflow(tmp_path, script, model)
+    output = workflow.run(EXAMPLES["seqmse"], {"type": "SplitModel"})
+    parts = sorted(output.glob("split_*.onnx"))
+    assert len(parts) == 2
+    batch = np.random.default_rng(3).standard_normal((4, WIDTH)).astype(np.float32)
+    found = batch
+    for part in parts:
+        (value,) = onnx.load(part, load_external_data=False).graph.input
+        found = run_model(part, {value.name: found})
+    (simulated,) = aimet_ext.load(output).session.run(None, {"input": batch})
+    assert np.square(found - simulated).mean() < 1e-3 * np.square(simulated).mean()
+    assert (output / ours.REPORT).is_file()
+
+
+@pytest.mark.parametrize("technique", [[], [{"name": "seqmse"}]])
+def test_weights_that_are_integers_already_are_refused(
+    technique: Any, tmp_path: pathlib.Path, script: pathlib.Path
+) -> None:
+    """As ModelBuilder leaves them at int4: nothing is left to quantize."""
+    node = onnx.helper.make_node(
+        *("MatMulNBits", ["input", "w", "s"], ["y"], "fc"),
+        domain="com.microsoft",
+        K=WIDTH,
+        N=WIDTH,
+        bits=4,
+        block_size=32,
+    )
+    value = onnx.helper.make_tensor_value_info
+    stored = {
+        "w": np.zeros((WIDTH, WIDTH // 32, 16), np.uint8),
+        "s": np.ones(WIDTH * WIDTH // 32, np.float32),
+    }
+    graph = onnx.helper.make_graph(
+        [node],
+        "packed",
+        [value("input", onnx.TensorProto.FLOAT, ["batch", WIDTH])],
+        [value("y", onnx.TensorProto.FLOAT, ["batch", WIDTH])],
+        [onnx.numpy_helper.from_array(array, name) for name, array in stored.items()],
+    )
+    opset = [onnx.helper.make_opsetid(*one) for one in (("", 21), ("com.microsoft", 1))]
+    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=10)
+    with pytest.raises(ValueError, match="integers in its MatMulNBits already"):
+        Workflow(tmp_path, script, model).run({**EXAMPLES["plain"], "techniques": technique})
 
 
 def biases(path: pathlib.Path) -> set[int]:
@@ -421,7 +470,7 @@ def test_importing_the_module_is_enough(workflow: Workflow) -> None:
 
 
 def lpbq_weights(output: pathlib.Path) -> list[str]:
-    sim = aimet_ext.load(output / ours.FOLDER)
+    sim = aimet_ext.load(output)
     return [
         name
         for name, quantizer in sim.qc_quantize_op_dict.items()
@@ -475,7 +524,7 @@ def test_weights_may_go_to_a_file_of_their_own(workflow: Workflow) -> None:
     )
     assert workflow.error(output / "model.onnx") < 0.1
     assert any(path.suffix == ".data" for path in output.iterdir())
-    assert aimet_ext.load(output / ours.FOLDER) is not None
+    assert aimet_ext.load(output) is not None
 
 
 def test_op_types_to_exclude_stay_float(biased: Workflow) -> None:

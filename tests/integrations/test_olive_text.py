@@ -149,7 +149,7 @@ def test_techniques_stack_in_one_pass(
     assert error(tmp_path, prompt()) < plain
     reports = json.loads((output / ours.REPORT).read_text("utf-8"))
     assert [report["technique"] for report in reports] == stack.split(", ")
-    sim = aimet_ext.load(output / ours.FOLDER)
+    sim = aimet_ext.load(output)
     (simulated,) = sim.session.run(None, prompt())
     got = logits(output / "model.onnx", prompt())
     assert np.square(got - simulated).mean() < 1e-4 * np.square(simulated).mean()
@@ -159,7 +159,7 @@ def test_learnt_scales_lie_beside_the_model(
     data_config: dict[str, Any], tmp_path: pathlib.Path
 ) -> None:
     output = quantized(tmp_path, llama(), data_config, techniques=STACKS["omniquant"])
-    scales = aimet_ext.load_scales(output / ours.FOLDER)
+    scales = aimet_ext.load_scales(output)
     assert scales
 
 
@@ -174,4 +174,4 @@ def test_a_graph_of_genai_gets_its_cache_from_olive(
     techniques = [{"name": "omniquant", "num_iterations": 4}, {"name": "gptq"}]
     output = quantized(tmp_path, model, data_config, techniques=techniques)
     assert error(tmp_path, feeds) < plain
-    assert aimet_ext.load(output / ours.FOLDER) is not None
+    assert aimet_ext.load(output) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -194,13 +195,18 @@ def run_file(path: str | Path, feed: Mapping[str, Any]) -> list[Any]:
 
 
 def deviation(outputs: Sequence[Any], expected: Sequence[Any]) -> float:
-    """Return the norm of the difference of all outputs, relative to that of the expected ones."""
+    """Return the norm of the difference of all outputs, relative to that of the expected ones.
+
+    Infinity where all of these are zeros and something else came.
+    """
     difference = norm = 0.0
     for one, two in zip(outputs, expected, strict=True):
         wide = two.astype(np.float64)
         difference += float(np.square(one.astype(np.float64) - wide).sum())
         norm += float(np.square(wide).sum())
-    return (difference / norm) ** 0.5 if difference else 0.0
+    if not difference:
+        return 0.0
+    return (difference / norm) ** 0.5 if norm else math.inf
 
 
 def differences(sim: Any, other: Any, *, last_bit: Collection[str] = ()) -> list[str]:
