@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from aimet_ext.data.batches import map_leaves, map_tensors
-from aimet_ext.files.folders import atomic_path, writable_folder
-from aimet_ext.files.scratch import make_scratch, remove_scratch
+from aimet_ext.files.folders import writable_folder
+from aimet_ext.files.scratch import make_scratch, remove_scratch, scratch
 from aimet_ext.files.tensors import copy_to_cpu
 
 Key = TypeVar("Key", bound=Hashable)
@@ -105,8 +105,8 @@ class TensorCache:
     def _store(self, index: int, tensor: Tensor) -> None:
         if self.folder is not None:
             # Scratch data: safe from a half-written file, but not worth waiting for the disk.
-            with atomic_path(self._file(index), durable=False) as temporary:
-                save_file({"tensor": tensor.detach().cpu().contiguous()}, temporary)
+            save_file({"tensor": tensor.detach().cpu().contiguous()}, self.folder / "next")
+            (self.folder / "next").replace(self._file(index))
         elif index == len(self._memory):
             self._memory.append(copy_to_cpu(tensor))
         else:
@@ -311,18 +311,17 @@ def mapped_zeros(
     size = elements * dtype.itemsize
     if size == 0:
         return torch.zeros(tuple(shape), dtype=dtype)
-    handle, name = tempfile.mkstemp(prefix="mapped-", dir=place)
-    try:
-        _reserve(handle, size)
-        flat = torch.from_file(name, shared=True, size=elements, dtype=dtype)  # [elements]
-    except OSError as error:
-        raise OSError(
-            f"cache_dir must have room for {size / 2**20:,.1f} MiB, got {str(place)!r} "
-            f"({error.strerror or error}); pass a folder on a larger disk"
-        ) from error
-    finally:
-        os.close(handle)
-        Path(name).unlink()
+    with scratch(place, "aimet_ext-mapped") as home:
+        name = home / "zeros"
+        try:
+            with name.open("wb") as file:
+                _reserve(file.fileno(), size)
+            flat = torch.from_file(str(name), shared=True, size=elements, dtype=dtype)  # [elements]
+        except OSError as error:
+            raise OSError(
+                f"cache_dir must have room for {size / 2**20:,.1f} MiB, got {str(place)!r} "
+                f"({error.strerror or error}); pass a folder on a larger disk"
+            ) from error
     return flat.view(*shape)
 
 

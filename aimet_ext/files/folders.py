@@ -10,7 +10,6 @@ import os
 import platform
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
@@ -22,7 +21,7 @@ from pydantic import AfterValidator, BaseModel, ValidationError
 from aimet_ext import __version__
 from aimet_ext.errors import CorruptFileError, some
 from aimet_ext.files.reading import read_json
-from aimet_ext.files.scratch import release, remove_abandoned, scratch
+from aimet_ext.files.scratch import hold, release, remove_abandoned, remove_scratch, scratch
 
 MANIFEST = "manifest.json"
 # Files of an export that have one name whatever its prefix.
@@ -74,7 +73,7 @@ def check_writable(path: str | Path) -> None:
     while not ancestor.exists() and ancestor != ancestor.parent:
         ancestor = ancestor.parent
     try:
-        with tempfile.TemporaryDirectory(dir=ancestor, prefix=".aimet_ext."):
+        with scratch(ancestor, ".aimet_ext"):
             pass
     except OSError as error:
         raise PermissionError(
@@ -133,7 +132,8 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
     home = target if stays else target.parent
     home.mkdir(parents=True, exist_ok=True)
     remove_abandoned(target, _leftovers(target))
-    with scratch(home, f".{target.name}") as folder:
+    _recover(target)
+    with scratch(home, f".{target.name}", 0o777) as folder:
         yield folder
         assert is_ours(folder), "a folder without a manifest was to be put in place"
         for file in filter(Path.is_file, folder.rglob("*")):
@@ -231,27 +231,19 @@ def replace_file(path: str | Path, content: bytes) -> None:
 
 
 @contextmanager
-def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a path to write to; the file written there becomes ``path`` when the block ends.
 
-    After an exception nothing is left. A reader, or the next run after a kill, sees the old file
-    or the new one, never a part of one.
-
-    :param durable: wait until the bytes are on the disk, so that this holds for a power cut too.
+    After an exception nothing is left. A reader, or the next run after a kill or a power cut, sees
+    the old file or the new one, never a part of one; the next run removes what a killed one left.
     """
     # A folder, because safetensors writes beside its target too: what a kill leaves lies in it.
-    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    folder.mkdir(exist_ok=True)
-    try:
+    with scratch(path.parent, f".{path.name}") as folder:
         temporary = folder / path.name
         yield temporary
-        if durable:
-            _sync(temporary)
+        _sync(temporary)
         temporary.replace(path)
-        if durable:
-            _sync(path.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _sync(path.parent)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -335,8 +327,9 @@ def read_manifest(folder: str | Path, *, verify: bool = True) -> dict[str, Any]:
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
+        left = "".join(f"; a killed run moved it to {backup}" for backup in _backups(folder)[-1:])
         raise FileNotFoundError(
-            f"{folder}: a folder written by aimet_ext, with a {MANIFEST}, is required"
+            f"{folder}: a folder written by aimet_ext, with a {MANIFEST}, is required{left}"
         )
     content = read_json(path, Any)
     try:
@@ -432,21 +425,39 @@ def _sync(path: Path) -> None:
 
 def _put_in_place(folder: Path, target: Path) -> None:
     """Move ``folder`` to ``target``; what was there is afterwards at ``folder`` or removed."""
-    release(folder)
-    if not target.exists():
+    if target.exists() and not _exchange(folder, target):
+        # Without an exchange in one step there is a moment with no folder at all, but never half a
+        # one. Killed then, the next run puts the old one back.
+        backup = folder.with_name(f"{folder.name}.old")
+        hold(target)
+        target.rename(backup)
+        try:
+            folder.rename(target)
+        except OSError:
+            backup.rename(target)
+            release(target)
+            raise
+        remove_scratch(backup)
+    elif not target.exists():
         folder.rename(target)
-        return
-    if _exchange(folder, target):
-        return
-    # Without an exchange in one step there is a moment with no folder at all, but never half a one.
-    backup = folder.with_name(f"{folder.name}.old")
-    target.rename(backup)
-    try:
-        folder.rename(target)
-    except OSError:
-        backup.rename(target)
-        raise
-    shutil.rmtree(backup, ignore_errors=True)
+    release(target)  # the new one: until here no other process may take it for abandoned
+
+
+def _backups(target: Path) -> list[Path]:
+    """Return what killed runs moved away from ``target`` to put another folder there."""
+    return sorted(target.parent.glob(f"{_leftovers(target)}.old"))
+
+
+def _recover(target: Path) -> None:
+    """Put back what a run that was killed between two renames moved away; else remove it."""
+    for backup in _backups(target):
+        if not hold(backup):
+            continue  # its process is between them now
+        if target.exists():
+            remove_scratch(backup)
+        else:
+            backup.rename(target)
+            release(target)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -3,19 +3,45 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from aimet_ext.errors import CorruptFileError
+from aimet_ext.errors import CorruptFileError, MissingExtraError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # A tokenizer of 250,000 tokens has 35 MB, the encodings of a model of 70 billion weights 300 MB.
 LARGEST_JSON = 1 << 30
+
+
+@contextmanager
+def naming(
+    place: str | Path, *through: type[Exception], problem: str = "it does not hold what it must"
+) -> Iterator[None]:
+    """Turn an error of whatever kind, met while a file's content is used, into one that names it.
+
+    :param place: File or folder.
+    :param through: Kinds of errors that are not about the file.
+    :param problem: What is wrong then.
+    :raises CorruptFileError: Anything was raised.
+    """
+    try:
+        yield
+    except CorruptFileError as error:
+        if str(place) in str(error):
+            raise
+        raise CorruptFileError(f"{place}: {error}") from error
+    except (MissingExtraError, OSError, MemoryError, *through):
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:300]
+        raise CorruptFileError(f"{place}: {problem} ({type(error).__name__}: {said})") from error
 
 
 def check_regular(path: str | Path) -> Path:

@@ -6,6 +6,7 @@ import glob
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,19 +41,24 @@ def release(folder: Path) -> None:
         os.close(descriptor)
 
 
-def make_scratch(home: Path, name: str) -> Path:
+def make_scratch(home: Path, name: str, mode: int = 0o700) -> Path:
     """Make a held folder for data that no later process needs.
 
     Those of the same name that killed processes left in ``home`` are removed.
 
     :param home: Folder that exists.
     :param name: First part of the folder's name.
+    :param mode: Permissions, from which the process's mask is taken.
     """
     remove_abandoned(home, f"{glob.escape(name)}-*.scratch")
-    hidden = home / f".{name}-{secrets.token_hex(6)}"  # no process looks for it before it is held
-    hidden.mkdir()
-    hold(hidden)
-    return hidden.rename(home / f"{hidden.name[1:]}.scratch")
+    while True:
+        folder = home / f"{name}-{secrets.token_hex(6)}.scratch"
+        folder.mkdir(mode)
+        try:
+            if hold(folder) and folder.is_dir():
+                return folder
+        except FileNotFoundError:
+            pass  # another process took it for abandoned, before it was held
 
 
 def remove_scratch(folder: Path) -> None:
@@ -62,13 +68,20 @@ def remove_scratch(folder: Path) -> None:
 
 
 @contextmanager
-def scratch(home: Path, name: str) -> Iterator[Path]:
+def scratch(home: Path, name: str, mode: int = 0o700) -> Iterator[Path]:
     """Yield a folder as of :func:`make_scratch`, which is removed at the end."""
-    folder = make_scratch(home, name)
+    folder = make_scratch(home, name, mode)
     try:
         yield folder
     finally:
         remove_scratch(folder)
+
+
+@contextmanager
+def temporary() -> Iterator[Path]:
+    """Yield a folder of :func:`scratch` in the system's folder for temporary files."""
+    with scratch(Path(tempfile.gettempdir()), "aimet_ext") as folder:
+        yield folder
 
 
 def remove_abandoned(home: Path, pattern: str) -> None:

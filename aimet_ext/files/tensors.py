@@ -12,10 +12,10 @@ import hashlib
 import json
 import platform
 import re
-import shutil
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import quote
@@ -26,10 +26,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save, save_file
 from torch import Tensor
 
-from aimet_ext.errors import CorruptFileError
+from aimet_ext.errors import CorruptFileError, some
 from aimet_ext.files.folders import atomic_path, replace_file, versions, writable_folder
-from aimet_ext.files.reading import check_regular, read_json, read_safetensors
-from aimet_ext.files.scratch import hold, release
+from aimet_ext.files.reading import check_regular, naming, read_json, read_safetensors
+from aimet_ext.files.scratch import hold, release, remove_abandoned
 
 _FORMAT = "aimet_ext.tensors/1"
 _ZEROS = b"0" * 64
@@ -281,8 +281,8 @@ class Checkpoints:
                 "or pass another folder"
             )
         self._release = weakref.finalize(self, release, self.directory)
-        _remove_leftovers(self.directory, "block_*")
-        _remove_leftovers(self.directory, "run.json.*")
+        for name in ("run.json", "block_*"):
+            remove_abandoned(self.directory, f".{name}-*.scratch")
         run = json.loads(json.dumps(dict(fingerprint)))
         record = self.directory / "run.json"
         if record.exists():
@@ -320,6 +320,18 @@ class Checkpoints:
             )
         return tensors, meta["meta"]
 
+    @contextmanager
+    def resuming(self, index: int) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
+        """Yield what :meth:`load` returns; an error of whatever kind in the context names the file.
+
+        :raises CorruptFileError: anything was raised, or a number is not finite.
+        """
+        with naming(self._file(index)):
+            tensors, meta = self.load(index)
+            if bad := [name for name, t in tensors.items() if not bool(t.isfinite().all())]:
+                raise ValueError(f"finite numbers are required, but {some(bad)} holds others")
+            yield tensors, meta
+
     def close(self) -> None:
         """Let other processes use the folder."""
         self._release()
@@ -334,12 +346,6 @@ class Checkpoints:
         paths = self.directory.glob("block_*.safetensors")
         names = (path.stem.removeprefix("block_") for path in paths)
         return {int(name) for name in names if name.isdecimal()}
-
-
-def _remove_leftovers(directory: Path, pattern: str) -> None:
-    """Remove what a killed run left behind, see :func:`atomic_path`."""
-    for folder in directory.glob(f".{pattern}.tmp"):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Record(BaseModel):

@@ -24,6 +24,7 @@ import numpy as np
 
 from aimet_ext.errors import require
 from aimet_ext.files.folders import check_writable
+from aimet_ext.files.scratch import scratch
 from aimet_ext.integrations.qnn_targets import HtpTarget, find_target
 from aimet_ext.onnx.session import open_session
 
@@ -182,8 +183,8 @@ def compile_htp(
         raise ValueError(f"compile_htp: a context file *.onnx was required, got {wrapper}")
     check_writable(wrapper)
     wrapper.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=wrapper.parent, prefix=".aimet_ext.") as folder:
-        aside = Path(folder) / wrapper.name
+    with scratch(wrapper.parent, f".{wrapper.name}") as folder:
+        aside = folder / wrapper.name
         session = _compile(opened, chip, aside=aside)
         session.context = _put_in_place(aside, wrapper, chip)
     return session

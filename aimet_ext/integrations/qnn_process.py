@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from aimet_ext.files.scratch import make_scratch, remove_scratch
 from aimet_ext.integrations.qnn import HtpRejected, compile_htp, load_context, require_qnn
 from aimet_ext.integrations.qnn_targets import HtpTarget, find_target
 
@@ -51,7 +52,7 @@ class HtpProcess:
     ) -> None:
         require_qnn()
         self.target = find_target(target)
-        self._folder = tempfile.TemporaryDirectory(prefix="aimet_ext_htp.")
+        self._folder = make_scratch(Path(tempfile.gettempdir()), "aimet_ext")
         self._calls = 0
         self._process: subprocess.Popen[str] | None = subprocess.Popen(
             [sys.executable, "-m", __name__],
@@ -89,7 +90,7 @@ class HtpProcess:
         self._running()
         self._calls += 1
         source, result = (
-            Path(self._folder.name) / f"{kind}_{self._calls}.safetensors" for kind in ("in", "out")
+            self._folder / f"{kind}_{self._calls}.safetensors" for kind in ("in", "out")
         )
         save_file({name: np.ascontiguousarray(array) for name, array in feed.items()}, source)
         self._ask("run it", source=str(source), result=str(result))
@@ -104,7 +105,7 @@ class HtpProcess:
             process, self._process = self._process, None
             with process:
                 process.kill()
-            self._folder.cleanup()
+            remove_scratch(self._folder)
 
     def __enter__(self) -> HtpProcess:
         return self

@@ -17,7 +17,7 @@ from aimet_ext.core.interrupts import uninterrupted
 from aimet_ext.data.batches import ForwardFn
 from aimet_ext.files.folders import writable_folder
 from aimet_ext.files.ledger import Ledger
-from aimet_ext.files.scratch import scratch
+from aimet_ext.files.scratch import remove_abandoned, scratch
 from aimet_ext.files.tensors import Checkpoints, UndoJournal, environment, hash_tensors
 from aimet_ext.models.topology import BlockTopology
 from aimet_ext.sim.protocol import SimAdaptor, SimHandle, WeightQuantizer
@@ -60,6 +60,7 @@ def undo_on_failure(
     """
     if cache_dir is not None:
         cache_dir = writable_folder(cache_dir, "cache_dir")
+        remove_abandoned(cache_dir, "aimet_ext-*.scratch")  # caches that a resumed run needs not
     with nullcontext() if cache_dir is None else scratch(cache_dir, "aimet_ext-undo") as folder:
         journal = UndoJournal(folder)
         ledger, put_back = adaptor.ledger, adaptor.remembered()

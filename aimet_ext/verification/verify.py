@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +21,7 @@ from aimet_ext.files.folders import (
     write_manifest,
 )
 from aimet_ext.files.reading import read_json
+from aimet_ext.files.scratch import temporary
 from aimet_ext.integrations.qnn_targets import HtpTarget, find_target
 from aimet_ext.integrity.check import check_integrity
 from aimet_ext.onnx.values import read_input_specs
@@ -219,8 +219,8 @@ def _vocabulary(folder: Path) -> int:
 @contextmanager
 def _work_folder(output: str | Path | None) -> Iterator[Path]:
     if output is None:
-        with tempfile.TemporaryDirectory(prefix="aimet_ext.") as folder:
-            yield Path(folder)
+        with temporary() as folder:
+            yield folder
     else:
         with replace_folder(output) as folder_path:
             yield folder_path

@@ -12,7 +12,7 @@ import textwrap
 import pytest
 
 from aimet_ext.errors import CorruptFileError
-from aimet_ext.files import folders
+from aimet_ext.files import folders, scratch
 from aimet_ext.files.folders import (
     MANIFEST,
     check_output,
@@ -322,6 +322,93 @@ def test_what_another_process_writes_is_left_to_it(tmp_path: pathlib.Path) -> No
         subprocess.run(command, env=environment, check=True)
         assert (folder / "b.txt").is_file()
     assert names(tmp_path / "out") == ["b.txt", MANIFEST]
+
+
+BETWEEN = """
+import os, signal, sys
+from pathlib import Path
+from aimet_ext.files import folders, scratch
+
+def rename_and_die(path, target, rename=Path.rename):
+    rename(path, target)
+    if target.suffix == ".old":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+folders._exchange = lambda one, other: False
+Path.rename = rename_and_die
+with folders.replace_folder(sys.argv[1]) as folder:
+    (folder / "a.txt").write_text("two")
+    folders.write_manifest(folder, "test")
+"""
+
+
+def run_killed(code: str, *arguments: str) -> None:
+    """Run code in another process, which kills itself."""
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(folders.__file__).parents[2])}
+    command = [sys.executable, "-c", code, *arguments]
+    assert subprocess.run(command, env=environment, check=False).returncode == -9
+
+
+def test_a_run_killed_between_two_renames_loses_nothing(tmp_path: pathlib.Path) -> None:
+    """Where the file system cannot exchange two names: the next run puts the old folder back."""
+    write(tmp_path / "out", "one")
+    run_killed(BETWEEN, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(FileNotFoundError, match=r"a killed run moved it to .*\.scratch\.old$"):
+        read_manifest(tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt), replace_folder(tmp_path / "out") as folder:
+        (folder / "half.txt").write_text("half")
+        raise KeyboardInterrupt
+    assert (tmp_path / "out" / "sub" / "a.txt").read_text() == "one"
+    assert read_manifest(tmp_path / "out")["kind"] == "test"
+    assert names(tmp_path) == ["out"]
+
+
+KILLED_IN_SCRATCH = """
+import os, signal, sys
+from pathlib import Path
+from aimet_ext.files import scratch
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+scratch.shutil.rmtree = die
+{}
+"""
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        "from aimet_ext.files.folders import replace_file; replace_file(Path(sys.argv[1]), b'two')",
+        "from aimet_ext.files.folders import check_writable; check_writable(sys.argv[1])",
+        "scratch.tempfile.tempdir = os.path.dirname(sys.argv[1])\nwith scratch.temporary(): pass",
+    ],
+    ids=["file", "check", "temporary"],
+)
+def test_scratch_folders_of_killed_runs_go_with_the_next(tmp_path: pathlib.Path, work: str) -> None:
+    code = KILLED_IN_SCRATCH.format(work)
+    for _ in range(2):
+        run_killed(code, str(tmp_path / "out.json"))
+        assert len(list(tmp_path.glob("*.scratch"))) == 1  # its own; that of the first is gone
+
+
+def test_a_scratch_folder_taken_for_abandoned_is_made_again(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may remove it in the moment before it is held."""
+    hold, removed = scratch.hold, []
+
+    def late(folder: pathlib.Path) -> bool:
+        if not removed:
+            removed.append(folder)
+            folder.rmdir()
+        return hold(folder)
+
+    monkeypatch.setattr(scratch, "hold", late)
+    with scratch.scratch(tmp_path, "x") as folder:
+        assert list(tmp_path.iterdir()) == [folder] != removed
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["../a.txt", "/etc/passwd", "sub/../../a.txt", "..\\a.txt", ""])

@@ -274,7 +274,7 @@ for index in (0, 1):
 def test_a_run_killed_before_the_last_step_of_a_write(tmp_path):
     """The old file counts, and the next run removes what was left beside it."""
     subprocess.run([sys.executable, "-c", CRASHED, str(tmp_path)], check=True)
-    assert len(list(tmp_path.glob(".*.tmp"))) == 2
+    assert len(list(tmp_path.glob(".*.scratch"))) == 2
     checkpoints = Checkpoints(tmp_path, {"data": "bb"})
     assert {path.name for path in tmp_path.iterdir()} == {"run.json", "block_00000.safetensors"}
     assert 0 in checkpoints

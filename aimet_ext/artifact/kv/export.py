@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from aimet_ext.artifact.kv.run import KIND, QDQ, CacheFiles, share_weights
 from aimet_ext.artifact.torch_export import Inputs, float32_model, write_onnx
 from aimet_ext.data.batches import iterate_batches, token_ids
 from aimet_ext.files.folders import replace_folder, write_manifest
+from aimet_ext.files.scratch import temporary
 from aimet_ext.models.kv_cache import CachedCausalLM
 from aimet_ext.sim.protocol import adapt
 
@@ -149,8 +149,8 @@ def _hand_off(sim: Any, source: Path | None, dataloader: Any) -> Reference:
     ids = token_ids(batches[0])
     if ids is None:
         raise ValueError(f"batches of ids [batch, seq] are required, got {type(batches[0])}")
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "plain"
+    with temporary() as place:
+        folder = place / "plain"
         export(sim, folder, "plain", ids[:1])
         return Reference.of(hand_off(folder, batches, sim=sim))
 

@@ -7,7 +7,6 @@ already, and the wider grid has the same points and more. 3 bits are integers -4
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -24,6 +23,7 @@ from aimet_onnx.common.quantsim_config.quantsim_config import _get_config_file
 from aimet_onnx.graph_passes.fusions import inline_all_supergroups
 from aimet_onnx.quantsim import encodings_to_onnx_qdq
 
+from aimet_ext.files.scratch import temporary
 from aimet_ext.onnx.index import stored_values
 from aimet_ext.onnx.reading import read_external, read_model
 from aimet_ext.onnx.values import put_bytes
@@ -168,8 +168,8 @@ def _build(
     **settings: Any,
 ) -> QuantizationSimModel:
     """Build a simulation with the content of a configuration, which AIMET reads from a file."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.json"
+    with temporary() as folder:
+        path = folder / "config.json"
         path.write_text(json.dumps(config), encoding="utf-8")
         sample = None if sample is None else dict(sample)
         return build(model, config_file=str(path), dummy_input=sample, **settings)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from aimet_torch.quantization.base import QuantizerBase
 from torch import Tensor, nn
 
 from aimet_ext.config import LPBQ, PerTensor, QSpec
+from aimet_ext.files.scratch import temporary
 
 # Bits of what has no spec: gains of norms, which NPUs take in 8 bits beside activations of 8.
 _GAIN_BITS, _NARROW = 16, 8
@@ -144,7 +143,7 @@ def _config_file(config: str | Mapping[str, Any]) -> Iterator[str]:
     if isinstance(config, str):
         yield config
         return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.json"
+    with temporary() as folder:
+        path = folder / "config.json"
         path.write_text(json.dumps(config), encoding="utf-8")
         yield str(path)
