@@ -272,11 +272,13 @@ def write_model(
     :returns: the names that share a tensor with another one (``"tied"``), where the tokenizer
         came from, and whether transformers can load the folder.
     """
+    from aimet_ext.models.hidden import packed
     from aimet_ext.models.huggingface import causal_lm, original_name
 
     folder.mkdir(exist_ok=True)
-    named = {original_name(name, model): value for name, value in state.items()}
+    named = packed(model, {original_name(name, model): value for name, value in state.items()})
     stored: dict[str, Tensor] = {}
+    used: set[int] = set()
     first: dict[tuple[Any, ...], str] = {}
     tied: dict[str, str] = {}
     for name, value in named.items():
@@ -285,7 +287,10 @@ def write_model(
             tied[name] = first[key]
         else:
             wide = value.float() if value.is_floating_point() else value
-            stored[name] = wide.cpu().contiguous()
+            flat = wide.cpu().contiguous()
+            memory = flat.untyped_storage().data_ptr()
+            stored[name] = flat.clone() if memory in used else flat  # safetensors takes no views
+            used.add(memory)
     save_file(stored, folder / WEIGHTS, {"format": "pt"})
 
     language_model = causal_lm(model)
@@ -379,9 +384,10 @@ def _load_weights(folder: Path, sim: Any, tied: Mapping[str, str]) -> None:
 
     :raises ValueError: a name or a shape differs; all such are named and nothing is copied.
     """
+    from aimet_ext.models.hidden import unpacked
     from aimet_ext.models.huggingface import original_name
 
-    stored = read_safetensors(folder / WEIGHTS)[0]
+    stored = unpacked(sim.model, read_safetensors(folder / WEIGHTS)[0])
     state = {
         original_name(name, sim.model): value for name, value in adapt(sim).float_state().items()
     }

@@ -15,6 +15,7 @@ from aimet_ext.data.batches import as_tensors, map_tensors, module_device
 from aimet_ext.errors import require, some
 from aimet_ext.files.reading import read_json
 from aimet_ext.grids.patterns import LAYERS
+from aimet_ext.models.hidden import expose_weights
 from aimet_ext.models.huggingface import PreparedCausalLM, causal_lm, original_name, prepare_model
 from aimet_ext.sim.protocol import adapt
 
@@ -76,6 +77,7 @@ def create_sim(
     module = model
     if hasattr(model, "get_output_embeddings"):
         module = prepare_model(model, mask_value=None if activations is None else _MASK)
+    given, module = module, expose_weights(module)
     if embedding == "auto":
         embedding = _embedding(module, lm_head)
     specs = {"weights": weights, "lm_head": lm_head, "embedding": embedding}
@@ -91,13 +93,14 @@ def create_sim(
     if plan.pad:
         from aimet_ext.grids.widening import pad_mlps
 
-        module = copy.deepcopy(module)
+        module = copy.deepcopy(module) if module is given else module
         padded = pad_mlps(module, plan)
     if isinstance(activations, int):
         activations = QSpec(bitwidth=activations, symmetric=False)
     config = _config(config_file)
     dummy_input = _dummy_input(sample_input_ids, module)
-    sim = build_sim(module, dummy_input, plan.specs, activations, config, in_place=bool(plan.pad))
+    in_place = module is not given
+    sim = build_sim(module, dummy_input, plan.specs, activations, config, in_place=in_place)
     adapt(sim).settings = {
         **{name: _plain(spec) for name, spec in specs.items()},
         "activations": _plain(activations),

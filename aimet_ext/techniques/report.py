@@ -96,7 +96,7 @@ class LayerReport(UnitReport):
     @property
     def is_short_of_tokens(self) -> bool:
         """True if so few tokens came that what was decided may fit these alone."""
-        return self.tokens < TOKENS_AN_INPUT * self.inputs
+        return self.tokens < TOKENS_AN_INPUT * self.inputs and self.rows_nearest < self.rows
 
     @property
     def sqnr_db(self) -> float:
@@ -142,6 +142,11 @@ class LayerwiseReport(Report):
                 f"{least.inputs} inputs and saw {least.tokens} tokens; give at least {enough}, "
                 "or other text may fare worse than with plain rounding"
             )
+        few = [x for x in self.layers if x.tokens < x.inputs and x.rows_nearest == x.rows]
+        lines += [
+            f"plain rounding, for want of tokens: {x.name} has {x.inputs} inputs and saw {x.tokens}"
+            for x in few
+        ]
         lines += [f"left alone: {name}: {why}" for name, why in self.skipped.items()]
         mapped = [layer.name for layer in self.layers if layer.storage == "mapped"]
         if mapped:

@@ -24,6 +24,7 @@ from aimet_ext.data.batches import (
     tensors_in,
 )
 from aimet_ext.data.moments import Geometry
+from aimet_ext.walk.routing import is_routed
 
 Activation: TypeAlias = Callable[[Tensor], Tensor]
 Wrap: TypeAlias = Callable[[Tensor], Any]
@@ -209,7 +210,8 @@ def layer_order(
     :param layers: Names within ``module``.
     :param passes: Functions that each run the module once.
     :param prefix: Prefix that makes the layers' names in errors those in the whole model.
-    :raises ValueError: a layer is called twice in a pass, or never, or a batch norm follows it.
+    :raises ValueError: a layer is called twice in a pass, or never and is no expert's, or a batch
+        norm follows it.
     :raises TypeError: a layer is neither linear nor a convolution.
     """
     found = LayerOrder()
@@ -235,11 +237,15 @@ def layer_order(
         if len(order) == len(geometry):
             break
     else:
-        raise uncalled(f"{prefix}{name}" for name in layers if name not in order)
+        left = [name for name in layers if name not in order]
+        if lost := [f"{prefix}{name}" for name in left if not is_routed(module, name)]:
+            raise uncalled(lost)
+        order.update(dict.fromkeys(left))  # experts: no token is sent to them
     partners = [watch.partners(geometry) for watch in watches]
     stages: dict[Any, list[str]] = {}
     for name in order:
-        stages.setdefault(tuple(first.get(name) for first in partners), []).append(name)
+        read = [first.get(name) for first in partners]
+        stages.setdefault(tuple(read) if any(read) else name, []).append(name)
         readers = {watch.sole_reader(name) for watch in watches if name in watch.reads}
         reader = readers.pop() if len(readers) == 1 else None
         if reader in _BATCH_NORMS:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from aimet_ext.data.batches import ForwardFn, call_model
-from aimet_ext.data.cache import TensorCache
+from aimet_ext.data.cache import TensorCache, ValueCache
 from aimet_ext.data.moments import Geometry
+from aimet_ext.walk.experts import Call, Routed, routed
 from aimet_ext.walk.hooks import (
     LayerOrder,
     checked_weight,
@@ -86,6 +87,8 @@ class StreamedBlock:
         self.returns: Callable[[Tensor], Any] = lambda hidden: hidden
         self._open = True
         self._parts: list[_Part] = []
+        self._calls: ValueCache | None = None  # of modules of experts, by name and stream
+        self._called: set[tuple[int, tuple[str, str]]] = set()
         # By stream and parameter, weights in place of the block's own.
         self._params: dict[str, dict[str, Tensor]] = {stream: {} for stream in flows}
 
@@ -134,6 +137,7 @@ class StreamedBlock:
         for part in self._parts:
             if cache := part.inputs.pop("quantized", None):
                 cache.close()
+        self._called = {called for called in self._called if called[1][1] != "quantized"}
 
     def inputs(self, layers: Sequence[str], streams: Sequence[str] = ()) -> Iterator[Inputs]:
         """Yield the input that layers share, batch by batch, with the weights decided so far.
@@ -144,20 +148,39 @@ class StreamedBlock:
         module = self.module.get_submodule(layers[0])
         wanted = streams or tuple(self.flows)
         kept = self._to_keep(layers, wanted)
+        expert = routed(self.module, layers[0])
         for index in range(len(self)):
             if not self._open:
                 raise RuntimeError(
                     f"the stages of {self.name} are over; read their batches before a later "
                     "block's stage is asked for"
                 )
-            seen: dict[str, Tensor] = {}
-            for stream in wanted:
-                found = seen_input([module], partial(self._run, stream, index, layers[0]))
-                seen[stream] = no_tokens(module) if found is None else found
-                if kept is not None and index == len(kept.inputs[stream]):
-                    kept.inputs[stream].append(seen[stream])
-            name = f"{self.name}.{layers[0]}"
-            yield stage_inputs(name, module, index, seen, self._flow.mask(index))
+            seen: Mapping[str, Tensor | None]
+            mask: Tensor | None = self._flow.mask(index)
+            if expert is None:
+                runs = {stream: partial(self._run, stream, index, layers[0]) for stream in wanted}
+                seen = {stream: seen_input([module], run) for stream, run in runs.items()}
+            else:
+                calls = {stream: self._call(expert, stream, index) for stream in wanted}
+                seen = expert.inputs(self.module, calls, self._params)
+                mask = expert.mask(calls, mask)
+            found = {stream: no_tokens(module, seen.get(stream)) for stream in wanted}
+            if kept is not None:
+                for stream, cache in kept.inputs.items():
+                    if index == len(cache) and stream in found:
+                        cache.append(found[stream])
+            yield stage_inputs(f"{self.name}.{layers[0]}", module, index, found, mask)
+
+    def _call(self, expert: Routed, stream: str, index: int) -> Call:
+        """Return the call of an expert's module, which earlier layers decide; it is kept."""
+        key = (expert.module, stream)
+        if self._calls is None:
+            self._calls = ValueCache(self._flow.hidden.cache_dir)
+        if (index, key) not in self._called:
+            run = partial(self._run, stream, index, expert.layer)
+            self._calls.put(index, {key: expert.call(self.module, run)})
+            self._called.add((index, key))
+        return self._calls.read(index, [key], self.device)[key]
 
     def outputs(self, stream: str) -> TensorCache:
         """Return the block's outputs in a stream, batch by batch; the stream stays where it is."""
@@ -182,6 +205,8 @@ class StreamedBlock:
         for part in self._parts:
             for cache in part.inputs.values():
                 cache.close()
+        if self._calls is not None:
+            self._calls.close()
         self._parts, self._params = [], {stream: {} for stream in self.flows}
 
     def _to_keep(self, layers: Sequence[str], streams: Sequence[str]) -> _Part | None:
@@ -223,10 +248,10 @@ class StreamedBlock:
         return replaced_forward(self.module.get_submodule(part.name), lambda: output)
 
 
-def no_tokens(layer: nn.Module) -> Tensor:
-    """Return the input of a layer that no token of a batch reaches, an expert."""
+def no_tokens(layer: nn.Module, seen: Tensor | None = None) -> Tensor:
+    """Return the input of a layer, that of no tokens if none was seen, as of an expert."""
     weight: Any = layer.weight
-    return weight.new_zeros(0, weight.shape[1])
+    return seen if seen is not None else weight.new_zeros(0, weight.shape[1])
 
 
 def fit_mask(mask: Tensor | None, x: Tensor, geometry: Geometry) -> Tensor | None:

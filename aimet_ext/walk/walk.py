@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from aimet_ext.data.batches import ForwardFn, map_tensors, module_device, token_mask
 from aimet_ext.data.cache import StoredBatches, keep_batches
+from aimet_ext.walk.experts import Call, Routed, routed
 from aimet_ext.walk.hooks import (
     Activation,
     LayerOrder,
@@ -322,6 +323,8 @@ class RerunWalk(ModelWalk):
         super().__init__(model, batches, layers, **settings)
         self._reason = reason
         self._passes = 0
+        self._expert: Routed | None = None  # whose layer was read last
+        self._sent: Mapping[str, Call] = {}
         self._load_effective(lambda name: True)
         weights = self._weights.get("quantized", {})
         passes = (partial(self._run, n, weights) for n in range(len(self._batches)))
@@ -334,17 +337,32 @@ class RerunWalk(ModelWalk):
         return cost if self._reason is None else {**cost, "reason": self._reason}
 
     def _seen(self, number: int, batch: int, use: int) -> Mapping[str, Tensor]:
-        layers = [self._layers[name] for name in self._order.stages[number]]
-        seen: dict[str, Tensor] = {}
+        names = self._order.stages[number]
+        layers = [self._layers[name] for name in names]
+        self._expert = expert = routed(self._model, names[0])
+        seen: dict[str, Any] = {}
         for stream, weights in self._weights.items():
+            run = partial(self._run, batch, weights)
             if seen and not self._weights["quantized"]:
                 seen[stream] = seen["quantized"]  # nothing is decided yet
-                continue
-            found = seen_input(layers, partial(self._run, batch, weights))
-            if found is None:
-                return {}  # this batch does not reach the layers
-            seen[stream] = found.to(self._device)
-        return seen
+            else:
+                seen[stream] = (
+                    seen_input(layers, run) if expert is None else expert.call(self._model, run)
+                )
+        if expert is not None:
+            self._sent = seen
+            params = {
+                stream: {f"{name}.weight": weight for name, weight in weights.items()}
+                for stream, weights in self._weights.items()
+            }
+            seen = expert.inputs(self._model, seen, params)
+        if any(found is None for found in seen.values()):
+            return {}  # this batch does not reach the layers
+        return {stream: found.to(self._device) for stream, found in seen.items()}
+
+    def _mask(self, batch: int) -> Tensor | None:
+        mask = super()._mask(batch)
+        return mask if self._expert is None else self._expert.mask(self._sent, mask)
 
     @torch.no_grad()
     def _run(self, number: int, weights: Mapping[str, Tensor]) -> Any:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from aimet_ext.config import LPBQ, PerTensor, QSpec
 from aimet_ext.files.scratch import temporary
+from aimet_ext.models.attention import own_projections
+from aimet_ext.walk.routing import RoutedLayers
 
 # Bits of what has no spec: gains of norms, which NPUs take in 8 bits beside activations of 8.
 _GAIN_BITS, _NARROW = 16, 8
@@ -53,7 +55,11 @@ def build_sim(
             in_place=in_place,
             config_file=config_file,
         )
+    for module in sim.model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            own_projections(module)
     _set_activations(sim, activations)
+    _share_ranges(sim)
     _set_weights(sim, weights, keep_others=activations is not None, ranges=ranges)
     return sim
 
@@ -103,6 +109,20 @@ def _set_activations(sim: QuantizationSimModel, spec: QSpec | None) -> None:
         quantizer.symmetric = spec.symmetric
         quantizer.signed = spec.symmetric
         quantizer.bitwidth = spec.bitwidth
+
+
+def _share_ranges(sim: QuantizationSimModel) -> None:
+    """Give experts the same activation quantizers: one that sees no tokens needs ranges too."""
+    for module in sim.model.modules():
+        if isinstance(module, RoutedLayers):
+            first: Any = module[0]
+            for layer in module:
+                for own, shared in (
+                    (layer.input_quantizers, first.input_quantizers),
+                    (layer.output_quantizers, first.output_quantizers),
+                ):
+                    for number, quantizer in enumerate(shared):
+                        own[number] = quantizer
 
 
 def _set_weights(

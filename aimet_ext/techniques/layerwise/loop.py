@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from aimet_ext.config import LayerwiseParams
+from aimet_ext.core.affine import quantize
 from aimet_ext.core.objective import SecondMoment
 from aimet_ext.data.batches import seen_arguments, tensors_in
 from aimet_ext.data.moments import sum_moments
@@ -45,6 +46,7 @@ from aimet_ext.techniques.session import (
     undo_on_failure,
 )
 from aimet_ext.walk.hooks import Activation, uncalled
+from aimet_ext.walk.routing import is_routed
 from aimet_ext.walk.walk import Stage, Streams, Walk
 
 P = TypeVar("P", bound=LayerwiseParams)
@@ -278,7 +280,7 @@ class LayerwiseRun:
                 upstream[layer].mean if layer in upstream else 0.0,
             )
             with torch.no_grad():
-                outcome = deploy(problem, quantizer, self.solver.decide)
+                outcome = deploy(problem, quantizer, self.solver.decide if moment.tokens else self._plain)
             reports.append(
                 LayerReport(
                     name=layer,
@@ -287,7 +289,7 @@ class LayerwiseRun:
                     loss_nearest=outcome.nearest,
                     loss_after=outcome.after,
                     signal=outcome.signal,
-                    rows_nearest=outcome.rows_nearest,
+                    rows_nearest=problem.weight.shape[0] if few else outcome.rows_nearest,
                     rows=problem.weight.shape[0],
                     tokens=moment.tokens,
                     inputs=problem.weight.shape[1],
@@ -296,6 +298,11 @@ class LayerwiseRun:
                 )
             )
         return reports
+
+    def _plain(self, problem: Problem) -> Decision:
+        """Leave an expert that no token is sent to to plain rounding."""
+        codes = partial(quantize, problem.stored) if self.solver.rounds else None
+        return Decision(codes=codes)
 
     def _gather(
         self, stage: Stage
@@ -329,7 +336,10 @@ class LayerwiseRun:
         except ValueError as error:
             raise ValueError(f"{', '.join(stage.layers)}: {error}") from error
         if total is None or moment is None:
-            raise uncalled(stage.layers)
+            if not is_routed(self.adaptor.model, stage.layers[0]):
+                raise uncalled(stage.layers)
+            nothing = layer.weight.new_zeros((layer.weight.shape[1],) * 2, dtype=dtype)
+            return SecondMoment(nothing, None, 0), "memory", {}, {}
         if not self.solver.aimet_stream:  # ours alone
             moment = moment.shrunk(params.asym_strength)
         return moment, total.storage, samples, upstream

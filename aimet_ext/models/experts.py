@@ -1,0 +1,153 @@
+"""Experts that a model keeps in one three-dimensional parameter, as linear layers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aimet_ext.walk.hooks import evaluating
+from aimet_ext.walk.routing import RoutedLayers, tokens_of
+
+_UP, _DOWN = ("gate_up_proj", "up_proj"), "down_proj"
+
+#: Largest max|change| / max|output|; sums of half-precision products differ by their order.
+_BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def are_packed(module: nn.Module) -> bool:
+    """Return True if a module holds experts in packed parameters and can be taken apart.
+
+    That is told from its parameters, ``gate_up_proj`` or ``up_proj`` and ``down_proj``, of three
+    dimensions with the experts first, and from its ``forward``, which takes hidden states, chosen
+    experts and their weights.
+    """
+    packed = [getattr(module, name, None) for name in (_up_name(module), _DOWN)]
+    if not all(isinstance(p, nn.Parameter) and p.dim() == 3 for p in packed):
+        return False
+    arguments = inspect.signature(type(module).forward).parameters
+    return len(arguments) == 4 and packed[0].shape[0] == packed[1].shape[0]
+
+
+def _up_name(module: nn.Module) -> str:
+    return next((name for name in _UP if hasattr(module, name)), _UP[0])
+
+
+class SplitExperts(nn.Module):
+    """The experts of a module that kept them packed, each a linear layer behind another.
+
+    ``gate_up_proj`` and ``down_proj`` are lists of layers now. What stands between them is the
+    original's own: its activation, limits and gate.
+
+    An expert computes the tokens that are routed to it; while a graph is traced, every expert
+    computes all tokens and those of others count zero, so that no shape depends on data.
+
+    :param experts: Module of packed experts, whose weights are copied.
+    """
+
+    def __init__(self, experts: Any) -> None:
+        super().__init__()
+        up = _up_name(experts)
+        for name, value in vars(experts).items():
+            if not name.startswith("_") and name != "training":
+                setattr(self, name, value)  # limits and the like, which a gate may read
+        for name, child in experts.named_children():
+            self.add_module(name, child)
+        self.gated = up == _UP[0]
+        self.count = len(getattr(experts, up))
+        own = getattr(type(experts), "_apply_gate", None)
+        self.gate: Callable[[Any, Tensor], Tensor] = _gate if own is None else own
+        packed = getattr(experts, up), getattr(experts, _DOWN)
+        by_shape = packed[0].shape[-1] != packed[1].shape[-2]
+        transposed = bool(getattr(experts, "is_transposed", by_shape))
+        setattr(self, up, _layers(experts, up, transposed=transposed))
+        setattr(self, _DOWN, _layers(experts, _DOWN, transposed=transposed))
+        self.train(experts.training)
+
+    def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Return the weighted sum of what the chosen experts make of each token.
+
+        :param hidden: ``[tokens, width]``.
+        :param chosen: numbers of experts, ``[tokens, k]``.
+        :param weights: ``[tokens, k]``.
+        """
+        total = torch.zeros_like(hidden)
+        for expert in range(self.count):
+            if torch.jit.is_tracing():
+                share = (weights * (chosen == expert).to(weights.dtype)).sum(-1, keepdim=True)
+                total = total + (self.expert(expert, hidden) * share).to(total.dtype)
+                continue
+            columns, tokens = tokens_of(expert, chosen)
+            if len(tokens):
+                output = self.expert(expert, hidden[tokens]) * weights[tokens, columns, None]
+                total.index_add_(0, tokens, output.to(total.dtype))
+        return total
+
+    @property
+    def layers_up(self) -> RoutedLayers:
+        """The first layer of each expert."""
+        return getattr(self, _UP[0] if self.gated else _UP[1])
+
+    def expert(self, number: int, x: Tensor) -> Tensor:
+        """Return what one expert makes of tokens ``[tokens, width]``."""
+        inner = self.layers_up[number](x)
+        inner = self.gate(self, inner) if self.gated else self.act_fn(inner)
+        output = getattr(self, _DOWN)[number](inner)
+        return self.post_expert_norm(output) if hasattr(self, "post_expert_norm") else output
+
+
+def _gate(experts: Any, gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return experts.act_fn(gate) * up
+
+
+def _layers(experts: Any, name: str, *, transposed: bool) -> RoutedLayers:
+    """Return copies of a packed parameter's matrices, and of its biases, as layers."""
+    packed, biases = getattr(experts, name), getattr(experts, f"{name}_bias", None)
+    layers: list[nn.Module] = []
+    for number in range(len(packed)):
+        weight = packed.detach()[number]
+        weight = (weight.T if transposed else weight).clone(memory_format=torch.contiguous_format)
+        outputs, width = weight.shape
+        layer = nn.Linear(width, outputs, bias=biases is not None, device="meta")
+        layer.weight = nn.Parameter(weight, packed.requires_grad)
+        if biases is not None:
+            layer.bias = nn.Parameter(biases.detach()[number].clone(), biases.requires_grad)
+        layers.append(layer)
+    return RoutedLayers(layers, transposed=transposed)
+
+
+def split_experts(experts: Any) -> SplitExperts | str:
+    """Take packed experts apart, and prove on tokens for each of them that nothing else changed.
+
+    :param experts: Module of which :func:`are_packed` is True; it stays as it is.
+    :returns: the experts as layers; or, if they compute something else, how far off they are.
+    """
+    split = SplitExperts(experts)
+    inputs = _tokens(split)
+    with evaluating(experts), torch.no_grad():
+        expected = experts(*inputs)
+    with evaluating(split), torch.no_grad():
+        try:
+            change = float((split(*inputs) - expected).abs().max() / expected.abs().max())
+        except (RuntimeError, AttributeError) as error:
+            return f"as linear layers they fail with {type(error).__name__}: {error}"
+    bound = _BOUNDS.get(expected.dtype, 0.0)
+    if change <= bound:
+        return split
+    return f"as linear layers they are off by {change:.1e} of their output, allowed is {bound:.0e}"
+
+
+def _tokens(split: SplitExperts) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens, two experts for each, and weights of these."""
+    layer: Any = split.layers_up[0]
+    like, count = layer.weight, split.count
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.arange(2 * count)[:, None]
+    chosen = (tokens + torch.arange(min(2, count))) % count  # [tokens, k]
+    hidden = torch.randn(len(tokens), layer.in_features, generator=generator)
+    weights = 0.5 + torch.rand(chosen.shape, generator=generator)
+    return hidden.to(like), chosen.to(like.device), weights.to(like)

@@ -1,0 +1,137 @@
+"""Weights that are hidden in packed parameters become layers, each with a quantizer of its own."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from aimet_ext.errors import some
+from aimet_ext.models.attention import owns_projections, projections
+from aimet_ext.models.experts import are_packed, split_experts
+from aimet_ext.models.huggingface import checkpoint_prefix
+from aimet_ext.walk.routing import RoutedLayers
+
+_log = logging.getLogger(__name__)
+
+
+def expose_weights(model: nn.Module) -> nn.Module:
+    """Return a copy of a model in which hidden weights are layers; the model if it hides none.
+
+    * Packed experts become linear layers, with the same outputs on tokens for all of them. Those
+      that would compute something else stay packed, and float, which is logged.
+    * ``nn.MultiheadAttention`` shows its projections as layers. It does not call them: they say
+      what AIMET's attention, which takes its place, is to quantize.
+
+    :param model: Model, left as it is.
+    """
+    if not any(_is_attention(m) or are_packed(m) for m in model.modules()):
+        return model
+    model = copy.deepcopy(model)
+    left: dict[str, str] = {}
+    for name, module in list(model.named_modules()):
+        if are_packed(module):
+            split = split_experts(module)
+            if isinstance(split, str):
+                left[name] = split
+            else:
+                _replace(model, name, split)
+        elif _is_attention(module):
+            for part, layer in projections(module).items():
+                module.add_module(part, layer)
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # which goes around the attention
+    if left:
+        _log.warning(
+            "%s keep their packed weights, which stay float: %s",
+            some(list(left)),
+            next(iter(left.values())),
+        )
+    return model
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return type(module) is nn.MultiheadAttention
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, key = name.rpartition(".")
+    setattr(model.get_submodule(parent), key, module)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A tensor of a checkpoint that stands in a model as several.
+
+    :param name: Name in the checkpoint.
+    :param parts: Names in the model, without the prefix of :func:`checkpoint_prefix`.
+    :param stacked: True if the parts are stacked, False if they follow each other.
+    :param transposed: True if each is transposed in the checkpoint.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    stacked: bool
+    transposed: bool = False
+
+    def pack(self, parts: list[Tensor]) -> Tensor:
+        """Return the tensor of the checkpoint."""
+        turned = [part.T if self.transposed else part for part in parts]
+        return torch.stack(turned) if self.stacked else torch.cat(turned)
+
+    def unpack(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Return the parts, as views."""
+        parts = tensor.unbind() if self.stacked else tensor.chunk(len(self.parts))
+        return tuple(part.T if self.transposed else part for part in parts)
+
+
+def packings(model: nn.Module) -> list[Packing]:
+    """Return what stands in a model, prepared or simulated, as layers of once hidden weights."""
+    prefix, found = checkpoint_prefix(model), []
+    for full, module in model.named_modules():
+        name = full.removeprefix(prefix)
+        if isinstance(module, RoutedLayers):
+            layers = [f"{name}.{number}" for number in range(len(module))]
+            for key, _ in module[0].named_parameters(recurse=False):
+                whole, turned = (
+                    (name, module.transposed) if key == "weight" else (f"{name}_{key}", False)
+                )
+                found.append(Packing(whole, tuple(f"{n}.{key}" for n in layers), True, turned))
+        elif isinstance(module, nn.MultiheadAttention) and owns_projections(module):
+            found += _attention_packings(f"{name}." if name else "", module)
+    return found
+
+
+def _attention_packings(prefix: str, attention: nn.MultiheadAttention) -> list[Packing]:
+    layers = [f"{prefix}{part}_proj" for part in "qkv"]
+    keys = [key for key, _ in attention.get_submodule("q_proj").named_parameters(recurse=False)]
+    whole = {key: tuple(f"{layer}.{key}" for layer in layers) for key in keys}
+    found = [Packing(f"{prefix}in_proj_{key}", parts, False) for key, parts in whole.items()]
+    if attention._qkv_same_embed_dim:
+        return found
+    single = [Packing(f"{layer}_weight", (f"{layer}.weight",), False) for layer in layers]
+    return [p for p in found if not p.name.endswith("weight")] + single
+
+
+def packed(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state by the names of the checkpoint.
+
+    :param state: Tensors by name in the model, without the prefix of :func:`checkpoint_prefix`.
+    """
+    rest = dict(state)
+    for packing in packings(model):
+        rest[packing.name] = packing.pack([rest.pop(part) for part in packing.parts])
+    return rest
+
+
+def unpacked(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state by the names of the model, the inverse of :func:`packed`."""
+    rest = dict(state)
+    for packing in packings(model):
+        if packing.name in rest:
+            rest.update(zip(packing.parts, packing.unpack(rest.pop(packing.name)), strict=True))
+    return rest
