@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,8 +43,9 @@ class SplitExperts(nn.Module):
     ``gate_up_proj`` and ``down_proj`` are lists of layers now. What stands between them is the
     original's own: its activation, limits and gate.
 
-    An expert computes the tokens that are routed to it; while a graph is traced, every expert
-    computes all tokens and those of others count zero, so that no shape depends on data.
+    An expert computes the tokens that are routed to it. While a graph is traced, or inside
+    :func:`all_tokens`, every expert computes all tokens and those of others count zero, so that no
+    shape depends on data.
 
     :param experts: Module of packed experts, whose weights are copied.
     """
@@ -56,6 +58,7 @@ class SplitExperts(nn.Module):
                 setattr(self, name, value)  # limits and the like, which a gate may read
         for name, child in experts.named_children():
             self.add_module(name, child)
+        self.dense = False
         self.gated = up == _UP[0]
         self.count = len(getattr(experts, up))
         own = getattr(type(experts), "_apply_gate", None)
@@ -76,7 +79,7 @@ class SplitExperts(nn.Module):
         """
         total = torch.zeros_like(hidden)
         for expert in range(self.count):
-            if torch.jit.is_tracing():
+            if self.dense or torch.jit.is_tracing():
                 share = (weights * (chosen == expert).to(weights.dtype)).sum(-1, keepdim=True)
                 total = total + (self.expert(expert, hidden) * share).to(total.dtype)
                 continue
@@ -97,6 +100,19 @@ class SplitExperts(nn.Module):
         inner = self.gate(self, inner) if self.gated else self.act_fn(inner)
         output = getattr(self, _DOWN)[number](inner)
         return self.post_expert_norm(output) if hasattr(self, "post_expert_norm") else output
+
+
+@contextmanager
+def all_tokens(model: nn.Module) -> Iterator[None]:
+    """Return a context in which every expert is called, whatever tokens are sent to it."""
+    split = [module for module in model.modules() if isinstance(module, SplitExperts)]
+    try:
+        for module in split:
+            module.dense = True
+        yield
+    finally:
+        for module in split:
+            module.dense = False
 
 
 def _gate(experts: Any, gate_up: Tensor) -> Tensor:

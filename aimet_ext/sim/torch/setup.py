@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from aimet_ext.config import LPBQ, PerTensor, QSpec
 from aimet_ext.files.scratch import temporary
 from aimet_ext.models.attention import own_projections
+from aimet_ext.models.experts import all_tokens
 from aimet_ext.walk.routing import RoutedLayers
 
 # Bits of what has no spec: gains of norms, which NPUs take in 8 bits beside activations of 8.
@@ -46,13 +48,15 @@ def build_sim(
     :param ranges: False if ranges are loaded next: AIMET looks for a 16-bit grid for seconds.
     """
     narrow = activations is not None and activations.bitwidth <= _NARROW
-    with _config_file(config) as config_file, quiet():
+    if not in_place:
+        model = copy.deepcopy(model)
+    with _config_file(config) as config_file, quiet(), all_tokens(model):
         sim = QuantizationSimModel(
             model,
             dummy_input,
             default_output_bw=_GAIN_BITS,
             default_param_bw=_NARROW if narrow else _GAIN_BITS,
-            in_place=in_place,
+            in_place=True,
             config_file=config_file,
         )
     for module in sim.model.modules():

@@ -280,7 +280,8 @@ class LayerwiseRun:
                 upstream[layer].mean if layer in upstream else 0.0,
             )
             with torch.no_grad():
-                outcome = deploy(problem, quantizer, self.solver.decide if moment.tokens else self._plain)
+                decide = self.solver.decide if moment.tokens else self._plain
+                outcome = deploy(problem, quantizer, decide)
             reports.append(
                 LayerReport(
                     name=layer,
@@ -289,7 +290,7 @@ class LayerwiseRun:
                     loss_nearest=outcome.nearest,
                     loss_after=outcome.after,
                     signal=outcome.signal,
-                    rows_nearest=problem.weight.shape[0] if few else outcome.rows_nearest,
+                    rows_nearest=outcome.rows_nearest if moment.tokens else problem.weight.shape[0],
                     rows=problem.weight.shape[0],
                     tokens=moment.tokens,
                     inputs=problem.weight.shape[1],
