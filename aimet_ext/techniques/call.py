@@ -6,13 +6,15 @@ import dataclasses
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any, Concatenate, Generic, Protocol, TypeVar
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from aimet_ext.config import TechniqueParams
@@ -35,6 +37,13 @@ ALIASES: Mapping[str, str] = {
     "excluded_nodes": "modules_to_exclude",
     "op_types": "layers",
     "nodes_to_include": "layers",
+}
+
+
+# AIMET's classes of parameters, whose calls took the model first: our names of their settings.
+_OLDER_PARAMS: Mapping[str, Mapping[str, str]] = {
+    "AdaroundParameters": {"num_iterations": "num_iterations"},
+    "SeqMseParams": {"num_candidates": "num_candidates", "inp_symmetry": "inp_symmetry"},
 }
 
 
@@ -138,9 +147,9 @@ def technique(
             given = bound.arguments
             further = {p.name: given.pop(p.name) for p in own}
             numbers = {number: given.pop(number)} if number else {}
-            params = merge_params(
-                kind, function.__name__, given.pop("params"), given.pop("settings"), **numbers
-            )
+            who, base, settings = function.__name__, given.pop("params"), given.pop("settings")
+            with _settings_of(who):
+                params = merge_params(kind, who, base, settings, **numbers)
             path = given.pop("output_path")
             call = Call(
                 row=row,
@@ -151,7 +160,8 @@ def technique(
                 output_path=None if path is None else check_output(path),
                 options=RunOptions(**given),
             )
-            return function(call, **further)
+            with _settings_of(who):
+                return function(call, **further)
 
         apply.__signature__ = signature  # type: ignore[attr-defined]
         apply.__annotations__ = {
@@ -187,6 +197,24 @@ def merge_params(
     values = {**settings, **given}
     base = {} if params is None else {name: getattr(params, name) for name in fields}
     return kind(**{**base, **values})
+
+
+@contextmanager
+def _settings_of(who: str) -> Iterator[None]:
+    """Say in one line which setting of a function is not allowed."""
+    try:
+        yield
+    except ValidationError as error:
+        said = [
+            f"{'.'.join(map(str, each['loc']))}: {each['msg']}, got {_short(each['input'])}"
+            for each in error.errors(include_url=False)
+        ]
+        raise ValueError(f"{who}(): {'; '.join(said)}") from None
+
+
+def _short(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 # ------------------------------------------------------------------------ signature and docstring
@@ -277,6 +305,7 @@ def _in_own_order(
     known = inspect.signature(function).parameters
     own = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in known.values())
     who, named = function.__name__, dict(kwargs)
+    _refuse_older_form(who, args, kwargs)
     third = len(args) > 2 and callable(args[2])
     if third or len(args) > own:
         names = order
@@ -296,6 +325,28 @@ def _in_own_order(
                 _refuse_twice(who, name, alias)
             _put(who, named, name, named.pop(alias), alias)
     return args, named
+
+
+def _refuse_older_form(who: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Translate a call in the form that AIMET had before its simulation was the first argument.
+
+    :raises TypeError: The call has that form.
+    """
+    given = [*args, *kwargs.values()]
+    old = next((each for each in given if type(each).__name__ in _OLDER_PARAMS), None)
+    model_first = len(args) > 2 and isinstance(args[0], nn.Module)
+    if old is None and not model_first and not {"model", "dummy_input"} & set(kwargs):
+        return
+    settings = ""
+    for theirs, ours in _OLDER_PARAMS.get(type(old).__name__, {}).items():
+        value = getattr(old, theirs, None)
+        if isinstance(value, int | str):
+            settings += f", {ours}={value!r}"
+    form = "a model" if old is None else type(old).__name__
+    raise TypeError(
+        f"{who}() takes a simulation, which it changes in place, data and settings, got AIMET's "
+        f"older form with {form}: call {who}(sim, data_loader{settings})"
+    )
 
 
 def _put(who: str, named: dict[str, Any], name: str, value: Any, came_as: str) -> None:

@@ -376,3 +376,33 @@ def test_a_foreign_folder_is_refused_before_any_work(
         forward_fn=forward_fn,
     )
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("place", ["position", "keyword", "model first"])
+def test_the_older_forms_of_aimet_are_translated(
+    technique: Any, make_sim: Any, batches: Any, place: str
+) -> None:
+    """In one line, whether its class of parameters or the model gives it away."""
+    seq_mse = pytest.importorskip("aimet_torch.seq_mse")
+    params = seq_mse.SeqMseParams(4, num_candidates=7)
+    sim = make_sim(layers=1)
+    args, kwargs = (sim, batches, params), {}
+    if place == "keyword":
+        args, kwargs = (sim, batches), {"params": params}
+    elif place == "model first":
+        args = (sim.model, sim, batches, params)
+    with pytest.raises(TypeError) as caught:
+        technique.function(*args, **kwargs)
+    message = str(caught.value)
+    assert f"call apply_{technique.name}(sim, data_loader" in message and "\n" not in message
+    assert "num_candidates=7" in message
+
+
+def test_a_setting_that_is_not_allowed_is_named_in_one_line(
+    technique: Any, make_sim: Any, batches: Any
+) -> None:
+    name = technique.number or "max_bitwidth"
+    with pytest.raises(ValueError, match=rf"^apply_{technique.name}\(\): {name}: ") as caught:
+        technique.function(make_sim(layers=1), batches, **{name: "many" * 50})
+    message = str(caught.value)
+    assert "got 'manymany" in message and "\n" not in message and "http" not in message
