@@ -604,7 +604,8 @@ def classify(error: BaseException, folder: pathlib.Path, what: str) -> tuple[str
     if not isinstance(error, OURS) or not (raised or by_command or of_system):
         return "raw error", detail
     files = {part.partition(":")[0].rpartition("/")[2] for part in what.split("; ")}
-    known = (str(folder), "adapter 'default'", *filter(None, files))
+    # Of two folders that do not go together, an error may name either.
+    known = (str(folder.parent.parent), "adapter 'default'", *filter(None, files))
     if not any(name in str(error) for name in known):
         return "unnamed", detail
     return REFUSED, detail

@@ -483,7 +483,7 @@ def reseal(folder: Path) -> None:
 
 
 def _seal(path: Path) -> None:
-    with contextlib.suppress(CorruptFileError, ValueError, LookupError):
+    with contextlib.suppress(CorruptFileError, ValueError, LookupError, TypeError):
         tensors, fields = read_safetensors(path)
         if str(fields.get("format")).startswith("aimet_ext.tensors"):  # a checkpoint
             write_tensors(path, tensors, json.loads(fields["meta"]))

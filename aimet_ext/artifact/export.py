@@ -26,7 +26,7 @@ from aimet_ext.files.folders import (
     write_manifest,
 )
 from aimet_ext.files.ledger import Ledger, write_scales
-from aimet_ext.files.reading import read_json, read_safetensors
+from aimet_ext.files.reading import naming, read_json, read_safetensors
 from aimet_ext.files.tensors import hash_tensors, read_sealed, write_sealed
 from aimet_ext.integrity.description import write_fingerprints
 from aimet_ext.sim.protocol import adapt
@@ -194,7 +194,8 @@ def load(path: str | Path, *, sim: Any = None) -> Any:
         and of its configuration only what shapes its graph and quantizers is known.
     :returns: the sim, in evaluation mode, with its ledger.
     :raises FileNotFoundError: there is no export at ``path``.
-    :raises CorruptFileError: a file was changed, is absent, or was not written by aimet_ext.
+    :raises CorruptFileError: a file was changed, is absent, was not written by aimet_ext, or holds
+        what no sim can be made of.
     :raises ValueError: the sim was built by hand and none is given, or the one given does not fit.
     """
     folder = Path(path)
@@ -202,16 +203,24 @@ def load(path: str | Path, *, sim: Any = None) -> Any:
     if manifest["kind"] != "export":
         raise CorruptFileError(f"{folder}: an export is required, got {manifest['kind']!r}")
     settings = read_json(folder / SETTINGS, _Settings)
-    if manifest.get("framework") == "onnx":
-        from aimet_ext.artifact.onnx_export import load_onnx
+    of_onnx = manifest.get("framework") == "onnx"
+    if sim is None and not of_onnx and settings.create_sim is None:
+        raise ValueError(
+            f"{folder} holds a sim that was built by hand, so how to build it is not known; "
+            "build it again and pass it as load(path, sim=sim)"
+        )
+    # A sim of the caller's may be one of another model; all else is wrong with the files.
+    with naming(folder, *([] if sim is None else [ValueError])):
+        if of_onnx:
+            from aimet_ext.artifact.onnx_export import load_onnx
 
-        sim = load_onnx(folder, manifest["prefix"], sim)
-        adapt(sim).settings = settings.create_sim
-    else:
-        sim = _rebuild(folder, settings, manifest) if sim is None else sim
-        _load_state(folder, sim, manifest["model"]["tied"])
-        sim.model.eval()
-    adapt(sim).ledger = Ledger.load(folder)
+            sim = load_onnx(folder, manifest["prefix"], sim)
+            adapt(sim).settings = settings.create_sim
+        else:
+            sim = _rebuild(folder, settings, manifest) if sim is None else sim
+            _load_state(folder, sim, manifest["model"]["tied"])
+            sim.model.eval()
+        adapt(sim).ledger = Ledger.load(folder)
     return sim
 
 
@@ -233,11 +242,7 @@ def _rebuild(folder: Path, settings: _Settings, manifest: dict[str, Any]) -> Any
     from aimet_ext.grids.create import arguments_from_settings, create_sim
     from aimet_ext.models.huggingface import prepare_model
 
-    if settings.create_sim is None:
-        raise ValueError(
-            f"{folder} holds a sim that was built by hand, so how to build it is not known; "
-            "build it again and pass it as load(path, sim=sim)"
-        )
+    assert settings.create_sim is not None
     model = _model(folder, settings, manifest["model"]["loads_in_transformers"])
     sample = torch.arange(8)[None] % model.config.get_text_config().vocab_size  # [1, 8]
     module = prepare_model(model, mask_value=settings.create_sim.get("mask_value"))

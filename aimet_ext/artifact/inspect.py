@@ -14,7 +14,7 @@ from aimet_ext.core.objective import sqnr_db
 from aimet_ext.files.encodings import load_encodings
 from aimet_ext.files.folders import MANIFEST, QUANTIZERS, read_manifest
 from aimet_ext.files.ledger import SCALES_FILE, load_scales
-from aimet_ext.files.reading import read_json
+from aimet_ext.files.reading import naming, read_json
 from aimet_ext.files.tensors import of_parameter
 
 _Quantizer = tuple[str, bool, bool, bool]  # kind, and: of a parameter? frozen? with a range?
@@ -33,6 +33,11 @@ def inspect_export(path: str | Path) -> dict[str, Any]:
     """
     folder = Path(path)
     manifest = read_manifest(folder)
+    with naming(folder):
+        return _summary(folder, manifest)
+
+
+def _summary(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     summary = {key: value for key, value in manifest.items() if key not in ("format", "sha256")}
     found = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
     summary["unlisted"] = sorted(found - manifest["files"].keys() - {MANIFEST})

@@ -245,12 +245,12 @@ def inspect(
     with stdout_for_results():
         from aimet_ext.artifact.inspect import inspect_export
         from aimet_ext.cli.summary import summary
+        from aimet_ext.files.reading import naming
 
         found = inspect_export(folder)
-    if as_json:
-        typer.echo(json.dumps(found, indent=2))
-    else:
-        typer.echo(summary(found))
+        with naming(folder):
+            shown = json.dumps(found, indent=2) if as_json else summary(found)
+    typer.echo(shown)
 
 
 @app.command(

@@ -75,7 +75,7 @@ def quantize(
         tokenizer, calibration, seq_length, num_batches, batch_size
     )
     held_out, described = _held_out(tokenizer, calibration, batches)
-    _check_ids(model, [*batches, *held_out])
+    _check_ids(model_dir, model, [*batches, *held_out])
     quality: dict[str, Any] = {"float": aimet_ext.evaluate_perplexity(model, held_out)}
     sim = aimet_ext.create_sim(
         model, batches[0], weights=weights, lm_head=outer, activations=activations
@@ -119,7 +119,7 @@ def evaluate(folder: Path, text: Path, *, seq_length: int, num_windows: int) -> 
         model, tokenizer = load_model(folder)
     batches = aimet_ext.calibration_batches(tokenizer, text, seq_length, None)[:num_windows]
     if not is_ours(folder):
-        _check_ids(model, batches)
+        _check_ids(folder, model, batches)
     return {
         "perplexity": aimet_ext.evaluate_perplexity(model, batches),
         "windows": sum(len(batch) for batch in batches),
@@ -128,11 +128,14 @@ def evaluate(folder: Path, text: Path, *, seq_length: int, num_windows: int) -> 
     }
 
 
-def _check_ids(model: PreTrainedModel, batches: Sequence[Tensor]) -> None:
-    """Refuse a tokenizer of another model."""
+def _check_ids(folder: Path, model: PreTrainedModel, batches: Sequence[Tensor]) -> None:
+    """Refuse a folder with the tokenizer of another model."""
     from aimet_ext.models.huggingface import check_token_ids
 
-    check_token_ids(model, *batches)
+    try:
+        check_token_ids(model, *batches)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
 def _apply(

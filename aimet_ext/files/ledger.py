@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Json, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Json
 from pydantic.dataclasses import dataclass
 from safetensors.torch import save
 from torch import Tensor
 
 from aimet_ext.errors import some
 from aimet_ext.files.folders import LEDGER, replace_file, versions
+from aimet_ext.files.reading import naming
 from aimet_ext.files.tensors import read_sealed, write_sealed
 
 SCALES_FILE = "scales.safetensors"
@@ -151,12 +152,7 @@ class Ledger:
         kept = []
         for module, axis, multiplier in sides:
             values = multiplier.detach().to("cpu", copy=True)
-            if values.ndim != 1 or not bool((values.isfinite() & (values != 0)).all()):
-                raise ValueError(
-                    f"{technique}, {module} ({axis}): a vector of finite multipliers other than 0 "
-                    f"is required, got one of shape {tuple(values.shape)} in "
-                    f"[{values.min():.3g}, {values.max():.3g}]"
-                )
+            _check_vector(f"{technique}, {module} ({axis})", values)
             kept.append(LedgerSide(module, axis, values))
         named = {"technique": technique, "block": block, "pair": pair, "kind": kind}
         entry = Entry(**named, source=source, size=size, sides=tuple(kept))
@@ -220,11 +216,11 @@ class Ledger:
         stored = _Fields.model_validate(fields)
         ledger = cls(stored.origin)
         for number, entry in enumerate(stored.entries):
-            sides = tuple(
-                LedgerSide(module, axis, tensors[f"{number}.{place}"])
+            sides = [
+                (module, axis, tensors[f"{number}.{place}"])
                 for place, (module, axis) in enumerate(entry["sides"])
-            )
-            ledger.entries.append(TypeAdapter(Entry).validate_python({**entry, "sides": sides}))
+            ]
+            ledger.record(**{**entry, "sides": sides})
         ledger.runs = stored.runs
         return ledger
 
@@ -240,7 +236,25 @@ class Ledger:
         :raises CorruptFileError: the file was changed, cut short, or was not written by aimet_ext.
         """
         tensors, content = read_sealed(folder / LEDGER, _SCHEMA, _Content)
-        return cls.from_tensors(tensors, content.ledger)
+        with naming(folder / LEDGER):
+            return cls.from_tensors(tensors, content.ledger)
+
+
+def _check_vector(name: str, values: Tensor) -> None:
+    """Refuse what no rows or columns can be multiplied by.
+
+    :raises ValueError: It is no vector of finite numbers other than zero.
+    """
+    if (
+        values.ndim != 1
+        or not values.is_floating_point()
+        or not bool((values.isfinite() & (values != 0)).all())
+    ):
+        raise ValueError(
+            f"{name}: a vector of finite multipliers other than 0 is required, got {values.dtype} "
+            f"of shape {tuple(values.shape)}"
+            + (f" in [{values.min():.3g}, {values.max():.3g}]" if values.numel() else "")
+        )
 
 
 class _Fields(BaseModel, extra="forbid"):
@@ -306,11 +320,14 @@ def load_scales(path: str | Path) -> Scales:
     file = path / SCALES_FILE if path.is_dir() else path
     tensors, fields = read_sealed(file, _SCALES_SCHEMA, _ScalesFields)
     axes: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        module, _, axis = key.rpartition(".")
-        axes.setdefault(module, {})[axis] = tensor
+    with naming(file):
+        for key, tensor in tensors.items():
+            _check_vector(key, tensor)
+            module, _, axis = key.rpartition(".")
+            axes.setdefault(module, {})[axis] = tensor
+        modules = {module: ModuleScales(**axes[module]) for module in sorted(axes)}
     return Scales(
-        modules={module: ModuleScales(**axes[module]) for module in sorted(axes)},
+        modules=modules,
         techniques=fields.techniques,
         pairs=fields.pairs,
         origin=fields.origin or None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 # A tokenizer of 250,000 tokens has 35 MB, the encodings of a model of 70 billion weights 300 MB.
 LARGEST_JSON = 1 << 30
+_HALVES = re.compile(rb"\\u[dD][89a-fA-F]")  # of the pairs that UTF-16 writes some characters as
 
 
 @contextmanager
@@ -93,7 +95,10 @@ def parse_json(text: str | bytes, place: object, kind: Any = Any) -> Any:
     :raises CorruptFileError: it is not JSON, or its value is of another type.
     """
     try:
-        return TypeAdapter(kind).validate_python(json.loads(text))
+        value = json.loads(text)
+        if _HALVES.search(text.encode() if isinstance(text, str) else text):
+            json.dumps(value, ensure_ascii=False).encode()  # what no file could be written with
+        return TypeAdapter(kind).validate_python(value)
     except RecursionError as error:
         raise CorruptFileError(f"{place} is nested too deeply to be read") from error
     except ValidationError as error:

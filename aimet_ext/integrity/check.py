@@ -27,7 +27,7 @@ from aimet_ext.files.ledger import (
     aimet_tensors,
     cumulative_tensors,
 )
-from aimet_ext.files.reading import parse_json, read_json
+from aimet_ext.files.reading import naming, parse_json, read_json
 from aimet_ext.integrity.description import ExportContents, read_record
 from aimet_ext.integrity.tensors import (
     check_encodings,
@@ -76,15 +76,18 @@ def check_integrity(path: str | Path) -> list[Finding]:
     ...     print(finding)
     """
     folder = Path(path)
-    manifest, findings = _manifest(folder)
+    with naming(folder / MANIFEST):
+        manifest, findings = _manifest(folder)
     record = _record(folder, manifest, findings)
     state = Examination(folder, manifest, record)
-    check_external_data(state)
-    check_encodings(state)
-    check_weights(state) if not state.is_onnx else check_models(state)
-    check_ranges(state)
-    check_scales(state)
-    state.add_changes()
+    of_weights = check_models if state.is_onnx else check_weights
+    checks = (check_external_data, check_encodings, of_weights, check_ranges, check_scales)
+    for check in (*checks, Examination.add_changes):
+        try:
+            with naming(folder):
+                check(state)
+        except CorruptFileError as error:
+            state.add("file", folder.name, str(error))
     unread = [Finding("file", *problem, _AGAIN) for problem in state.contents.problems]
     return [*findings, *unread, *state.findings]
 

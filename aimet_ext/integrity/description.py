@@ -27,7 +27,7 @@ from aimet_ext.files.folders import (
     replace_file,
 )
 from aimet_ext.files.ledger import AIMET_FILE, SCALES_FILE
-from aimet_ext.files.reading import parse_json, read_json, read_safetensors
+from aimet_ext.files.reading import naming, parse_json, read_json, read_safetensors
 from aimet_ext.files.tensors import parameter_quantizer, read_sealed
 from aimet_ext.integrity.stored import (
     GridIndex,
@@ -141,10 +141,11 @@ class ExportContents:
 
     def _try(self, name: str, read: Callable[[Path], _T], otherwise: _T) -> _T:
         try:
-            return read(self.folder / name)
+            with naming(self.folder / name):
+                return read(self.folder / name)
         except FileNotFoundError:
             self.problems.append((name, "is required and absent"))
-        except ValueError as error:  # of JSON, of UTF-8, or a CorruptFileError
+        except (CorruptFileError, OSError) as error:
             self.problems.append((name, f"is damaged: {error}"))
         return otherwise
 
@@ -219,10 +220,7 @@ def _read_safetensors(path: Path) -> Stored:
 
 
 def _read_encodings(path: Path) -> dict[str, dict[str, Any]]:
-    try:
-        return entries(load_encodings(path))
-    except (KeyError, TypeError) as error:
-        raise CorruptFileError(f"{path.name} lists no encodings ({error})") from error
+    return entries(load_encodings(path))
 
 
 class _AnyFields(BaseModel):

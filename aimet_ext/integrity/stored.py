@@ -18,13 +18,17 @@ from onnx import NodeProto, TensorProto
 from torch import Tensor
 
 from aimet_ext.core.affine import Grid, lpbq_scale, scale_offset, to_blocks
-from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.encodings import Layout, to_grid
 from aimet_ext.onnx.index import GraphIndex, attribute, elements
 from aimet_ext.onnx.reading import read_model
 
 Array = np.ndarray[Any, Any]
 _RELATIVE = 1e-6
+_PACKED = {  # bits of types of which a byte holds several
+    getattr(TensorProto, name): bits
+    for name, bits in (("INT4", 4), ("UINT4", 4), ("FLOAT4E2M1", 4), ("INT2", 2), ("UINT2", 2))
+    if hasattr(TensorProto, name)
+}
 # A grid that leaves more than this part of the values of most cells outside was made for another
 # tensor. A range too wide shows nothing: AIMET widens some so that 32 bits hold a layer's bias.
 _OUTSIDE = 0.4
@@ -47,12 +51,7 @@ class StoredGraph:
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.name
-        try:
-            self.index = GraphIndex(read_model(path, external=False).graph)
-        except Exception as error:  # protobuf's own DecodeError, which is not to be imported
-            if type(error).__name__ != "DecodeError":
-                raise
-            raise CorruptFileError(f"{path.name} is no ONNX file: {error}") from error
+        self.index = GraphIndex(read_model(path, external=False).graph)
         self.constants = self.index.stored
         self._hashes: dict[str, str | None] = {}
 
@@ -112,19 +111,30 @@ class StoredGraph:
     @cached_property
     def incomplete(self) -> dict[str, str]:
         """Constants whose values are not all on disk, and what is there instead."""
-        outside = [n for n, p in self.constants.items() if p.data_location == TensorProto.EXTERNAL]
-        faults = {name: self._fault(self.constants[name]) for name in outside}
+        faults = {name: self._fault(proto) for name, proto in self.constants.items()}
         return {name: fault for name, fault in faults.items() if fault}
 
     def _fault(self, proto: TensorProto) -> str | None:
+        try:
+            needed = _bytes(proto)
+            if proto.data_location != TensorProto.EXTERNAL:
+                held = len(proto.raw_data)
+                short = held not in (0, needed)
+                return f"{needed} bytes are required, got {held}" if short else None
+            return self._outside(proto, needed)
+        except (KeyError, TypeError, ValueError) as error:
+            return f"its description is damaged ({type(error).__name__}: {error})"
+
+    def _outside(self, proto: TensorProto, needed: int) -> str | None:
         fields = {entry.key: entry.value for entry in proto.external_data}
         location = fields.get("location", "")
         place = self.path.parent / location
         if Path(location).name != location or not place.is_file():
             return f"its file {location!r} is absent"
+        if place.is_symlink():
+            return f"its file {location!r} is a link, which onnx does not read"
         size = place.stat().st_size
         start, length = int(fields.get("offset", 0)), int(fields.get("length", 0))
-        needed = _bytes(proto)
         if length not in (0, needed):
             return f"{needed} bytes are required in {location}, got {length}"
         if start + needed > size:
@@ -136,8 +146,8 @@ class StoredGraph:
 
 
 def _bytes(proto: TensorProto) -> int:
-    if proto.data_type in (TensorProto.INT4, TensorProto.UINT4):
-        return (elements(proto) + 1) // 2
+    if bits := _PACKED.get(proto.data_type):
+        return -(-elements(proto) * bits // 8)
     return int(elements(proto) * onnx.helper.tensor_dtype_to_np_dtype(proto.data_type).itemsize)
 
 

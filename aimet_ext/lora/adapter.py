@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from aimet_ext.errors import require, some
-from aimet_ext.files.reading import parse_json, read_json, read_safetensors
+from aimet_ext.files.reading import naming, parse_json, read_json, read_safetensors
 from aimet_ext.models.huggingface import checkpoint_prefix
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -246,16 +246,14 @@ def attach_adapter(model: Any, adapter: Adapter, name: str | None = None) -> Any
     """
     peft = require("peft", "lora")
     name = name or adapter.name
-    settings = {key: value for key, value in adapter.config.items() if value is not None}
-    config = peft.LoraConfig.from_peft_type(**{**settings, "inference_mode": True})
-    if isinstance(model, peft.PeftModel):
-        model.add_adapter(name, config)
-    else:
-        model = peft.PeftModel(model, config, adapter_name=name)
-    tensors = dict(adapter.tensors)
-    left = peft.set_peft_model_state_dict(model, tensors, adapter_name=name)
-    own = re.compile(rf"\.(lora_\w+|modules_to_save|token_adapter\.\w+)\.{re.escape(name)}(\.|$)")
-    lost = [*left.unexpected_keys, *filter(own.search, left.missing_keys)]
+    try:
+        model, lost = _put_on(peft, model, adapter, name)
+    except Exception as error:
+        said = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"adapter {name!r}: peft cannot put it on the model ({type(error).__name__}: {said}); "
+            "give the model that the adapter was made for"
+        ) from error
     if lost:
         raise ValueError(
             f"adapter {name!r}: every tensor must have its place in the model, but {some(lost)} "
@@ -265,13 +263,28 @@ def attach_adapter(model: Any, adapter: Adapter, name: str | None = None) -> Any
     return model.eval()
 
 
+def _put_on(peft: Any, model: Any, adapter: Adapter, name: str) -> tuple[Any, list[str]]:
+    """Return the ``PeftModel``, and the tensors that found no place in it."""
+    settings = {key: value for key, value in adapter.config.items() if value is not None}
+    config = peft.LoraConfig.from_peft_type(**{**settings, "inference_mode": True})
+    if isinstance(model, peft.PeftModel):
+        model.add_adapter(name, config)
+    else:
+        model = peft.PeftModel(model, config, adapter_name=name)
+    tensors = dict(adapter.tensors)
+    left = peft.set_peft_model_state_dict(model, tensors, adapter_name=name)
+    own = re.compile(rf"\.(lora_\w+|modules_to_save|token_adapter\.\w+)\.{re.escape(name)}(\.|$)")
+    return model, [*left.unexpected_keys, *filter(own.search, left.missing_keys)]
+
+
 def _from_folder(folder: Path) -> dict[str, Adapter]:
     candidates = [folder, *sorted(path for path in folder.glob("*") if path.is_dir())]
     found = {}
     for path in candidates:
         if (path / ADAPTER_CONFIG).is_file():
             name = "default" if path == folder else path.name
-            found[name] = _read(path, name)
+            with naming(path, ValueError):
+                found[name] = _read(path, name)
     if not found:
         raise FileNotFoundError(
             f"{folder}: a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}, as "
@@ -295,7 +308,10 @@ def _read(folder: Path, name: str) -> Adapter:
     folded = None
     if _FOLDED in metadata:
         folded = parse_json(metadata[_FOLDED], f"{path}, {_FOLDED}", dict[str, Any])
-    return Adapter(name, config, tensors, folded)
+    try:
+        return Adapter(name, config, tensors, folded)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
 def _from_model(model: Any) -> dict[str, Adapter]:

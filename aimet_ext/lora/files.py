@@ -25,7 +25,7 @@ from aimet_ext.files.folders import (
     replace_folder,
     write_manifest,
 )
-from aimet_ext.files.reading import read_safetensors
+from aimet_ext.files.reading import naming, read_safetensors
 from aimet_ext.files.tensors import read_sealed, write_sealed
 from aimet_ext.lora.adapter import read_adapter
 from aimet_ext.lora.baked import open_folder
@@ -125,20 +125,21 @@ def load(path: str | Path, *, base_sim: Any = None) -> QuantizationSimModel:
     :raises CorruptFileError: a file was changed, is absent, or is another program's.
     """
     folder, manifest = open_folder(path)
-    tensors, fields = read_sealed(folder / STATE, _SCHEMA, _Fields)
-    sim = sim_with_slots(load_base(folder / BASE, sim=base_sim), folder / BASE, fields.places)
-    state = lora_state(sim)
-    own: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in tensors.items():
-        name, slot, part = key.split("/", 2)
-        own[name, slot][part] = tensor
-    for name, contents in fields.adapters.items():
-        state.adapters[name] = {
-            slot: Content.unpack(own[name, slot], described["quantizers"], state.empty[slot])
-            for slot, described in contents.items()
-        }
-        state.sources[name] = read_adapter(folder / ADAPTERS / name)
-    switch(sim, manifest["active"])
+    with naming(folder, *([] if base_sim is None else [ValueError])):
+        tensors, fields = read_sealed(folder / STATE, _SCHEMA, _Fields)
+        sim = sim_with_slots(load_base(folder / BASE, sim=base_sim), folder / BASE, fields.places)
+        state = lora_state(sim)
+        own: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
+        for key, tensor in tensors.items():
+            name, slot, part = key.split("/", 2)
+            own[name, slot][part] = tensor
+        for name, contents in fields.adapters.items():
+            state.adapters[name] = {
+                slot: Content.unpack(own[name, slot], described["quantizers"], state.empty[slot])
+                for slot, described in contents.items()
+            }
+            state.sources[name] = read_adapter(folder / ADAPTERS / name)
+        switch(sim, manifest["active"])
     return sim
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import transformers
 from pydantic import BaseModel
 
 from aimet_ext.errors import CorruptFileError, some
-from aimet_ext.files.reading import open_safetensors, read_json
+from aimet_ext.files.reading import naming, open_safetensors, read_json
 
 _CONFIG = "config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -35,7 +35,7 @@ def read_config(folder: Path) -> Any:
             f"{folder}: the folder of a Hugging Face model is required, but it has no {_CONFIG}"
         )
     content = read_json(folder / _CONFIG)
-    kind = content.get("model_type")
+    kind = str(content.get("model_type"))
     if kind not in transformers.CONFIG_MAPPING:
         own = " from the Python code that auto_map names, which is not run" * (
             "auto_map" in content
@@ -92,9 +92,11 @@ def read_tokenizer(folder: Path) -> Any:
     for file in sorted(folder.glob("*token*.json")):
         read_json(file)
     with _named(folder, "the tokenizer"):
-        return transformers.AutoTokenizer.from_pretrained(
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
+        tokenizer.encode("text", add_special_tokens=False)
+    return tokenizer
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -124,18 +126,9 @@ def weight_files(folder: Path) -> list[Path]:
     raise FileNotFoundError(f"{folder}: a model with {_WEIGHTS} or {_INDEX} is required")
 
 
-@contextmanager
-def _named(place: Path, what: str = "the model") -> Iterator[None]:
-    """Turn an error of transformers, of whatever kind, into one that names the file."""
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        said = " ".join(str(error).split())
-        raise CorruptFileError(
-            f"{place}: {what} could not be loaded ({type(error).__name__}: {said[:300]})"
-        ) from error
+def _named(place: Path, what: str = "the model") -> AbstractContextManager[None]:
+    """Return a context in which an error of transformers, of whatever kind, names the file."""
+    return naming(place, torch.OutOfMemoryError, problem=f"{what} could not be loaded")
 
 
 @contextmanager

@@ -299,3 +299,15 @@ def test_hash_tells_apart_what_differs():
     assert len({hash_tensors(items) for items in variants}) == len(variants)
     assert hash_tensors([("x", x.T)]) == hash_tensors([("x", x.T.contiguous())])
     assert hash_tensors(iter([("x", torch.tensor(1.0, dtype=torch.bfloat16))]))
+
+
+def test_what_a_checkpoint_leads_to_names_its_file(tmp_path):
+    """Its hash is right, and its content is not what the run can take."""
+    checkpoints = Checkpoints(tmp_path, RUN)
+    checkpoints.save(0, {"x": torch.tensor([1.0, float("nan")])}, {})
+    checkpoints.save(1, {"x": torch.ones(2)}, {"reports": 3})
+    with pytest.raises(CorruptFileError, match=r"block_00000.*finite numbers are required, but x"):
+        checkpoints.resuming(0).__enter__()
+    problem = pytest.raises(CorruptFileError, match=r"block_00001\.safetensors: .*TypeError")
+    with problem, checkpoints.resuming(1) as (_, meta):
+        list(meta["reports"])

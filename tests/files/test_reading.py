@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from aimet_ext.errors import CorruptFileError
-from aimet_ext.files.reading import read_json, read_safetensors, read_text
+from aimet_ext.errors import CorruptFileError, MissingExtraError
+from aimet_ext.files.reading import naming, read_json, read_safetensors, read_text
 
 READERS = [read_json, read_safetensors, read_text]
 
@@ -33,6 +33,7 @@ def test_places_without_a_file(tmp_path: pathlib.Path, read) -> None:
         (b'{"a": ', "not JSON"),
         (b"\xff\xff", "not JSON"),
         (b"[1]", "does not hold what it must"),
+        (b'{"a": "\\ud800"}', "not JSON"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"a": ' * 100_000, "nested too deeply"),
     ],
@@ -57,3 +58,21 @@ def test_damaged_tensors(tmp_path: pathlib.Path) -> None:
     path.write_bytes(content[:8].replace(content[:1], b"\xff") + content[8:])
     with pytest.raises(CorruptFileError, match=r"a\.safetensors"):
         read_safetensors(path)
+
+
+@pytest.mark.parametrize("error", [KeyError("k"), TypeError("t"), RuntimeError("r"), IndexError()])
+def test_whatever_content_leads_to_names_the_file(tmp_path: pathlib.Path, error: Exception) -> None:
+    raised = pytest.raises(CorruptFileError, match=rf"a.json: .*\({type(error).__name__}: ")
+    with raised as found, naming(tmp_path / "a.json"):
+        raise error
+    assert found.value.__cause__ is error
+
+
+def test_errors_about_something_else_go_through(tmp_path: pathlib.Path) -> None:
+    for error in (MemoryError(), MissingExtraError(), FileNotFoundError(), ZeroDivisionError()):
+        with pytest.raises(type(error)) as raised, naming(tmp_path, ZeroDivisionError):
+            raise error
+        assert raised.value is error
+    unnamed = pytest.raises(CorruptFileError, match=r"a\.json: field x is no number$")
+    with unnamed, naming(tmp_path / "a.json"):
+        raise CorruptFileError("field x is no number")

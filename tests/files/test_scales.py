@@ -11,6 +11,7 @@ import torch
 
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.ledger import AIMET_FILE, SCALES_FILE, Ledger, load_scales, write_scales
+from aimet_ext.files.tensors import write_sealed
 
 NORM, V, OUT = "m.norm", "m.v_proj", "m.o_proj"
 
@@ -135,3 +136,25 @@ def test_aimet_applies_its_file_as_we_fold(tmp_path: pathlib.Path, ledger: Ledge
     omniquant.update_base_model_with_omniquant_metadata(model, tmp_path / AIMET_FILE)
     for name, weight in expected.items():
         torch.testing.assert_close(model.get_submodule(name).weight.detach(), weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("m.v_proj.inputs", torch.ones(6), "inputs"),
+        ("m.v_proj.input", torch.zeros(6), "finite multipliers other than 0"),
+        ("m.v_proj.input", torch.tensor([1.0, float("inf")]), "finite multipliers other than 0"),
+        ("m.v_proj.input", torch.ones(2, 3), "a vector of"),
+        ("m.v_proj.input", torch.ones(6, dtype=torch.int64), "a vector of"),
+    ],
+)
+def test_vectors_that_scale_nothing_are_refused(
+    tmp_path: pathlib.Path, ledger: Ledger, name: str, values: torch.Tensor, message: str
+) -> None:
+    """Sealed as the file is, so that its hash is right."""
+    path = save(tmp_path, ledger)
+    with safetensors.safe_open(path, framework="pt") as file:
+        fields = {key: text for key, text in file.metadata().items() if key != "sha256"}
+    write_sealed(path, fields.pop("schema"), {name: values}, fields)
+    with pytest.raises(CorruptFileError, match=rf"scales\.safetensors: .*{message}"):
+        load_scales(path)

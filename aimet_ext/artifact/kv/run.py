@@ -13,6 +13,7 @@ from torch import Tensor
 
 from aimet_ext.errors import CorruptFileError, require
 from aimet_ext.files.folders import read_manifest
+from aimet_ext.files.reading import naming
 from aimet_ext.models.kv_cache import CacheShape, Run, TokenCache, run_with_cache
 from aimet_ext.onnx.reading import read_model
 from aimet_ext.onnx.session import open_session
@@ -98,14 +99,15 @@ def load_cache_graphs(path: str | Path, *, qdq: bool = False) -> CacheGraphs:
         raise CorruptFileError(
             f"{folder}: graphs with a cache are required, got {manifest['kind']!r}"
         )
-    if qdq and not manifest["qdq"]:
+    if qdq and not manifest.get("qdq"):
         raise ValueError(
             f"{folder} holds no quantized graphs; export with a dataloader, which calibrates the "
             "tensors that only an NPU quantizes"
         )
-    shape = CacheShape.from_dict(manifest["cache"])
-    files = CacheFiles(folder, manifest["graphs"], shape, manifest["mask_value"])
-    return files.in_onnxruntime(QDQ if qdq else FLOAT)
+    with naming(folder):
+        shape = CacheShape.from_dict(manifest["cache"])
+        files = CacheFiles(folder, manifest["graphs"], shape, manifest["mask_value"])
+        return files.in_onnxruntime(QDQ if qdq else FLOAT)
 
 
 def _onnx_call(path: Path, shape: CacheShape) -> Run:

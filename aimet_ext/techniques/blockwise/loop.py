@@ -219,7 +219,8 @@ class BlockwiseRun:
         with targets:
             block = self._prepare(number, data, targets)
             if checkpoints is not None and number in checkpoints:
-                report = self._resume(block, *checkpoints.load(number))
+                with checkpoints.resuming(number) as saved:
+                    report = self._resume(block, *saved)
                 bar.update(self.solver.steps)
             else:
                 report, smooth = self._decide(block, started, bar)

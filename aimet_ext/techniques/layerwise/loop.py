@@ -246,7 +246,8 @@ class LayerwiseRun:
             for layer in stage.layers:
                 walk.hold(layer)
         if checkpoints is not None and number in checkpoints:
-            reports = self._resume(stage, *checkpoints.load(number))
+            with checkpoints.resuming(number) as saved:
+                reports = self._resume(stage, *saved)
         else:
             reports = self._decide(stage, bar)
             if checkpoints is not None:
