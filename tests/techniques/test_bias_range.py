@@ -61,14 +61,15 @@ def test_float_activations_need_no_room() -> None:
     assert float(quantizer.grid().scale[1]) < 1e-6
 
 
-def test_omniquant_gives_rows_of_zeros_a_scale(tiny_model: Any) -> None:
+@pytest.mark.parametrize("share", [0.0, 1e-7, 1e-5])
+def test_biases_fit_int32_behind_omniquant(tiny_model: Any, share: float) -> None:
     batches = [torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(0))]
     network = tiny_model("qwen2", num_hidden_layers=1)
     projection = network.model.layers[0].self_attn.k_proj
     with torch.no_grad():
-        projection.weight[3] = 0
+        projection.weight[3] *= share
         projection.bias[3] = 30.0
-    sim = aimet_ext.create_sim(network, batches[0])
+    sim = aimet_ext.create_sim(network, batches[0], weights=QSpec(bitwidth=8))
     aimet_ext.apply_omniquant(sim, batches, num_iterations=2, progress=False)
     sim.compute_encodings(lambda m: [m(batch) for batch in batches])
     assert overflows(sim) == []

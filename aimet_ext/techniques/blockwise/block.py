@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from aimet_ext.core.affine import fake_quantize
+from aimet_ext.core.affine import bias_scale, fake_quantize
 from aimet_ext.core.clipping import GridLayout
 from aimet_ext.core.equivalence import ScalePair, expand, transform
 from aimet_ext.core.objective import squared_error
@@ -217,12 +217,38 @@ class Block:
             if name in self.params:
                 parameter.copy_(changed.get(name, self.params[name]))
         self.adaptor.commit(self.name)
+        least = self._bias_scales()
         for layer, (scale, offset) in state.grids.items():
             quantizer = self.quantizers[layer]
             symmetric = quantizer.layout.symmetric
-            dead = quantizer.weight.flatten(1).abs().amax(1, keepdim=True) == 0  # [out, 1]
-            if scale.shape == dead.shape:
-                # A row of zeros takes any scale: that of another holds its bias as an int32.
-                scale = torch.where(dead.to(scale.device), scale.amax(), scale)
+            if layer in least and scale.shape == least[layer].shape:
+                scale = torch.maximum(scale, least[layer].to(scale))
             quantizer.set_scale(scale.float(), None if symmetric else offset.float())
             quantizer.freeze()
+
+    def _bias_scales(self) -> dict[str, Tensor]:
+        """Return the smallest scales ``[out, 1]`` with which each layer's bias fits int32."""
+        bits, peaks, biases = self.adaptor.activation_bits(), dict[str, float](), {}
+        for layer in self.layers:
+            bias = self.params.get(f"{layer}.bias")
+            if bits and bias is not None:
+                biases[layer] = self.module.get_parameter(f"{layer}.bias").detach().to(bias)
+        if not biases:
+            return {}
+
+        def watch(layer: str) -> Any:
+            def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+                peaks[layer] = max(peaks.get(layer, 0.0), float(args[0].abs().max()))
+
+            return self.module.get_submodule(layer).register_forward_pre_hook(note)
+
+        hooks = [watch(layer) for layer in biases]
+        try:
+            self.score()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return {
+            layer: bias_scale(bias, peaks.get(layer, 0.0), 2**bits - 1)[:, None]
+            for layer, bias in biases.items()
+        }
