@@ -234,6 +234,19 @@ def test_what_quantize_wrote_can_be_inspected(exported: pathlib.Path) -> None:
         assert word in head, word
 
 
+def test_other_libraries_are_silent_and_steps_are_shown(exported: pathlib.Path) -> None:
+    """Nothing of AIMET's log, transformers' reports and bars, or warnings of either."""
+    done = subprocess.run(
+        [sys.executable, "-m", "aimet_ext", "verify", str(exported), "--windows", "1"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "verify" in done.stderr and "sim rebuilt" in done.stderr
+    for noise in ("INFO", "[transformers]", "Warning", "Loading weights"):
+        assert noise not in done.stdout + done.stderr
+
+
 def test_quantize_ends_with_a_verdict(exported: pathlib.Path) -> None:
     found = json.loads(run("inspect", exported, "--json").stdout)["quality"]
     for name in ("rounding", "quantized"):

@@ -26,6 +26,7 @@ from aimet_ext.files.folders import (
     write_manifest,
 )
 from aimet_ext.files.ledger import Ledger, write_scales
+from aimet_ext.files.progress import step, steps
 from aimet_ext.files.reading import naming, read_json, read_safetensors
 from aimet_ext.files.tensors import hash_tensors, read_sealed, write_sealed
 from aimet_ext.integrity.description import write_fingerprints
@@ -61,6 +62,7 @@ def export(
     bias: Literal["float", "int32"] = "float",
     qdq: bool | None = None,
     external_data: bool | None = None,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Write a sim to a folder: complete, read back and compared, or not at all.
 
@@ -114,6 +116,7 @@ def export(
         sim's grids or computes something else, which is logged and noted in the manifest.
     :param external_data: write weights to ``{file}.data`` beside an ONNX file; None: if they are
         larger than a file may be; of ONNX sims.
+    :param progress: show a progress bar.
     :returns: the manifest.
     :raises FileExistsError: a file, or a folder not written by aimet_ext, is there.
     :raises PermissionError: nothing can be written there.
@@ -155,10 +158,12 @@ def export(
 
     state = adaptor.float_state()
     ledger = adaptor.ledger or Ledger(hash_tensors((rename(n), state[n]) for n in sorted(state)))
-    with adaptor.preserved_state(), replace_folder(path) as folder:
+    shown = steps("export", 5, progress)
+    with shown, adaptor.preserved_state(), replace_folder(path) as folder:
         fields = writer.write(folder)
         write_scales(folder, ledger, rename=rename, aimet_keys=aimet_keys)
         ledger.save(folder)
+        step("hashes")
         return write_manifest(
             folder,
             "export",

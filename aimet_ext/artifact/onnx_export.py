@@ -17,6 +17,7 @@ from torch import Tensor
 from aimet_ext.errors import some
 from aimet_ext.files.encodings import entries, load_encodings
 from aimet_ext.files.folders import QUANTIZERS, SETTINGS, write_json
+from aimet_ext.files.progress import step
 from aimet_ext.files.tensors import read_sealed, write_sealed
 from aimet_ext.onnx.index import stored_values
 from aimet_ext.onnx.values import to_torch, torch_array
@@ -102,8 +103,11 @@ class OnnxWriter:
             "float16_casts_only_in_1.0.0": float_tensors(self.sim),
             "lpbq_as_blocks_in_2.0.0": files.lpbq_as_blocks(self.sim, self.wider),
         }
+        step("weights")
         self._write_float()
+        step("encodings, read back")
         self._write_encodings()
+        step("QDQ model")
         if self.qdq:
             self._try_qdq()
         self._write_state()

@@ -20,6 +20,7 @@ from aimet_ext.data.batches import as_tensors, call_arguments, module_device
 from aimet_ext.errors import MissingExtraError
 from aimet_ext.files.encodings import Layout, entries, load_encodings, to_grid, to_version_1
 from aimet_ext.files.folders import SETTINGS, write_json
+from aimet_ext.files.progress import step
 from aimet_ext.integrity.stored import StoredGraph, hash_values
 from aimet_ext.models.huggingface import causal_lm, checkpoint_prefix
 from aimet_ext.onnx.session import open_session
@@ -61,6 +62,7 @@ class TorchWriter:
         sim, model = self.adaptor.sim, self.adaptor.model
         model.eval()
         state = self.adaptor.float_state()
+        step("weights")
         facts = write_model(folder, model, state, self.tokenizer)
         write_quantizers(folder, self.adaptor)
         language_model = causal_lm(model)
@@ -72,7 +74,9 @@ class TorchWriter:
         }
         write_json(folder / SETTINGS, settings)
         with float32_model(model):
+            step("ONNX graph and encodings")
             file = write_onnx(sim, folder, self.prefix, self.inputs, **self.options)
+            step("comparison in onnxruntime")
             checks = _check_onnx(file, self.adaptor, self.inputs)
             if self.rounded:
                 rounded = {n: p.rounded() for n, p in quantized_parameters(sim).items()}

@@ -40,7 +40,8 @@ def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     settings = found.get("settings") or {}
     for name in ("weights", "lm_head", "embedding", "activations"):
         if name in settings:
-            yield name, _spec(settings[name])
+            spec = _spec(settings[name])
+            yield name, spec.partition(",")[0] if name == "activations" else spec
     if overrides := settings.get("overrides"):
         yield "overrides", ", ".join(f"{name}: {_spec(spec)}" for name, spec in overrides.items())
     counts = found.get("quantizers", {})

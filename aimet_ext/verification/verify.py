@@ -20,6 +20,7 @@ from aimet_ext.files.folders import (
     versions,
     write_manifest,
 )
+from aimet_ext.files.progress import step, steps
 from aimet_ext.files.reading import read_json
 from aimet_ext.files.scratch import temporary
 from aimet_ext.integrations.qnn_targets import HtpTarget, find_target
@@ -53,6 +54,7 @@ def verify(
     windows: int = 4,
     thresholds: Thresholds | None = None,
     kv_bitwidth: int | None = None,
+    progress: bool = True,
 ) -> VerifyReport:
     """Compare an export with the numbers that the target's processor computes.
 
@@ -78,6 +80,7 @@ def verify(
     :param windows: Number of batches of the exported shape to compare on.
     :param thresholds: Limits; None: the defaults of :class:`Thresholds`.
     :param kv_bitwidth: Bits of keys and values that are kept between calls; None: as the others.
+    :param progress: Show a progress bar.
     :returns: The report; ``report.passed`` is the verdict.
     :raises FileNotFoundError: there is no export at ``path``.
     :raises CorruptFileError: the folder holds something else than an export.
@@ -115,14 +118,15 @@ def verify(
             kv_bitwidth=kv_bitwidth,
         )
         try:
-            steps = (first, *_run_all(run))
+            with steps("verify", len(_STEPS), progress):
+                results = (first, *_run_all(run))
         finally:
             run.close()
         report = replace(
             blank,
             backend=run.backend,
             data=data,
-            steps=steps,
+            steps=results,
             findings=tuple(run.findings),
             hints=tuple(run.hints),
             measures=run.measures,
@@ -168,6 +172,7 @@ def _files(folder: Path) -> tuple[StepResult, list[Finding]]:
 
 def _run_all(run: Verification) -> Iterator[StepResult]:
     for number, (name, action) in enumerate(_STEPS):
+        step(name)
         start, before = time.perf_counter(), len(run.findings)
         try:
             detail = action(run)
