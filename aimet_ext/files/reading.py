@@ -39,9 +39,9 @@ def naming(
         if str(place) in str(error):
             raise
         raise CorruptFileError(f"{place}: {error}") from error
-    except (MissingExtraError, OSError, MemoryError, *through):
-        raise
     except Exception as error:
+        if isinstance(error, (MissingExtraError, OSError, MemoryError, *through)):
+            raise
         said = " ".join(str(error).split())[:300]
         raise CorruptFileError(f"{place}: {problem} ({type(error).__name__}: {said})") from error
 

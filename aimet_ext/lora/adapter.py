@@ -58,6 +58,10 @@ SIDES: dict[str, tuple[int, Literal["input", "output"]]] = {
 }
 
 
+# The fewest dimensions of a tensor.
+_DIMENSIONS = {kind: 1 if kind.endswith("bias") else 2 for kind in SIDES}
+
+
 @dataclass(frozen=True)
 class Part:
     """Meaning of one tensor of an adapter.
@@ -131,6 +135,11 @@ class Adapter:
                 "infinity; train or save the adapter again"
             )
         parts = tuple(part for part in map(_part, self.tensors) if part is not None)
+        if flat := [p.key for p in parts if self.tensors[p.key].dim() < _DIMENSIONS.get(p.kind, 0)]:
+            raise ValueError(
+                f"adapter {self.name!r}: matrices are required, but {some(flat)} has "
+                f"{self.tensors[flat[0]].dim()} dimensions; save the adapter again"
+            )
         object.__setattr__(self, "parts", parts)
 
     @property

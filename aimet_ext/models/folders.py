@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from aimet_ext.files.reading import naming, open_safetensors, read_json
 
 _CONFIG = "config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_MOST = 4096  # layers of a model, or experts of a layer
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -43,10 +45,25 @@ def read_config(folder: Path) -> Any:
             f"{folder / _CONFIG}: a model_type that transformers {transformers.__version__} has is "
             f"required, got {kind!r}{own}; load such a model yourself and pass it to create_sim"
         )
+    _check_counts(folder / _CONFIG, content)
     with _named(folder / _CONFIG):
         return transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
+
+
+def _check_counts(path: Path, content: Mapping[str, Any]) -> None:
+    """Refuse numbers of layers or experts that would only keep the machine busy.
+
+    :raises CorruptFileError: The field is named.
+    """
+    for key, value in content.items():
+        if isinstance(value, dict):
+            _check_counts(path, value)
+        elif re.search("layer|expert", key) and isinstance(value, int) and value > _MOST:
+            raise CorruptFileError(
+                f"{path}: {key} of at most {_MOST} is required, got {str(value)[:20]}"
+            )
 
 
 def read_causal_lm(folder: Path, **options: Any) -> Any:

@@ -164,6 +164,23 @@ def test_numbers_that_are_not_finite_are_refused(
         read_adapter(tmp_path)
 
 
+def test_matrices_of_one_dimension_are_refused(wrapped: Any, tmp_path: Any) -> None:
+    wrapped.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    name = next(name for name in tensors if "lora_A" in name)
+    tensors[name] = tensors[name].flatten()
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"adapter 'default': matrices are required.*lora_A"):
+        read_adapter(tmp_path)
+
+
+def test_a_model_that_peft_refuses_names_the_adapter(wrapped: Any, tiny_model: Any) -> None:
+    """Its errors are of its own and of torch's kinds."""
+    adapter = read_adapter(wrapped)
+    with pytest.raises(ValueError, match=r"adapter 'default': peft cannot put it on the model"):
+        attach_adapter(tiny_model("llama", hidden_size=32, head_dim=8), adapter)
+
+
 @pytest.mark.parametrize("kept", ["lm_head.weight", "model.embed_tokens.weight"])
 def test_a_tied_weight_is_known_by_either_name(tiny_model: Any, tmp_path: Any, kept: str) -> None:
     model = tiny_model("llama", tie_word_embeddings=True)

@@ -75,6 +75,14 @@ def test_weights_of_another_width(folder: pathlib.Path) -> None:
         read_causal_lm(folder)
 
 
+@pytest.mark.parametrize("field", ["num_hidden_layers", "num_local_experts"])
+def test_more_layers_than_any_model_has(folder: pathlib.Path, field: str) -> None:
+    """Refused before transformers builds them one by one."""
+    edit(folder / "config.json", **{field: 10**400})
+    with pytest.raises(CorruptFileError, match=rf"config\.json: {field} of at most"):
+        read_causal_lm(folder)
+
+
 def test_a_missing_shard(tiny_llama: Any, tmp_path: pathlib.Path) -> None:
     tiny_llama.save_pretrained(tmp_path, max_shard_size="100KB")
     shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
