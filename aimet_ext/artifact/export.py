@@ -26,8 +26,9 @@ from aimet_ext.files.folders import (
     write_manifest,
 )
 from aimet_ext.files.ledger import Ledger, write_scales
+from aimet_ext.files.numbers import quantizer_faults, refuse_faults
 from aimet_ext.files.progress import step, steps
-from aimet_ext.files.reading import naming, read_json, read_safetensors
+from aimet_ext.files.reading import TensorFile, naming, read_json
 from aimet_ext.files.tensors import hash_tensors, read_sealed, write_sealed
 from aimet_ext.integrity.description import write_fingerprints
 from aimet_ext.sim.protocol import adapt
@@ -369,9 +370,12 @@ def write_quantizers(folder: Path, adaptor: Any) -> None:
 def read_quantizers(folder: Path) -> tuple[dict[str, Tensor], _Fields]:
     """Read what :func:`write_quantizers` wrote.
 
-    :raises CorruptFileError: the file was changed, cut short, or was not written by aimet_ext.
+    :raises CorruptFileError: the file was changed, cut short, or was not written by aimet_ext, or
+        a range in it is none.
     """
-    return read_sealed(folder / QUANTIZERS, _SCHEMA, _Fields)
+    tensors, fields = read_sealed(folder / QUANTIZERS, _SCHEMA, _Fields)
+    refuse_faults(folder / QUANTIZERS, quantizer_faults(tensors, fields.quantizers))
+    return tensors, fields
 
 
 def _load_state(folder: Path, sim: Any, tied: Mapping[str, str]) -> None:
@@ -397,7 +401,7 @@ def _load_weights(folder: Path, sim: Any, tied: Mapping[str, str]) -> None:
     from aimet_ext.models.hidden import unpacked
     from aimet_ext.models.huggingface import original_name
 
-    stored = unpacked(sim.model, read_safetensors(folder / WEIGHTS)[0])
+    stored = unpacked(sim.model, TensorFile(folder / WEIGHTS))
     state = {
         original_name(name, sim.model): value for name, value in adapt(sim).float_state().items()
     }

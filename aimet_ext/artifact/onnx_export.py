@@ -17,6 +17,7 @@ from torch import Tensor
 from aimet_ext.errors import some
 from aimet_ext.files.encodings import entries, load_encodings
 from aimet_ext.files.folders import QUANTIZERS, SETTINGS, write_json
+from aimet_ext.files.numbers import quantizer_faults, refuse_faults
 from aimet_ext.files.progress import step
 from aimet_ext.files.tensors import read_sealed, write_sealed
 from aimet_ext.onnx.index import stored_values
@@ -24,10 +25,12 @@ from aimet_ext.onnx.values import to_torch, torch_array
 from aimet_ext.sim.onnx import files
 from aimet_ext.sim.onnx.files import build_described, describe_sim
 from aimet_ext.sim.onnx.state import (
+    OutsideError,
     deviation,
     differences,
     enabled_quantizers,
     float_tensors,
+    outside,
     read_encodings,
     read_qdq,
     rebuild_session,
@@ -167,10 +170,10 @@ class OnnxWriter:
         if not fault:
             try:
                 self._write_qdq(path)
-            except Exception as error:
+            except (OutsideError, _Deviates) as error:
                 if self.needs_qdq:
                     raise
-                fault = _told(error)
+                fault = str(error)
         if fault:
             for file in self.folder.glob(f"{path.name}*"):
                 file.unlink()
@@ -187,25 +190,25 @@ class OnnxWriter:
         newer = load_encodings(self.folder / f"{self.prefix}.2.0.0.encodings")
         files.save_qdq_model(model, newer, path, external=bool(self.external))
         del model
-        deviation = self._check_deviation(
-            f"{path.name} in onnxruntime", run_file(path, self.sample)
-        )
+        with outside("onnxruntime"):
+            outputs = run_file(path, self.sample)
+        deviation = self._check_deviation(f"{path.name} in onnxruntime", outputs)
         self.checks["onnxruntime"] = metadata.version("onnxruntime")
         self.checks["onnxruntime_relative_deviation"] = deviation
         try:
             self._read_qdq(path)
-        except _WrongGrids:
-            raise
-        except Exception as error:  # noqa: BLE001  (AIMET's, of any kind)
-            self.checks["qdq_not_read_by_aimet"] = _told(error)
+        except (OutsideError, _Deviates) as error:
+            self.checks["qdq_not_read_by_aimet"] = str(error)
             _log.warning(
                 "export: %s computes in onnxruntime what the simulation does, but AIMET does not "
-                "read it back so: %s", path.name, _told(error)
+                "read it back so: %s", path.name, error
             )  # fmt: skip
 
     def _read_qdq(self, path: Path) -> None:
-        other = build_described(onnx.load(str(path)), self.described, sample=self.sample, qdq=True)
-        read_qdq(self.sim, other)
+        model = onnx.load(str(path))
+        with outside("AIMET's reader"):
+            other = build_described(model, self.described, sample=self.sample, qdq=True)
+            read_qdq(self.sim, other)
         last_bit = files.integer_scales(self.sim, self.wider)
         # A conversion of the opset moves quantizers to tensors of its own, which AIMET then finds
         # under other names; a grid or a constant that both have must be the same.
@@ -238,20 +241,26 @@ class OnnxWriter:
     def _compare(self, name: str, other: Any, last_bit: Collection[str] = ()) -> None:
         faults = differences(self.sim, other, last_bit=last_bit)
         if faults:
-            raise RuntimeError(
+            raise _Deviates(
                 f"{name}, read back by AIMET, must quantize as the sim does, but {some(faults, 5)}"
             )
-        deviation = self._check_deviation(f"{name}, read back by AIMET,", run(other, self.sample))
+        with outside("AIMET's simulation"):
+            outputs = run(other, self.sample)
+        deviation = self._check_deviation(f"{name}, read back by AIMET,", outputs)
         self.checks[f"{name}_relative_deviation"] = deviation
 
     def _check_deviation(self, name: str, outputs: list[Any]) -> float:
         deviation = _deviation(outputs, self.outputs)
         if not deviation <= self.limit:
-            raise RuntimeError(
+            raise _Deviates(
                 f"{name} must compute what the sim does to {self.limit:.3g} of its outputs' norm, "
                 f"but deviates by {deviation:.3g}"
             )
         return deviation
+
+
+class _Deviates(RuntimeError):
+    """What was written computes something else than the simulation, as read by another program."""
 
 
 class _WrongGrids(RuntimeError):
@@ -276,10 +285,6 @@ def _refuse_shared_biases(adaptor: Any) -> None:
             )
 
 
-def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
 class _Fields(BaseModel):
     """Fields of ``quantizers.safetensors``: quantizers by name, and how the sim is built."""
 
@@ -290,9 +295,13 @@ class _Fields(BaseModel):
 def read_onnx_quantizers(folder: Path) -> tuple[dict[str, Tensor], _Fields]:
     """Read ``quantizers.safetensors`` of an ONNX sim.
 
-    :raises CorruptFileError: the file was changed, cut short, or was not written by aimet_ext.
+    :raises CorruptFileError: the file was changed, cut short, or was not written by aimet_ext, or
+        a range in it is none.
     """
-    return read_sealed(folder / QUANTIZERS, _SCHEMA, _Fields)
+    tensors, fields = read_sealed(folder / QUANTIZERS, _SCHEMA, _Fields)
+    faults = quantizer_faults(tensors, fields.quantizers, form="{1}.{0}")
+    refuse_faults(folder / QUANTIZERS, faults)
+    return tensors, fields
 
 
 def load_onnx(folder: Path, prefix: str, sim: Any = None) -> Any:

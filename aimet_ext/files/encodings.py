@@ -28,6 +28,7 @@ from torch import Tensor
 
 from aimet_ext.core.affine import Grid
 from aimet_ext.errors import CorruptFileError
+from aimet_ext.files.numbers import grid_faults, refuse_faults
 from aimet_ext.files.reading import read_json
 
 _VERSIONS = ("1.0.0", "2.0.0")
@@ -59,7 +60,8 @@ class Layout:
 def load_encodings(path: str | Path) -> dict[str, Any]:
     """Read an encodings file as it is.
 
-    :raises CorruptFileError: it is not JSON, or no encodings file of version 1.0.0 or 2.0.0.
+    :raises CorruptFileError: it is not JSON, or no encodings file of version 1.0.0 or 2.0.0, or a
+        scale is not finite and above 0.
     """
     document = read_json(Path(path), Any)
     version = document.get("version") if isinstance(document, dict) else None
@@ -67,6 +69,12 @@ def load_encodings(path: str | Path) -> dict[str, Any]:
         raise CorruptFileError(
             f"{path}: encodings of a version in {_VERSIONS} are required, got {version!r}"
         )
+    try:
+        integer = {n: entry for n, entry in entries(document).items() if not is_float(entry)}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CorruptFileError(f"{path} lists no encodings ({error})") from error
+    faults = ((name, fault) for name, entry in integer.items() for fault in grid_faults(entry))
+    refuse_faults(path, faults)
     return document
 
 
@@ -79,6 +87,11 @@ def entries(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {entry["name"]: entry for entry in found}
 
 
+def is_float(entry: Mapping[str, Any]) -> bool:
+    """Return True for the encoding of a cast, which has no grid of integers."""
+    return entry.get("dtype") == "FLOAT" or "float" in str(entry.get("output_dtype", ""))
+
+
 def to_grid(entry: Mapping[str, Any], layout: Layout) -> Grid:
     """Return the grid of a tensor, in the shape that fits its layout in the ONNX file.
 
@@ -87,7 +100,7 @@ def to_grid(entry: Mapping[str, Any], layout: Layout) -> Grid:
     """
     try:
         return _grid_1(entry, layout) if "bw" in entry else _grid_2(entry, layout)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, TypeError, IndexError, ZeroDivisionError) as error:
         raise ValueError(
             f"{entry.get('name')}: an encoding that fits a tensor of shape {layout.shape} is "
             f"required, got {_summary(entry)} ({error})"

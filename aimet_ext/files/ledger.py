@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aimet_ext.errors import some
 from aimet_ext.files.folders import LEDGER, replace_file, versions
+from aimet_ext.files.numbers import number_fault
 from aimet_ext.files.reading import naming
 from aimet_ext.files.tensors import read_sealed, write_sealed
 
@@ -147,7 +148,7 @@ class Ledger:
             expanded and raised to its power.
         :param size: number of independent scales of the pair.
         :param source: full name of the layer that the scales are taken out of.
-        :raises ValueError: a multiplier is no vector of finite numbers other than zero.
+        :raises ValueError: a multiplier is no vector of finite numbers above zero.
         """
         kept = []
         for module, axis, multiplier in sides:
@@ -243,15 +244,11 @@ class Ledger:
 def _check_vector(name: str, values: Tensor) -> None:
     """Refuse what no rows or columns can be multiplied by.
 
-    :raises ValueError: It is no vector of finite numbers other than zero.
+    :raises ValueError: It is no vector of finite numbers above zero.
     """
-    if (
-        values.ndim != 1
-        or not values.is_floating_point()
-        or not bool((values.isfinite() & (values != 0)).all())
-    ):
+    if values.ndim != 1 or not values.is_floating_point() or number_fault(values, positive=True):
         raise ValueError(
-            f"{name}: a vector of finite multipliers other than 0 is required, got {values.dtype} "
+            f"{name}: a vector of finite multipliers above 0 is required, got {values.dtype} "
             f"of shape {tuple(values.shape)}"
             + (f" in [{values.min():.3g}, {values.max():.3g}]" if values.numel() else "")
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,16 +119,44 @@ def open_safetensors(path: str | Path) -> Any:
         raise CorruptFileError(f"{path} is no sound safetensors file: {error}") from error
 
 
+class TensorFile(Mapping[str, "Tensor"]):
+    """The tensors of a safetensors file, each read when it is asked for and not kept.
+
+    :param path: path of the file, which stays open.
+    :raises FileNotFoundError: there is no such file.
+    :raises CorruptFileError: it is damaged or cut short.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path, self._file = path, open_safetensors(path)
+        self._names = dict.fromkeys(self._file.keys())
+        self.metadata: dict[str, str] = self._file.metadata() or {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        try:
+            # A copy: the file may be written anew while its tensors are in use.
+            found: Tensor = self._file.get_tensor(name).clone()
+        except SafetensorError as error:
+            raise CorruptFileError(f"{self.path} is no sound safetensors file: {error}") from error
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors, on the CPU, and the metadata of a safetensors file.
+    """Return all tensors, on the CPU, and the metadata of a safetensors file.
 
     :raises FileNotFoundError: there is no such file.
     :raises CorruptFileError: it is damaged or cut short.
     """
-    with open_safetensors(path) as file:
-        try:
-            # A copy: the file may be replaced while its tensors are in use.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise CorruptFileError(f"{path} is no sound safetensors file: {error}") from error
-        return tensors, file.metadata() or {}
+    file = TensorFile(path)
+    return dict(file), file.metadata

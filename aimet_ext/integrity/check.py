@@ -33,6 +33,7 @@ from aimet_ext.integrity.tensors import (
     check_encodings,
     check_external_data,
     check_models,
+    check_numbers,
     check_ranges,
     check_weights,
 )
@@ -55,6 +56,7 @@ def check_integrity(path: str | Path) -> list[Finding]:
     ``offset``             the sign of an offset in an encodings file or a quantizer
     ``swapped``            encodings, or scales, that are those of another tensor
     ``encodings``          both encodings files against ``quantizers.safetensors``
+    ``numbers``            scales and ranges that are not finite, or no range: 0, negative
     ``stale``              weights that were changed after their ranges were set, and encodings of
                            another calibration
     ``scales``             ``scales.safetensors`` against the product of the ledger's multipliers
@@ -81,8 +83,8 @@ def check_integrity(path: str | Path) -> list[Finding]:
     record = _record(folder, manifest, findings)
     state = Examination(folder, manifest, record)
     of_weights = check_models if state.is_onnx else check_weights
-    checks = (check_external_data, check_encodings, of_weights, check_ranges, check_scales)
-    for check in (*checks, Examination.add_changes):
+    checks = (check_external_data, check_numbers, check_encodings, of_weights, check_ranges)
+    for check in (*checks, check_scales, Examination.add_changes):
         try:
             with naming(folder):
                 check(state)

@@ -27,7 +27,7 @@ from aimet_ext.files.folders import (
     replace_file,
 )
 from aimet_ext.files.ledger import AIMET_FILE, SCALES_FILE
-from aimet_ext.files.reading import naming, parse_json, read_json, read_safetensors
+from aimet_ext.files.reading import TensorFile, naming, parse_json, read_json
 from aimet_ext.files.tensors import parameter_quantizer, read_sealed
 from aimet_ext.integrity.stored import (
     GridIndex,
@@ -216,7 +216,8 @@ def _owners(contents: ExportContents, parameters: Mapping[str, str]) -> dict[str
 
 
 def _read_safetensors(path: Path) -> Stored:
-    return Stored(*read_safetensors(path))
+    file = TensorFile(path)
+    return Stored(file, file.metadata)
 
 
 def _read_encodings(path: Path) -> dict[str, dict[str, Any]]:

@@ -18,7 +18,7 @@ from onnx import NodeProto, TensorProto
 from torch import Tensor
 
 from aimet_ext.core.affine import Grid, lpbq_scale, scale_offset, to_blocks
-from aimet_ext.files.encodings import Layout, to_grid
+from aimet_ext.files.encodings import Layout, is_float, to_grid
 from aimet_ext.onnx.index import GraphIndex, attribute, elements
 from aimet_ext.onnx.reading import read_model
 
@@ -323,17 +323,14 @@ def encoded_cells(
     :param shape: shape of a constant.
     :raises ValueError: the entry is damaged, or does not fit the tensor.
     """
-    if entry.get("dtype") == "FLOAT" or "float" in str(entry.get("output_dtype", "")):
+    if is_float(entry):
         return None
     axes = newer or {}
     axis = int(axes.get("axis", 0))
     if "block_size" in axes:
         axis = 1 - axis
     sizes = shape if shape is not None else ()
-    try:
-        cells = Cells.of(to_grid(entry, Layout(sizes, axis)))
-    except (TypeError, IndexError, ZeroDivisionError) as error:
-        raise ValueError(f"is damaged ({error})") from error
+    cells = Cells.of(to_grid(entry, Layout(sizes, axis)))
     if entry.get("enc_type") == "LPBQ":
         half = -(1 << entry["bw"] - 1)
         if any(offset != half for offset in entry["offset"]):  # which to_grid does not need

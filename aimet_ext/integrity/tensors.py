@@ -10,7 +10,9 @@ import numpy as np
 import torch
 
 from aimet_ext.core.affine import to_blocks
-from aimet_ext.files.folders import QUANTIZERS, WEIGHTS
+from aimet_ext.files.folders import LEDGER, QUANTIZERS, WEIGHTS
+from aimet_ext.files.ledger import SCALES_FILE
+from aimet_ext.files.numbers import quantizer_faults, scale_faults
 from aimet_ext.files.tensors import parameter_quantizer
 from aimet_ext.integrity.stored import (
     Cells,
@@ -53,6 +55,18 @@ def check_encodings(state: Examination) -> None:
         for source in wrong:
             _report(state, name, source, wrong, sources)
     _check_listed(state, sources)
+
+
+def check_numbers(state: Examination) -> None:
+    """Check that ranges of quantizers, and scales, are finite and make a grid."""
+    stored = state.contents.stored(QUANTIZERS)
+    described, form = stored.json("quantizers"), "{1}.{0}" if state.is_onnx else "{0}.{1}"
+    found = [(QUANTIZERS, *f) for f in quantizer_faults(stored.tensors, described, form)]
+    for file in (SCALES_FILE, LEDGER):
+        found += [(file, *f) for f in scale_faults(state.contents.stored(file).tensors)]
+    for file, name, fault in found:
+        state.doubted.add(name)
+        state.add("numbers", name, f"in {file}: {fault}", (file, name))
 
 
 def _quantizers(state: Examination) -> _Source:

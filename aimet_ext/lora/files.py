@@ -25,7 +25,8 @@ from aimet_ext.files.folders import (
     replace_folder,
     write_manifest,
 )
-from aimet_ext.files.reading import naming, read_safetensors
+from aimet_ext.files.numbers import quantizer_faults, refuse_faults
+from aimet_ext.files.reading import TensorFile, naming
 from aimet_ext.files.tensors import read_sealed, write_sealed
 from aimet_ext.lora.adapter import read_adapter
 from aimet_ext.lora.baked import open_folder
@@ -134,6 +135,9 @@ def load(path: str | Path, *, base_sim: Any = None) -> QuantizationSimModel:
             name, slot, part = key.split("/", 2)
             own[name, slot][part] = tensor
         for name, contents in fields.adapters.items():
+            for slot, described in contents.items():
+                faults = quantizer_faults(own[name, slot], described["quantizers"], form="{}/{}")
+                refuse_faults(folder / STATE, ((f"{name}/{slot}/{key}", f) for key, f in faults))
             state.adapters[name] = {
                 slot: Content.unpack(own[name, slot], described["quantizers"], state.empty[slot])
                 for slot, described in contents.items()
@@ -190,7 +194,7 @@ def _check_base(sim: Any, state: LoraState) -> None:
         raise CorruptFileError(
             f"{state.base} was written again since this simulation was made from it; make it again"
         )
-    weights, (ranges, _) = read_safetensors(state.base / WEIGHTS)[0], read_quantizers(state.base)
+    weights, (ranges, _) = TensorFile(state.base / WEIGHTS), read_quantizers(state.base)
     tied = manifest["model"]["tied"]
     floats, present, _ = base_state(sim, adapt(sim).float_state())
     changed = []

@@ -128,10 +128,12 @@ def packed(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return rest
 
 
-def unpacked(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unpacked(model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Return a state by the names of the model, the inverse of :func:`packed`."""
+    found = [packing for packing in packings(model) if packing.name in state]
+    if not found:
+        return state  # which may be a file that is read tensor by tensor
     rest = dict(state)
-    for packing in packings(model):
-        if packing.name in rest:
-            rest.update(zip(packing.parts, packing.unpack(rest.pop(packing.name)), strict=True))
+    for packing in found:
+        rest.update(zip(packing.parts, packing.unpack(rest.pop(packing.name)), strict=True))
     return rest

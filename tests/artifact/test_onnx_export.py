@@ -19,6 +19,8 @@ from aimet_ext.artifact.onnx_export import read_onnx_quantizers
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.folders import read_manifest
 from aimet_ext.files.ledger import Ledger
+from aimet_ext.sim.onnx.files import name_nodes
+from aimet_ext.sim.onnx.state import deviation, differences
 from aimet_ext.sim.protocol import adapt
 
 onnx = pytest.importorskip("onnx")
@@ -491,6 +493,40 @@ def test_a_qdq_model_that_deviates_is_left_out_and_said(
         "m.qdq.onnx" not in manifest["files"] and "deviates" in manifest["checks"]["qdq_left_out"]
     )
     assert "no QDQ model was written" in caplog.text
+
+
+@pytest.mark.parametrize("place", ["deviation", "files.name_nodes", "differences"])
+def test_a_fault_of_this_package_is_no_reason_to_leave_it_out(
+    tmp_path: pathlib.Path, sim: Any, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Nor is a full disk; only what AIMET and onnxruntime refuse or compute otherwise is."""
+    module = "sim.onnx" if "." in place else "artifact.onnx_export"
+    count = [0]
+    real = {"deviation": deviation, "differences": differences, "files.name_nodes": name_nodes}
+
+    def broken(*arguments: Any, **options: Any) -> Any:
+        count[0] += 1
+        if place == "files.name_nodes" or count[0] > 3:  # behind both encodings files
+            raise KeyError("a fault of ours")
+        return real[place](*arguments, **options)
+
+    monkeypatch.setattr(f"aimet_ext.{module}.{place}", broken)
+    with pytest.raises(KeyError, match="a fault of ours"):
+        aimet_ext.export(sim, tmp_path / "out", "m", X)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_aimet_cannot_convert_is_left_out(
+    tmp_path: pathlib.Path, sim: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise NotImplementedError("an operator that AIMET does not convert")
+
+    monkeypatch.setattr("aimet_ext.sim.onnx.files.encodings_to_onnx_qdq", refused)
+    manifest = aimet_ext.export(sim, tmp_path / "out", "m", X)
+    assert "NotImplementedError" in manifest["checks"]["qdq_left_out"]
+    with pytest.raises(RuntimeError, match="AIMET's exporter failed with NotImplementedError"):
+        aimet_ext.export(sim, tmp_path / "other", "m", X, qdq=True)
 
 
 def test_a_qdq_model_counts_that_onnxruntime_computes_right(

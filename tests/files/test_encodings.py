@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pathlib
 from typing import Any
@@ -169,6 +170,35 @@ def test_activations_and_what_else_a_document_holds() -> None:
     (activation,) = older["activation_encodings"]
     assert activation["offset"] == [-31764] and activation["is_sym"] is False
     assert older["excluded_layers"] == ["a"] and older["quantizer_args"] == {"b": 1}
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 0.0, -0.25, "wide", None])
+@pytest.mark.parametrize("version", ["1.0.0", "2.0.0"])
+@pytest.mark.parametrize("case", CASES)
+def test_scales_that_make_no_grid_are_refused(
+    tmp_path: pathlib.Path, case: str, version: str, number: Any
+) -> None:
+    """By the names of the file and the tensor; readers would compute with them."""
+    found = document(CASES[case][0])
+    if version == "1.0.0":
+        found = to_version_1(found, {"w": Layout((IN, OUT), 1)})
+    path = tmp_path / "a.encodings"
+    path.write_text(json.dumps(found))
+    assert load_encodings(path) == found
+    keys = {"scale", "y_scale", "per_channel_float_scale", "per_block_int_scale"}
+    for key in keys & entries(found)["w"].keys():
+        damaged = copy.deepcopy(found)
+        place = entries(damaged)["w"]
+        inner = place[key]
+        while isinstance(inner, list) and isinstance(inner[-1], list):
+            inner = inner[-1]
+        if isinstance(inner, list):
+            inner[-1] = number
+        else:
+            place[key] = number
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(CorruptFileError, match=rf"a\.encodings: w: {key}: .*required"):
+            load_encodings(path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"version": "0.6.1"}', '{"version": "3.0.0"}'])

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from aimet_ext.errors import CorruptFileError, MissingExtraError
-from aimet_ext.files.reading import naming, read_json, read_safetensors, read_text
+from aimet_ext.files.reading import TensorFile, naming, read_json, read_safetensors, read_text
 
 READERS = [read_json, read_safetensors, read_text]
 
@@ -43,6 +43,17 @@ def test_damaged_json(tmp_path: pathlib.Path, content: bytes, message: str) -> N
     path.write_bytes(content)
     with pytest.raises(CorruptFileError, match=rf"a\.json.*{message}"):
         read_json(path)
+
+
+def test_tensors_are_read_one_by_one(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"x": torch.ones(8, 2), "y": torch.zeros(3)}, path, {"note": "1"})
+    file = TensorFile(path)
+    assert dict(file).keys() == {"x", "y"} and file.metadata == {"note": "1"} and len(file) == 2
+    assert "x" in file and "z" not in file and file.get("z") is None
+    first = file["x"]
+    first.zero_()
+    assert torch.equal(file["x"], torch.ones(8, 2))
 
 
 def test_damaged_tensors(tmp_path: pathlib.Path) -> None:

@@ -142,8 +142,8 @@ def test_aimet_applies_its_file_as_we_fold(tmp_path: pathlib.Path, ledger: Ledge
     ("name", "values", "message"),
     [
         ("m.v_proj.inputs", torch.ones(6), "inputs"),
-        ("m.v_proj.input", torch.zeros(6), "finite multipliers other than 0"),
-        ("m.v_proj.input", torch.tensor([1.0, float("inf")]), "finite multipliers other than 0"),
+        ("m.v_proj.input", torch.zeros(6), "finite multipliers above 0"),
+        ("m.v_proj.input", torch.tensor([1.0, float("inf")]), "finite multipliers above 0"),
         ("m.v_proj.input", torch.ones(2, 3), "a vector of"),
         ("m.v_proj.input", torch.ones(6, dtype=torch.int64), "a vector of"),
     ],

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import pathlib
+import re
 import shutil
 import sys
 import warnings
@@ -120,6 +122,35 @@ def test_neither_has_one_without_fingerprints(tmp_path: pathlib.Path, sound: pat
     shutil.copytree(sound, tmp_path / "out")
     faults.cover_up(tmp_path / "out", record=True)
     assert check_integrity(tmp_path / "out") == []
+
+
+@both
+@pytest.mark.parametrize("number", [math.nan, math.inf, 0.0, -1.0])
+@pytest.mark.parametrize("file", ["quantizers", "scales", "ledger"])
+def test_numbers_that_make_no_grid_are_refused_and_named(
+    tmp_path: pathlib.Path, sound: pathlib.Path, file: str, number: float
+) -> None:
+    """In a file that is sealed anew: every reader names it and the tensor."""
+    shutil.copytree(sound, tmp_path / "out")
+    path = tmp_path / "out" / f"{file}.safetensors"
+    tensors, schema, fields = faults.read_sealed(path)
+    name = next(n for n in tensors if file != "quantizers" or n.endswith(".max") or "range." in n)
+    if name.endswith(".max"):  # a range of width 0, or turned over
+        low = float(tensors[name.replace(".max", ".min")].flatten()[0])
+        number = low + number if number <= 0 else number
+    tensors[name].flatten()[0] = number
+    faults.write_sealed(path, schema, tensors, fields)
+    faults.cover_up(tmp_path / "out")
+    tensor = name.removeprefix("range.").removesuffix(".max")
+    with pytest.raises(CorruptFileError, match=rf"{file}\.safetensors: {re.escape(tensor)}: "):
+        if file == "scales":
+            aimet_ext.load_scales(tmp_path / "out")
+        elif file == "ledger":
+            Ledger.load(tmp_path / "out")
+        else:
+            aimet_ext.load(tmp_path / "out")
+    found = [f for f in check_integrity(tmp_path / "out") if f.check == "numbers"]
+    assert found and all(tensor in finding.name for finding in found)
 
 
 @both

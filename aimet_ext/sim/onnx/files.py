@@ -28,7 +28,7 @@ from aimet_ext.onnx.index import stored_values
 from aimet_ext.onnx.reading import read_external, read_model
 from aimet_ext.onnx.values import put_bytes
 from aimet_ext.sim.onnx.quantizers import rounds_to_integers
-from aimet_ext.sim.onnx.state import enabled_quantizers, layer_biases, quantize_constant
+from aimet_ext.sim.onnx.state import enabled_quantizers, layer_biases, outside, quantize_constant
 
 # Supergroups that AIMET fuses into functions: operator of the function -> name of the fusion.
 _FUSIONS = {
@@ -336,9 +336,11 @@ def save_qdq_model(model: Any, encodings: Mapping[str, Any], path: Path, *, exte
 
     :param model: Float model whose quantized constants are on their grids.
     :param encodings: Encodings of version 2.0.0.
+    :raises OutsideError: AIMET cannot convert it.
     """
     stored = set(stored_values(model.graph))
-    converted = encodings_to_onnx_qdq(model, dict(encodings), prequantize_constants=True)
+    with outside("AIMET's exporter"):
+        converted = encodings_to_onnx_qdq(model, dict(encodings), prequantize_constants=True)
     # Files of IR 3 list their weights among the inputs, of which integers take the place.
     inputs = [value for value in converted.graph.input if value.name not in stored]
     del converted.graph.input[:]

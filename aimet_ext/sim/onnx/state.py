@@ -172,6 +172,25 @@ def _match_casts(sim: Any, other: Any) -> None:
             quantizer.enabled = False
 
 
+class OutsideError(RuntimeError):
+    """A function of AIMET or onnxruntime failed, on what it was given or by a fault of its own."""
+
+
+@contextmanager
+def outside(who: str) -> Iterator[None]:
+    """Open a context for calls of another package, which raises errors of many kinds.
+
+    :raises OutsideError: one of them; but lack of memory, or a file that fails, is no fault of it.
+    """
+    try:
+        yield
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise OutsideError(f"{who} failed with {text}") from error
+
+
 def rebuild_session(sim: Any) -> None:
     """Rebuild the session from the model, whose values may have been changed in place.
 
