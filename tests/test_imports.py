@@ -28,7 +28,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "config": (set(), {"pydantic"}),
     "registry": (set(), set()),
     "core*": ({"core", "config"}, {"torch"}),
-    "files*": ({"files", "core", "config"}, {"torch", "safetensors", "pydantic"}),
+    "files*": ({"files", "core", "config"}, {"torch", "safetensors", "pydantic", "tqdm"}),
     "data*": ({"data", "files", "core", "config"}, {"torch", "safetensors", "numpy"}),
     "walk*": ({"walk", "data", "files", "core", "config"}, {"torch"}),
     "models.huggingface": ({"models", "core", "config"}, {"torch", "transformers"}),

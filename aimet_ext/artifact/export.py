@@ -187,7 +187,7 @@ def _refuse(kind: str, options: Mapping[str, Any]) -> None:
         )
 
 
-def load(path: str | Path, *, sim: Any = None) -> Any:
+def load(path: str | Path, *, sim: Any = None, progress: bool = True) -> Any:
     """Rebuild a sim from an export; its logits are those of the sim that was exported, bit by bit.
 
     The folder alone is enough for a sim that ``create_sim`` made of a model of transformers, and
@@ -198,13 +198,19 @@ def load(path: str | Path, *, sim: Any = None) -> Any:
     :param sim: a sim of the same model, into which weights and quantizers are put; needed for one
         that was built by hand of a torch module. An ONNX sim that is rebuilt computes on the CPU,
         and of its configuration only what shapes its graph and quantizers is known.
+    :param progress: show a progress bar.
     :returns: the sim, in evaluation mode, with its ledger.
     :raises FileNotFoundError: there is no export at ``path``.
     :raises CorruptFileError: a file was changed, is absent, was not written by aimet_ext, or holds
         what no sim can be made of.
     :raises ValueError: the sim was built by hand and none is given, or the one given does not fit.
     """
-    folder = Path(path)
+    with steps("load", 3, progress):
+        return _load(Path(path), sim)
+
+
+def _load(folder: Path, sim: Any) -> Any:
+    step("hashes")
     manifest = read_manifest(folder)
     if manifest["kind"] != "export":
         raise CorruptFileError(f"{folder}: an export is required, got {manifest['kind']!r}")
@@ -216,6 +222,7 @@ def load(path: str | Path, *, sim: Any = None) -> Any:
             "build it again and pass it as load(path, sim=sim)"
         )
     # A sim of the caller's may be one of another model; all else is wrong with the files.
+    step("simulation")
     with naming(folder, *([] if sim is None else [ValueError])):
         if of_onnx:
             from aimet_ext.artifact.onnx_export import load_onnx
@@ -224,6 +231,7 @@ def load(path: str | Path, *, sim: Any = None) -> Any:
             adapt(sim).settings = settings.create_sim
         else:
             sim = _rebuild(folder, settings, manifest) if sim is None else sim
+            step("weights and ranges")
             _load_state(folder, sim, manifest["model"]["tied"])
             sim.model.eval()
         adapt(sim).ledger = Ledger.load(folder)
