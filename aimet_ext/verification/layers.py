@@ -374,7 +374,7 @@ _PATTERNS: tuple[_Pattern, ...] = (
         lambda layer: layer.score_step is not None and layer.score_step > SCORE_STEP,
         lambda layer: Cause(
             f"its scores have a step of {layer.score_step:.3g}, so that a rounding changes an "
-            f"attention weight by up to {math.expm1(layer.score_step / 2):.0%}",
+            f"attention weight by up to {math.expm1((layer.score_step or 0) / 2):.0%}",
             "quantize activations to 16 bits",
         ),
     ),

@@ -102,7 +102,7 @@ class _Reader:
         for name, module in self.modules.items():
             gain = dict(getattr(module, "param_quantizers", {})).get("weight")
             kinds = " ".join(cls.__name__ for cls in type(module).__mro__)
-            if not hasattr(gain, "qmin") or "RMSNorm" not in kinds:
+            if gain is None or not hasattr(gain, "qmin") or "RMSNorm" not in kinds:
                 continue
             yield NormFacts(
                 name=f"{name}.weight",

@@ -332,7 +332,7 @@ class LayerwiseRun:
                 layer,
                 dtype=dtype,
                 mapped_dir=self.options.cache_dir,
-                also=[kept.add for kept in (*samples.values(), *upstream.values())],
+                also=[*(s.add for s in samples.values()), *(u.add for u in upstream.values())],
             )
             moment = None if total is None else total.result(dtype)
         except ValueError as error:
