@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,6 +23,7 @@ from aimet_ext.sim.protocol import adapt
 if TYPE_CHECKING:
     from aimet_torch import QuantizationSimModel
 
+_logger = logging.getLogger(__name__)
 _CONFIG = "htp_v79"
 # What masks hold where activations are integers: e^-100 is nothing, and 16 bits reach that far.
 _MASK = -100.0
@@ -38,12 +40,19 @@ def create_sim(
     activations: int | QSpec | None = 16,
     overrides: Mapping[str, QSpec | None] | None = None,
     config_file: str | Path | Mapping[str, Any] | None = None,
+    allow_float: float = 0.05,
 ) -> QuantizationSimModel:
     """Build a ``QuantizationSimModel`` of a causal LM, with the settings of an edge LLM.
 
     The model is copied, in its own dtype; the original is not touched. Weights have ranges at the
     end (those of plain rounding), activations have none: run ``sim.compute_encodings`` for them,
     after the techniques of this package.
+
+    Any architecture is taken. In the copy, modules that compute ``x @ weight + bias``, such as
+    GPT-2's ``Conv1D``, are ``nn.Linear``. Modules of classes that AIMET does not know get
+    quantizers where they make one tensor of one tensor (norms, activations) or are embeddings, and
+    are float otherwise (rotary embeddings); a class that you registered with
+    ``QuantizationMixin.implements`` or ``ignore_unknown_modules`` stays as you want it.
 
     :param model: Causal LM of transformers, what :func:`prepare_model` made of one, or a module of
         your own that returns logits and can be traced. The first is prepared here; where
@@ -63,21 +72,25 @@ def create_sim(
         pattern like ``"model.layers.0.*"``; of several that fit, the first one counts.
     :param config_file: Alias, path or content of AIMET's configuration, which says what tensors
         are quantized at all. None is ``"htp_v79"``: what the NPU of a phone computes.
+    :param allow_float: Largest share of the numbers in the model's matrices, from 0 to 1, that may
+        stay float because their modules cannot be quantized. A smaller share is logged.
     :returns: the simulation. ``sim.aimet_ext_settings`` holds these settings as JSON values.
     :raises TypeError: no causal LM, or a sample that holds no ids.
     :raises ValueError: ids longer than the context, a pattern that fits no layer, a block size
-        that does not divide, or two specs for one shared weight.
+        that does not divide, two specs for one shared weight, or a larger share of matrices than
+        ``allow_float`` that cannot be quantized.
     :raises MissingExtraError: aimet-torch is not installed.
 
     >>> sim = create_sim(model, ids, weights=QSpec(bitwidth=4, granularity=LPBQ(64)))
     """
     require("aimet_torch", "torch")
     from aimet_ext.sim.torch.setup import build_sim
+    from aimet_ext.sim.torch.unknown import is_registered
 
     module = model
     if hasattr(model, "get_output_embeddings"):
         module = prepare_model(model, mask_value=None if activations is None else _MASK)
-    given, module = module, expose_weights(module)
+    given, module = module, expose_weights(module, is_registered)
     if embedding == "auto":
         embedding = _embedding(module, lm_head)
     specs = {"weights": weights, "lm_head": lm_head, "embedding": embedding}
@@ -101,6 +114,7 @@ def create_sim(
     dummy_input = _dummy_input(sample_input_ids, module)
     in_place = module is not given
     sim = build_sim(module, dummy_input, plan.specs, activations, config, in_place=in_place)
+    left = _left_float(sim, plan, 1.0 if weights is None else allow_float)
     adapt(sim).settings = {
         **{name: _plain(spec) for name, spec in specs.items()},
         "activations": _plain(activations),
@@ -108,6 +122,7 @@ def create_sim(
         "config_file": config,
         "per_channel_instead": list(plan.per_channel_instead),
         "padded_mlp_widths": padded,
+        "left_float": left,
         "mask_value": module.mask_value if isinstance(module, PreparedCausalLM) else None,
     }
     return sim
@@ -176,7 +191,34 @@ def arguments_from_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         **{name: _spec(settings[name]) for name in specs},
         "overrides": {pattern: _spec(plain) for pattern, plain in settings["overrides"].items()},
         "config_file": settings["config_file"],
+        "allow_float": 1.0,  # it was accepted once
     }
+
+
+def _left_float(sim: QuantizationSimModel, plan: WeightPlan, allowed: float) -> list[str]:
+    """Return the names of the matrices that no quantizer takes though none was told to be float.
+
+    :param allowed: largest share of the numbers in all matrices.
+    :raises ValueError: it is a larger share.
+    """
+    from aimet_ext.sim.torch.unknown import float_matrices
+
+    sizes = float_matrices(sim.model, plan.specs)
+    if not sizes:
+        return []
+    values = adapt(sim).float_parameters("").values()
+    share = sum(sizes.values()) / sum(value.numel() for value in values if value.dim() > 1)
+    names = [original_name(name, sim.model) for name in sorted(sizes, key=lambda n: -sizes[n])]
+    if share > allowed:
+        raise ValueError(
+            f"at most {allowed:.1%} of the numbers in the model's matrices may stay float, but "
+            f"modules with {share:.1%} of them are of no class that can be quantized: "
+            f"{some(names)}; compute with nn.Linear there, register their classes with "
+            f"AIMET's QuantizationMixin.implements, or allow it with allow_float={share + 5e-3:.2f}"
+        )
+    said = "%.2f %% of the numbers in the model's matrices stay float: %s"
+    _logger.warning(said, 100 * share, some(names))
+    return names
 
 
 def _check_shared(layers: Mapping[str, Any], specs: Mapping[str, QSpec | None]) -> None:

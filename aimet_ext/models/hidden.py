@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,24 +15,29 @@ from aimet_ext.errors import some
 from aimet_ext.models.attention import owns_projections, projections
 from aimet_ext.models.experts import are_packed, split_experts
 from aimet_ext.models.huggingface import checkpoint_prefix
+from aimet_ext.models.linear_forms import find_linears, is_transposed
 from aimet_ext.walk.routing import RoutedLayers
 
 _log = logging.getLogger(__name__)
 
 
-def expose_weights(model: nn.Module) -> nn.Module:
+def expose_weights(model: nn.Module, known: Callable[[nn.Module], bool]) -> nn.Module:
     """Return a copy of a model in which hidden weights are layers; the model if it hides none.
 
     * Packed experts become linear layers, with the same outputs on tokens for all of them. Those
       that would compute something else stay packed, and float, which is logged.
     * ``nn.MultiheadAttention`` shows its projections as layers. It does not call them: they say
       what AIMET's attention, which takes its place, is to quantize.
+    * Modules that compute ``x @ weight + bias``, such as GPT-2's ``Conv1D``, become linear layers.
 
     :param model: Model, left as it is.
+    :param known: Returns True for modules that are to stay, as their class is quantized already.
     """
-    if not any(_is_attention(m) or are_packed(m) for m in model.modules()):
+    linears = find_linears(model, known)
+    if not linears and not any(_is_attention(m) or are_packed(m) for m in model.modules()):
         return model
-    model = copy.deepcopy(model)
+    memo: dict[int, Any] = {id(model.get_submodule(name)): new for name, new in linears.items()}
+    model = copy.deepcopy(model, memo)
     left: dict[str, str] = {}
     for name, module in list(model.named_modules()):
         if are_packed(module):
@@ -103,6 +109,8 @@ def packings(model: nn.Module) -> list[Packing]:
                 found.append(Packing(whole, tuple(f"{n}.{key}" for n in layers), True, turned))
         elif isinstance(module, nn.MultiheadAttention) and owns_projections(module):
             found += _attention_packings(f"{name}." if name else "", module)
+        elif is_transposed(module):
+            found.append(Packing(f"{name}.weight", (f"{name}.weight",), False, True))
     return found
 
 

@@ -20,6 +20,7 @@ from aimet_ext.config import LPBQ, PerTensor, QSpec
 from aimet_ext.files.scratch import temporary
 from aimet_ext.models.attention import own_projections
 from aimet_ext.models.experts import all_tokens
+from aimet_ext.sim.torch.unknown import unknown_modules
 from aimet_ext.walk.routing import RoutedLayers
 
 # Bits of what has no spec: gains of norms, which NPUs take in 8 bits beside activations of 8.
@@ -50,7 +51,12 @@ def build_sim(
     narrow = activations is not None and activations.bitwidth <= _NARROW
     if not in_place:
         model = copy.deepcopy(model)
-    with _config_file(config) as config_file, quiet(), all_tokens(model):
+    with (
+        _config_file(config) as config_file,
+        quiet(),
+        all_tokens(model),
+        unknown_modules(model, dummy_input),
+    ):
         sim = QuantizationSimModel(
             model,
             dummy_input,

@@ -1,0 +1,144 @@
+"""Modules that AIMET does not know: quantized by what they do, or left as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from aimet_torch.nn import QuantizationMixin
+from aimet_torch.quantization.base import QuantizerBase
+from torch import Tensor, nn
+
+from aimet_ext.data.batches import call_model, map_tensors, tensors_in
+from aimet_ext.walk.hooks import evaluating
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@contextmanager
+def unknown_modules(model: nn.Module, dummy_input: Any) -> Iterator[None]:
+    """Open a context in which AIMET builds a simulation of any model.
+
+    AIMET refuses modules without children whose class it does not know. Here those that make one
+    tensor of one tensor (norms, activations, linear layers and convolutions of one's own), and
+    embeddings, get quantizers like the ones it knows; all others (rotary embeddings, routers) are
+    computed in float, as AIMET itself does with the ones it knows. Classes that were registered
+    with AIMET keep what they were registered with. AIMET's registry is restored at the end.
+
+    :param dummy_input: Input that shows what the modules take and return.
+    """
+    ignoring = QuantizationMixin._ignore_unknown_modules
+    kinds = [] if ignoring else _quantizable(model, dummy_input)
+    try:
+        QuantizationMixin.ignore_unknown_modules(True)
+        for kind in kinds:
+            QuantizationMixin.implements(kind)(_quantized(kind))
+        yield
+    finally:
+        QuantizationMixin.ignore_unknown_modules(ignoring)
+        for kind in kinds:
+            QuantizationMixin.cls_to_qcls.pop(kind, None)
+
+
+def is_registered(module: nn.Module) -> bool:
+    """Return True if AIMET has a quantized class for a module."""
+    return type(module) in QuantizationMixin.cls_to_qcls
+
+
+def float_matrices(model: nn.Module, planned: Collection[str]) -> dict[str, int]:
+    """Return the matrices of a simulation that no quantizer takes and nobody asked to leave float.
+
+    A parameter counts as a matrix if two of its dimensions are larger than 1. Modules that AIMET
+    was told to ignore are left out.
+
+    :param model: ``sim.model``.
+    :param planned: Names of the layers whose weight has a spec, or was to be left float.
+    :returns: number of elements by name of parameter.
+    """
+    found: dict[int, tuple[str, int]] = {}
+    taken = set()
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizerBase):
+            continue
+        quantizers = dict(getattr(module, "param_quantizers", {}))
+        for key, value in module.named_parameters(name, recurse=False):
+            own = key.rpartition(".")[2]
+            if quantizers.get(own) is not None or name in planned or isinstance(module, _Unknown):
+                taken.add(id(value))
+            elif sum(side > 1 for side in value.shape) > 1 and not _ignored(module):
+                found[id(value)] = key, value.numel()
+    return {name: size for place, (name, size) in found.items() if place not in taken}
+
+
+class _Unknown(QuantizationMixin):
+    """Base of the quantized classes that are made here."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module on quantized inputs and parameters, and quantize the output."""
+        for quantizer in self.input_quantizers:
+            if quantizer is not None:
+                args, kwargs = map_tensors(_floating(quantizer), (args, kwargs))
+        with self._patch_quantized_parameters():
+            output = super().forward(*args, **kwargs)
+        (quantizer,) = self.output_quantizers
+        return output if quantizer is None else quantizer(output)
+
+
+@cache
+def _quantized(kind: type[Any]) -> type[_Unknown]:
+    """Return the quantized class of a class of modules, always the same one."""
+
+    class Quantized(_Unknown, kind):
+        def __quant_init__(self) -> None:
+            super().__quant_init__()
+            if issubclass(kind, nn.Embedding):
+                self.input_quantizers = nn.ModuleList([])
+
+    Quantized.__name__ = Quantized.__qualname__ = f"Quantized{kind.__name__}"
+    return Quantized
+
+
+@torch.no_grad()
+def _quantizable(model: nn.Module, dummy_input: Any) -> list[type[nn.Module]]:
+    """Return the unknown classes that can have quantizers for input, parameters and output."""
+    unknown = [
+        module
+        for module in model.modules()
+        if not is_registered(module) and not any(True for _ in module.children())
+    ]
+    fitting: dict[type[nn.Module], bool] = {}
+
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        fits = isinstance(output, Tensor) and output.is_floating_point()
+        if fits and not isinstance(module, nn.Embedding):
+            given = tensors_in((*args, kwargs))
+            fits = len(given) == 1 and given[0].is_floating_point()
+            fits &= not _ignored(module)
+            fits &= isinstance(module, _LAYERS) or all(
+                value.dim() < 2 or value.shape == output.shape[-value.dim() :]  # gains, biases
+                for value in module.parameters()
+            )
+        fitting[type(module)] = fits and fitting.get(type(module), True)
+
+    hooks = [m.register_forward_hook(note, with_kwargs=True) for m in unknown]
+    try:
+        if hooks:
+            with evaluating(model):
+                call_model(model, dummy_input)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [kind for kind, fits in fitting.items() if fits]
+
+
+def _ignored(module: nn.Module) -> bool:
+    """Return True if AIMET was told to leave the module's class float."""
+    kinds = QuantizationMixin._ignored_module_types
+    return QuantizationMixin._ignore_unknown_modules or type(module) in kinds
+
+
+def _floating(quantizer: Any) -> Any:
+    return lambda tensor: quantizer(tensor) if tensor.is_floating_point() else tensor
