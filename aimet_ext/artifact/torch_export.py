@@ -22,7 +22,7 @@ from aimet_ext.files.encodings import Layout, entries, load_encodings, to_grid, 
 from aimet_ext.files.folders import SETTINGS, write_json
 from aimet_ext.files.progress import step
 from aimet_ext.integrity.stored import StoredGraph, hash_values
-from aimet_ext.models.huggingface import causal_lm, checkpoint_prefix
+from aimet_ext.models.huggingface import PreparedCausalLM, causal_lm, checkpoint_prefix
 from aimet_ext.onnx.session import open_session
 from aimet_ext.sim.protocol import SimAdaptor
 from aimet_ext.sim.torch.adaptor import TorchSim
@@ -142,7 +142,8 @@ def positional_inputs(model: nn.Module, dummy_input: Any) -> Inputs:
 
     :param dummy_input: tensor, tuple or list of positional arguments, or mapping of keyword
         arguments; ``labels`` are left out.
-    :raises TypeError: it is none of these, or does not fit ``model.forward``.
+    :raises TypeError: it is none of these, does not fit ``model.forward``, or gives by keyword what
+        has no place among the positional arguments.
     """
     sample = as_tensors(dummy_input)
     if not isinstance(sample, Tensor | tuple | list | Mapping):
@@ -151,14 +152,27 @@ def positional_inputs(model: nn.Module, dummy_input: Any) -> Inputs:
             f"arguments, got {type(dummy_input).__name__}"
         )
     given, named = call_arguments(sample)
-    bound = inspect.signature(model.forward).bind(*given, **named)
+    signature = inspect.signature(model.forward)
+    bound = signature.bind(*given, **named)
     last = list(bound.arguments)[-1]
     bound.apply_defaults()
     order = list(bound.arguments)
-    kept = {name: bound.arguments[name] for name in order[: order.index(last) + 1]}
+    values: dict[str, Any] = {}
+    for name in order[: order.index(last) + 1]:
+        value, kind = bound.arguments[name], signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            values.update({f"{name}_{place}": item for place, item in enumerate(value)})
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            raise TypeError(
+                "dummy_input must give the arguments that an ONNX file has by position, but "
+                f"{type(model).__name__}.forward takes {', '.join(value)} by keyword only; pass a "
+                "tuple of tensors"
+            )
+        else:
+            values[name] = value
     device = module_device(model)
-    args = tuple(v.to(device) if isinstance(v, Tensor) else v for v in kept.values())
-    return Inputs(args, tuple(name for name, v in kept.items() if isinstance(v, Tensor)))
+    args = tuple(v.to(device) if isinstance(v, Tensor) else v for v in values.values())
+    return Inputs(args, tuple(name for name, v in values.items() if isinstance(v, Tensor)))
 
 
 @contextlib.contextmanager
@@ -189,19 +203,26 @@ def write_onnx(
 
     AIMET's exporter writes the graph and encodings 2.0.0; 1.0.0 is derived from those.
 
-    :raises RuntimeError: a weight read back from the files is not quantized as in the sim.
+    :raises RuntimeError: the exporter cannot write the model, or a weight read back from the files
+        is not quantized as in the sim.
     """
     path = folder / f"{prefix}.onnx"
     newer, older = folder / f"{prefix}.2.0.0.encodings", folder / f"{prefix}.encodings"
     adaptor = TorchSim(sim)
-    adaptor.write_graph(
-        path,
-        inputs.args,
-        input_names=list(inputs.names),
-        output_names=list(output_names),
-        opset_version=opset_version,
-        dynamic_axes=dict(dynamic_axes) if dynamic_axes else None,
-    )
+    try:
+        adaptor.write_graph(
+            path,
+            inputs.args,
+            input_names=list(inputs.names),
+            output_names=list(output_names),
+            opset_version=opset_version,
+            dynamic_axes=dict(dynamic_axes) if dynamic_axes else None,
+        )
+    except (RuntimeError, AssertionError) as error:
+        what = next(iter(str(error).splitlines()), type(error).__name__)
+        raise RuntimeError(
+            f"torch's exporter cannot write the model: {what}{_hint(sim.model)}"
+        ) from error
     older.rename(newer)
 
     file = OnnxFile(path)
@@ -343,6 +364,16 @@ def check_output(adaptor: SimAdaptor, inputs: Inputs, output: Tensor, who: str) 
             f"but deviates by {deviation:.3g}"
         )
     return deviation
+
+
+def _hint(model: nn.Module) -> str:
+    """Return what to do about a model of transformers that was not prepared for the exporter."""
+    if causal_lm(model) is None or any(isinstance(m, PreparedCausalLM) for m in model.modules()):
+        return ""
+    return (
+        "; for a model of transformers build the simulation with create_sim, or around "
+        "prepare_model(model), which leaves out the library's own masks"
+    )
 
 
 def _hash(tensor: Tensor) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -21,6 +20,7 @@ from aimet_ext.files.tensors import of_parameter, parameter_quantizer
 from aimet_ext.models.topology import BlockTopology, TopologyDescription, find_blocks
 from aimet_ext.sim.facts import SimFacts
 from aimet_ext.sim.protocol import Range, SimAdaptor
+from aimet_ext.sim.torch.graph import write_graph
 from aimet_ext.sim.torch.quantizers import TorchWeightQuantizer
 from aimet_ext.sim.torch.state import (
     named_quantizers,
@@ -333,14 +333,7 @@ class TorchSim(SimAdaptor):
         :param args: Positional arguments to trace with.
         :param options: Arguments of ``torch.onnx.export``.
         """
-        self.sim._apply_qdq_to_model_parameters = lambda model: nullcontext()
-        settings = {"encoding_version": "2.0.0", "export_int32_bias": False, "dynamo": False}
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch.onnx and tracing, about past and future
-                self.sim.onnx.export(args, str(path), **settings, **options)
-        finally:
-            del self.sim._apply_qdq_to_model_parameters
+        write_graph(self.sim, path, args, options)
 
     def encoding_settings(self) -> dict[str, Any]:
         """Return the settings of the simulation that encodings 1.0.0 hold."""
