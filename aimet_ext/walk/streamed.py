@@ -226,14 +226,14 @@ class StreamedBlock:
     def _run(self, stream: str, index: int, layer: str | None = None) -> Tensor:
         """Return the block's output for a batch; parts that are finished do not run.
 
-        :param layer: Layer whose input is wanted, which must run.
+        :param layer: Layer whose input is wanted; the part that it is in must run.
         """
         params = self._params[stream]
         self.calls += 1
         with ExitStack() as stack:
             for part in self._parts:
                 done = stream in part.inputs and index < len(part.inputs[stream])
-                if done and layer != part.layer:
+                if done and not (layer or "").startswith(f"{part.name}."):
                     stack.enter_context(self._replayed(part, stream, index))
             call = self.flows[stream].select(index)
             return call(lambda *a, **k: functional_call(self.module, params, a, k))
