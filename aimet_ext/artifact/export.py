@@ -71,8 +71,9 @@ def export(
     ``{prefix}.onnx``                          the model with its float32 weights as they are now
     ``{prefix}.encodings``                     encodings 1.0.0 of the ONNX file's tensors
     ``{prefix}.2.0.0.encodings``               the same as 2.0.0
-    ``model.safetensors``, ``config.json``     the same weights under their original names, and the
-                                               config: a model that transformers loads
+    ``model.safetensors``, ``config.json``     the same weights under their original names (float64
+                                               stays so), and the config: a model that transformers
+                                               loads
     tokenizer files                            where there is a tokenizer
     ``quantizers.safetensors``                 ranges and state of every quantizer
     ``quantsim.json``                          what :func:`aimet_ext.create_sim` was called with
@@ -283,7 +284,9 @@ def _model(folder: Path, settings: _Settings, loadable: bool) -> Any:
 def write_model(
     folder: Path, model: nn.Module, state: Mapping[str, Tensor], tokenizer: Any = None
 ) -> dict[str, Any]:
-    """Write weights in float32 and, of a causal LM of transformers, its config and tokenizer.
+    """Write weights and, of a causal LM of transformers, its config and tokenizer.
+
+    Weights are in float32, or in float64 if they are so in the model.
 
     :param model: ``sim.model``.
     :param state: Float values by name in the model.
@@ -305,8 +308,9 @@ def write_model(
         if value.numel() and first.setdefault(key, name) != name:
             tied[name] = first[key]
         else:
-            wide = value.float() if value.is_floating_point() else value
-            flat = wide.cpu().contiguous()
+            if value.is_floating_point():
+                value = value.to(torch.promote_types(value.dtype, torch.float32))
+            flat = value.cpu().contiguous()
             memory = flat.untyped_storage().data_ptr()
             stored[name] = flat.clone() if memory in used else flat  # safetensors takes no views
             used.add(memory)
@@ -315,7 +319,9 @@ def write_model(
     language_model = causal_lm(model)
     loadable = False
     if language_model is not None:
-        loadable = _write_config(folder, language_model, bool(tied))
+        wide = any(value.dtype is torch.float64 for value in stored.values())
+        dtype = "float64" if wide else "float32"
+        loadable = _write_config(folder, language_model, bool(tied), dtype)
     return {
         "tied": tied,
         "tokenizer": _write_tokenizer(folder, language_model, tokenizer),
@@ -323,14 +329,14 @@ def write_model(
     }
 
 
-def _write_config(folder: Path, model: Any, any_tied: bool) -> bool:
+def _write_config(folder: Path, model: Any, any_tied: bool, dtype: str) -> bool:
     """Write ``config.json`` as the weights are now; False if no config can say how they are."""
     config = copy.deepcopy(model.config)
     config.save_pretrained(folder)
     plain = read_json(folder / CONFIG)
     plain.pop("torch_dtype", None)
     plain.update(
-        dtype="float32",
+        dtype=dtype,
         architectures=plain.get("architectures") or [type(model).__name__],
         tie_word_embeddings=any_tied,
     )

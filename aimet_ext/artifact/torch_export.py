@@ -75,9 +75,10 @@ class TorchWriter:
         write_json(folder / SETTINGS, settings)
         with float32_model(model):
             step("ONNX graph and encodings")
-            file = write_onnx(sim, folder, self.prefix, self.inputs, **self.options)
+            inputs = self.inputs.in_float32()
+            file = write_onnx(sim, folder, self.prefix, inputs, **self.options)
             step("comparison in onnxruntime")
-            checks = _check_onnx(file, self.adaptor, self.inputs)
+            checks = _check_onnx(file, self.adaptor, inputs)
             if self.rounded:
                 rounded = {n: p.rounded() for n, p in quantized_parameters(sim).items()}
                 state = {**self.adaptor.float_state(), **rounded}
@@ -122,6 +123,12 @@ class Inputs:
         """The tensors by their names in the ONNX file."""
         found = (value for value in self.args if isinstance(value, Tensor))
         return dict(zip(self.names, found, strict=True))
+
+    def in_float32(self) -> Inputs:
+        """Return the inputs as a model in float32 takes them."""
+        floating = (isinstance(v, Tensor) and v.is_floating_point() for v in self.args)
+        args = (v.float() if real else v for v, real in zip(self.args, floating, strict=True))
+        return Inputs(tuple(args), self.names)
 
 
 @dataclass(frozen=True)
@@ -177,15 +184,20 @@ def positional_inputs(model: nn.Module, dummy_input: Any) -> Inputs:
 
 @contextlib.contextmanager
 def float32_model(model: nn.Module) -> Iterator[None]:
-    """Return a context in which a model of another dtype computes in float32, exactly."""
+    """Return a context in which a model of another dtype computes in float32.
+
+    Weights of fewer bits are the same there, those of float64 are rounded.
+    """
     tensors = [*model.parameters(), *model.buffers()]
-    narrow = [(t, t.data) for t in tensors if t.dtype in (torch.bfloat16, torch.float16)]
+    others = [
+        (t, t.data) for t in tensors if t.is_floating_point() and t.dtype is not torch.float32
+    ]
     try:
-        for tensor, data in narrow:
+        for tensor, data in others:
             tensor.data = data.float()
         yield
     finally:
-        for tensor, data in narrow:
+        for tensor, data in others:
             tensor.data = data
 
 

@@ -32,6 +32,7 @@ from aimet_ext.files.tensors import parameter_quantizer, read_sealed
 from aimet_ext.integrity.stored import (
     GridIndex,
     StoredGraph,
+    as_in_graph,
     encoded_cells,
     hash_values,
     torch_cells,
@@ -193,8 +194,9 @@ def _constants(graph: StoredGraph, weights: Stored) -> dict[str, str]:
             named.setdefault(graph.hash(name), []).append(name)
     found = {}
     for name, tensor in weights.tensors.items():
-        turned = [tensor, tensor.T] if tensor.dim() == 2 else [tensor]
-        places = [place for one in turned for place in named.get(hash_values(one.numpy()), [])]
+        values = as_in_graph(tensor)
+        turned = [values, values.T] if values.ndim == 2 else [values]
+        places = [place for one in turned for place in named.get(hash_values(one), [])]
         if places:
             found[name] = min(places, key=lambda place: name not in place)
     return found

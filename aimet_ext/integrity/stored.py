@@ -42,6 +42,11 @@ def hash_values(values: Array) -> str:
     return digest.hexdigest()
 
 
+def as_in_graph(tensor: Tensor) -> Array:
+    """Return a tensor of ``model.safetensors`` as the ONNX file holds it: float64 in float32."""
+    return (tensor.float() if tensor.dtype is torch.float64 else tensor).numpy()
+
+
 class StoredGraph:
     """The graph of an ONNX file, without its external data, which is read tensor by tensor.
 

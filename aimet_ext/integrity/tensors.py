@@ -17,6 +17,7 @@ from aimet_ext.files.tensors import parameter_quantizer
 from aimet_ext.integrity.stored import (
     Cells,
     StoredGraph,
+    as_in_graph,
     encoded_cells,
     misfit,
     onnx_cells,
@@ -216,8 +217,8 @@ def check_weights(state: Examination) -> None:
             problem = f"was dropped: {graph.name} has no such constant"
         elif place not in graph.read:
             problem = f"was dropped: nothing in {graph.name} reads {place}"
-        elif not _same(value, stored.numpy()):
-            problem = _difference(state, name, place, value, stored.numpy())
+        elif not _same(value, as_in_graph(stored)):
+            problem = _difference(state, name, place, value, as_in_graph(stored))
         else:
             continue
         kind = "bias" if name.endswith("bias") else "weight"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from aimet_ext.artifact.inspect import inspect_export
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.folders import replace_folder, write_manifest
 from aimet_ext.files.ledger import Ledger, write_scales
+from aimet_ext.integrity.check import check_integrity
 from aimet_ext.sim.protocol import adapt
 from aimet_ext.sim.torch.state import quantizers_to_tensors
 
@@ -124,15 +126,32 @@ def test_a_sim_comes_back_bit_by_bit(
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "activations"),
+    [(torch.bfloat16, None), (torch.float64, None), (torch.float64, 16)],
+)
 def test_other_dtypes_come_back(
-    tmp_path: pathlib.Path, tiny_llama: nn.Module, dtype: torch.dtype
+    tmp_path: pathlib.Path, tiny_llama: nn.Module, dtype: torch.dtype, activations: int | None
 ) -> None:
-    sim = calibrated(tiny_llama.to(dtype), activations=None)
+    model = tiny_llama.to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 1e-12)  # float32 does not hold the products
+    sim = calibrated(model, activations=activations)
     before = logits(sim)
-    aimet_ext.export(sim, tmp_path / "out", "m", IDS)
+    aimet_ext.export(sim, tmp_path / "out", "m", IDS, hf_checkpoint=dtype is torch.float64)
     assert logits(sim).dtype == dtype and torch.equal(logits(sim), before)
     assert_same(sim, aimet_ext.load(tmp_path / "out"))
+    assert not check_integrity(tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_numbers_of_other_dtypes_are_inputs(tmp_path: pathlib.Path, dtype: torch.dtype) -> None:
+    x, net = X.to(dtype), Net().eval().to(dtype)
+    sim = aimet_ext.create_sim(net, x, activations=None)
+    aimet_ext.export(sim, tmp_path / "out", "net", x)
+    other = aimet_ext.create_sim(copy.deepcopy(net), x, activations=None)
+    assert torch.equal(logits(aimet_ext.load(tmp_path / "out", sim=other), x), logits(sim, x))
 
 
 def test_what_was_changed_after_create_sim_comes_back(

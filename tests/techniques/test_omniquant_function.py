@@ -284,3 +284,23 @@ def test_a_sim_made_by_hand(tiny_model: Any, ids: Callable[..., Tensor]) -> None
     assert float((logits - reference).abs().max() / reference.abs().max()) <= 1e-5
     sim.compute_encodings(lambda model: model(*inputs(1)))
     assert torch.isfinite(sim.model(*inputs(5))).all()
+
+
+#: An MLP as wide as the residual stream.
+SMALL = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "head_dim": 8}
+BRIEF = {"num_iterations": 2, "evaluations": 1, "search_sweeps": 1, "progress": False}
+
+
+def test_a_model_in_float64(tiny_model: Any, ids: Callable[..., Tensor]) -> None:
+    """It is decided as in float32, up to what float32 rounds."""
+    reports = []
+    for dtype in (torch.float32, torch.float64):
+        model = tiny_model("llama", **SMALL).to(dtype)
+        spec = QSpec(bitwidth=3, symmetric=False)
+        sim = aimet_ext.create_sim(model, ids(1, 8, 1), weights=spec, activations=None)
+        reports.append(aimet_ext.apply_omniquant(sim, [ids(2, 16, 1)], **BRIEF))
+        assert sim.model(ids(1, 8, 1)).dtype is dtype
+    (narrow,), (wide,) = (report.blocks for report in reports)
+    assert wide.loss_nearest == pytest.approx(narrow.loss_nearest, rel=1e-3)
+    assert wide.loss_after < wide.loss_nearest
+    assert wide.loss_after == pytest.approx(narrow.loss_after, rel=0.1)

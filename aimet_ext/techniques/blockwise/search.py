@@ -311,7 +311,8 @@ def _row_importance(block: Block) -> dict[str, Tensor]:
                 for layer, output in outputs.items():
                     gradient = output.grad
                     if gradient is not None:
-                        power = gradient[call.mask].float().square().mean(0)  # [out]
+                        wide = torch.promote_types(gradient.dtype, torch.float32)
+                        power = gradient[call.mask].to(wide).square().mean(0)  # [out]
                         totals[layer] = totals[layer] + power
     finally:
         for hook in hooks:
