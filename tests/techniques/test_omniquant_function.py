@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import aimet_ext
 from aimet_ext import LPBQ, Blockwise, PerChannel, PerTensor, QSpec
@@ -304,3 +304,67 @@ def test_a_model_in_float64(tiny_model: Any, ids: Callable[..., Tensor]) -> None
     assert wide.loss_nearest == pytest.approx(narrow.loss_nearest, rel=1e-3)
     assert wide.loss_after < wide.loss_nearest
     assert wide.loss_after == pytest.approx(narrow.loss_after, rel=0.1)
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+        self.o = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.q(x) @ self.k(x).mT
+        causal = torch.full_like(scores, -1e4).triu(1)
+        return self.o((scores / 6 + causal).softmax(-1) @ self.v(x))
+
+
+class _FlatBlock(nn.Module):
+    def __init__(self, width: int, flat: bool) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = _Attention(width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.flat = flat
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        tokens = x.flatten(0, 1) if self.flat else x  # as OPT does
+        return x + self.down(torch.relu(self.up(self.norm2(tokens)))).view(x.shape)
+
+
+class _FlatModel(nn.Module):
+    def __init__(self, flat: bool) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(64, 16), nn.Linear(16, 64)
+        self.blocks = nn.ModuleList([_FlatBlock(16, flat)])
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def test_layers_that_see_all_tokens_in_one_row() -> None:
+    """A block decides the same whether or not its MLP flattens ``[batch, seq]``; padding too."""
+    topology = aimet_ext.TopologyDescription(
+        name="flat",
+        block_class="_FlatBlock",
+        attention_norm="norm1",
+        mlp_norm="norm2",
+        **{part: f"attention.{part}" for part in "qkvo"},
+        gate=None,
+        up="up",
+        down="down",
+    )
+    ids = torch.arange(24).reshape(2, 12) * 5 % 64
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch["attention_mask"][0, 7:] = 0
+    losses = []
+    for flat in (True, False):
+        torch.manual_seed(0)
+        sim = aimet_ext.create_sim(_FlatModel(flat).eval(), ids, activations=None)
+        (block,) = aimet_ext.apply_omniquant(sim, [batch], **BRIEF, topology=topology).blocks
+        losses.append((block.loss_nearest, block.loss_after))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][1] < losses[0][0]

@@ -23,8 +23,9 @@ from aimet_ext.core.equivalence import (
     smoothquant_scale,
 )
 from aimet_ext.core.objective import SecondMoment, row_errors
-from aimet_ext.data.moments import sum_moments
+from aimet_ext.data.moments import Geometry, sum_moments
 from aimet_ext.techniques.blockwise.block import Block, BlockState
+from aimet_ext.walk.streamed import fit_mask
 
 _REACH = 1.5  # of a candidate multiplier, either way
 _MULTIPLIERS = 24
@@ -312,7 +313,10 @@ def _row_importance(block: Block) -> dict[str, Tensor]:
                     gradient = output.grad
                     if gradient is not None:
                         wide = torch.promote_types(gradient.dtype, torch.float32)
-                        power = gradient[call.mask].to(wide).square().mean(0)  # [out]
+                        module = block.module.get_submodule(layer)
+                        mask = fit_mask(call.mask, gradient, Geometry.of(module))
+                        rows = gradient if mask is None else gradient[mask]
+                        power = rows.flatten(0, -2).to(wide).square().mean(0)  # [out]
                         totals[layer] = totals[layer] + power
     finally:
         for hook in hooks:
