@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _PARTS = ("q", "k", "v")
@@ -35,12 +38,27 @@ def own_projections(attention: nn.MultiheadAttention) -> None:
             setattr(layer, key, nn.Parameter(value.detach().clone(), value.requires_grad))
         setattr(attention, f"{part}_proj_weight", None)
     # Without them, torch does not go around the layers on its fast path either.
-    attention.in_proj_weight = attention.in_proj_bias = None
+    for key in ("in_proj_weight", "in_proj_bias"):
+        setattr(attention, key, None)
 
 
 def owns_projections(attention: nn.MultiheadAttention) -> bool:
     """Return True after :func:`own_projections`."""
     return attention.in_proj_weight is None and attention.q_proj_weight is None
+
+
+@contextmanager
+def every_module() -> Iterator[None]:
+    """Return a context in which attention and encoder layers of torch call the modules in them.
+
+    Their fast path reads the modules' weights instead, and a trace does not see the modules.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _view(weight: Tensor, bias: Tensor | None) -> nn.Linear:

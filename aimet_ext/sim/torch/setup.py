@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from aimet_ext.config import LPBQ, PerTensor, QSpec
 from aimet_ext.files.scratch import temporary
-from aimet_ext.models.attention import own_projections
+from aimet_ext.models.attention import every_module, own_projections
 from aimet_ext.models.experts import all_tokens
 from aimet_ext.sim.torch.unknown import unknown_modules
 from aimet_ext.walk.routing import RoutedLayers
@@ -55,6 +55,7 @@ def build_sim(
         _config_file(config) as config_file,
         quiet(),
         all_tokens(model),
+        every_module(),
         unknown_modules(model, dummy_input),
     ):
         sim = QuantizationSimModel(
@@ -65,9 +66,7 @@ def build_sim(
             in_place=True,
             config_file=config_file,
         )
-    for module in sim.model.modules():
-        if isinstance(module, nn.MultiheadAttention):
-            own_projections(module)
+    _settle_attention(sim)
     _set_activations(sim, activations)
     _share_ranges(sim)
     _set_weights(sim, weights, keep_others=activations is not None, ranges=ranges)
@@ -121,18 +120,36 @@ def _set_activations(sim: QuantizationSimModel, spec: QSpec | None) -> None:
         quantizer.bitwidth = spec.bitwidth
 
 
+def _settle_attention(sim: QuantizationSimModel) -> None:
+    """Leave AIMET's attention with the weights and quantizers that it computes with.
+
+    Its modules for masks, added biases and mean weights are there in any case; those that the
+    traced model does not call would never get a range.
+    """
+    graph: Any = sim.connected_graph
+    called = {op.get_module() for op in graph.ordered_ops}
+    attentions = [m for m in sim.model.modules() if isinstance(m, nn.MultiheadAttention)]
+    for attention in attentions:
+        own_projections(attention)
+        held: Any = attention.param_quantizers
+        for key in list(held):
+            if getattr(attention, key, None) is None:
+                held[key] = None
+        for module in attention.children():
+            if isinstance(module, BaseQuantizationMixin) and module not in called:
+                module.input_quantizers = nn.ModuleList([None for _ in module.input_quantizers])
+                module.output_quantizers = nn.ModuleList([None for _ in module.output_quantizers])
+
+
 def _share_ranges(sim: QuantizationSimModel) -> None:
     """Give experts the same activation quantizers: one that sees no tokens needs ranges too."""
     for module in sim.model.modules():
         if isinstance(module, RoutedLayers):
-            first: Any = module[0]
-            for layer in module:
-                for own, shared in (
-                    (layer.input_quantizers, first.input_quantizers),
-                    (layer.output_quantizers, first.output_quantizers),
-                ):
-                    for number, quantizer in enumerate(shared):
-                        own[number] = quantizer
+            layers: list[Any] = list(module)
+            for kind in ("input_quantizers", "output_quantizers"):
+                for number, quantizer in enumerate(getattr(layers[0], kind)):
+                    for layer in layers:
+                        getattr(layer, kind)[number] = quantizer
 
 
 def _set_weights(
