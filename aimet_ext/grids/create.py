@@ -53,6 +53,10 @@ def create_sim(
     quantizers where they make one tensor of one tensor (norms, activations) or are embeddings, and
     are float otherwise (rotary embeddings); a class that you registered with
     ``QuantizationMixin.implements`` or ``ignore_unknown_modules`` stays as you want it.
+    In the copy, weights that AIMET does not see are layers: experts packed in one parameter are
+    linear layers ``experts.gate_up_proj.0``, ``experts.down_proj.0`` and so on, of which those of
+    a block share the quantizers of their outputs, and ``nn.MultiheadAttention`` has ``q_proj``,
+    ``k_proj`` and ``v_proj``. Exports hold the weights under the names of the checkpoint.
 
     :param model: Causal LM of transformers, what :func:`prepare_model` made of one, or a module of
         your own that returns logits and can be traced. The first is prepared here; where

@@ -26,7 +26,7 @@ def are_packed(module: nn.Module) -> bool:
     dimensions with the experts first, and from its ``forward``, which takes hidden states, chosen
     experts and their weights.
     """
-    packed = [getattr(module, name, None) for name in (_up_name(module), _DOWN)]
+    packed: list[Any] = [getattr(module, name, None) for name in (_up_name(module), _DOWN)]
     if not all(isinstance(p, nn.Parameter) and p.dim() == 3 for p in packed):
         return False
     arguments = inspect.signature(type(module).forward).parameters
@@ -62,7 +62,7 @@ class SplitExperts(nn.Module):
         self.gated = up == _UP[0]
         self.count = len(getattr(experts, up))
         own = getattr(type(experts), "_apply_gate", None)
-        self.gate: Callable[[Any, Tensor], Tensor] = _gate if own is None else own
+        self.apply_gate: Callable[[Any, Tensor], Tensor] = _gate if own is None else own
         packed = getattr(experts, up), getattr(experts, _DOWN)
         by_shape = packed[0].shape[-1] != packed[1].shape[-2]
         transposed = bool(getattr(experts, "is_transposed", by_shape))
@@ -96,10 +96,11 @@ class SplitExperts(nn.Module):
 
     def expert(self, number: int, x: Tensor) -> Tensor:
         """Return what one expert makes of tokens ``[tokens, width]``."""
+        own: Any = self  # with the modules of the original
         inner = self.layers_up[number](x)
-        inner = self.gate(self, inner) if self.gated else self.act_fn(inner)
+        inner = self.apply_gate(self, inner) if self.gated else own.act_fn(inner)
         output = getattr(self, _DOWN)[number](inner)
-        return self.post_expert_norm(output) if hasattr(self, "post_expert_norm") else output
+        return own.post_expert_norm(output) if hasattr(self, "post_expert_norm") else output
 
 
 @contextmanager
@@ -142,15 +143,14 @@ def split_experts(experts: Any) -> SplitExperts | str:
     :param experts: Module of which :func:`are_packed` is True; it stays as it is.
     :returns: the experts as layers; or, if they compute something else, how far off they are.
     """
-    split = SplitExperts(experts)
-    inputs = _tokens(split)
-    with evaluating(experts), torch.no_grad():
-        expected = experts(*inputs)
-    with evaluating(split), torch.no_grad():
-        try:
+    try:
+        split = SplitExperts(experts)
+        inputs = _tokens(split)
+        with evaluating(experts), evaluating(split), torch.no_grad():
+            expected = experts(*inputs)
             change = float((split(*inputs) - expected).abs().max() / expected.abs().max())
-        except (RuntimeError, AttributeError) as error:
-            return f"as linear layers they fail with {type(error).__name__}: {error}"
+    except (RuntimeError, AttributeError, TypeError) as error:
+        return f"as linear layers they fail with {type(error).__name__}: {error}"
     bound = _BOUNDS.get(expected.dtype, 0.0)
     if change <= bound:
         return split

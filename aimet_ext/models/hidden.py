@@ -25,7 +25,7 @@ def expose_weights(model: nn.Module, known: Callable[[nn.Module], bool]) -> nn.M
     """Return a copy of a model in which hidden weights are layers; the model if it hides none.
 
     * Packed experts become linear layers, with the same outputs on tokens for all of them. Those
-      that would compute something else stay packed, and float, which is logged.
+      that would compute something else stay packed, which is logged.
     * ``nn.MultiheadAttention`` shows its projections as layers. It does not call them: they say
       what AIMET's attention, which takes its place, is to quantize.
     * Modules that compute ``x @ weight + bias``, such as GPT-2's ``Conv1D``, become linear layers.
@@ -53,7 +53,7 @@ def expose_weights(model: nn.Module, known: Callable[[nn.Module], bool]) -> nn.M
             module.use_nested_tensor = False  # which goes around the attention
     if left:
         _log.warning(
-            "%s keep their packed weights, which stay float: %s",
+            "%s keep their packed weights, without quantizers: %s",
             some(list(left)),
             next(iter(left.values())),
         )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from aimet_ext.core.equivalence import PairKind, ScalePair, Side
+from aimet_ext.walk.routing import RoutedLayers
 from aimet_ext.walk.stream import nearest_config
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -231,7 +232,9 @@ def _unknown(model: nn.Module, tables: tuple[TopologyDescription, ...]) -> str:
     stacks = [
         (len(module), name, module[0])
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
+        if isinstance(module, nn.ModuleList)
+        and not isinstance(module, RoutedLayers)
+        and len({type(child) for child in module}) == 1
     ]
     advice = "Pass a TopologyDescription that names the block's class and modules"
     if not stacks:

@@ -1,4 +1,4 @@
-"""What flows into the layers of experts, which get other tokens in each stream."""
+"""Inputs of the layers of experts, which get other tokens in each stream."""
 
 from __future__ import annotations
 

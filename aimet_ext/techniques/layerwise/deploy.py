@@ -250,7 +250,7 @@ class UpstreamError:
         """Take in rows of both streams, ``[groups, n, in]``; the same object if there is one."""
         step = 1 if self._rows < _ALL_ROWS else _EVERY
         self._rows += rows.shape[1]
-        if originals is rows:
+        if originals is rows or not rows.shape[1]:
             return
         lost = originals[:, ::step].to(self._weight) - rows[:, ::step].to(self._weight)
         grouped = self._weight.view(len(lost), -1, lost.shape[2])  # [groups, out / groups, in]

@@ -301,6 +301,10 @@ class LayerwiseRun:
             )
         return reports
 
+    def _is_routed(self, layer: str) -> bool:
+        """Return True if a layer is an expert's."""
+        return self.adaptor.framework == "torch" and is_routed(self.adaptor.model, layer)
+
     def _plain(self, problem: Problem) -> Decision:
         """Leave an expert that no token is sent to to plain rounding."""
         codes = partial(quantize, problem.stored) if self.solver.rounds else None
@@ -334,14 +338,15 @@ class LayerwiseRun:
                 mapped_dir=self.options.cache_dir,
                 also=[*(s.add for s in samples.values()), *(u.add for u in upstream.values())],
             )
+            if self._is_routed(stage.layers[0]) and (total is None or not total.tokens):
+                width = layer.weight.shape[1]
+                second = torch.zeros(width, width, dtype=dtype, device=layer.weight.device)
+                return SecondMoment(second, None, 0), "memory", {}, {}
             moment = None if total is None else total.result(dtype)
         except ValueError as error:
             raise ValueError(f"{', '.join(stage.layers)}: {error}") from error
         if total is None or moment is None:
-            if not is_routed(self.adaptor.model, stage.layers[0]):
-                raise uncalled(stage.layers)
-            nothing = layer.weight.new_zeros((layer.weight.shape[1],) * 2, dtype=dtype)
-            return SecondMoment(nothing, None, 0), "memory", {}, {}
+            raise uncalled(stage.layers)
         if not self.solver.aimet_stream:  # ours alone
             moment = moment.shrunk(params.asym_strength)
         return moment, total.storage, samples, upstream
