@@ -137,8 +137,10 @@ def _settle_attention(sim: QuantizationSimModel) -> None:
                 held[key] = None
         for module in attention.children():
             if isinstance(module, BaseQuantizationMixin) and module not in called:
-                module.input_quantizers = nn.ModuleList([None for _ in module.input_quantizers])
-                module.output_quantizers = nn.ModuleList([None for _ in module.output_quantizers])
+                slots: Any
+                for slots in (module.input_quantizers, module.output_quantizers):
+                    for number in range(len(slots)):
+                        slots[number] = None
 
 
 def _share_ranges(sim: QuantizationSimModel) -> None:
