@@ -102,14 +102,14 @@ def _quantized(kind: type[Any]) -> type[_Unknown]:
 
 
 @torch.no_grad()
-def _quantizable(model: nn.Module, dummy_input: Any) -> list[type[nn.Module]]:
+def _quantizable(model: nn.Module, dummy_input: Any) -> list[type[Any]]:
     """Return the unknown classes that can have quantizers for input, parameters and output."""
     unknown = [
         module
         for module in model.modules()
         if not is_registered(module) and not any(True for _ in module.children())
     ]
-    fitting: dict[type[nn.Module], bool] = {}
+    fitting: dict[type[Any], bool] = {}
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         fits = isinstance(output, Tensor) and output.is_floating_point()
