@@ -412,10 +412,10 @@ def _load_weights(folder: Path, sim: Any, tied: Mapping[str, str]) -> None:
 
     :raises ValueError: a name or a shape differs; all such are named and nothing is copied.
     """
-    from aimet_ext.models.hidden import unpacked
+    from aimet_ext.models.hidden import Unpacked
     from aimet_ext.models.huggingface import original_name
 
-    stored = unpacked(sim.model, TensorFile(folder / WEIGHTS))
+    stored = Unpacked(sim.model, TensorFile(folder / WEIGHTS))
     state = {
         original_name(name, sim.model): value for name, value in adapt(sim).float_state().items()
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,12 +136,37 @@ def packed(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return rest
 
 
-def unpacked(model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Return a state by the names of the model, the inverse of :func:`packed`."""
-    found = [packing for packing in packings(model) if packing.name in state]
-    if not found:
-        return state  # which may be a file that is read tensor by tensor
-    rest = dict(state)
-    for packing in found:
-        rest.update(zip(packing.parts, packing.unpack(rest.pop(packing.name)), strict=True))
-    return rest
+class Unpacked(Mapping[str, Tensor]):
+    """A state by the names of the model, the inverse of :func:`packed`.
+
+    A tensor is read when it is asked for; of packed ones, the last one is kept.
+
+    :param state: State by the names of the checkpoint.
+    """
+
+    def __init__(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+        self._state = state
+        self._last: tuple[str, tuple[Tensor, ...]] = ("", ())
+        self._places: dict[str, tuple[Packing, int] | None] = {}
+        known = {packing.name: packing for packing in packings(model)}
+        for name in state:
+            if name in known:
+                parts = enumerate(known[name].parts)
+                self._places.update({part: (known[name], place) for place, part in parts})
+            else:
+                self._places[name] = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        place = self._places[name]
+        if place is None:
+            return self._state[name]
+        packing, number = place
+        if self._last[0] != packing.name:
+            self._last = packing.name, packing.unpack(self._state[packing.name])
+        return self._last[1][number]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from aimet_ext.models.experts import all_tokens
-from aimet_ext.models.hidden import expose_weights, packed, packings, unpacked
+from aimet_ext.models.hidden import Unpacked, expose_weights, packed, packings
 from aimet_ext.walk.routing import RoutedLayers
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "num_hidden_layers": 2}
@@ -35,6 +35,11 @@ FAMILIES = {
 IDS = torch.arange(18).reshape(2, 9) * 5 % 128
 
 
+def known(module):
+    """Return False: no other class is to stay."""
+    return False
+
+
 @torch.no_grad()
 def logits(model):
     return model(IDS).logits
@@ -45,35 +50,30 @@ def test_experts_are_linear_layers(tiny_model, family):
     """Same outputs, same checkpoint, and the model itself is as it was."""
     model = tiny_model(family, **{**SMALL, **FAMILIES[family]})
     before, expected = copy.deepcopy(model.state_dict()), logits(model)
-    exposed, copied = expose_weights(model)
-    assert copied and exposed is not model
+    exposed = expose_weights(model, known)
+    assert exposed is not model
     torch.testing.assert_close(logits(exposed), expected, rtol=1e-5, atol=1e-6)
     assert all(p.dim() < 3 for p in exposed.parameters())
     state = dict(exposed.state_dict())
     whole = packed(exposed, state)
     assert whole.keys() == before.keys() == model.state_dict().keys()
     assert all(torch.equal(whole[name], value) for name, value in before.items())
-    parts = unpacked(exposed, before)
+    parts = Unpacked(exposed, before)
     assert parts.keys() == state.keys()
     assert all(torch.equal(parts[name], value) for name, value in state.items())
     assert torch.equal(logits(model), expected)
 
 
 def test_a_model_that_hides_nothing_is_not_copied(tiny_llama):
-    assert expose_weights(tiny_llama) == (tiny_llama, False)
+    assert expose_weights(tiny_llama, known) is tiny_llama
     assert packings(tiny_llama) == []
-
-
-def test_a_copy_is_changed_as_it_is(tiny_model):
-    model = tiny_model("mixtral", **{**SMALL, **FAMILIES["mixtral"]})
-    assert expose_weights(model, True) == (model, True)
-    assert sum(isinstance(module, RoutedLayers) for module in model.modules()) == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_experts_on_all_tokens_give_the_same(tiny_model, dtype):
     """Graphs are traced in that form, as no shape in it depends on the data."""
-    exposed, _ = expose_weights(tiny_model("mixtral", **{**SMALL, **FAMILIES["mixtral"]}).to(dtype))
+    model = tiny_model("mixtral", **{**SMALL, **FAMILIES["mixtral"]}).to(dtype)
+    exposed = expose_weights(model, known)
     expected = logits(exposed)
     with all_tokens(exposed):
         close = (
@@ -108,7 +108,7 @@ class Experts(nn.Module):
 def test_experts_of_ones_own_are_told_by_their_structure():
     torch.manual_seed(0)
     model = nn.Sequential(Experts())
-    exposed, _ = expose_weights(model)
+    exposed = expose_weights(model, known)
     assert [n for n, _ in exposed.named_parameters()] == [
         f"0.{name}.{number}.weight" for name in ("gate_up_proj", "down_proj") for number in range(3)
     ]
@@ -120,7 +120,7 @@ def test_experts_of_ones_own_are_told_by_their_structure():
 def test_what_computes_something_else_stays_packed(caplog):
     torch.manual_seed(0)
     model = nn.Sequential(Experts(), Experts(bonus=1.0))
-    exposed, _ = expose_weights(model)
+    exposed = expose_weights(model, known)
     assert not hasattr(exposed[0], "limit") or exposed[0].limit == 0.5
     assert isinstance(exposed[0].down_proj, RoutedLayers)
     assert isinstance(exposed[1].down_proj, nn.Parameter)
