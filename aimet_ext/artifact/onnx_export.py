@@ -59,7 +59,7 @@ class OnnxWriter:
     Each file is compared with the sim before the next one is written. The arguments are those of
     :func:`aimet_ext.export`.
 
-    :raises ValueError: a quantizer of the sim cannot be in a QDQ model.
+    :raises ValueError: a quantizer of the sim cannot be in an encodings file, or in a QDQ model.
     """
 
     name_prefix = ""  # of names in the sim that the original model does not have
@@ -78,6 +78,13 @@ class OnnxWriter:
         self.tokenizer, self.bias, self.external = tokenizer, bias, external_data
         self.qdq, self.needs_qdq = qdq is not False, qdq is True or bias == "int32"
         self.sample = _sample(adaptor, dummy_input)
+        if wide := files.unfit_for_encodings(self.sim):
+            raise ValueError(
+                f"encodings of integers, float16 and float8 can be written, but {some(wide, 3)} "
+                f"{'have quantizers' if len(wide) > 1 else 'has a quantizer'} of float32, which "
+                "AIMET rounds to float16; set them to float16, or switch them off with "
+                "quantizer.enabled = False"
+            )
         self.without_range = uncalibrated(self.sim)
         self.wider = files.containers(self.sim)
         if bias == "int32":

@@ -275,6 +275,17 @@ def test_float16_activations_are_cast_again(tmp_path: pathlib.Path) -> None:
     assert np.array_equal(outputs(aimet_ext.load(tmp_path / "out")), outputs(sim))
 
 
+def test_float32_quantizers_are_refused_before_anything_is_written(tmp_path: pathlib.Path) -> None:
+    """AIMET's operator rounds them to float16, and its exporter does not know them."""
+    sim = simulated(activation_type="float32")
+    with pytest.raises(ValueError, match="of float32, which AIMET rounds to float16; set them"):
+        aimet_ext.export(sim, tmp_path / "out", "m", X)
+    for quantizer in sim.qc_quantize_op_dict.values():
+        quantizer.enabled = quantizer.enabled and quantizer.bitwidth < 32
+    aimet_ext.export(sim, tmp_path / "out", "m", X)
+    assert np.array_equal(outputs(aimet_ext.load(tmp_path / "out")), outputs(sim))
+
+
 def test_a_half_precision_model_has_no_qdq_model(tmp_path: pathlib.Path) -> None:
     """AIMET writes none: its scales are float32."""
     model, half = mlp_model((64, 96, 32), bias="add"), {"x": X["x"].astype(np.float16)}

@@ -311,6 +311,12 @@ def integer_scales(sim: Any, wider: Mapping[str, int]) -> list[str]:
     return [n for n, q in found.items() if q._scale_quantizer is not None and n not in blocks]
 
 
+def unfit_for_encodings(sim: Any) -> list[str]:
+    """Return the tensors of whose quantizers AIMET has no encoding."""
+    found = enabled_quantizers(sim).items()
+    return [name for name, q in found if not rounds_to_integers(q) and q.bitwidth > 16]
+
+
 def unfit_for_qdq(sim: Any, wider: Mapping[str, int]) -> list[str]:
     """Return the tensors that a QDQ model cannot hold, each with the reason."""
     found, faults = stored_values(sim.model.model.graph), []

@@ -162,7 +162,7 @@ def restore_quantizer(
     bits = meta["scale_bits"]
     quantizer._scale_quantizer = None if bits is None else LPBQScaleQuantizer(bits)
     quantizer._encoding_min_max_fixed_vals = None if fixed is None else tuple(fixed)
-    if "encodings" in tensors or meta["state"]["initialized"]:
+    if "encodings" in tensors or (meta["state"]["initialized"] and form is None):
         # As they are: AIMET's own setter would compress LPBQ's scales once more.
         rows = tensors["encodings"].double().tolist()
         inner.setEncodings([_encoding(meta["bitwidth"], *row) for row in rows])
