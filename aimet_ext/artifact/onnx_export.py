@@ -267,7 +267,7 @@ class OnnxWriter:
 
 
 class _Deviates(RuntimeError):
-    """What was written computes something else than the simulation, as read by another program."""
+    """An error: another program reads a file, and computes something else than the simulation."""
 
 
 class _WrongGrids(RuntimeError):

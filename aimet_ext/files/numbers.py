@@ -69,7 +69,7 @@ def quantizer_faults(
 ) -> Iterator[tuple[str, str]]:
     """Yield ``(quantizer, what is wrong with its numbers)`` of quantizers in a file.
 
-    :param described: what the file says of them; those without a range are passed over.
+    :param described: descriptions of them in the file; those without a range are passed over.
     :param form: names of the tensors, of a quantizer and a key.
     """
     keys = ("min", "max", "scale", "offset", "range")
