@@ -19,7 +19,7 @@ import onnx
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from aimet_ext.files.folders import relist_files
+from aimet_ext.files.manifest import relist_files
 from aimet_ext.files.tensors import write_sealed
 
 __all__ = ["FAULTS", "cover_up", "plant"]

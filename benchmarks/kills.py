@@ -35,7 +35,8 @@ from report import print_table
 
 import aimet_ext
 from aimet_ext.files import folders
-from aimet_ext.files.folders import read_manifest
+from aimet_ext.files.manifest import read_manifest
+from aimet_ext.files.scratch import moved_aside
 
 IDS = fuzz.IDS
 WRITES = ("os.", "shutil.", "tempfile.", "open")
@@ -246,7 +247,7 @@ def whole(folder: pathlib.Path, how: Any) -> list[str]:
     try:
         read_manifest(folder)
     except (OSError, ValueError) as error:
-        backups = folders._backups(folder)
+        backups = moved_aside(folder)
         if len(backups) == 1:
             with contextlib.suppress(OSError, ValueError):
                 read_manifest(backups[0])

@@ -20,8 +20,7 @@ from typing import Any
 
 import onnx
 
-from aimet_ext.errors import CorruptFileError
-from aimet_ext.files.folders import hash_file
+from aimet_ext.files.manifest import hash_file
 from aimet_ext.files.reading import read_safetensors
 from aimet_ext.files.tensors import write_tensors
 
@@ -483,7 +482,7 @@ def reseal(folder: Path) -> None:
 
 
 def _seal(path: Path) -> None:
-    with contextlib.suppress(CorruptFileError, ValueError, LookupError, TypeError):
+    with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
         tensors, fields = read_safetensors(path)
         if str(fields.get("format")).startswith("aimet_ext.tensors"):  # a checkpoint
             write_tensors(path, tensors, json.loads(fields["meta"]))

@@ -29,8 +29,8 @@ from report import HERE, add_section, bar, machine, named, print_table
 import aimet_ext
 from aimet_ext import LPBQ, Blockwise, PerTensor, QSpec
 from aimet_ext.errors import Finding
-from aimet_ext.files.folders import relist_files
 from aimet_ext.files.ledger import Ledger
+from aimet_ext.files.manifest import relist_files
 from aimet_ext.integrity.check import check_integrity
 from aimet_ext.sim.protocol import adapt
 

@@ -14,18 +14,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from aimet_ext.errors import CorruptFileError, require, some
-from aimet_ext.files.folders import (
+from aimet_ext.files.folders import check_output, replace_folder, write_json
+from aimet_ext.files.ledger import Ledger, write_scales
+from aimet_ext.files.manifest import (
     CONFIG,
     QUANTIZERS,
     SETTINGS,
     WEIGHTS,
-    check_output,
     read_manifest,
-    replace_folder,
-    write_json,
     write_manifest,
 )
-from aimet_ext.files.ledger import Ledger, write_scales
 from aimet_ext.files.numbers import quantizer_faults, refuse_faults
 from aimet_ext.files.progress import step, steps
 from aimet_ext.files.reading import TensorFile, naming, read_json

@@ -16,7 +16,8 @@ from aimet_ext.core.objective import outputs_sqnr
 from aimet_ext.data.feeds import Feed, graph_feeds, run_feeds
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.encodings import entries, load_encodings
-from aimet_ext.files.folders import SETTINGS, atomic_path, read_manifest
+from aimet_ext.files.folders import atomic_path
+from aimet_ext.files.manifest import SETTINGS, read_manifest
 from aimet_ext.files.reading import read_json
 from aimet_ext.onnx.index import GraphIndex
 from aimet_ext.onnx.reading import read_model

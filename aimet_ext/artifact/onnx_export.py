@@ -16,7 +16,8 @@ from torch import Tensor
 
 from aimet_ext.errors import some
 from aimet_ext.files.encodings import entries, load_encodings
-from aimet_ext.files.folders import QUANTIZERS, SETTINGS, write_json
+from aimet_ext.files.folders import write_json
+from aimet_ext.files.manifest import QUANTIZERS, SETTINGS
 from aimet_ext.files.numbers import quantizer_faults, refuse_faults
 from aimet_ext.files.progress import step
 from aimet_ext.files.tensors import read_sealed, write_sealed

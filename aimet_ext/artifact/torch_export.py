@@ -19,7 +19,8 @@ from aimet_ext.core.affine import fake_quantize
 from aimet_ext.data.batches import as_tensors, call_arguments, module_device
 from aimet_ext.errors import MissingExtraError
 from aimet_ext.files.encodings import Layout, entries, load_encodings, to_grid, to_version_1
-from aimet_ext.files.folders import SETTINGS, write_json
+from aimet_ext.files.folders import write_json
+from aimet_ext.files.manifest import SETTINGS
 from aimet_ext.files.progress import step
 from aimet_ext.integrity.stored import StoredGraph, hash_values
 from aimet_ext.models.huggingface import PreparedCausalLM, causal_lm, checkpoint_prefix

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import aimet_ext
 from aimet_ext.errors import require
-from aimet_ext.files.folders import check_output, is_ours, relist_files, replace_folder, write_json
+from aimet_ext.files.folders import check_output, replace_folder, write_json
+from aimet_ext.files.manifest import is_ours, relist_files
 from aimet_ext.registry import TECHNIQUES, load
 from aimet_ext.sim.protocol import adapt
 

@@ -83,7 +83,7 @@ def verify(
 def _batches(folder: Path, text: Path, count: int) -> list[Any]:
     """Return windows of the length that a folder's model was exported with, at most ``count``."""
     from aimet_ext.cli import jobs
-    from aimet_ext.files.folders import read_manifest
+    from aimet_ext.files.manifest import read_manifest
     from aimet_ext.verification.verify import exported_length
 
     prefix = read_manifest(folder, verify=False)["prefix"]

@@ -1,47 +1,30 @@
-"""Output folders: complete or absent, with a manifest of their files, and what JSON files hold."""
+"""Output folders and files: complete or absent, and nobody else's are touched."""
 
 from __future__ import annotations
 
 import ctypes
-import glob
-import hashlib
 import json
 import os
-import platform
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Any
 
-from pydantic import AfterValidator, BaseModel, ValidationError
-
-from aimet_ext import __version__
-from aimet_ext.errors import CorruptFileError, some
+from aimet_ext.errors import some
+from aimet_ext.files.manifest import MANIFEST, is_ours
 from aimet_ext.files.reading import read_json
-from aimet_ext.files.scratch import hold, release, remove_abandoned, remove_scratch, scratch
-
-MANIFEST = "manifest.json"
-# Files of an export that have one name whatever its prefix.
-CONFIG = "config.json"
-FINGERPRINTS = "fingerprints.json"
-LEDGER = "ledger.safetensors"
-QUANTIZERS = "quantizers.safetensors"
-SETTINGS = "quantsim.json"
-WEIGHTS = "model.safetensors"
-
-_FORMAT = "aimet_ext.manifest/1"
-_PACKAGES = (
-    "aimet-torch",
-    "aimet-onnx",
-    "torch",
-    "transformers",
-    "safetensors",
-    "onnx",
-    "onnxruntime",
+from aimet_ext.files.scratch import (
+    hold,
+    moved_aside,
+    release,
+    remove_abandoned,
+    remove_scratch,
+    scratch,
+    scratch_pattern,
 )
+
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -131,7 +114,7 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
     stays = _stays(target)
     home = target if stays else target.parent
     home.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(target, _leftovers(target))
+    remove_abandoned(target, scratch_pattern(target))
     _recover(target)
     with scratch(home, f".{target.name}", 0o777) as folder:
         yield folder
@@ -166,11 +149,6 @@ def _stays(target: Path) -> bool:
         or os.path.ismount(target)
         or not os.access(target.parent, os.W_OK | os.X_OK)
     )
-
-
-def _leftovers(target: Path) -> str:
-    """Return the pattern of folders in ``target`` that runs write to, and killed ones leave."""
-    return f".{glob.escape(target.name)}-*.scratch"
 
 
 def _files_of_others(target: Path, scratch_folder: Path) -> list[Path]:
@@ -251,154 +229,6 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _inside(name: str) -> str:
-    """Refuse the name of a file that is not below the folder of its manifest."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or not path.parts or ".." in path.parts or "\\" in name:
-        raise ValueError(f"a file below the folder is required, got {name!r}")
-    return name
-
-
-class _File(BaseModel, strict=True):
-    bytes: int
-    sha256: str
-
-
-class _Manifest(BaseModel, strict=True):
-    """Fields of every manifest; others follow from the kind."""
-
-    format: Literal["aimet_ext.manifest/1"]
-    kind: str
-    files: dict[Annotated[str, AfterValidator(_inside)], _File]
-    prefix: Annotated[str, AfterValidator(_inside)] | None = None
-    sha256: str
-
-
-def write_manifest(folder: str | Path, kind: str, **fields: Any) -> dict[str, Any]:
-    """Write ``manifest.json``: every file below ``folder`` with its SHA-256, versions, and fields.
-
-    :param folder: complete but for its manifest.
-    :param kind: kind of the folder, for example ``"export"``.
-    :param fields: JSON values that are added as they are.
-    :returns: what was written.
-    """
-    folder = Path(folder)
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    content: dict[str, Any] = {
-        "format": _FORMAT,
-        "kind": kind,
-        "versions": versions(),
-        **fields,
-        "files": {
-            file.relative_to(folder).as_posix(): {
-                "bytes": file.stat().st_size,
-                "sha256": hash_file(file),
-            }
-            for file in files
-            if file.name != MANIFEST or file.parent != folder
-        },
-    }
-    content["sha256"] = _digest(content)
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
-    return content
-
-
-def relist_files(folder: str | Path) -> dict[str, Any]:
-    """Write a folder's manifest again, with all files as they are now and the fields it had.
-
-    :returns: what was written.
-    :raises FileNotFoundError: there is no manifest.
-    :raises CorruptFileError: the manifest is damaged or not ours.
-    """
-    content = read_manifest(folder, verify=False)
-    for derived in ("format", "versions", "files", "sha256"):
-        del content[derived]
-    return write_manifest(folder, **content)
-
-
-def read_manifest(folder: str | Path, *, verify: bool = True) -> dict[str, Any]:
-    """Read a manifest and, if ``verify``, compare every file it lists with its hash.
-
-    :raises FileNotFoundError: there is no manifest.
-    :raises CorruptFileError: the manifest is damaged or not ours, or a file of its list is absent
-        or was changed; all such files are named.
-    """
-    folder = Path(folder)
-    path = folder / MANIFEST
-    if not path.is_file():
-        left = "".join(f"; a killed run moved it to {backup}" for backup in _backups(folder)[-1:])
-        raise FileNotFoundError(
-            f"{folder}: a folder written by aimet_ext, with a {MANIFEST}, is required{left}"
-        )
-    content = read_json(path, Any)
-    try:
-        _Manifest.model_validate(content)
-    except ValidationError as error:
-        raise CorruptFileError(
-            f'{path}: a manifest of format "{_FORMAT}" is required ({error})'
-        ) from error
-    if content["sha256"] != _digest(content):
-        raise CorruptFileError(f"{path} was changed after it was written: its hash differs")
-    if verify:
-        faults = [f"{name} {fault}" for name, fault in changed_files(folder, content["files"])]
-        if faults:
-            raise CorruptFileError(
-                f"{folder} is not as it was written: {'; '.join(faults)}. Export it again"
-            )
-    return dict(content)
-
-
-def is_ours(folder: str | Path) -> bool:
-    """Return True if a folder holds a manifest of aimet_ext, even if other files are damaged."""
-    try:
-        content = read_json(Path(folder) / MANIFEST)
-    except (OSError, CorruptFileError):
-        return False
-    return bool(content.get("format") == _FORMAT)
-
-
-def hash_file(path: str | Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hexadecimal."""
-    with Path(path).open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Return versions of Python and of the installed packages that decide what is written."""
-    found = {"aimet-ext": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def changed_files(
-    folder: Path, files: Mapping[str, Mapping[str, Any]]
-) -> Iterator[tuple[str, str]]:
-    """Yield ``(name, difference)`` of each file that is not as a manifest lists it."""
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            yield name, "is absent"
-        elif not path.resolve().is_relative_to(folder.resolve()):
-            yield name, "is a link to another place"
-        elif (size := path.stat().st_size) != expected["bytes"]:
-            yield name, f"has {size} bytes instead of {expected['bytes']}"
-        elif hash_file(path) != expected["sha256"]:
-            yield name, "was changed"
-
-
-def _digest(content: dict[str, Any]) -> str:
-    rest = {key: value for key, value in content.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
 def _refuse_foreign(target: Path) -> None:
     if not target.exists():
         return
@@ -407,7 +237,7 @@ def _refuse_foreign(target: Path) -> None:
             f"output folder {target}: a folder is required, but a file of that name is there; "
             "choose another path"
         )
-    own = set(target.glob(_leftovers(target)))
+    own = set(target.glob(scratch_pattern(target)))
     if set(target.iterdir()) - own and not is_ours(target):
         raise FileExistsError(
             f"output folder {target}: an empty folder or one written by aimet_ext is required, but "
@@ -443,14 +273,9 @@ def _put_in_place(folder: Path, target: Path) -> None:
     release(target)  # the new one: until here no other process may take it for abandoned
 
 
-def _backups(target: Path) -> list[Path]:
-    """Return what killed runs moved away from ``target`` to put another folder there."""
-    return sorted(target.parent.glob(f"{_leftovers(target)}.old"))
-
-
 def _recover(target: Path) -> None:
     """Put back what a run that was killed between two renames moved away; else remove it."""
-    for backup in _backups(target):
+    for backup in moved_aside(target):
         if not hold(backup):
             continue  # its process is between them now
         if target.exists():

@@ -13,7 +13,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from aimet_ext.errors import some
-from aimet_ext.files.folders import LEDGER, replace_file, versions
+from aimet_ext.files.folders import replace_file
+from aimet_ext.files.manifest import LEDGER, versions
 from aimet_ext.files.numbers import number_fault
 from aimet_ext.files.reading import naming
 from aimet_ext.files.tensors import read_sealed, write_sealed

@@ -84,6 +84,16 @@ def temporary() -> Iterator[Path]:
         yield folder
 
 
+def scratch_pattern(target: Path) -> str:
+    """Return the pattern of the folders that runs write to, before they are put at ``target``."""
+    return f".{glob.escape(target.name)}-*.scratch"
+
+
+def moved_aside(target: Path) -> list[Path]:
+    """Return what killed runs moved away from ``target`` to put another folder there."""
+    return sorted(target.parent.glob(f"{scratch_pattern(target)}.old"))
+
+
 def remove_abandoned(home: Path, pattern: str) -> None:
     """Remove the folders that match a pattern and that no process holds."""
     for folder in home.glob(pattern):

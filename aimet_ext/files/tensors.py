@@ -27,7 +27,8 @@ from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from aimet_ext.errors import CorruptFileError, some
-from aimet_ext.files.folders import atomic_path, replace_file, versions, writable_folder
+from aimet_ext.files.folders import atomic_path, replace_file, writable_folder
+from aimet_ext.files.manifest import versions
 from aimet_ext.files.reading import check_regular, naming, read_json, read_safetensors
 from aimet_ext.files.scratch import hold, release, remove_abandoned
 

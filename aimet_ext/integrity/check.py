@@ -12,20 +12,20 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from aimet_ext.errors import CorruptFileError, Finding
-from aimet_ext.files.folders import (
-    FINGERPRINTS,
-    LEDGER,
-    MANIFEST,
-    changed_files,
-    hash_file,
-    read_manifest,
-)
 from aimet_ext.files.ledger import (
     AIMET_FILE,
     SCALES_FILE,
     Ledger,
     aimet_tensors,
     cumulative_tensors,
+)
+from aimet_ext.files.manifest import (
+    FINGERPRINTS,
+    LEDGER,
+    MANIFEST,
+    changed_files,
+    hash_file,
+    read_manifest,
 )
 from aimet_ext.files.reading import naming, parse_json, read_json
 from aimet_ext.integrity.description import ExportContents, read_record

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from aimet_ext.core.affine import to_blocks
-from aimet_ext.files.folders import LEDGER, QUANTIZERS, WEIGHTS
 from aimet_ext.files.ledger import SCALES_FILE
+from aimet_ext.files.manifest import LEDGER, QUANTIZERS, WEIGHTS
 from aimet_ext.files.numbers import quantizer_faults, scale_faults
 from aimet_ext.files.tensors import parameter_quantizer
 from aimet_ext.integrity.stored import (

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from aimet_ext.errors import CorruptFileError, require
 from aimet_ext.files.encodings import entries, load_encodings
-from aimet_ext.files.folders import read_manifest
+from aimet_ext.files.manifest import read_manifest
 
 if TYPE_CHECKING:
     import numpy as np

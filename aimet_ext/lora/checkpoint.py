@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aimet_ext.files.folders import CONFIG, WEIGHTS, is_ours, read_manifest
+from aimet_ext.files.manifest import CONFIG, WEIGHTS, is_ours, read_manifest
 from aimet_ext.files.reading import open_safetensors, read_json
 from aimet_ext.files.tensors import hash_tensors
 from aimet_ext.models.folders import weight_files

@@ -16,15 +16,8 @@ from aimet_ext.artifact.export import load as load_base
 from aimet_ext.artifact.export import read_quantizers
 from aimet_ext.artifact.torch_export import positional_inputs
 from aimet_ext.errors import CorruptFileError, require
-from aimet_ext.files.folders import (
-    MANIFEST,
-    WEIGHTS,
-    check_output,
-    hash_file,
-    read_manifest,
-    replace_folder,
-    write_manifest,
-)
+from aimet_ext.files.folders import check_output, replace_folder
+from aimet_ext.files.manifest import MANIFEST, WEIGHTS, hash_file, read_manifest, write_manifest
 from aimet_ext.files.numbers import quantizer_faults, refuse_faults
 from aimet_ext.files.reading import TensorFile, naming
 from aimet_ext.files.tensors import read_sealed, write_sealed

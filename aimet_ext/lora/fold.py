@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aimet_ext.files.folders import check_output, replace_folder, versions, write_manifest
+from aimet_ext.files.folders import check_output, replace_folder
 from aimet_ext.files.ledger import SCALES_FILE, ModuleScales, Scales, load_scales
+from aimet_ext.files.manifest import versions, write_manifest
 from aimet_ext.files.tensors import hash_tensors
 from aimet_ext.lora.adapter import SIDES, Adapter, Part, read_adapter, read_adapters
 from aimet_ext.lora.checkpoint import Checkpoint, Target, open_checkpoint, open_target

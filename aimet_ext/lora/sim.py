@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from aimet_ext.artifact.export import load
 from aimet_ext.errors import require, some
-from aimet_ext.files.folders import MANIFEST, hash_file
 from aimet_ext.files.ledger import Ledger, load_scales
+from aimet_ext.files.manifest import MANIFEST, hash_file
 from aimet_ext.files.tensors import hash_tensors
 from aimet_ext.lora.adapter import Adapter, LoraLayer, read_adapters
 from aimet_ext.lora.fold import fold_adapter, fold_adapters, scales_digest

@@ -16,7 +16,7 @@ from aimet_ext.artifact.hand_off import HandOff, hand_off, write_qdq
 from aimet_ext.data.feeds import Feed, run_feeds
 from aimet_ext.errors import CorruptFileError, Finding
 from aimet_ext.evaluation.perplexity import prepared_module
-from aimet_ext.files.folders import read_manifest
+from aimet_ext.files.manifest import read_manifest
 from aimet_ext.integrations.qnn import HtpRejected, is_available
 from aimet_ext.integrations.qnn_process import HtpCrashed, HtpProcess
 from aimet_ext.integrations.qnn_targets import HtpTarget

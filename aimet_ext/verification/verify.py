@@ -12,14 +12,8 @@ from typing import Any
 
 from aimet_ext.data.feeds import Feed, graph_feeds, random_feeds
 from aimet_ext.errors import CorruptFileError, Finding
-from aimet_ext.files.folders import (
-    CONFIG,
-    check_output,
-    read_manifest,
-    replace_folder,
-    versions,
-    write_manifest,
-)
+from aimet_ext.files.folders import check_output, replace_folder
+from aimet_ext.files.manifest import CONFIG, read_manifest, versions, write_manifest
 from aimet_ext.files.progress import step, steps
 from aimet_ext.files.reading import read_json
 from aimet_ext.files.scratch import temporary

@@ -19,7 +19,7 @@ from aimet_ext.artifact.kv.export import export_with_cache
 from aimet_ext.artifact.kv.run import load_cache_graphs
 from aimet_ext.core.objective import sqnr_db
 from aimet_ext.files.encodings import entries, load_encodings
-from aimet_ext.files.folders import read_manifest
+from aimet_ext.files.manifest import read_manifest
 from aimet_ext.models.kv_cache import run_with_cache
 
 pytest.importorskip("aimet_torch")

@@ -20,8 +20,8 @@ from aimet_ext.artifact import torch_export as onnx_file
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.errors import MissingExtraError
 from aimet_ext.files import encodings
-from aimet_ext.files.folders import read_manifest
 from aimet_ext.files.ledger import Ledger
+from aimet_ext.files.manifest import read_manifest
 from aimet_ext.sim.protocol import adapt
 
 pytest.importorskip("aimet_torch")

@@ -20,7 +20,7 @@ from aimet_ext.artifact.hand_off import HandOff, hand_off, write_qdq
 from aimet_ext.core.objective import sqnr_db
 from aimet_ext.data.feeds import graph_feeds
 from aimet_ext.files.encodings import entries, load_encodings
-from aimet_ext.files.folders import read_manifest, write_manifest
+from aimet_ext.files.manifest import read_manifest, write_manifest
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -17,8 +17,8 @@ import aimet_ext
 from aimet_ext.artifact.inspect import inspect_export
 from aimet_ext.artifact.onnx_export import read_onnx_quantizers
 from aimet_ext.errors import CorruptFileError
-from aimet_ext.files.folders import read_manifest
 from aimet_ext.files.ledger import Ledger
+from aimet_ext.files.manifest import read_manifest
 from aimet_ext.sim.onnx.files import name_nodes
 from aimet_ext.sim.onnx.state import deviation, differences
 from aimet_ext.sim.protocol import adapt

@@ -12,16 +12,9 @@ import textwrap
 import pytest
 
 from aimet_ext.errors import CorruptFileError
-from aimet_ext.files import folders, scratch
-from aimet_ext.files.folders import (
-    MANIFEST,
-    check_output,
-    is_ours,
-    read_manifest,
-    replace_file,
-    replace_folder,
-    write_manifest,
-)
+from aimet_ext.files import folders, manifest, scratch
+from aimet_ext.files.folders import check_output, replace_file, replace_folder
+from aimet_ext.files.manifest import MANIFEST, is_ours, read_manifest, write_manifest
 
 
 def write(path: pathlib.Path, text: str) -> None:
@@ -290,7 +283,8 @@ def test_an_empty_path_is_refused(tmp_path: pathlib.Path, monkeypatch: pytest.Mo
 
 KILLED = """
 import os, signal, sys
-from aimet_ext.files.folders import replace_folder, write_manifest
+from aimet_ext.files.folders import replace_folder
+from aimet_ext.files.manifest import write_manifest
 
 with replace_folder(sys.argv[1]) as folder:
     (folder / "a.txt").write_text("two")
@@ -327,7 +321,8 @@ def test_what_another_process_writes_is_left_to_it(tmp_path: pathlib.Path) -> No
 BETWEEN = """
 import os, signal, sys
 from pathlib import Path
-from aimet_ext.files import folders, scratch
+from aimet_ext.files import folders
+from aimet_ext.files.manifest import write_manifest
 
 def rename_and_die(path, target, rename=Path.rename):
     rename(path, target)
@@ -338,7 +333,7 @@ folders._exchange = lambda one, other: False
 Path.rename = rename_and_die
 with folders.replace_folder(sys.argv[1]) as folder:
     (folder / "a.txt").write_text("two")
-    folders.write_manifest(folder, "test")
+    write_manifest(folder, "test")
 """
 
 
@@ -420,7 +415,7 @@ def test_a_manifest_names_files_of_its_folder_alone(
     content = json.loads((tmp_path / "out" / MANIFEST).read_text())
     entry = content["files"]["sub/a.txt"]
     content |= {"files": {name: entry}} if field == "files" else {"prefix": name}
-    content["sha256"] = folders._digest(content)
+    content["sha256"] = manifest._digest(content)
     (tmp_path / "out" / MANIFEST).write_text(json.dumps(content))
     with pytest.raises(CorruptFileError, match="a file below the folder is required"):
         read_manifest(tmp_path / "out")

@@ -20,8 +20,8 @@ import torch
 import aimet_ext
 from aimet_ext import LPBQ, QSpec
 from aimet_ext.errors import CorruptFileError, Finding
-from aimet_ext.files.folders import relist_files
 from aimet_ext.files.ledger import Ledger
+from aimet_ext.files.manifest import relist_files
 from aimet_ext.integrity.check import check_integrity
 from aimet_ext.sim.protocol import adapt
 

@@ -23,7 +23,7 @@ from aimet_ext.cli.verify import EPILOG
 from aimet_ext.cli.verify import verify as command
 from aimet_ext.data.feeds import graph_feeds
 from aimet_ext.errors import CorruptFileError, Finding
-from aimet_ext.files.folders import read_manifest
+from aimet_ext.files.manifest import read_manifest
 from aimet_ext.integrations.qnn import HtpRejected, is_available
 from aimet_ext.integrations.qnn_process import HtpCrashed
 from aimet_ext.integrations.qnn_targets import find_target

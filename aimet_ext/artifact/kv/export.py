@@ -14,7 +14,8 @@ from aimet_ext.artifact.kv.check import check_float, check_quantized
 from aimet_ext.artifact.kv.run import KIND, QDQ, CacheFiles, share_weights
 from aimet_ext.artifact.torch_export import Inputs, float32_model, write_onnx
 from aimet_ext.data.batches import iterate_batches, token_ids
-from aimet_ext.files.folders import replace_folder, write_manifest
+from aimet_ext.files.folders import replace_folder
+from aimet_ext.files.manifest import write_manifest
 from aimet_ext.files.scratch import temporary
 from aimet_ext.models.kv_cache import CachedCausalLM
 from aimet_ext.sim.protocol import adapt

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from aimet_ext.errors import CorruptFileError, require
-from aimet_ext.files.folders import read_manifest
+from aimet_ext.files.manifest import read_manifest
 from aimet_ext.files.reading import naming
 from aimet_ext.models.kv_cache import CacheShape, Run, TokenCache, run_with_cache
 from aimet_ext.onnx.reading import read_model

@@ -22,8 +22,9 @@ from aimet_ext.core.equivalence import PairKind, ScalePair, expand
 from aimet_ext.core.objective import sqnr_db
 from aimet_ext.data.cache import TensorCache
 from aimet_ext.errors import TransformRefused
-from aimet_ext.files.folders import replace_folder, write_manifest
+from aimet_ext.files.folders import replace_folder
 from aimet_ext.files.ledger import write_scales
+from aimet_ext.files.manifest import write_manifest
 from aimet_ext.files.tensors import Checkpoints
 from aimet_ext.models.proof import probe, probe_inputs, prove_pairs
 from aimet_ext.models.topology import BlockTopology, TopologyDescription, select_pairs

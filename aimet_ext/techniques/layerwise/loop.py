@@ -25,7 +25,8 @@ from aimet_ext.core.affine import quantize
 from aimet_ext.core.objective import SecondMoment
 from aimet_ext.data.batches import seen_arguments, tensors_in
 from aimet_ext.data.moments import sum_moments
-from aimet_ext.files.folders import replace_folder, write_manifest
+from aimet_ext.files.folders import replace_folder
+from aimet_ext.files.manifest import write_manifest
 from aimet_ext.files.tensors import Checkpoints
 from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer, adapt, calibrated
 from aimet_ext.techniques.call import Call
