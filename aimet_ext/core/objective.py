@@ -51,7 +51,7 @@ class Noise:
 
 @dataclass(frozen=True, eq=False)
 class _Seen:
-    """What a moment was before it was shrunk, as far as errors need it.
+    """Difference of a moment from what it was before it was shrunk, as far as errors need it.
 
     :param kept: Share of the products that was kept, ``[]`` or ``[groups]``.
     :param pulled: The same of ``C``, a number of its own included.

@@ -88,7 +88,7 @@ class _Unknown(QuantizationMixin):
 
 
 @cache
-def _quantized(kind: type[Any]) -> type[_Unknown]:
+def _quantized(kind: Any) -> type[_Unknown]:
     """Return the quantized class of a class of modules, always the same one."""
 
     class Quantized(_Unknown, kind):

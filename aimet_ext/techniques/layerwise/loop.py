@@ -314,10 +314,10 @@ class LayerwiseRun:
     def _gather(
         self, stage: Stage
     ) -> tuple[SecondMoment, str, dict[str, SampleSum], dict[str, UpstreamError]]:
-        """Return what is known of a stage's input.
+        """Return second moments of a stage's input, and how they are stored.
 
-        That are second moments, how they are stored, samples for layers that a ReLU follows, and
-        what upstream errors cost each layer where it is to make up for them.
+        With them come samples for layers that a ReLU follows, and the cost of upstream errors for
+        layers that compensate them.
         """
         params = self.solver.params
         layer: Any = self.adaptor.model.get_submodule(stage.layers[0])
