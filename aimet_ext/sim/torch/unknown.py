@@ -102,7 +102,7 @@ def _quantized(kind: Any) -> type[_Unknown]:
 
 
 @torch.no_grad()
-def _quantizable(model: nn.Module, dummy_input: Any) -> list[type[Any]]:
+def _quantizable(model: nn.Module, dummy_input: Any) -> list[Any]:
     """Return the unknown classes that can have quantizers for input, parameters and output."""
     unknown = [
         module
