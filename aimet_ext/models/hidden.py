@@ -38,8 +38,10 @@ def expose_weights(model: nn.Module, known: Callable[[nn.Module], bool]) -> nn.M
         return model
     memo: dict[int, Any] = {id(model.get_submodule(name)): new for name, new in linears.items()}
     model = copy.deepcopy(model, memo)
+    del memo  # it holds all that was copied
     left: dict[str, str] = {}
-    for name, module in list(model.named_modules()):
+    for name in [name for name, _ in model.named_modules()]:
+        module = model.get_submodule(name)  # one at a time: packed ones go as they are replaced
         if are_packed(module):
             split = split_experts(module)
             if isinstance(split, str):
