@@ -11,8 +11,9 @@ from torch import Tensor
 from aimet_ext.errors import CorruptFileError
 
 # Keys of a quantizer's tensors, and of an entry of an encodings file.
-_SCALES = ("scale", "raw_scale", "y_scale", "per_channel_float_scale", "per_block_int_scale")
+_SCALES = ("scale", "raw_scale", "y_scale", "per_channel_float_scale")
 _OFFSETS = ("offset", "y_zero_point", "zero_point_shift")
+_INTEGER_SCALES = "per_block_int_scale"  # AIMET writes 0 for a block of zeros
 
 
 def number_fault(values: Any, *, positive: bool) -> str | None:
@@ -42,6 +43,13 @@ def grid_faults(named: Mapping[str, Any]) -> Iterator[str]:
     for key in (*_SCALES, *_OFFSETS):
         if key in named and (fault := number_fault(named[key], positive=key in _SCALES)):
             yield f"{key}: {fault}"
+    if _INTEGER_SCALES in named:
+        integers = named[_INTEGER_SCALES]
+        fault = number_fault(integers, positive=False)
+        if fault is None and bool((torch.as_tensor(integers) < 0).any()):
+            fault = "numbers of at least 0 are required"
+        if fault:
+            yield f"{_INTEGER_SCALES}: {fault}"
     if "range" in named:
         rows = named["range"]
         if rows.dim() != 2 or rows.shape[1] != 4:

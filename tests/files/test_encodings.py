@@ -197,6 +197,9 @@ def test_scales_that_make_no_grid_are_refused(
         else:
             place[key] = number
         path.write_text(json.dumps(damaged))
+        if key == "per_block_int_scale" and number == 0:  # as AIMET writes for a block of zeros
+            assert load_encodings(path) == damaged
+            continue
         with pytest.raises(CorruptFileError, match=rf"a\.encodings: w: {key}: .*required"):
             load_encodings(path)
 
