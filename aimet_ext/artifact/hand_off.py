@@ -140,7 +140,7 @@ def write_qdq(source: Any, path: str | Path) -> Path:
     """
     path = Path(path)
     sim = source.sim if isinstance(source, HandOff) else source
-    model = sim.to_onnx_qdq(prequantize_constants=True)
+    model = files.qdq_model(sim)
     drop_casts(model)
     fuse_rms_norms(model)
     if multiplies_16_by_16(sim):

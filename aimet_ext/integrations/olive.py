@@ -43,7 +43,7 @@ from pydantic import field_validator  # noqa: E402
 import aimet_ext  # noqa: E402
 from aimet_ext.integrations.olive_config import PASS  # noqa: E402
 from aimet_ext.integrations.olive_techniques import check_techniques, reports_of, with_defaults  # noqa: E402
-from aimet_ext.sim.onnx.files import build_with, name_nodes  # noqa: E402
+from aimet_ext.sim.onnx.files import build_with, name_nodes, qdq_model  # noqa: E402
 from aimet_ext.sim.onnx.state import deviation, layer_biases, run, run_file, uncalibrated  # noqa: E402
 from aimet_ext.sim.protocol import adapt  # noqa: E402
 
@@ -169,7 +169,7 @@ class AimetQuantization(shipped.AimetQuantization):
             sim.compute_encodings(iter(calibration))
             _check_calibrated(sim)
             biases = self._int32_biases(settings["bias"])
-            qdq = sim.to_onnx_qdq(prequantize_constants=True, export_int32_bias=biases)
+            qdq = qdq_model(sim, export_int32_bias=biases)
             name_nodes(qdq)  # AIMET reads back one node a name
             if biases:
                 _check_biases(sim, qdq)

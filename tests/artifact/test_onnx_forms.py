@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import aimet_ext
+from aimet_ext.artifact.hand_off import write_qdq
 from aimet_ext.integrity.check import check_integrity
 
 aimet_onnx = pytest.importorskip("aimet_onnx")
@@ -128,3 +129,17 @@ def test_a_graph_is_exported_behind_a_technique(tmp_path: pathlib.Path, form: st
     for feed in data:
         assert np.array_equal(loaded.session.run(None, feed)[0], sim.session.run(None, feed)[0])
     assert check_integrity(tmp_path / "out") == []
+
+
+def test_a_free_size_that_is_a_number_becomes_a_qdq_model(tmp_path: pathlib.Path) -> None:
+    """Some files write -1 for it; the simulation's own model keeps that."""
+    ort = pytest.importorskip("onnxruntime")
+    data = [{"x": values(4, 8, seed=20)}]
+    sim = aimet_onnx.QuantizationSimModel(model_of("outputs of zeros"), config_file="htp_v81")
+    sim.compute_encodings(data)
+    path = write_qdq(sim, tmp_path / "m.qdq.onnx")
+    for rows in (4, 3):  # of any size
+        feed = {"x": data[0]["x"][:rows]}
+        (output,) = ort.InferenceSession(str(path)).run(None, feed)
+        assert output.shape == (rows, 6)
+    assert sim.model.model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == -1

@@ -337,6 +337,25 @@ def missing_int32_biases(sim: Any, encoded: Collection[str]) -> list[str]:
     return [n for n, q in layer_biases(sim) if n not in encoded and rounds_to_integers(q)]
 
 
+def qdq_model(sim: Any, **options: Any) -> Any:
+    """Return AIMET's QDQ model of a simulation, constants as integers.
+
+    AIMET makes an input of every size that is a number, also of -1, as some files write a size
+    that is free: meanwhile those have a name.
+
+    :param options: Further ones of AIMET.
+    """
+    inputs = [value.type.tensor_type.shape.dim for value in sim.model.model.graph.input]
+    free = [(dim, dim.dim_value) for dims in inputs for dim in dims if dim.dim_value < 0]
+    for dim, _ in free:
+        dim.dim_param = "free"
+    try:
+        return sim.to_onnx_qdq(prequantize_constants=True, **options)
+    finally:
+        for dim, size in free:
+            dim.dim_value = size
+
+
 def save_qdq_model(model: Any, encodings: Mapping[str, Any], path: Path, *, external: bool) -> None:
     """Write the QDQ model of a float model and its encodings, constants as integers.
 

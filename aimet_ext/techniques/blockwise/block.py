@@ -212,12 +212,12 @@ class Block:
     @torch.no_grad()
     def deploy(self, state: BlockState) -> None:
         """Fold a state's scales into the weights, set the quantizers and freeze them."""
+        least = self._bias_scales(self.quantized(state.smooth, lambda _, weight: weight))
         changed = transform(self.params, self.chosen(state.smooth))
         for name, parameter in self.module.named_parameters():
             if name in self.params:
                 parameter.copy_(changed.get(name, self.params[name]))
         self.adaptor.commit(self.name)
-        least = self._bias_scales()
         for layer, (scale, offset) in state.grids.items():
             quantizer = self.quantizers[layer]
             symmetric = quantizer.layout.symmetric
@@ -226,13 +226,14 @@ class Block:
             quantizer.set_scale(scale.float(), None if symmetric else offset.float())
             quantizer.freeze()
 
-    def _bias_scales(self) -> dict[str, Tensor]:
-        """Return the smallest scales ``[out, 1]`` with which each layer's bias fits int32."""
-        bits, peaks, biases = self.adaptor.activation_bits(), dict[str, float](), {}
-        for layer in self.layers:
-            bias = self.params.get(f"{layer}.bias")
-            if bits and bias is not None:
-                biases[layer] = self.module.get_parameter(f"{layer}.bias").detach().to(bias)
+    def _bias_scales(self, params: Params) -> dict[str, Tensor]:
+        """Return the smallest scales ``[out, 1]`` with which each layer's bias fits int32.
+
+        :param params: Float parameters of the block, transformed.
+        """
+        bits, peaks = self.adaptor.activation_bits(), dict[str, float]()
+        found = {layer: params.get(f"{layer}.bias") for layer in self.layers if bits}
+        biases = {n: bias for n, bias in found.items() if bias is not None and bool(bias.any())}
         if not biases:
             return {}
 
@@ -244,7 +245,7 @@ class Block:
 
         hooks = [watch(layer) for layer in biases]
         try:
-            self.score()
+            self.score(params)
         finally:
             for hook in hooks:
                 hook.remove()
