@@ -105,8 +105,12 @@ class TensorCache:
     def _store(self, index: int, tensor: Tensor) -> None:
         if self.folder is not None:
             # Scratch data: safe from a half-written file, but not worth waiting for the disk.
-            save_file({"tensor": tensor.detach().cpu().contiguous()}, self.folder / "next")
-            (self.folder / "next").replace(self._file(index))
+            begun = self.folder / "next"
+            try:
+                save_file({"tensor": tensor.detach().cpu().contiguous()}, begun)
+                begun.replace(self._file(index))
+            finally:
+                begun.unlink(missing_ok=True)
         elif index == len(self._memory):
             self._memory.append(copy_to_cpu(tensor))
         else:
