@@ -41,7 +41,8 @@ def expose_weights(model: nn.Module, known: Callable[[nn.Module], bool]) -> nn.M
     del memo  # it holds all that was copied
     left: dict[str, str] = {}
     for name in [name for name, _ in model.named_modules()]:
-        module = model.get_submodule(name)  # one at a time: packed ones go as they are replaced
+        # One at a time: packed ones go as they are replaced.
+        module: Any = model.get_submodule(name)
         if are_packed(module):
             split = split_experts(module)
             if isinstance(split, str):
