@@ -38,8 +38,7 @@ def test_a_snippet_runs(
     assert done.returncode == 0, done.stderr[-4000:]
     printed = done.stdout
     figures = dict(re.findall(r"^(float|quantized)\s+([\d.]+)$", printed, re.MULTILINE))
-    plain, quantized = (float(figures[name]) for name in ("float", "quantized"))
-    assert 0.99 * plain < quantized < 1.1 * plain  # on few windows rounding may win by chance
+    assert float(figures["float"]) < float(figures["quantized"]) < 1.1 * float(figures["float"])
     exports = "aimet_ext.export(" in script.read_text("utf-8")
     assert (tmp_path / "exported/model.onnx").is_file() == exports
     assert any((tmp_path / "scales").rglob("*.safetensors")) == (script.stem == "apply_omniquant")

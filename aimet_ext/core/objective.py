@@ -12,6 +12,8 @@ from torch import Tensor
 _TILE = 128  # columns; smaller ones save more products, and make each slower
 #: Of fewer tokens than this for each input of a layer, roundings learn more noise than signal.
 TOKENS_AN_INPUT = 4
+# Noise of a smaller share than this counts by its square: it turns more codes than it is worth.
+_FAINT = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +31,8 @@ class Noise:
     def of(cls, second: Tensor, tokens: int, powers: Tensor) -> Noise:
         """Estimate the shares with the least expected squared error (Schäfer and Strimmer 2005).
 
+        Faint ones are taken for fainter still, so that with many tokens nothing changes.
+
         :param second: ``H``, ``[in, in]`` or ``[groups, in, in]``.
         :param tokens: Independent rows that it is the mean of, or as many as they are worth.
         :param powers: Means of ``(Σ x²)²`` and of ``Σ x⁴`` over rows, ``[2]`` or ``[2, groups]``.
@@ -44,8 +48,10 @@ class Noise:
         variance = variance / (tokens - 1) if tokens > 1 else variance + torch.inf
         # Not all: what was seen has to be told from the rest, in this precision.
         most = 1 - torch.finfo(second.dtype).eps ** 0.5
-        shares = (variance / torch.stack([beside, spread])).nan_to_num(most, most)
-        products, squares = shares.clamp(0, most).to(second.dtype)
+        shares = (variance / torch.stack([beside, spread])).nan_to_num(1.0, 1.0)
+        shares = shares.clamp(0, 1)
+        shares = shares.square() * (1 + _FAINT) / (shares + _FAINT)
+        products, squares = shares.clamp(0, most)  # float64: what is left may be small
         return cls(products, squares)
 
 
@@ -103,17 +109,13 @@ class SecondMoment:
         :param strength: share of ``C`` to keep besides.
         """
         second, cross = self.second, self.cross
-        if self.noise is None:
-            if cross is not None:
-                cross.mul_(strength)
-            one = second.new_ones(second.shape[:-2])
-            seen = _Seen(one, one * strength, torch.zeros_like(second[..., 0]))
-            return replace(self, _seen=seen)
+        none = second.new_zeros(second.shape[:-2])
+        noise = self.noise or Noise(none, none)
         diagonal = second.diagonal(dim1=-2, dim2=-1)  # [..., in]
         own, alive = diagonal.clone(), diagonal > 0
         mean = own.sum(-1, keepdim=True) / alive.sum(-1, keepdim=True).clamp_min(1)
-        new = torch.where(alive, torch.lerp(own, mean, self.noise.squares[..., None]), own)
-        kept = 1 - self.noise.products
+        new = torch.where(alive, torch.lerp(own, mean, noise.squares[..., None].to(own)), own)
+        kept = (1 - noise.products).to(own)
         second.mul_(kept[..., None, None])
         diagonal.copy_(new)
         if cross is not None:

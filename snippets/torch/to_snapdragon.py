@@ -66,7 +66,7 @@ aimet_ext.export_with_cache(
 
 # [evaluation]
 held_out = aimet_ext.calibration_batches(
-    tokenizer, examples.documents("evaluation"), seq_length=128, num_batches=4, batch_size=4
+    tokenizer, examples.documents("evaluation"), seq_length=128, num_batches=16, batch_size=4
 )
 print(f"float      {aimet_ext.evaluate_perplexity(model, held_out):.2f}")
 print(f"quantized  {aimet_ext.evaluate_perplexity(sim, held_out):.2f}")

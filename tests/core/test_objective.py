@@ -121,10 +121,11 @@ def noise_by_definition(rows, tokens):
     variance = (products - mean).square().mean(0) / (tokens - 1)
     own = torch.eye(rows.shape[1], dtype=torch.bool)
     diagonal = mean[own]
-    return (
-        float(variance[~own].sum() / mean[~own].square().sum()),
-        float(variance[own].sum() / (diagonal - diagonal.mean()).square().sum()),
+    shares = (
+        variance[~own].sum() / mean[~own].square().sum(),
+        variance[own].sum() / (diagonal - diagonal.mean()).square().sum(),
     )
+    return tuple(float(share**2 * 1.05 / (share + 0.05)) for share in shares)
 
 
 def powers_of(rows):

@@ -133,6 +133,12 @@ def layer_inputs(model: nn.Module, names: list[str], data: Any) -> dict[str, Ten
     return {name: torch.cat(parts, 1) for name, parts in seen.items()}
 
 
+def faint(share: Tensor) -> Tensor:
+    """The share of noise that is taken out of one that was estimated: faint ones count less."""
+    share = share.clamp(max=1)
+    return share**2 * 1.05 / (share + 0.05)
+
+
 def shrunk_by_definition(rows: Tensor, most: float) -> tuple[Tensor, Tensor]:
     """Second moments less the share of noise that products have by their variance over rows.
 
@@ -153,9 +159,9 @@ def shrunk_by_definition(rows: Tensor, most: float) -> tuple[Tensor, Tensor]:
         products = squares = torch.tensor(most, dtype=rows.dtype)
         if worth > 1:
             variance /= worth - 1
-            products = (variance[beside].sum() / mean[beside].square().sum()).clamp(max=most)
+            products = faint(variance[beside].sum() / mean[beside].square().sum()).clamp(max=most)
             apart = (own - middle)[alive].square().sum()
-            squares = (variance.diagonal().sum() / apart).clamp(max=most)
+            squares = faint(variance.diagonal().sum() / apart).clamp(max=most)
         shrunk = mean * (1 - products)
         shrunk.diagonal().copy_(torch.where(alive, own + squares * (middle - own), own))
         found.append(shrunk)

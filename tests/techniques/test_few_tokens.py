@@ -68,12 +68,13 @@ def test_few_tokens_are_not_fitted_to(name: str, tokens: int, model: Any) -> Non
 def test_noise_in_moments_is_taken_out(name: str, model: Any, monkeypatch: Any) -> None:
     """With few tokens that helps, with many it changes next to nothing."""
     weight = model[0].weight.detach()
-    few, many = (rounded(TECHNIQUES[name], model, tokens) for tokens in (48, 40_000))
+    few, many = (rounded(TECHNIQUES[name], model, tokens) for tokens in (32, 40_000))
+    assert unseen(weight, few) < unseen(weight, plain(weight))
     monkeypatch.setattr(SecondMoment, "shrunk", lambda self, strength: self)
-    fitted = rounded(TECHNIQUES[name], model, 48)
-    assert unseen(weight, few) < 0.98 * unseen(weight, fitted)
+    fitted = rounded(TECHNIQUES[name], model, 32)
+    assert unseen(weight, few) < 0.9 * unseen(weight, fitted)
     same = rounded(TECHNIQUES[name], model, 40_000)
-    assert unseen(weight, many) < 1.02 * unseen(weight, same)
+    assert (same != many).float().mean() < 0.05
 
 
 def test_few_tokens_in_front_of_a_relu(model: Any) -> None:

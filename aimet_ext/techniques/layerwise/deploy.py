@@ -161,12 +161,14 @@ def deploy(
     after, before = seen(values), seen(nearest)
     given_back = torch.zeros_like(after, dtype=torch.bool)
     if decision.compare:
-        given_back = ~(after <= before)
+        judged = [(after, before)]
         if decision.judge is None:
-            given_back |= ~(problem.errors(values) <= problem.errors(nearest))
-        whole = problem.frozen is None and not problem.layout.is_row_wise(problem.weight)
-        if whole:  # rows share cells of a range that was chosen: all or none
-            given_back[:] = bool(~(after.sum() <= before.sum()))
+            judged.append((problem.errors(values), problem.errors(nearest)))
+        if problem.frozen is None and not problem.layout.is_row_wise(problem.weight):
+            # Rows share cells of a range that was chosen: all or none.
+            judged = [(ours.sum(), plain_ones.sum()) for ours, plain_ones in judged]
+        for ours, plain_ones in judged:
+            given_back |= ~(ours <= plain_ones)
     if bool(given_back.any()):
         grid, codes = _give_back(problem, quantizer, plain, grid, codes, given_back)
         after = seen(_values(codes, grid, problem.stored.dtype))
@@ -244,7 +246,8 @@ class UpstreamError:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        self._weight, self._rows, self._sum = weight, 0, 0.0
+        self._weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        self._rows, self._sum = 0, 0.0
 
     def add(self, rows: Tensor, originals: Tensor) -> None:
         """Take in rows of both streams, ``[groups, n, in]``; the same object if there is one."""
