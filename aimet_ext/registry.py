@@ -10,8 +10,9 @@ import importlib
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-#: Property of a weight that a technique decides; one technique follows another if it decides more.
-Decides = Literal["grids", "scales", "ranges", "integers"]
+#: What a technique decides, in the order in which techniques follow one another: "rotation" and
+#: "smoothing" rescale weights alone, "scales" chooses ranges with them.
+Decides = Literal["grids", "rotation", "smoothing", "scales", "ranges", "integers", "activations"]
 
 
 @dataclass(frozen=True, kw_only=True)
