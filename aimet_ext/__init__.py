@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from aimet_ext.errors import TransformRefused as TransformRefused
     from aimet_ext.evaluation.perplexity import evaluate_perplexity as evaluate_perplexity
     from aimet_ext.files.ledger import Ledger as Ledger
-    from aimet_ext.files.ledger import load_scales as load_scales
+    from aimet_ext.files.scales import load_scales as load_scales
     from aimet_ext.grids.blockwise import GridReport as GridReport
     from aimet_ext.grids.blockwise import set_blockwise as set_blockwise
     from aimet_ext.grids.blockwise import set_lpbq as set_lpbq
@@ -70,7 +70,8 @@ _HOMES = {
         "data.text": ("calibration_batches",),
         "errors": ("CorruptFileError", "Finding", "MissingExtraError", "TransformRefused"),
         "evaluation.perplexity": ("evaluate_perplexity",),
-        "files.ledger": ("Ledger", "load_scales"),
+        "files.ledger": ("Ledger",),
+        "files.scales": ("load_scales",),
         "grids.blockwise": ("GridReport", "set_blockwise", "set_lpbq"),
         "grids.create": ("create_sim",),
         "linting.lint": ("lint",),

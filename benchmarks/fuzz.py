@@ -380,8 +380,13 @@ def read_scales(folder: pathlib.Path) -> str:
     scales = aimet_ext.load_scales(
         folder / "scales.safetensors" if folder.name == "scales" else folder
     )
-    vectors = [v for s in scales.values() for v in (s.input, s.output) if v is not None]
-    return digest(*vectors, list(scales), scales.pairs, scales.origin, scales.techniques)
+    return digest(
+        *scales.to_tensors()[0].values(),
+        list(scales),
+        scales.pairs,
+        scales.origin,
+        scales.techniques,
+    )
 
 
 def fold_with(folder: pathlib.Path) -> str:

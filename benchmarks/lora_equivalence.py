@@ -26,7 +26,8 @@ from torch import Tensor, nn
 import aimet_ext
 from aimet_ext import PerTensor, QSpec
 from aimet_ext.core.equivalence import expand, transform
-from aimet_ext.files.ledger import Ledger, ModuleScales, Scales
+from aimet_ext.files.ledger import Ledger
+from aimet_ext.files.scales import ModuleScales, Scales
 from aimet_ext.lora import attach_adapter, fold_adapter
 from aimet_ext.models.proof import Float64Casts, random_scale
 from aimet_ext.models.topology import find_blocks
@@ -79,7 +80,7 @@ def omniquant(model: nn.Module) -> list[tuple[str, str, Tensor]]:
         block = entry.block.removeprefix("model.")
         pair = pairs[block, entry.pair]
         number = next(i for i, side in enumerate(pair.sides) if side.power == 1)
-        side, multiplier = pair.sides[number], entry.sides[number].multiplier
+        side, multiplier = pair.sides[number], entry.sides[number].factor
         start, stop = side.rows or (0, len(multiplier))
         scale = torch.ones(pair.size)
         index = torch.arange(pair.size) if side.index is None else side.index
@@ -94,7 +95,7 @@ def table_of(ledger: Ledger, dtype: torch.dtype) -> Scales:
     for side in (side for entry in ledger.entries for side in entry.sides):
         axes = product.setdefault(side.module, {})
         key = "output" if side.axis == "out" else "input"
-        axes[key] = axes.get(key, torch.ones((), dtype=torch.float64)) * side.multiplier.double()
+        axes[key] = axes.get(key, torch.ones((), dtype=torch.float64)) * side.factor.double()
     modules = {
         module: ModuleScales(**{axis: value.to(dtype) for axis, value in axes.items()})
         for module, axes in product.items()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from aimet_ext.errors import CorruptFileError, require, some
 from aimet_ext.files.folders import check_output, replace_folder, write_json
-from aimet_ext.files.ledger import Ledger, write_scales
+from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.manifest import (
     CONFIG,
     QUANTIZERS,
@@ -27,6 +27,7 @@ from aimet_ext.files.manifest import (
 from aimet_ext.files.numbers import quantizer_faults, refuse_faults
 from aimet_ext.files.progress import step, steps
 from aimet_ext.files.reading import TensorFile, naming, read_json
+from aimet_ext.files.scales import check_aimet_keys, write_scales
 from aimet_ext.files.tensors import hash_tensors, read_sealed, write_sealed
 from aimet_ext.integrity.description import write_fingerprints
 from aimet_ext.sim.protocol import adapt
@@ -158,6 +159,8 @@ def export(
 
     state = adaptor.float_state()
     ledger = adaptor.ledger or Ledger(hash_tensors((rename(n), state[n]) for n in sorted(state)))
+    if aimet_keys:
+        check_aimet_keys(ledger)
     shown = steps("export", 5, progress)
     with shown, adaptor.preserved_state(), replace_folder(path) as folder:
         fields = writer.write(folder)

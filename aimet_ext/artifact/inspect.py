@@ -12,9 +12,9 @@ from typing import Any
 from aimet_ext.artifact.export import read_quantizers
 from aimet_ext.core.objective import sqnr_db
 from aimet_ext.files.encodings import load_encodings
-from aimet_ext.files.ledger import SCALES_FILE, load_scales
 from aimet_ext.files.manifest import MANIFEST, QUANTIZERS, read_manifest
 from aimet_ext.files.reading import naming, read_json
+from aimet_ext.files.scales import SCALES_FILE, load_scales
 from aimet_ext.files.tensors import of_parameter
 
 _Quantizer = tuple[str, bool, bool, bool]  # kind, and: of a parameter? frozen? with a range?

@@ -1,30 +1,33 @@
-"""The ledger of a sim's transforms, and their cumulative scales as files."""
+"""The ledger of a sim's transforms, as an object and as a file."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Json
 from pydantic.dataclasses import dataclass
-from safetensors.torch import save
 from torch import Tensor
 
+from aimet_ext.core.factors import Factor, Product, width_of
 from aimet_ext.errors import some
-from aimet_ext.files.folders import replace_file
-from aimet_ext.files.manifest import LEDGER, versions
-from aimet_ext.files.numbers import number_fault
+from aimet_ext.files.factors import (
+    NORM_GAIN,
+    MatrixNames,
+    SharedMatrices,
+    check_factor,
+    stored_stack,
+)
+from aimet_ext.files.manifest import LEDGER
 from aimet_ext.files.reading import naming
 from aimet_ext.files.tensors import read_sealed, write_sealed
 
-SCALES_FILE = "scales.safetensors"
-AIMET_FILE = "aimet_omniquant_metadata.safetensor"
-
 Axis = Literal["in", "out"]
 _KEYS: dict[str, str] = {"in": "input", "out": "output"}
-_SCHEMA, _SCALES_SCHEMA = "aimet_ext.ledger/1", "aimet_ext.scales/1"
+# The first version holds positive vectors alone, and is what those are still written as.
+_SCHEMAS = ("aimet_ext.ledger/1", "aimet_ext.ledger/2")
 _TYPED = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
 
@@ -34,20 +37,22 @@ class LedgerSide:
 
     :param module: full name of the module.
     :param axis: ``"out"`` for rows of the weight and the bias, ``"in"`` for columns.
-    :param multiplier: ``[width]``, expanded: one factor for every row or column.
+    :param factor: ``[width]``, expanded: one multiplier for every row or column; or ``[n, d, d]``,
+        matrices along the diagonal of one of width ``n · d``.
     """
 
     module: str
     axis: Axis
-    multiplier: Tensor
+    factor: Tensor
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, config=_TYPED)
 class Entry:
-    """One scale pair that was folded into the weights.
+    """One scale pair, or one rotation, that was folded into the weights.
 
     :param pair: name of the pair, for people.
-    :param kind: kind of the pair, for example ``"v_o"``.
+    :param kind: kind of the pair, for example ``"v_o"``; ``"norm_gain"`` for gains that a norm,
+        the source, gave up to the layers behind it.
     :param source: full name of the layer that the scales are taken out of; may be empty.
     :param size: number of independent scales; a side that is wider repeats them.
     """
@@ -79,10 +84,11 @@ class Run:
 class Ledger:
     """Record of everything that was done to a sim, in order.
 
-    With all transforms applied, the weight of a module is ``W' = diag(output) W diag(input)``
-    and its bias ``diag(output) b``, of a norm the effective gain ``output · gain``, where ``W``,
-    ``b`` and the gain are those of the original checkpoint. Copies made with ``copy.deepcopy`` are
-    independent: tensors in a ledger are never changed.
+    With all transforms applied, the weight of a module is ``W' = OUT W IN`` and its bias ``OUT b``,
+    of a norm the effective gain ``OUT · gain``, where ``W``, ``b`` and the gain are those of the
+    original checkpoint. Each later transform multiplies from outside: ``IN = IN_1 IN_2 …`` and
+    ``OUT = … OUT_2 OUT_1``. Copies made with ``copy.deepcopy`` are independent: tensors in a ledger
+    are never changed.
 
     :param origin: SHA-256 of the original checkpoint's weights, if known.
     """
@@ -91,10 +97,12 @@ class Ledger:
         self.origin = origin
         self.entries: list[Entry] = []
         self.runs: list[Run] = []
+        self._matrices = SharedMatrices()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ledger:
         copied = Ledger(self.origin)
         copied.entries, copied.runs = list(self.entries), list(self.runs)
+        copied._matrices = self._matrices.copy()
         memo[id(self)] = copied
         return copied
 
@@ -143,18 +151,26 @@ class Ledger:
         size: int,
         source: str = "",
     ) -> None:
-        """Note that a scale pair was folded into weights.
+        """Note that a scale pair or a rotation was folded into weights.
 
-        :param sides: full name of the module, axis and multiplier ``[width]`` of each side,
-            expanded and raised to its power.
+        :param sides: full name of the module, axis and factor of each side. A vector ``[width]`` is
+            expanded and raised to its power; a stack ``[n, d, d]`` may be an expanded view. Equal
+            matrices are kept once.
+        :param kind: kind of the pair; in one of kind ``"norm_gain"``, whose ``source`` is the norm,
+            vectors may hold zeros and negative numbers.
         :param size: number of independent scales of the pair.
         :param source: full name of the layer that the scales are taken out of.
-        :raises ValueError: a multiplier is no vector of finite numbers above zero.
+        :raises ValueError: a factor is no vector of finite numbers above zero, and no stack of
+            finite, non-singular matrices.
         """
         kept = []
-        for module, axis, multiplier in sides:
-            values = multiplier.detach().to("cpu", copy=True)
-            _check_vector(f"{technique}, {module} ({axis})", values)
+        for module, axis, factor in sides:
+            name = f"{technique}, {module} ({axis})"
+            check_factor(name, factor, signed=kind == NORM_GAIN)
+            if factor.dim() == 1:
+                values = factor.detach().to("cpu", copy=True)
+            else:
+                values = self._matrices.keep(name, factor)
             kept.append(LedgerSide(module, axis, values))
         named = {"technique": technique, "block": block, "pair": pair, "kind": kind}
         entry = Entry(**named, source=source, size=size, sides=tuple(kept))
@@ -166,30 +182,50 @@ class Ledger:
         names = [run.technique for run in self.runs] + [entry.technique for entry in self.entries]
         return tuple(dict.fromkeys(names))
 
+    @property
+    def is_plain(self) -> bool:
+        """True if there are only vectors of positive numbers, as files of version 1 hold."""
+        return all(
+            entry.kind != NORM_GAIN and all(side.factor.dim() == 1 for side in entry.sides)
+            for entry in self.entries
+        )
+
     def cumulative(
         self, rename: Callable[[str], str] = lambda name: name
-    ) -> dict[str, dict[str, Tensor]]:
-        """Return the product of all multipliers as ``{module: {"input": …, "output": …}}``.
+    ) -> dict[str, dict[str, Factor]]:
+        """Return the product of all factors as ``{module: {"input": …, "output": …}}``.
 
         :param rename: function that returns the name of a module in the original checkpoint.
-        :returns: float32 vectors; only the axes that were scaled.
-        :raises ValueError: two multipliers of one axis differ in width.
+        :returns: vectors, float32, of a ledger that has nothing else; with matrices in it products,
+            not multiplied out, and vectors in float64. Only the axes that were transformed.
+        :raises ValueError: two factors of one axis differ in width.
         """
-        products: dict[str, dict[str, Tensor]] = {}
+        products: dict[str, dict[str, Product]] = {}
         for entry in self.entries:
             for side in entry.sides:
                 axes = products.setdefault(rename(side.module), {})
-                factor, key = side.multiplier.double(), _KEYS[side.axis]
-                if key in axes and axes[key].shape != factor.shape:
+                factor, key = side.factor, _KEYS[side.axis]
+                factor = factor.double() if factor.dim() == 1 else factor
+                if key in axes and axes[key].width != width_of(factor):
                     raise ValueError(
                         f"{side.module}, {key}: multipliers of one width are required, got "
-                        f"{len(axes[key])} and then {len(factor)} ({entry.technique})"
+                        f"{axes[key].width} and then {width_of(factor)} ({entry.technique})"
                     )
-                axes[key] = axes[key] * factor if key in axes else factor
+                if key not in axes:
+                    axes[key] = Product((factor,))
+                else:
+                    axes[key] = getattr(axes[key], "then" if key == "input" else "behind")(factor)
         return {
-            module: {key: product.float() for key, product in axes.items()}
+            module: {key: self._short(product) for key, product in axes.items()}
             for module, axes in products.items()
         }
+
+    def _short(self, product: Product) -> Factor:
+        """Return a product of one vector as the vector."""
+        first = product.factors[0]
+        if len(product.factors) > 1 or first.dim() > 1:
+            return product
+        return first.float() if self.is_plain else first
 
     @property
     def described_runs(self) -> list[dict[str, Any]]:
@@ -199,29 +235,36 @@ class Ledger:
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the whole ledger as named tensors and JSON values; see :meth:`from_tensors`."""
         tensors: dict[str, Tensor] = {}
-        entries = []
+        matrices, entries = MatrixNames(), []
         for number, entry in enumerate(self.entries):
-            sides = [[side.module, side.axis] for side in entry.sides]
-            entries.append({**vars(entry), "sides": sides})
+            sides: list[list[Any]] = []
             for place, side in enumerate(entry.sides):
-                tensors[f"{number}.{place}"] = side.multiplier
+                sides.append([side.module, side.axis])
+                if side.factor.dim() == 1:
+                    tensors[f"{number}.{place}"] = side.factor
+                else:
+                    sides[-1] += matrices.place(side.factor)
+            entries.append({**vars(entry), "sides": sides})
         fields = {"origin": self.origin, "entries": entries, "runs": self.described_runs}
-        return tensors, fields
+        return {**tensors, **matrices.tensors}, fields
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], fields: Any) -> Ledger:
         """Read back what :meth:`to_tensors` returned.
 
         :raises ValueError: fields are absent, unknown or of another type.
-        :raises KeyError: a multiplier is absent.
+        :raises KeyError: a factor is absent.
         """
         stored = _Fields.model_validate(fields)
         ledger = cls(stored.origin)
         for number, entry in enumerate(stored.entries):
-            sides = [
-                (module, axis, tensors[f"{number}.{place}"])
-                for place, (module, axis) in enumerate(entry["sides"])
-            ]
+            sides = []
+            for place, (module, axis, *matrix) in enumerate(entry["sides"]):
+                if matrix:
+                    name, count = matrix
+                    sides.append((module, axis, stored_stack(tensors, (name, count))))
+                else:
+                    sides.append((module, axis, tensors[f"{number}.{place}"]))
             ledger.record(**{**entry, "sides": sides})
         ledger.runs = stored.runs
         return ledger
@@ -229,7 +272,8 @@ class Ledger:
     def save(self, folder: Path) -> None:
         """Write ``ledger.safetensors``, exactly as the ledger is."""
         tensors, fields = self.to_tensors()
-        write_sealed(folder / LEDGER, _SCHEMA, tensors, {"ledger": fields})
+        schema = _SCHEMAS[not self.is_plain]
+        write_sealed(folder / LEDGER, schema, tensors, {"ledger": fields})
 
     @classmethod
     def load(cls, folder: Path) -> Ledger:
@@ -237,22 +281,9 @@ class Ledger:
 
         :raises CorruptFileError: the file was changed, cut short, or was not written by aimet_ext.
         """
-        tensors, content = read_sealed(folder / LEDGER, _SCHEMA, _Content)
+        tensors, content = read_sealed(folder / LEDGER, _SCHEMAS, _Content)
         with naming(folder / LEDGER):
             return cls.from_tensors(tensors, content.ledger)
-
-
-def _check_vector(name: str, values: Tensor) -> None:
-    """Refuse what no rows or columns can be multiplied by.
-
-    :raises ValueError: It is no vector of finite numbers above zero.
-    """
-    if values.ndim != 1 or not values.is_floating_point() or number_fault(values, positive=True):
-        raise ValueError(
-            f"{name}: a vector of finite multipliers above 0 is required, got {values.dtype} "
-            f"of shape {tuple(values.shape)}"
-            + (f" in [{values.min():.3g}, {values.max():.3g}]" if values.numel() else "")
-        )
 
 
 class _Fields(BaseModel, extra="forbid"):
@@ -263,142 +294,3 @@ class _Fields(BaseModel, extra="forbid"):
 
 class _Content(BaseModel):
     ledger: Json[dict[str, Any]]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ModuleScales:
-    """Scales of one module: ``W' = diag(output) W diag(input)``.
-
-    :param input: ``[in]``, one factor for each input column, or None where there was none.
-    :param output: ``[out]``, one factor for each output row, or None where there was none.
-    """
-
-    input: Tensor | None = None
-    output: Tensor | None = None
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Scales(Mapping[str, ModuleScales]):
-    """Scales by the original name of a module, relative to the original checkpoint.
-
-    An adapter ``B A`` of a module fits the transformed model as ``diag(output) B A diag(input)``.
-
-    :param modules: :class:`ModuleScales` by module name.
-    :param techniques: techniques that made the scales, in order.
-    :param pairs: ``technique``, ``block``, ``pair``, ``kind``, ``source`` layer, number ``size`` of
-        independent scales and ``sides`` as ``[module, axis, width]`` of each scale pair.
-    :param origin: SHA-256 of the original checkpoint's weights, if known.
-    :param version: version of aimet_ext that wrote the file.
-    """
-
-    modules: Mapping[str, ModuleScales]
-    techniques: tuple[str, ...]
-    pairs: tuple[Mapping[str, Any], ...]
-    origin: str | None
-    version: str
-
-    def __getitem__(self, name: str) -> ModuleScales:
-        return self.modules[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.modules)
-
-    def __len__(self) -> int:
-        return len(self.modules)
-
-
-def load_scales(path: str | Path) -> Scales:
-    """Read the cumulative scales of a sim.
-
-    :param path: the file, or the folder of a technique or an export that holds it.
-    :raises FileNotFoundError: there is no such file.
-    :raises CorruptFileError: the file was changed, cut short, or was not written by aimet_ext.
-    """
-    path = Path(path)
-    file = path / SCALES_FILE if path.is_dir() else path
-    tensors, fields = read_sealed(file, _SCALES_SCHEMA, _ScalesFields)
-    axes: dict[str, dict[str, Tensor]] = {}
-    with naming(file):
-        for key, tensor in tensors.items():
-            _check_vector(key, tensor)
-            module, _, axis = key.rpartition(".")
-            axes.setdefault(module, {})[axis] = tensor
-        modules = {module: ModuleScales(**axes[module]) for module in sorted(axes)}
-    return Scales(
-        modules=modules,
-        techniques=fields.techniques,
-        pairs=fields.pairs,
-        origin=fields.origin or None,
-        version=fields.version,
-    )
-
-
-def write_scales(
-    folder: Path,
-    ledger: Ledger,
-    *,
-    rename: Callable[[str], str] = lambda name: name,
-    aimet_keys: bool = False,
-) -> None:
-    """Write the cumulative scales of a ledger to ``scales.safetensors`` in a folder.
-
-    The tensors are ``{module}.input`` and ``{module}.output``; the metadata holds the schema
-    version, the techniques, each pair with its source layer and group layout, the hash of the
-    original weights, and a hash of the file itself.
-
-    :param rename: function that returns the name of a module in the original checkpoint.
-    :param aimet_keys: write AIMET's own file too, ``aimet_omniquant_metadata.safetensor`` with
-        ``{module}.prev`` (divides the output rows) and ``{module}.foll`` (multiplies the input
-        columns). Its vectors are expanded, one entry for each row or column, so that AIMET never
-        repeats them. AIMET does not divide biases by ``prev``; whoever applies it must.
-    """
-    tensors = cumulative_tensors(ledger, rename)
-    pairs = [
-        {
-            "technique": entry.technique,
-            "block": rename(entry.block),
-            "pair": entry.pair,
-            "kind": entry.kind,
-            "source": rename(entry.source) if entry.source else "",
-            "size": entry.size,
-            "sides": [[rename(s.module), s.axis, len(s.multiplier)] for s in entry.sides],
-        }
-        for entry in ledger.entries
-    ]
-    fields = {
-        "techniques": list(ledger.techniques),
-        "pairs": pairs,
-        "origin": ledger.origin or "",
-        "version": versions()["aimet-ext"],
-    }
-    write_sealed(folder / SCALES_FILE, _SCALES_SCHEMA, tensors, fields)
-    if aimet_keys:
-        replace_file(folder / AIMET_FILE, save(aimet_tensors(tensors)))
-
-
-class _ScalesFields(BaseModel):
-    techniques: Json[tuple[str, ...]]
-    pairs: Json[tuple[dict[str, Any], ...]]
-    origin: str
-    version: str
-
-
-def cumulative_tensors(ledger: Ledger, rename: Callable[[str], str]) -> dict[str, Tensor]:
-    """Return products of a ledger's multipliers as ``{module}.input`` and ``{module}.output``."""
-    return {
-        f"{module}.{axis}": vector
-        for module, axes in ledger.cumulative(rename).items()
-        for axis, vector in axes.items()
-    }
-
-
-def aimet_tensors(cumulative: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return cumulative scales in AIMET's convention: ``prev`` divides, ``output`` multiplies."""
-    tensors = {}
-    for name, vector in cumulative.items():
-        module, _, axis = name.rpartition(".")
-        if axis == "output":
-            tensors[f"{module}.prev"] = vector.reciprocal()
-        else:
-            tensors[f"{module}.foll"] = vector
-    return tensors

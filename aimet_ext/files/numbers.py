@@ -64,10 +64,16 @@ def grid_faults(named: Mapping[str, Any]) -> Iterator[str]:
             yield "range: a max above the min is required in every cell"
 
 
-def scale_faults(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
-    """Yield ``(name, what is wrong)`` of vectors of multipliers that are not finite and above 0."""
-    found = ((name, number_fault(tensor, positive=True)) for name, tensor in tensors.items())
-    return ((name, fault) for name, fault in found if fault)
+def scale_faults(
+    tensors: Mapping[str, Tensor], *, signed: bool = False
+) -> Iterator[tuple[str, str]]:
+    """Yield ``(name, what is wrong)`` of factors that are not finite, and vectors not above 0.
+
+    :param signed: True if vectors may hold zeros and negative numbers, as gains of norms do.
+    """
+    for name, tensor in tensors.items():
+        if fault := number_fault(tensor, positive=tensor.dim() == 1 and not signed):
+            yield name, fault
 
 
 def quantizer_faults(

@@ -101,22 +101,25 @@ def _in_order(content: bytes) -> bytes:
 
 
 def read_sealed(
-    path: str | Path, schema: str, fields: type[Fields]
+    path: str | Path, schema: str | tuple[str, ...], fields: type[Fields]
 ) -> tuple[dict[str, Tensor], Fields]:
     """Read back what :func:`write_sealed` wrote: tensors, and the fields.
 
+    :param schema: kind of the file and its version, or the versions that are read.
     :param fields: model of the fields, those that are not strings as ``pydantic.Json``.
     :raises FileNotFoundError: there is no such file.
     :raises CorruptFileError: the file is not safetensors, not of that schema, cut short, one of
         its bytes was changed, or its fields are not those of the model.
     """
     path = Path(path)
+    schemas = (schema,) if isinstance(schema, str) else schema
+    wanted = " or ".join(map(repr, schemas))
     content = check_regular(path).read_bytes()
     header_end = 8 + int.from_bytes(content[:8], "little")
     seals = list(_SEAL.finditer(content[:header_end]))
     if len(seals) != 1:
         raise CorruptFileError(
-            f"{path}: a file of schema {schema!r} is required, but it carries no hash of aimet_ext;"
+            f"{path}: a file of schema {wanted} is required, but it carries no hash of aimet_ext;"
             " it is damaged or was written by another program"
         )
     start, stop = seals[0].span(1)
@@ -130,9 +133,9 @@ def read_sealed(
         metadata = json.loads(content[8:header_end])["__metadata__"]
     except (SafetensorError, ValueError, KeyError, RecursionError) as error:
         raise CorruptFileError(f"{path} is not a safetensors file: {error}") from error
-    if metadata.get("schema") != schema:
+    if metadata.get("schema") not in schemas:
         raise CorruptFileError(
-            f"{path}: a file of schema {schema!r} is required, got {metadata.get('schema')!r}"
+            f"{path}: a file of schema {wanted} is required, got {metadata.get('schema')!r}"
         )
     try:
         return tensors, fields.model_validate(metadata)

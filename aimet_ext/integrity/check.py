@@ -12,13 +12,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from aimet_ext.errors import CorruptFileError, Finding
-from aimet_ext.files.ledger import (
-    AIMET_FILE,
-    SCALES_FILE,
-    Ledger,
-    aimet_tensors,
-    cumulative_tensors,
-)
+from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.manifest import (
     FINGERPRINTS,
     LEDGER,
@@ -28,6 +22,7 @@ from aimet_ext.files.manifest import (
     read_manifest,
 )
 from aimet_ext.files.reading import naming, parse_json, read_json
+from aimet_ext.files.scales import AIMET_FILE, SCALES_FILE, aimet_tensors, cumulative_tensors
 from aimet_ext.integrity.description import ExportContents, read_record
 from aimet_ext.integrity.tensors import (
     check_encodings,
@@ -217,18 +212,23 @@ def _record(
 def check_scales(state: Examination) -> None:
     """Check that each vector is the product of the ledger's multipliers for its module and axis."""
     ledger = _ledger(state)
-    mine = state.contents.stored(SCALES_FILE).tensors
+    stored = state.contents.stored(SCALES_FILE)
+    mine, places = stored.tensors, stored.json("products")
     if ledger is None:
         return
     _check_multipliers(state, ledger)
     try:
-        expected = cumulative_tensors(ledger, lambda name: _original(name, mine))
+        named = {**mine, **places}
+        expected, products = cumulative_tensors(ledger, lambda name: _original(name, named))
     except (ValueError, RuntimeError) as error:
         state.add("scales", LEDGER, f"its multipliers do not go together: {error}")
         return
     _compare(state, SCALES_FILE, mine, expected)
+    if places != {name: [list(place) for place in found] for name, found in products.items()}:
+        message = f"lists other products of matrices than {LEDGER}"
+        state.add("scales", SCALES_FILE, message, (SCALES_FILE, "field products"))
     _check_fields(state, ledger)
-    if state.contents.has(AIMET_FILE):
+    if state.contents.has(AIMET_FILE) and not products:
         theirs = state.contents.stored(AIMET_FILE).tensors
         _compare(state, AIMET_FILE, theirs, aimet_tensors(expected))
 
@@ -244,7 +244,7 @@ def _ledger(state: Examination) -> Ledger | None:
         return None
 
 
-def _original(name: str, known: Mapping[str, Tensor]) -> str:
+def _original(name: str, known: Mapping[str, Any]) -> str:
     """Return a module's name in the checkpoint: that in the sim, without the wrapper's prefix."""
     for start in range(name.count(".") + 1):
         short = name.split(".", start)[-1]
@@ -255,9 +255,11 @@ def _original(name: str, known: Mapping[str, Tensor]) -> str:
 
 def _check_multipliers(state: Examination, ledger: Ledger) -> None:
     """Check multipliers against the record, by the module that they were folded into."""
+    entries = state.contents.stored(LEDGER).json("ledger")["entries"]
     for number, entry in enumerate(ledger.entries):
         for place, side in enumerate(entry.sides):
-            item = (LEDGER, f"{number}.{place}")
+            _, _, *matrix = entries[number]["sides"][place]
+            item = (LEDGER, matrix[0] if matrix else f"{number}.{place}")
             if state.changed(*item):
                 message = f"its multiplier ({side.axis}) by {entry.technique} was changed"
                 state.add("ledger", side.module, f"{message} in {LEDGER}", item)
@@ -291,6 +293,7 @@ def _how(mine: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) 
     one, two = mine[name], expected[name]
     if one.shape != two.shape:
         return f"{tuple(one.shape)} values, {tuple(two.shape)} are required"
+    one, two = one.flatten(), two.flatten()
     wrong = (one != two).nonzero().flatten()
     first = int(wrong[0])
     return (

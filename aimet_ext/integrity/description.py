@@ -17,7 +17,6 @@ from torch import Tensor
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.encodings import entries, load_encodings
 from aimet_ext.files.folders import replace_file
-from aimet_ext.files.ledger import AIMET_FILE, SCALES_FILE
 from aimet_ext.files.manifest import (
     CONFIG,
     FINGERPRINTS,
@@ -28,6 +27,7 @@ from aimet_ext.files.manifest import (
     hash_file,
 )
 from aimet_ext.files.reading import TensorFile, naming, parse_json, read_json
+from aimet_ext.files.scales import AIMET_FILE, SCALES_FILE
 from aimet_ext.files.tensors import parameter_quantizer, read_sealed
 from aimet_ext.integrity.stored import (
     GridIndex,

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from aimet_ext.core.affine import to_blocks
-from aimet_ext.files.ledger import SCALES_FILE
+from aimet_ext.files.factors import NORM_GAIN
 from aimet_ext.files.manifest import LEDGER, QUANTIZERS, WEIGHTS
 from aimet_ext.files.numbers import quantizer_faults, scale_faults
+from aimet_ext.files.scales import SCALES_FILE
 from aimet_ext.files.tensors import parameter_quantizer
 from aimet_ext.integrity.stored import (
     Cells,
@@ -63,8 +64,10 @@ def check_numbers(state: Examination) -> None:
     stored = state.contents.stored(QUANTIZERS)
     described, form = stored.json("quantizers"), "{1}.{0}" if state.is_onnx else "{0}.{1}"
     found = [(QUANTIZERS, *f) for f in quantizer_faults(stored.tensors, described, form)]
-    for file in (SCALES_FILE, LEDGER):
-        found += [(file, *f) for f in scale_faults(state.contents.stored(file).tensors)]
+    for file, field in ((SCALES_FILE, "pairs"), (LEDGER, "ledger")):
+        scales = state.contents.stored(file)
+        signed = f'"kind": "{NORM_GAIN}"' in scales.fields.get(field, "")
+        found += [(file, *f) for f in scale_faults(scales.tensors, signed=signed)]
     for file, name, fault in found:
         state.doubted.add(name)
         state.add("numbers", name, f"in {file}: {fault}", (file, name))

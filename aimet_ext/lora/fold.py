@@ -1,16 +1,18 @@
 """Adapters of the original model, made to fit the model that scales were folded into.
 
-A transform is ``W' = diag(output) W diag(input)``. A change ``ΔW = BA`` of the weight becomes
-``diag(output) B A diag(input)``, so that ``W' + ΔW' = diag(output) (W + ΔW) diag(input)``: the
-adapted weight is transformed as the base is, and what the transform leaves unchanged on the base,
-it leaves unchanged with any adapter.
+A transform is ``W' = OUT W IN``, with diagonal matrices for scales and block-diagonal ones for
+rotations. A change ``ΔW = BA`` of the weight becomes ``(OUT B) (A IN)``, so that ``W' + ΔW' = OUT
+(W + ΔW) IN``: the adapted weight is transformed as the base is, and what the transform leaves
+unchanged on the base, it leaves unchanged with any adapter.
 
 DoRA multiplies the rows of ``W + ΔW`` by ``m / ‖W + ΔW‖``. The transformed rows have other norms,
-``n' = |output| ‖(W + ΔW) diag(input)‖``, so ``m' = m n' / n`` keeps every factor as it was.
+``n' = |OUT| ‖(W + ΔW) IN‖``, so ``m' = m n' / n`` keeps every factor as it was, where ``OUT`` is
+diagonal; rows that a rotation mixed have no such factors.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aimet_ext.core.factors import Product
 from aimet_ext.files.folders import check_output, replace_folder
-from aimet_ext.files.ledger import SCALES_FILE, ModuleScales, Scales, load_scales
 from aimet_ext.files.manifest import versions, write_manifest
+from aimet_ext.files.scales import SCALES_FILE, ModuleScales, Scales, load_scales
 from aimet_ext.files.tensors import hash_tensors
 from aimet_ext.lora.adapter import SIDES, Adapter, Part, read_adapter, read_adapters
 from aimet_ext.lora.checkpoint import Checkpoint, Target, open_checkpoint, open_target
-from aimet_ext.lora.unfit import check_fit, check_variant, named_like, refuse
+from aimet_ext.lora.unfit import check_fit, check_variant, named_like, refuse, without_gain
 
 _NONE = ModuleScales()
 
@@ -40,17 +43,20 @@ def fold_adapter(
 ) -> Adapter:
     r"""Return the adapter that does to the transformed model what it did to the original one.
 
-    With ``W' = diag(output) W diag(input)``, a module's change ``ΔW = s B A`` becomes
+    With ``W' = OUT W IN``, the product of all scales and rotations, a module's change ``ΔW = s B
+    A`` becomes
 
     .. math::
-        A' = A \, \mathrm{diag}(input), \qquad B' = \mathrm{diag}(output) \, B
+        A' = A \, \mathrm{IN}, \qquad B' = \mathrm{OUT} \, B
 
-    so that ``W' + ΔW' = diag(output) (W + ΔW) diag(input)``: base and adapter together are
-    transformed as the base alone was, and compute the same function. Ranks, alphas and everything
-    else in the adapter's config stay as they are. Biases, and copies of whole modules
-    (``modules_to_save``), are transformed as the base's own. DoRA's magnitudes follow the norms of
-    the rows, for which the original weights are needed (``base``). Where MLPs of the base were
-    padded, so is the adapter.
+    so that ``W' + ΔW' = OUT (W + ΔW) IN``: base and adapter together are transformed as the base
+    alone was, and compute the same function. Ranks, alphas and everything else in the adapter's
+    config stay as they are. Biases, and copies of whole modules (``modules_to_save``), are
+    transformed as the base's own. DoRA's magnitudes follow the norms of the rows, for which the
+    original weights are needed (``base``). Where MLPs of the base were padded, so is the adapter.
+
+    Of a rotated model, DoRA on layers whose rows were rotated, and copies of norms whose gains were
+    folded, do not fit and are refused.
 
     The adapter may have been trained on the original model before or after the transform was
     chosen; it is folded after training.
@@ -93,13 +99,11 @@ def fold_adapters(
 
 def scales_digest(scales: Scales) -> str:
     """Return the SHA-256 of scales: names, widths and values."""
-    named = {
-        f"{module}.{axis}": vector
-        for module, of_module in scales.items()
-        for axis, vector in (("input", of_module.input), ("output", of_module.output))
-        if vector is not None
-    }
-    return hash_tensors(sorted(named.items(), key=lambda item: item[0]))
+    tensors, products = scales.to_tensors()
+    named = sorted(tensors.items(), key=lambda item: item[0])
+    if products:
+        named.insert(0, (json.dumps(products, sort_keys=True), torch.empty(0)))
+    return hash_tensors(named)
 
 
 def _fold(
@@ -168,6 +172,7 @@ class _Folding:
         known = target.checkpoint or original
         self.adapter = adapter
         self.scales = named_like(scales, adapter.modules if known is None else known.modules())
+        self.without_gain = without_gain(scales)
         self.target = target
         self.original = original
         self.problems: dict[str, str] = {}
@@ -222,16 +227,23 @@ class _Folding:
     def _part(self, adapter: Adapter, part: Part, value: Tensor) -> Tensor:
         """Return one tensor after the transform."""
         scales = self.scales.get(part.module, _NONE)
+        if part.module in self.without_gain:
+            raise ValueError(
+                "the gains of this norm were folded into the layers behind it, so it cannot be "
+                "replaced; leave it out of modules_to_save, or fold with scales of a model that "
+                "was not rotated"
+            )
         if scales.input is None and scales.output is None:
             return value
         if part.kind in SIDES:
             dim, side = SIDES[part.kind]
-            return _times(value, getattr(scales, side), dim)
+            fold = scales.fold_input if side == "input" else scales.fold_output
+            return fold(value, dim)
         if part.kind == "magnitude":
             return self._magnitude(adapter, part.module, value, scales)
         if value.dim() == 1:
             return self._gain(value, scales)
-        return _times(_times(value, scales.output, 0), scales.input, 1)
+        return scales.fold_input(scales.fold_output(value))
 
     def _gain(self, value: Tensor, scales: ModuleScales) -> Tensor:
         """Return a norm's weight; some norms multiply by ``1 + weight``."""
@@ -242,7 +254,7 @@ class _Folding:
                 "whether this norm multiplies by its weight or by 1 + weight is not known; pass "
                 "base= the original model, of a known family"
             )
-        return _times(value + offset, scales.output, 0) - offset
+        return scales.fold_output(value + offset) - offset
 
     def _magnitude(
         self, adapter: Adapter, module: str, value: Tensor, scales: ModuleScales
@@ -250,6 +262,11 @@ class _Folding:
         layer = adapter.layers[module]
         if layer.embedding:  # its norms are those of the columns
             scales = ModuleScales(input=scales.output, output=scales.input)
+        if isinstance(scales.output, Product):
+            raise ValueError(  # noqa: TRY004
+                "the rows of its weight were rotated, and DoRA's magnitudes of rows do not go "
+                "through that; merge the adapter into the model before it is quantized"
+            )
         if scales.input is None:
             return _dora_magnitude(value, scales)
         if self.original is None:
@@ -275,6 +292,7 @@ def _dora_magnitude(
     """Return magnitudes ``m'`` that leave the factor of each row in DoRA as it was.
 
     :param magnitude: Magnitudes ``m``, ``[out]``, or ``[1, out, 1, …]`` of a convolution.
+    :param scales: Scales of the module, whose rows were not rotated.
     :param weight: Weight ``W`` ``[out, in, …]`` of the original base; not needed where
         ``scales.input`` is None, as norms then change by ``|output|`` alone.
     :param change: Change ``ΔW`` of the same shape.
@@ -282,6 +300,7 @@ def _dora_magnitude(
     """
     factor = torch.ones_like(magnitude, dtype=torch.float64).flatten()
     if scales.output is not None:
+        assert isinstance(scales.output, Tensor)
         factor = factor * scales.output.double().abs()
     if scales.input is not None:
         assert weight is not None and change is not None
@@ -289,25 +308,8 @@ def _dora_magnitude(
         before = adapted.flatten(1).norm(dim=1)
         if not bool((before > 0).all()):
             raise ValueError("a row of its weight is zero, which DoRA cannot multiply to a norm")
-        factor = factor * _times(adapted, scales.input, 1).flatten(1).norm(dim=1) / before
+        factor = factor * scales.fold_input(adapted).flatten(1).norm(dim=1) / before
     return (magnitude.double() * factor.view(magnitude.shape)).to(magnitude.dtype)
-
-
-def _times(value: Tensor, scale: Tensor | None, dim: int) -> Tensor:
-    """Multiply a dimension of ``value`` by ``scale``, None: leave it.
-
-    :raises ValueError: ``scale`` has another length.
-    """
-    if scale is None:
-        return value
-    if value.dim() <= dim or len(scale) != value.shape[dim]:
-        raise ValueError(
-            f"a width of {len(scale)} is required, as the scales have, got shape "
-            f"{tuple(value.shape)}"
-        )
-    shape = [1] * value.dim()
-    shape[dim] = -1
-    return (value.double() * scale.to(value.device).double().view(shape)).to(value.dtype)
 
 
 def _write(output: Path, adapters: Mapping[str, Adapter], scales: Scales) -> None:

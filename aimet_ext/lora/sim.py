@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from aimet_ext.artifact.export import load
 from aimet_ext.errors import require, some
-from aimet_ext.files.ledger import Ledger, load_scales
+from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.manifest import MANIFEST, hash_file
+from aimet_ext.files.scales import load_scales
 from aimet_ext.files.tensors import hash_tensors
 from aimet_ext.lora.adapter import Adapter, LoraLayer, read_adapters
 from aimet_ext.lora.fold import fold_adapter, fold_adapters, scales_digest
@@ -315,7 +316,7 @@ def _renamed_ledger(ledger: Ledger | None, places: Iterable[str]) -> Ledger | No
         return None
     tensors, fields = ledger.to_tensors()
     for entry in fields["entries"]:
-        entry["sides"] = [[renamed(module, places), axis] for module, axis in entry["sides"]]
+        entry["sides"] = [[renamed(module, places), *rest] for module, *rest in entry["sides"]]
         entry["source"] = renamed(entry["source"], places)
     for run in fields["runs"]:
         run["modules"] = [renamed(module, places) for module in run["modules"]]

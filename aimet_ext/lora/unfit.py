@@ -8,7 +8,9 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from aimet_ext.files.ledger import ModuleScales, Scales
+from aimet_ext.core.factors import width_of
+from aimet_ext.files.factors import NORM_GAIN
+from aimet_ext.files.scales import ModuleScales, Scales
 from aimet_ext.lora.adapter import SIDES, Adapter
 from aimet_ext.lora.checkpoint import Checkpoint, Target
 
@@ -60,6 +62,12 @@ def named_like(scales: Scales, names: Collection[str]) -> Scales:
     if scales.keys() & set(names) or not inner.keys() & set(names):
         return scales
     return replace(scales, modules=inner)
+
+
+def without_gain(scales: Scales) -> set[str]:
+    """Return norms whose gains were folded, under their names with and without a wrapper's."""
+    names = [pair["source"] for pair in scales.pairs if pair.get("kind") == NORM_GAIN]
+    return {*names, *(name.partition(".")[2] for name in names)}
 
 
 def check_fit(
@@ -148,10 +156,12 @@ def _scaled_misfit(
     if scales.output is not None and "tokens" in kinds:
         return "rows of a table whose rows are scaled cannot be folded"
     for kind, (dim, side) in SIDES.items():
-        vector = getattr(scales, side)
-        if vector is not None and kind in kinds and kinds[kind].shape[dim] != len(vector):
+        factor = getattr(scales, side)
+        if factor is None or kind not in kinds:
+            continue
+        if kinds[kind].shape[dim] != (width := width_of(factor)):
             return (
-                f"its scales have width {len(vector)}, {kind} has {kinds[kind].shape[dim]}; if the "
+                f"its scales have width {width}, {kind} has {kinds[kind].shape[dim]}; if the "
                 "base was padded, fold with the folder of its export, which says so"
             )
     return None

@@ -17,8 +17,9 @@ from aimet_ext import LPBQ, Blockwise, QSpec
 from aimet_ext.artifact.inspect import inspect_export
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.folders import replace_folder
-from aimet_ext.files.ledger import Ledger, write_scales
+from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.manifest import write_manifest
+from aimet_ext.files.scales import write_scales
 from aimet_ext.integrity.check import check_integrity
 from aimet_ext.sim.protocol import adapt
 from aimet_ext.sim.torch.state import quantizers_to_tensors

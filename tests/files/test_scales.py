@@ -10,7 +10,8 @@ import safetensors.torch
 import torch
 
 from aimet_ext.errors import CorruptFileError
-from aimet_ext.files.ledger import AIMET_FILE, SCALES_FILE, Ledger, load_scales, write_scales
+from aimet_ext.files.ledger import Ledger
+from aimet_ext.files.scales import AIMET_FILE, SCALES_FILE, load_scales, write_scales
 from aimet_ext.files.tensors import write_sealed
 
 NORM, V, OUT = "m.norm", "m.v_proj", "m.o_proj"

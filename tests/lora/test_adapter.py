@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aimet_ext.errors import CorruptFileError
-from aimet_ext.files.ledger import ModuleScales, Scales
+from aimet_ext.files.scales import ModuleScales, Scales
 from aimet_ext.lora import attach_adapter, fold_adapter, read_adapter, read_adapters
 from aimet_ext.lora.checkpoint import open_checkpoint
 from aimet_ext.models.proof import Float64Casts

@@ -13,7 +13,8 @@ from torch import Tensor
 import aimet_ext
 from aimet_ext import PerTensor, QSpec
 from aimet_ext.core.equivalence import expand, transform
-from aimet_ext.files.ledger import Ledger, ModuleScales, Scales
+from aimet_ext.files.ledger import Ledger
+from aimet_ext.files.scales import ModuleScales, Scales
 from aimet_ext.files.tensors import hash_tensors
 from aimet_ext.lora import attach_adapter, fold_adapter, fold_adapters, read_adapter
 from aimet_ext.models.proof import Float64Casts
@@ -136,7 +137,7 @@ def scales_of(ledger: Ledger, origin: str | None = None) -> Scales:
     product: dict[tuple[str, str], Tensor] = {}
     for side in itertools.chain.from_iterable(entry.sides for entry in ledger.entries):
         key = side.module, "output" if side.axis == "out" else "input"
-        product[key] = product.get(key, 1) * side.multiplier.double()
+        product[key] = product.get(key, 1) * side.factor.double()
     modules = {
         name: ModuleScales(product.get((name, "input")), product.get((name, "output")))
         for name, _ in product
@@ -234,7 +235,7 @@ def learnt_scale(pair: Any, entry: Any) -> Tensor:
     """The scale of a pair ``[size]`` in float64, from the multipliers in a ledger."""
     scale = torch.ones(pair.size, dtype=torch.float64)
     number = next(i for i, side in enumerate(pair.sides) if side.power == 1)
-    side, multiplier = pair.sides[number], entry.sides[number].multiplier.double()
+    side, multiplier = pair.sides[number], entry.sides[number].factor.double()
     start, stop = side.rows or (0, len(multiplier))
     scale[torch.arange(pair.size) if side.index is None else side.index] = multiplier[start:stop]
     return scale

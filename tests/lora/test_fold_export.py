@@ -13,8 +13,8 @@ import aimet_ext
 from aimet_ext import Blockwise, QSpec
 from aimet_ext.core.equivalence import expand, transform
 from aimet_ext.errors import CorruptFileError
-from aimet_ext.files.ledger import SCALES_FILE, write_scales
 from aimet_ext.files.manifest import read_manifest
+from aimet_ext.files.scales import SCALES_FILE, write_scales
 from aimet_ext.lora import fold_adapter, read_adapter
 from aimet_ext.lora.fold import scales_digest
 from aimet_ext.models.topology import find_blocks

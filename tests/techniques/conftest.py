@@ -279,7 +279,7 @@ def result_of() -> Callable[[Any], dict[str, str]]:
         for number, entry in enumerate(sim.aimet_ext_ledger.entries):
             for side in entry.sides:
                 key = f"ledger {number} {entry.pair} {side.module} {side.axis}"
-                found[key] = _digest(side.multiplier)
+                found[key] = _digest(side.factor)
         return found
 
     return read

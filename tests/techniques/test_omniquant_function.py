@@ -60,7 +60,7 @@ def test_all_kinds_of_pairs_were_folded(folded: Any) -> None:
     }
     assert list(report.refused_pairs) == [k for k in KINDS if k not in FAMILIES[family]]
     for entry in (entry for entry in entries if entry.block in trained):
-        moved = entry.sides[-1].multiplier
+        moved = entry.sides[-1].factor
         assert float((moved - 1).abs().max()) > 0.01, entry.pair
         assert len(moved.unique()) > 4, entry.pair
 
@@ -112,14 +112,14 @@ def learnt_scale(pair: Any, entry: Any) -> Tensor:
     """The scale of a pair ``[size]`` in float64, from the multipliers in the ledger."""
     scale = torch.zeros(pair.size, dtype=torch.float64)
     number = next(i for i, side in enumerate(pair.sides) if side.power == 1)
-    side, multiplier = pair.sides[number], entry.sides[number].multiplier.double()
+    side, multiplier = pair.sides[number], entry.sides[number].factor.double()
     assert side.rows is None or side.rows == (0, len(multiplier))
     index = torch.arange(pair.size) if side.index is None else side.index
     scale[index] = multiplier
     assert bool((scale > 0).all())
     for side, kept in zip(pair.sides, entry.sides, strict=True):
-        expected = expand(side, scale, len(kept.multiplier))
-        torch.testing.assert_close(kept.multiplier.double(), expected, rtol=1e-6, atol=0)
+        expected = expand(side, scale, len(kept.factor))
+        torch.testing.assert_close(kept.factor.double(), expected, rtol=1e-6, atol=0)
     return scale
 
 

@@ -23,8 +23,8 @@ from aimet_ext.core.objective import sqnr_db
 from aimet_ext.data.cache import TensorCache
 from aimet_ext.errors import TransformRefused
 from aimet_ext.files.folders import replace_folder
-from aimet_ext.files.ledger import write_scales
 from aimet_ext.files.manifest import write_manifest
+from aimet_ext.files.scales import check_aimet_keys, write_scales
 from aimet_ext.files.tensors import Checkpoints
 from aimet_ext.models.proof import probe, probe_inputs, prove_pairs
 from aimet_ext.models.topology import BlockTopology, TopologyDescription, select_pairs
@@ -117,6 +117,8 @@ def run_blockwise(
         quantizers = layers_to_quantize(adaptor, blocks, call.modules_to_exclude)
         layers = [quantizer.name for quantizer in quantizers.values()]
         ledger = open_ledger(adaptor, solver.technique, layers)
+        if aimet_keys:
+            check_aimet_keys(ledger)
         started = time.perf_counter()
         with undo_on_failure(adaptor, options.cache_dir) as keep:
             adaptor.ledger = ledger = copy.deepcopy(ledger)
