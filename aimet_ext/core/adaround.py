@@ -69,7 +69,7 @@ def adaround(
         constant = None if problem.pull is None else problem.pull[at] / problem.diagonal[at[0]]
         gradient = _QuadraticGradient(scaled[at[0]], ideal, step, constant)
         begin = _begin(problem, first)[at]
-        relaxed = _Relaxed(begin, problem.qmin, problem.qmax)
+        relaxed = _Relaxed(begin, problem.grid.qmin, problem.grid.qmax)
         codes[at] = _anneal(relaxed, gradient, strengths, rate[at[0]], momentum)
     return problem.rows(best_rows(_candidates(problem, first, codes), problem.errors))
 
@@ -122,7 +122,7 @@ def adaround_samples(
     def gradient(codes: Tensor) -> Tensor:
         return samples.gradient(codes, next(batches)).div_(scale)
 
-    relaxed = _Relaxed(_begin(problem, first), problem.qmin, problem.qmax)
+    relaxed = _Relaxed(_begin(problem, first), problem.grid.qmin, problem.grid.qmax)
     strengths = _strengths(num_iterations, first, start_strength)
     codes = _anneal(relaxed, gradient, strengths, rate, momentum)
     return problem.rows(best_rows(_candidates(problem, first, codes), samples.errors))

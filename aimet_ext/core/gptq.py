@@ -10,7 +10,9 @@ transposed, ``[groups, in, rows]``, with one group unless the layer is a convolu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ _SHRINK = 1 - 1e-5
 # Candidates that a beam search works on at a time, which keeps them in the processor's cache, and
 # numbers that it keeps for all of them.
 _LANES, _NUMBERS = 8192, 2**24
+_INNER = 16  # columns that are decided before the rest of their block takes notice
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,16 +35,18 @@ class Columns:
     :param step: scales, ``[groups, in, rows]``, or ``[groups, 1, rows]`` if equal along a row.
     :param second: ``H [groups, in, in]``.
     :param pull: ``[groups, in, rows]`` or None.
-    :param nearest: codes of plain rounding, ``[groups, in, rows]``.
+    :param weight: the weight as it came, ``[out, in]``.
+    :param order: order of the columns in every group, ``[groups, in]``; None for that of the
+        weight.
     """
 
     ideal: Tensor
     step: Tensor
     second: Tensor
     pull: Tensor | None
-    nearest: Tensor
-    qmin: int
-    qmax: int
+    weight: Tensor
+    grid: Grid
+    order: Tensor | None = None
 
     @classmethod
     def of(cls, weight: Tensor, grid: Grid, second: Tensor, pull: Tensor | None) -> Columns:
@@ -65,9 +70,14 @@ class Columns:
         if pull is not None:  # what never sees an input has no target to be pulled to
             alive = second.diagonal(dim1=1, dim2=2) > 0
             pull = _transposed(pull.to(weight.dtype), groups) * alive[:, :, None]
-        ideal = _transposed(weight, groups) / step - zero
-        nearest = _transposed(quantize(weight, grid).to(weight.dtype), groups)
-        return cls(ideal, step, second, pull, nearest, grid.qmin, grid.qmax)
+        ideal = _transposed(weight, groups).div_(step).sub_(zero)
+        return cls(ideal, step, second, pull, weight, grid)
+
+    @cached_property
+    def nearest(self) -> Tensor:
+        """Codes of plain rounding, ``[groups, in, rows]``."""
+        codes = self.transposed(quantize(self.weight, self.grid))
+        return codes if self.order is None else codes.take_along_dim(self.order[:, :, None], 1)
 
     @property
     def diagonal(self) -> Tensor:
@@ -104,8 +114,13 @@ class Columns:
             step=self.step if self.step.shape[1] == 1 else pick(self.step),
             second=pick(self.second).take_along_dim(order[:, None, :], 2),
             pull=None if self.pull is None else pick(self.pull),
-            nearest=pick(self.nearest),
+            order=order,
         )
+
+    def picked(self, rows: Tensor) -> Columns:
+        """Return some rows of every group, by a mask ``[rows]``."""
+        pull = None if self.pull is None else self.pull[..., rows]
+        return replace(self, ideal=self.ideal[..., rows], step=self.step[..., rows], pull=pull)
 
     def errors(self, codes: Tensor) -> Tensor:
         """Return the objective of every row, ``[groups, rows]``, in float64."""
@@ -133,6 +148,46 @@ def _cells(values: Tensor, weight: Tensor, groups: int) -> Tensor:
     return _transposed(spread(values, weight if varies else weight[:, :1]), groups)
 
 
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """``H + damping = M Mᵀ``, ``M`` upper triangular: one for all layers that read one input.
+
+    :param upper: ``M``, float64, ``[groups, in, in]``; columns without an input are decoupled.
+    :param added: number that was added to the diagonal, ``[groups, 1, 1]``.
+    :param order: order of the columns, ``[groups, in]``; None for that of the weights.
+    """
+
+    upper: Tensor
+    added: Tensor
+    order: Tensor | None
+
+    @classmethod
+    def of(cls, second: Tensor, damping: float = 0.01, *, act_order: bool = False) -> Factor:
+        """Factorise a second moment; the parameters are those of :func:`gptq`."""
+        second = second.double().view(-1, *second.shape[-2:])
+        order = None
+        if act_order:
+            diagonal = second.diagonal(dim1=1, dim2=2)
+            order = diagonal.argsort(dim=1, descending=True, stable=True)
+            second = second.take_along_dim(order[:, :, None], 1)
+            second = second.take_along_dim(order[:, None, :], 2)
+        return cls(*_upper_factor(second, damping), order)
+
+    @cached_property
+    def diagonal(self) -> Tensor:
+        """``M_jj``, ``[groups, in, 1]``."""
+        return self.upper.diagonal(dim1=1, dim2=2)[:, :, None]
+
+    def coupling(self, dtype: torch.dtype) -> Tensor:
+        """Return ``M_ij / M_jj`` at ``[groups, j, i]``."""
+        return (self.upper.mT / self.diagonal).to(dtype)
+
+    def shift(self, pull: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return ``t_j / M_jj`` with ``t = pull M⁻ᵀ``, ``[groups, in, rows]``."""
+        shift = torch.linalg.solve_triangular(self.upper, pull.double(), upper=True)
+        return (shift / self.diagonal).to(dtype)
+
+
 @torch.no_grad()
 def gptq(
     weight: Tensor,
@@ -144,6 +199,7 @@ def gptq(
     act_order: bool = False,
     beams: int = 1,
     block: int = 128,
+    factor: Factor | None = None,
 ) -> Tensor:
     """Round column by column and compensate each error in the remaining columns (GPTQ).
 
@@ -167,32 +223,84 @@ def gptq(
     :param act_order: start with the columns whose inputs are largest.
     :param beams: partial choices kept per row; time grows in proportion.
     :param block: columns between two large matrix products; changes nothing but the time.
+    :param factor: :meth:`Factor.of` this ``H``, damping and order, if it is known already.
     :returns: integers ``q [out, in]``. Columns that never see an input are rounded to nearest.
     :raises ValueError: H does not fit the weight, or no beam is asked for.
     """
     if beams < 1:
         raise ValueError(f"beams: at least 1 partial choice per row is required, got {beams}")
     problem = Columns.of(weight, grid, second, pull)
-    order = None
-    if act_order:
-        order = problem.second.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+    factor = factor or Factor.of(second, damping, act_order=act_order)
+    order = factor.order
+    if order is not None:
         problem = problem.permuted(order)
-    factor = _upper_factor(problem.second, damping)  # M, float64
-    diagonal = factor.diagonal(dim1=1, dim2=2)[:, :, None]  # [groups, in, 1]
     shift = torch.zeros_like(problem.ideal)
     if problem.pull is not None:
-        shift = torch.linalg.solve_triangular(factor, problem.pull.double(), upper=True)
-        shift = (shift / diagonal).to(weight.dtype)  # t_j / M_jj
-    coupling = (factor.mT / diagonal).to(weight.dtype)  # [groups, j, i] holds M_ij / M_jj
+        shift = factor.shift(problem.pull, weight.dtype)
+    coupling = factor.coupling(weight.dtype)
     if beams == 1:
         codes = _nearest_plane(problem, coupling, shift, block)
     else:
-        cost = diagonal.square().to(weight.dtype)
+        cost = factor.diagonal.square().to(weight.dtype)
         codes = _beam_search(problem, coupling, shift, cost, beams)
-    codes = torch.where(problem.dead, problem.nearest, codes)
+    if bool(problem.dead.any()):
+        codes = torch.where(problem.dead, problem.nearest, codes)
     if order is not None:
         codes = torch.empty_like(codes).scatter_(1, order[:, :, None].expand_as(codes), codes)
     return problem.rows(codes)
+
+
+@torch.no_grad()
+def candidate_errors(
+    weight: Tensor,
+    grids: Sequence[Grid],
+    second: Tensor,
+    pull: Tensor | None,
+    factor: Factor,
+    *,
+    block: int = 128,
+) -> Tensor:
+    """Return the objective of every row as GPTQ rounds it to each of several grids.
+
+    All grids go at once, in float32. What GPTQ leaves of its own objective is a sum over columns,
+    ``Σ_j M_jj² (E_j − wish_j)²``, from which the objective without damping follows up to a
+    constant of the row, for no more than the rounding costs.
+
+    :param weight: ``[out, in]``.
+    :param grids: grids with the same integers.
+    :param second: ``H [in, in]`` or ``[groups, in, in]``.
+    :param pull: ``[out, in]`` or None.
+    :param factor: factor of ``H`` in the order of the weight.
+    :param block: columns between two large matrix products.
+    :returns: ``[grids, out]``, up to a constant for each row.
+    """
+    groups, width = factor.upper.shape[:2]
+    alive = second.diagonal(dim1=-2, dim2=-1).view(groups, width, 1) > 0
+    cost = (factor.diagonal.square() * alive).float()
+    damped = (factor.added * alive).float()
+    coupling, short = factor.coupling(torch.float32), second.float()
+    at_once = max(1, _NUMBERS // (4 * len(grids) * width)) if groups == 1 else len(weight)
+    found = []
+    for start in range(0, len(weight), at_once):
+        rows = slice(start, start + at_once)
+        part, own = weight[rows].float(), None if pull is None else pull[rows]
+        each = [Columns.of(part, _grid_of(grid, rows), short, own) for grid in grids]
+        problem = replace(
+            each[0],
+            ideal=torch.cat([one.ideal for one in each], -1),
+            step=torch.cat([one.step for one in each], -1),
+        )
+        shift = torch.zeros_like(problem.ideal)
+        if problem.pull is not None:
+            shift = factor.shift(problem.pull, torch.float32).repeat(1, 1, len(grids))
+        total = _plane_errors(problem, coupling, shift, block, cost, damped)
+        found.append(total.view(groups, len(grids), -1).transpose(0, 1).flatten(1))
+    return torch.cat(found, 1)
+
+
+def _grid_of(grid: Grid, rows: slice) -> Grid:
+    """Return the grid of some rows of a weight, none of which share a cell."""
+    return replace(grid, scale=grid.scale[rows], offset=grid.offset[rows])
 
 
 @torch.no_grad()
@@ -225,15 +333,24 @@ def coordinate_descent(
     problem = Columns.of(weight, grid, second, pull)
     codes = problem.transposed(codes)
     error = (codes - problem.ideal) * problem.step
-    for _ in range(sweeps):
-        if not _sweep(problem, codes, error, block):
+    kept, moving = codes.clone(), torch.arange(codes.shape[2], device=codes.device)
+    for sweep in range(sweeps):
+        moved = _sweep(problem, codes, error, block)  # of the rows at work
+        kept[..., moving] = codes
+        if not bool(moved.any()) or sweep + 1 == sweeps:
             break
-    return problem.rows(codes)
+        # A row that a sweep left as it was is done.
+        moving, codes, error = moving[moved], codes[..., moved], error[..., moved]
+        problem = problem.picked(moved)
+    return problem.rows(kept)
 
 
-def _upper_factor(second: Tensor, damping: float) -> Tensor:
-    """Return upper triangular ``M``, ``M Mᵀ = H + damping``, in float64; dead columns decoupled."""
-    flipped = second.double().flip(1, 2)
+def _upper_factor(second: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Return upper triangular ``M``, ``M Mᵀ = H + damping``, and the number that was added.
+
+    Columns without an input are decoupled.
+    """
+    flipped = second.flip(1, 2)
     diagonal = flipped.diagonal(dim1=1, dim2=2)  # [groups, in]
     dead = diagonal <= 0
     mean = diagonal.sum(1, keepdim=True) / (~dead).sum(1, keepdim=True).clamp_min(1)
@@ -242,7 +359,7 @@ def _upper_factor(second: Tensor, damping: float) -> Tensor:
         damped = flipped + torch.diag_embed(damping * mean + dead * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed.any():
-            return lower.flip(1, 2)
+            return lower.flip(1, 2), (damping * mean)[:, :, None]
         damping = max(2 * damping, 1e-10)
 
 
@@ -250,34 +367,62 @@ def _nearest_plane(problem: Columns, coupling: Tensor, shift: Tensor, block: int
     """Return codes ``[groups, in, rows]`` of the greedy choice, one column at a time."""
     codes, error = torch.empty_like(problem.ideal), torch.empty_like(problem.ideal)
     for at in _column_blocks(codes.shape[1], block):
-        past = slice(0, at.start)
-        wish = torch.baddbmm(shift[:, at], coupling[:, at, past], error[:, past], alpha=-1)
-        wish = wish.div_(problem.step_at(at)).add_(problem.ideal[:, at])
+        wish = _wish(problem, coupling, shift, error, at)
         codes[:, at], error[:, at] = _decide(
             wish, problem.ideal[:, at], coupling[:, at, at], problem, at
         )
     return codes
 
 
-def _sweep(problem: Columns, codes: Tensor, error: Tensor, block: int) -> bool:
-    """Visit every column once, in place; whether anything moved."""
-    moved = False
+def _plane_errors(
+    problem: Columns, coupling: Tensor, shift: Tensor, block: int, cost: Tensor, damped: Tensor
+) -> Tensor:
+    """Return the objective ``[groups, rows]`` of that choice, without damping."""
+    error = torch.empty_like(problem.ideal)
+    total = torch.zeros_like(problem.ideal[:, 0])
+    for at in _column_blocks(error.shape[1], block):
+        wish = _wish(problem, coupling, shift, error, at)
+        real = torch.empty_like(wish)
+        codes, moves = _decide(
+            wish, problem.ideal[:, at], coupling[:, at, at], problem, at, real=real
+        )
+        miss = real.sub_(codes).mul_(problem.step_at(at)).square_()
+        total += miss.mul_(cost[:, at]).sum(1) - (moves.square() * damped[:, at]).sum(1)
+        error[:, at] = moves
+    return total
+
+
+def _wish(problem: Columns, coupling: Tensor, shift: Tensor, error: Tensor, at: slice) -> Tensor:
+    """Return where the codes of a block would go, by the errors of the columns before it."""
+    past = slice(0, at.start)
+    wish = torch.baddbmm(shift[:, at], coupling[:, at, past], error[:, past], alpha=-1)
+    return wish.div_(problem.step_at(at)).add_(problem.ideal[:, at])
+
+
+def _sweep(problem: Columns, codes: Tensor, error: Tensor, block: int) -> Tensor:
+    """Visit every column once, in place; return which rows moved in any group, ``[rows]``."""
+    moved = torch.zeros(codes.shape[2], dtype=torch.bool, device=codes.device)
+    every = problem.diagonal
     for at in _column_blocks(codes.shape[1], block):
         gradient = torch.bmm(problem.second[:, at], error)  # [groups, block, rows]
         if problem.pull is not None:
             gradient -= problem.pull[:, at]
-        diagonal = problem.diagonal[:, at]
-        wish = (gradient / diagonal).div_(problem.step_at(at)).mul_(-_SHRINK).add_(codes[:, at])
+        diagonal = every[:, at]
+        wish = gradient.div_(diagonal).div_(problem.step_at(at)).mul_(-_SHRINK).add_(codes[:, at])
         coupling = problem.second[:, at, at] / diagonal * _SHRINK
         codes[:, at], moves = _decide(wish, codes[:, at], coupling, problem, at)
-        if moves.any():
-            moved = True
-            error[:, at] += moves
+        moved |= (moves != 0).flatten(0, 1).any(0)
+        error[:, at] += moves
     return moved
 
 
 def _decide(
-    wish: Tensor, origin: Tensor, coupling: Tensor, problem: Columns, at: slice
+    wish: Tensor,
+    origin: Tensor,
+    coupling: Tensor,
+    problem: Columns,
+    at: slice,
+    real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Round the columns of a block in turn; a move from the origin shifts what later ones wish.
 
@@ -285,18 +430,32 @@ def _decide(
         ``[groups, block, rows]``; overwritten.
     :param coupling: shift of row ``j``'s value by moves of columns ``i < j``,
         ``[groups, block, block]``.
+    :param real: takes the numbers that are rounded, if given.
     :returns: codes, and their distances from the origin times the step.
     """
     step = problem.step_at(at)
     inverse = step.reciprocal()
     moves = torch.empty_like(wish)
-    for j in range(wish.shape[1]):
-        here = slice(j, j + 1)
-        code = wish[:, here]
-        if j:
-            code -= torch.bmm(coupling[:, here, :j], moves[:, :j]).mul_(inverse[:, here])
-        code.round_().clamp_(problem.qmin, problem.qmax)
-        torch.sub(code, origin[:, here], out=moves[:, here]).mul_(step[:, here])
+    low, high = problem.grid.qmin, problem.grid.qmax
+
+    def settle(columns: slice, begin: int) -> Tensor:
+        """Return the wishes of columns after the moves of those from ``begin`` on."""
+        values = wish[:, columns]
+        if columns.start > begin:
+            past = slice(begin, columns.start)
+            shift = torch.bmm(coupling[:, columns, past], moves[:, past])
+            values -= shift.mul_(inverse[:, columns])
+        return values
+
+    for inner in _column_blocks(wish.shape[1], _INNER):
+        settle(inner, 0)
+        for j in range(inner.start, inner.stop):
+            here = slice(j, j + 1)
+            code = settle(here, inner.start)
+            if real is not None:
+                real[:, here] = code
+            code.round_().clamp_(low, high)
+            torch.sub(code, origin[:, here], out=moves[:, here]).mul_(step[:, here])
     return wish, moves
 
 
@@ -313,7 +472,7 @@ def _beam_search(
         search = _Beams(
             problem.ideal[..., part], step[..., part], coupling, cost, shift[..., part], beams
         )
-        best[..., part] = search.run(problem.qmin, problem.qmax)
+        best[..., part] = search.run(problem.grid.qmin, problem.grid.qmax)
     return best
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 _TILE = 128  # columns; smaller ones save more products, and make each slower
 #: Of fewer tokens than this for each input of a layer, roundings learn more noise than signal.
@@ -93,6 +96,13 @@ class SecondMoment:
     peak: float = 0.0
     noise: Noise | None = None
     _seen: _Seen | None = None
+    _known: dict[str, Any] = field(default_factory=dict)
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """Return what is made of this moment, which all layers that read one input share."""
+        if name not in self._known:
+            self._known[name] = make()
+        return self._known[name]
 
     @property
     def is_short(self) -> bool:
@@ -120,28 +130,30 @@ class SecondMoment:
         diagonal.copy_(new)
         if cross is not None:
             cross.mul_(strength * kept[..., None, None])
-        return replace(self, _seen=_Seen(kept, strength * kept, own - new / kept[..., None]))
+        return replace(
+            self, _seen=_Seen(kept, strength * kept, own - new / kept[..., None]), _known={}
+        )
 
-    def seen_errors(self, error: Tensor, pull: Tensor | None) -> Tensor:
-        """Return :func:`row_errors` on the rows as they came, whatever was shrunk, ``[out]``.
+    def errors(self, error: Tensor, pull: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return :func:`row_errors` as decided by, and on the rows as they came, each ``[out]``.
+
+        The two differ where the moment was shrunk.
 
         :param error: quantized minus float weight, ``[out, in]``.
         :param pull: that of the shrunk moment, ``[out, in]`` or None.
         """
-        errors = row_errors(error, self.second, None)
+        squares = row_errors(error, self.second, None)
+        pulled = 0.0 if pull is None else 2 * (pull * error).sum(1)
         if self._seen is None:
-            return errors if pull is None else errors - 2 * (pull * error).sum(1)
+            return squares - pulled, squares - pulled
 
         def by_row(numbers: Tensor) -> Tensor:  # [groups, …] or […] as [out or 1, …]
             grouped = self.second.dim() == 3
             return numbers.repeat_interleave(len(error) // len(numbers), 0) if grouped else numbers
 
-        errors = errors / by_row(self._seen.kept) + (by_row(self._seen.rest) * error.square()).sum(
-            1
-        )
-        if pull is None:
-            return errors
-        return errors - 2 * (pull * error).sum(1) / by_row(self._seen.pulled)
+        rest = (by_row(self._seen.rest) * error.square()).sum(1)
+        seen = squares / by_row(self._seen.kept) + rest - pulled / by_row(self._seen.pulled)
+        return squares - pulled, seen
 
     def pull(self, weight: Tensor) -> Tensor | None:
         """Return the linear term ``W Cᵀ [out, in]``: where upstream errors pull the weight to."""

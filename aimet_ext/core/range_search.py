@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from aimet_ext.core.affine import channel_scale, dequantize, fake_quantize, minmax_range
+from aimet_ext.core.affine import channel_scale, fake_quantize, minmax_range
 from aimet_ext.core.clipping import GridLayout, free_layout, search_ranges
-from aimet_ext.core.gptq import gptq
+from aimet_ext.core.gptq import Factor, candidate_errors
 from aimet_ext.core.objective import best_rows, quadratic, row_errors
 
 _FINE = 5  # steps of a fine sweep to a coarse one
@@ -151,7 +151,7 @@ def rounding_ranges(
     pull: Tensor | None = None,
     *,
     candidates: int = 12,
-    damping: float = 0.01,
+    factor: Factor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose for every row the multiple of its ranges that GPTQ rounds to with the lowest error.
 
@@ -164,7 +164,7 @@ def rounding_ranges(
     :param second: ``H [in, in]`` or ``[groups, in, in]``.
     :param pull: ``[out, in]`` or None, see :class:`~aimet_ext.core.objective.SecondMoment`.
     :param candidates: multiples to try.
-    :param damping: see :func:`~aimet_ext.core.gptq.gptq`.
+    :param factor: factor of ``H`` in the order of the weight, if it is known already.
     :returns: ``(scale, offset)`` of the grid's shape; the scale is the raw one for LPBQ.
     """
     if layout.shape[1] == 1 and layout.symmetric:
@@ -175,12 +175,11 @@ def rounding_ranges(
         scale, offset = best_ranges(weight, layout, second, pull)
         multiples = torch.linspace(1.0, _LARGEST, candidates)
 
-    def errors(candidate: Tensor) -> Tensor:
-        grid = layout.with_scale(candidate, offset)
-        codes = gptq(weight, grid, second, pull, damping=damping)
-        return row_errors(dequantize(codes, grid) - weight, second, pull)
-
-    return best_rows((scale * multiple for multiple in multiples.tolist()), errors), offset
+    scales = torch.stack([scale * multiple for multiple in multiples.tolist()])
+    grids = [layout.with_scale(candidate, offset) for candidate in scales]
+    factor = factor or Factor.of(second)
+    winner = candidate_errors(weight, grids, second, pull, factor).argmin(0)  # [out]
+    return scales.take_along_dim(winner[None, :, None], 0)[0], offset
 
 
 def _candidate(

@@ -288,8 +288,9 @@ class MomentSum:
                 sums += self._home(left @ blocks[0, :, :, place.start :])
                 if self._cross is not None:
                     self._cross[:, place] += self._home(left @ blocks[1])
-        squares = blocks[0].double().square()  # [groups, rows, width]
-        powers = squares.sum(-1).square().sum(-1), squares.square().sum((1, 2))
+        squares = blocks[0].square()  # [groups, rows, width]
+        norms = squares.sum(-1, dtype=torch.float64)
+        powers = norms.square().sum(-1), squares.square_().sum((1, 2), dtype=torch.float64)
         self._powers += torch.stack(powers).to(self._powers.device)
         self._filled = 0
 

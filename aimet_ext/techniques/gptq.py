@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aimet_ext.config import GPTQParams
 from aimet_ext.core.affine import Grid
-from aimet_ext.core.gptq import coordinate_descent, gptq
+from aimet_ext.core.gptq import Factor, coordinate_descent, gptq
 from aimet_ext.core.range_search import rounding_ranges
 from aimet_ext.techniques.call import Call, technique
 from aimet_ext.techniques.layerwise.deploy import Decision, Problem
@@ -36,9 +36,16 @@ class GPTQ(Solver[GPTQParams]):
             problem.moment.second,
             problem.pull,
             candidates=self.params.scale_candidates,
-            damping=self.params.damping,
+            factor=self._factor(problem, act_order=False),
         )
         return Decision(scale=scale, offset=offset, codes=codes)
+
+    def _factor(self, problem: Problem, *, act_order: bool) -> Factor:
+        """Return the factor that all layers with this input share."""
+        second, damping = problem.moment.second, self.params.damping
+        return problem.moment.once(
+            f"gptq, {act_order}", lambda: Factor.of(second, damping, act_order=act_order)
+        )
 
     def _round(self, problem: Problem, grid: Grid) -> Tensor:
         params, second, pull = self.params, problem.moment.second, problem.pull
@@ -50,6 +57,7 @@ class GPTQ(Solver[GPTQParams]):
             damping=params.damping,
             act_order=params.act_order,
             beams=params.beams,
+            factor=self._factor(problem, act_order=params.act_order),
         )
         if not params.refine_sweeps:
             return codes

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aimet_ext.core.affine import Grid, bias_scale, dequantize, fake_quantize, quantize, short_scale
 from aimet_ext.core.clipping import GridLayout
-from aimet_ext.core.objective import SecondMoment, row_errors
+from aimet_ext.core.objective import SecondMoment
 from aimet_ext.sim.protocol import WeightQuantizer
 from aimet_ext.walk.hooks import Activation
 
@@ -77,13 +77,12 @@ class Problem:
             upstream=upstream,
         )
 
-    def errors(self, values: Tensor) -> Tensor:
-        """Return the objective of a quantized weight, for every row ``[out]``."""
-        return row_errors(values.to(self.weight) - self.weight, self.moment.second, self.pull)
+    def errors(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the objective of a quantized weight and its errors to report, ``[out]`` each.
 
-    def seen_errors(self, values: Tensor) -> Tensor:
-        """Return the same on the data as they came, to report."""
-        return self.moment.seen_errors(values.to(self.weight) - self.weight, self.pull)
+        The errors to report are those on the data as they came.
+        """
+        return self.moment.errors(values.to(self.weight) - self.weight, self.pull)
 
     def nearest_grid(self) -> Grid:
         """Return the grid of plain rounding: the frozen one, or one that holds every weight."""
@@ -101,7 +100,7 @@ class Problem:
 
     def signal(self) -> float:
         """Return the mean square of the float output over all tokens, summed over rows."""
-        return float(self.moment.seen_errors(self.weight, None).sum(dtype=torch.float64))
+        return float(self.moment.errors(self.weight, None)[1].sum(dtype=torch.float64))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -155,23 +154,26 @@ def deploy(
     codes = quantize(problem.stored, grid) if decision.codes is None else decision.codes(grid)
     values = _values(codes, grid, problem.stored.dtype)
     nearest = fake_quantize(problem.stored, plain)
-    seen, upstream = decision.judge, 0.0
-    if seen is None:
-        seen, upstream = problem.seen_errors, problem.upstream
-    after, before = seen(values), seen(nearest)
+    judge, upstream = decision.judge, 0.0
+    if judge is None:
+        errors, upstream = problem.errors, problem.upstream
+    else:
+
+        def errors(values: Tensor) -> tuple[Tensor, Tensor]:
+            return (judge(values),) * 2
+
+    (ours, after), (plain_ones, before) = errors(values), errors(nearest)
     given_back = torch.zeros_like(after, dtype=torch.bool)
     if decision.compare:
-        judged = [(after, before)]
-        if decision.judge is None:
-            judged.append((problem.errors(values), problem.errors(nearest)))
+        judged = [(after, before), (ours, plain_ones)]
         if problem.frozen is None and not problem.layout.is_row_wise(problem.weight):
             # Rows share cells of a range that was chosen: all or none.
-            judged = [(ours.sum(), plain_ones.sum()) for ours, plain_ones in judged]
-        for ours, plain_ones in judged:
-            given_back |= ~(ours <= plain_ones)
+            judged = [(first.sum(), second.sum()) for first, second in judged]
+        for first, second in judged:
+            given_back |= ~(first <= second)
     if bool(given_back.any()):
         grid, codes = _give_back(problem, quantizer, plain, grid, codes, given_back)
-        after = seen(_values(codes, grid, problem.stored.dtype))
+        after = errors(_values(codes, grid, problem.stored.dtype))[1]
     if decision.codes is not None:
         _write_weight(problem, quantizer, codes, grid)
     quantizer.freeze()

@@ -335,7 +335,7 @@ class LayerwiseRun:
             total = sum_moments(
                 stage.batches(),
                 layer,
-                dtype=dtype,
+                dtype=torch.promote_types(layer.weight.dtype, torch.float32),
                 mapped_dir=self.options.cache_dir,
                 also=[*(s.add for s in samples.values()), *(u.add for u in upstream.values())],
             )
