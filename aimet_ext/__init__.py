@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from aimet_ext.config import PerChannel as PerChannel
     from aimet_ext.config import PerTensor as PerTensor
     from aimet_ext.config import QSpec as QSpec
+    from aimet_ext.config import RTNParams as RTNParams
     from aimet_ext.config import SeqMSEParams as SeqMSEParams
     from aimet_ext.data.text import calibration_batches as calibration_batches
     from aimet_ext.errors import CorruptFileError as CorruptFileError
@@ -51,6 +52,9 @@ if TYPE_CHECKING:
     from aimet_ext.techniques.omniquant import apply_omniquant as apply_omniquant
     from aimet_ext.techniques.report import LayerReport as LayerReport
     from aimet_ext.techniques.report import LayerwiseReport as LayerwiseReport
+    from aimet_ext.techniques.report import WeightReport as WeightReport
+    from aimet_ext.techniques.report import WeightsReport as WeightsReport
+    from aimet_ext.techniques.rtn import apply_rtn as apply_rtn
     from aimet_ext.techniques.seq_mse import apply_seq_mse as apply_seq_mse
     from aimet_ext.verification.report import Thresholds as Thresholds
     from aimet_ext.verification.report import VerifyReport as VerifyReport
@@ -79,7 +83,7 @@ _HOMES = {
         "models.kv_cache": ("TokenCache",),
         "models.topology": ("TopologyDescription",),
         "techniques.omniquant": ("OmniQuantReport",),
-        "techniques.report": ("LayerReport", "LayerwiseReport"),
+        "techniques.report": ("LayerReport", "LayerwiseReport", "WeightReport", "WeightsReport"),
         "verification.report": ("Thresholds", "VerifyReport"),
         "verification.verify": ("verify",),
     }.items()

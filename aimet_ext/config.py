@@ -237,7 +237,25 @@ InputSymmetry = Literal["symqt", "symfp", "asym"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class LayerwiseParams(TechniqueParams):
+class WeightParams(TechniqueParams):
+    """Settings that all techniques share which decide the weights of one layer at a time.
+
+    :param max_bitwidth: Bits above which a layer is left to plain rounding.
+    """
+
+    max_bitwidth: Annotated[int, Field(ge=2, le=8)] = 8
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RTNParams(WeightParams):
+    """Settings of :func:`aimet_ext.apply_rtn`.
+
+    :param max_bitwidth: Bits above which a layer is left alone.
+    """
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LayerwiseParams(WeightParams):
     """Settings that all techniques share which work layer by layer on second moments.
 
     :param inp_symmetry: Inputs on which a layer's output error is taken, in AIMET's words.
@@ -253,7 +271,6 @@ class LayerwiseParams(TechniqueParams):
 
     inp_symmetry: InputSymmetry = "symqt"
     asym_strength: Annotated[float, Field(gt=0, le=1)] = 0.5
-    max_bitwidth: Annotated[int, Field(ge=2, le=8)] = 8
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

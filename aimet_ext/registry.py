@@ -25,6 +25,7 @@ class Technique:
     :param decides: Property of the weights that it decides.
     :param unit: Part of a model that is worked on at a time.
     :param number: Setting in third position of the call; None if there is none.
+    :param data_free: True if it decides from weights alone, and reads no data.
     :param aimet: AIMET's function whose calls are understood, ``"module:function"``; None if AIMET
         has none of that form.
     :param aimet_order: Names of this package for the arguments of AIMET's function, in its order;
@@ -40,6 +41,7 @@ class Technique:
     decides: Decides
     unit: Literal["layer", "block"] = "layer"
     number: str | None = None
+    data_free: bool = False
     aimet: str | None = None
     aimet_order: tuple[str, ...] = ()
     olive: str | None = None
@@ -109,6 +111,15 @@ TECHNIQUES: dict[str, Technique] = {
             olive="adaround",
             olive_defaults={"num_iterations": 10000},  # as the technique that Olive ships
             page="adaround",
+        ),
+        Technique(
+            name="rtn",
+            function="aimet_ext.techniques.rtn:apply_rtn",
+            params="aimet_ext.config:RTNParams",
+            decides="integers",
+            data_free=True,
+            olive="rtn",
+            page="rtn",
         ),
         Technique(
             name="lpbq",

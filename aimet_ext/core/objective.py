@@ -83,7 +83,8 @@ class SecondMoment:
     ``H = Σ x̂ x̂ᵀ`` and ``C = Σ x̂ eᵀ``: the difference form, which does not cancel.
 
     :param second: ``H [in, in]``, divided by the number of tokens; ``[groups, in, in]`` for a
-        convolution in groups, each of which has inputs and output rows of its own.
+        convolution in groups, each of which has inputs and output rows of its own; ``[in]`` for a
+        diagonal ``H``.
     :param cross: ``C``, of the same shape, likewise; None where the target is ``W x̂``.
     :param tokens: number of tokens.
     :param peak: largest magnitude of an input; 0 if it is not known.
@@ -198,10 +199,13 @@ def row_errors(error: Tensor, second: Tensor, pull: Tensor | None) -> Tensor:
     """Return every output row's ``E H Eᵀ − 2 E · pull``: its mean squared error, up to a constant.
 
     :param error: quantized minus float weight, ``[out, in]``.
-    :param second: ``H [in, in]`` or ``[groups, in, in]``.
+    :param second: ``H [in, in]`` or ``[groups, in, in]``; ``[in]`` if it is diagonal.
     :param pull: ``[out, in]`` or None, see :meth:`SecondMoment.pull`.
     :returns: ``[out]``.
     """
+    if second.dim() == 1:
+        errors = error.square() @ second
+        return errors if pull is None else errors - 2 * (pull * error).sum(1)
     rows = error  # [out, in]
     if second.dim() == 3:
         rows = error.reshape(second.shape[0], -1, error.shape[1])  # [groups, out / groups, in]

@@ -1,13 +1,14 @@
 """Techniques for Olive's ``AimetQuantization`` pass, one for each row of the registry.
 
 ``lpbq``, ``seqmse`` and ``adaround`` take the arguments of the techniques that Olive ships, with
-the same defaults, and take their places; ``omniquant`` and ``gptq`` are new. All of them take the
+the same defaults, and take their places; all others are new. All of them take the
 settings of their parameter class as well, and an argument that is wrong is an error.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -24,10 +25,11 @@ _REPORTS = "aimet_ext_reports"
 
 
 def check_techniques(techniques: Any) -> None:
-    """Check the techniques of a pass: names, names of arguments, and values of settings.
+    """Check the techniques of a pass: names, arguments, values of settings, and the order.
 
     :param techniques: Techniques as in a workflow: ``[{"name": "seqmse", "num_candidates": 20}]``.
-    :raises ValueError: An unknown technique or argument, or a value that is not allowed.
+    :raises ValueError: An unknown technique or argument, a value that is not allowed, or a
+        technique that leaves a later one nothing to decide.
     """
     for technique in techniques:
         if not isinstance(technique, Mapping) or not isinstance(technique.get("name"), str):
@@ -45,6 +47,27 @@ def check_techniques(techniques: Any) -> None:
         if not SUPPORTED_TECHNIQUES[name].validate_args(**arguments):
             # Of a technique that is not ours, which logs what is wrong.
             raise ValueError(f"technique {name!r} does not take {', '.join(arguments)}")
+    _check_order(techniques)
+
+
+def _check_order(techniques: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse an order that would fail in the middle of the work.
+
+    Techniques that exclude nodes may have layers of their own, which is seen when they are applied.
+
+    :raises ValueError: A technique follows one that decides as much or more.
+    """
+    rows = {row.olive: row for row in TECHNIQUES.values() if row.olive is not None}
+    whole = [t["name"].lower() for t in techniques if not t.get("nodes_to_exclude")]
+    for earlier, later in itertools.pairwise(name for name in whole if name in rows):
+        if rows[earlier].rank >= rows[later].rank:
+            ordered = sorted(rows.values(), key=lambda row: row.rank)
+            groups = itertools.groupby(ordered, lambda row: row.rank)
+            *first, last = (" or ".join(str(row.olive) for row in group) for _, group in groups)
+            raise ValueError(
+                f"technique {later!r} cannot follow {earlier!r}; the order is {', '.join(first)}, "
+                f"then {last}, each at most once"
+            )
 
 
 def with_defaults(techniques: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -86,11 +109,12 @@ class OliveTechnique:
     def arguments(self) -> list[str]:
         """Names of the arguments."""
         fields = [field.name for field in dataclasses.fields(self.params)]
-        first = ["data_config", *([self.row.number] if self.row.number else []), "nodes_to_exclude"]
+        data = [] if self.row.data_free else ["data_config"]
+        first = [*data, *([self.row.number] if self.row.number else []), "nodes_to_exclude"]
         return list(dict.fromkeys([*first, *fields]))
 
     def _requires_data(self) -> bool:
-        return True
+        return not self.row.data_free
 
     def validate_args(self, **arguments: Any) -> bool:
         """Check arguments without a simulation.

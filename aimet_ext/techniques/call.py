@@ -126,7 +126,8 @@ def technique(
     docstring describes all of them; the decorated function describes its own, and what differs.
 
     :param name: Name of the row in the registry.
-    :param needs_data: False if the technique can be called without a dataloader.
+    :param needs_data: False if the technique can be called without a dataloader; one that is
+        ``data_free`` in its row always can.
     """
 
     def decorate(function: Callable[Concatenate[Call[P], ...], R]) -> TechniqueFunction[P, R]:
@@ -134,7 +135,8 @@ def technique(
         kind = load(row.params)
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
         number = row.number if row.number not in [p.name for p in own] else None
-        signature, order = _signature(row, function, own, kind, needs_data), row.order
+        optional = row.data_free or not needs_data
+        signature, order = _signature(row, function, own, kind, not optional), row.order
 
         @functools.wraps(function)
         def apply(*args: Any, **kwargs: Any) -> Any:
@@ -145,6 +147,8 @@ def technique(
                 raise TypeError(f"{function.__name__}() {error}") from None
             bound.apply_defaults()
             given = bound.arguments
+            if row.data_free:
+                _check_unread(function.__name__, number, given["dataloader"])
             further = {p.name: given.pop(p.name) for p in own}
             numbers = {number: given.pop(number)} if number else {}
             who, base, settings = function.__name__, given.pop("params"), given.pop("settings")
@@ -172,6 +176,20 @@ def technique(
         return apply
 
     return decorate
+
+
+def _check_unread(who: str, number: str | None, dataloader: Any) -> None:
+    """Refuse data that is none, where a technique reads none.
+
+    :raises TypeError: Such as a number in second position.
+    """
+    if dataloader is None or isinstance(dataloader, Iterable) or callable(dataloader):
+        return
+    more = f", {number}={dataloader!r}" if number else ""
+    raise TypeError(
+        f"{who}() reads no data: dataloader must be left out, or be None or batches, which other "
+        f"techniques take in second position, got {dataloader!r}; call {who}(sim{more})"
+    )
 
 
 def merge_params(
@@ -241,6 +259,20 @@ def _signature(
     return Signature(found, return_annotation=returns)
 
 
+# Descriptions of arguments that a technique without data has for its calls to be like others.
+_WITHOUT_DATA = {
+    "param dataloader": "Not needed and not read: None, or batches as for other techniques.",
+    "param forward_fn": "Not needed and not called.",
+    "param cache_dir": "Folder for the original weights meanwhile; None keeps them in RAM.",
+    "param checkpoint_dir": "Folder for a checkpoint of each finished layer. The same call goes on "
+    "from there after a crash.",
+    "param device": "Device of the layer being worked on; None leaves it where it is.",
+    "raises TypeError": "A wrong type of simulation or argument, or one argument twice.",
+    "raises ValueError": "A layer that cannot be decided, weights that hold NaN or are rounded "
+    "already, the same technique twice.",
+    "raises RuntimeError": "",
+    "returns": "Errors of every layer's weights; layers left alone with the reason.",
+}
 _FIELD = re.compile(r"^:(param \w+|returns|raises \w+): ", re.MULTILINE)
 
 
@@ -255,10 +287,13 @@ def _docstring(row: Technique, function: Any, kind: type, signature: Signature) 
         common = common.replace(word, text)
     text, fields, example = _sections(common)
     own_text, own_fields, own_example = _sections(inspect.cleandoc(function.__doc__ or ""))
+    if row.data_free:
+        fields = {**fields, **_WITHOUT_DATA}
+        own_text += f"\n\nNo data is needed, and none is read: ``{function.__name__}(sim)``."
     fields = {**_sections(inspect.getdoc(kind) or "")[1], **fields, **own_fields}
     wanted = [f"param {name}" for name in signature.parameters]
     wanted += [key for key in fields if not key.startswith("param")]
-    described = "\n".join(f":{key}: {fields[key]}" for key in wanted if key in fields)
+    described = "\n".join(f":{key}: {fields[key]}" for key in wanted if fields.get(key))
     return "\n\n".join(
         [own_text, text.partition("\n\n")[2], described, own_example or example, ""]
     ).rstrip(" ")

@@ -155,6 +155,87 @@ class LayerwiseReport(Report):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WeightReport(UnitReport):
+    """Report on one layer that was decided without data.
+
+    :param name: Name of the layer.
+    :param spec: Grid of its weight.
+    :param bitwidth: Bits of its weight.
+    :param loss_nearest: Objective of plain nearest rounding; the sum of squared errors of the
+        weights where the technique has none.
+    :param loss_after: Objective as deployed, likewise.
+    :param signal: Sum of the squared weights.
+    :param noise_nearest: Sum of squared errors of the weights with plain nearest rounding.
+    :param noise: Sum of squared errors of the weights as deployed.
+    :param rows_nearest: Output rows for which plain rounding was better and was kept.
+    :param rows: Output rows.
+    :param seconds: Seconds of work.
+    :param resumed: True if it came from a checkpoint.
+    """
+
+    spec: str
+    bitwidth: int
+    loss_nearest: float
+    loss_after: float
+    signal: float
+    noise_nearest: float
+    noise: float
+    rows_nearest: int
+    rows: int
+
+    @property
+    def sqnr_db(self) -> float:
+        """SQNR of the weights themselves as deployed, in dB."""
+        return sqnr_db(self.signal, self.noise)
+
+    @property
+    def sqnr_nearest_db(self) -> float:
+        """SQNR of the weights themselves with plain nearest rounding, in dB."""
+        return sqnr_db(self.signal, self.noise_nearest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsReport(Report):
+    """Report of a technique that needs no data; ``print`` shows a table.
+
+    :param technique: Name of the technique.
+    :param objective: Quantity that was minimised, in words; ``"none"`` for plain rounding.
+    :param layers: One entry each, in the model's order.
+    :param skipped: Layers that were left alone, with the reason.
+    :param settings: Settings of the run.
+    :param seconds: Seconds of the whole run.
+    """
+
+    technique: str
+    objective: str
+    layers: tuple[WeightReport, ...]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        width = max([20, *(len(layer.name) + 2 for layer in self.layers)])
+        chosen = self.objective != "none"
+        head = f"{'layer':<{width}}{'bits':>4}{'rounding':>12}{'deployed':>12}"
+        head += f"{'objective':>12}" * chosen + f"{'s':>8}  grid"
+        lines = [
+            f"{self.technique}: no data, objective: {self.objective}; SQNR of the weights "
+            + "themselves"
+            + ", and the objective as a share of plain rounding's" * chosen,
+            head,
+        ]
+        for layer in self.layers:
+            share = _share(layer.loss_after, layer.loss_nearest)
+            lines.append(
+                f"{layer.name:<{width}}{layer.bitwidth:>4}"
+                f"{f'{layer.sqnr_nearest_db:.1f} dB':>12}{f'{layer.sqnr_db:.1f} dB':>12}"
+                + f"{share:>12}" * chosen
+                + f"{layer.seconds:>8.2f}  {layer.spec}"
+            )
+        lines.append(f"{self.seconds:.1f} s in all")
+        lines += [f"left alone: {name}: {why}" for name, why in self.skipped.items()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
 class BlockReport(UnitReport):
     """The outcome of one block.
 

@@ -160,3 +160,14 @@ def anneal_by_loop(
             codes[j] = float(min(max(code + velocity[j], low, limits[0]), high, limits[1]))
             velocity[j] = codes[j] - code
     return codes
+
+
+def nearest_by_loop(weight: Tensor, grid: Grid) -> Tensor:
+    """Plain rounding of ``[out, in]``, element by element."""
+    values = weight.clone()
+    for row in range(weight.shape[0]):
+        for column in range(weight.shape[1]):
+            own = [cell(each, weight, row, column) for each in (grid.scale, grid.offset)]
+            code = nearest_code(float(weight[row, column]), *own, grid)
+            values[row, column] = value_of(code, *own, grid)
+    return values

@@ -82,9 +82,31 @@ class Technique:
         return tuple(self.row.aimet.split(":")) if self.row.aimet else None
 
     @property
+    def from_data(self) -> bool:
+        """Whether it decides from calibration data, else from weights alone."""
+        return not self.row.data_free
+
+    @property
+    def on_moments(self) -> bool:
+        """Whether it decides the layers of a sim from second moments of their inputs."""
+        return self.from_data and not self.by_blocks and self.name != "lpbq"
+
+    @property
     def checkpoints(self) -> list[int]:
-        """Units of each checkpoint of a Llama of two blocks: blocks, or layers of one input."""
-        return [1, 1] if self.by_blocks else [3, 1, 2, 1] * 2
+        """Units of each checkpoint of a Llama of two blocks: blocks, or layers of one input.
+
+        Without data every layer is one.
+        """
+        if self.by_blocks:
+            return [1, 1]
+        return [3, 1, 2, 1] * 2 if self.from_data else [1] * 14
+
+    @property
+    def interrupted(self) -> tuple[int, int]:
+        """Checkpoints, and units in them, before the third layer of the second of two blocks."""
+        if self.by_blocks:
+            return 1, 1
+        return (4, 7) if self.from_data else (9, 9)
 
     def apply(self, sim: Any, dataloader: Any, **settings: Any) -> Any:
         """Apply it quickly, without progress bars."""
@@ -117,6 +139,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
         "changed": ("refine_sweeps", 2),
         "grids": ("asymmetric", "LPBQ"),
     },
+    "rtn": {"changed": ("max_bitwidth", 7), "grids": ("asymmetric", "LPBQ")},
     "lpbq": {
         "quick": {"block_size": 16, "num_candidates": 4, "sweeps": 2},
         "changed": ("sweeps", 3),

@@ -52,6 +52,21 @@ def test_biases_fit_int32(chosen: str, symmetric: bool, share: float) -> None:
         assert layer.loss_after <= layer.loss_nearest
 
 
+@pytest.mark.techniques(where=lambda t: not t.from_data)
+@pytest.mark.parametrize("share", [0.0, 1e-7, 1e-4])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_biases_fit_int32_without_data(technique: Any, symmetric: bool, share: float) -> None:
+    """By the ranges of the inputs, where the simulation is calibrated."""
+    batch = torch.randn(32, 16)
+    weights = QSpec(bitwidth=8, symmetric=symmetric)
+    sim = aimet_ext.create_sim(model(share), batch, weights=weights, lm_head=weights)
+    sim.compute_encodings(lambda m: m(batch))
+    technique.function(sim, progress=False)
+    assert overflows(sim) == []
+    sim.compute_encodings(lambda m: m(batch))
+    assert overflows(sim) == []
+
+
 def test_float_activations_need_no_room() -> None:
     """Without an int32 bias, a row of small weights keeps its small scale."""
     batches = [torch.randn(32, 16) for _ in range(2)]

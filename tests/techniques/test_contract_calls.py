@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import math
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import aimet_ext
-from aimet_ext import QSpec
+from aimet_ext import QSpec, registry
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.sim.protocol import adapt
 from aimet_ext.techniques.call import ALIASES
@@ -170,6 +171,27 @@ def test_batches_of_a_type_of_ones_own(
     assert result_of(sim) == outcome(technique, pair, 1)[0]
 
 
+@pytest.mark.techniques(where=lambda t: not t.from_data)
+def test_without_data(
+    technique: Any, make_sim: Any, pair: list[Tensor], outcome: Any, result_of: Any, state_of: Any
+) -> None:
+    """Left out, None, and batches that nobody reads are all the same; a number is an error."""
+
+    def unread() -> Any:
+        raise AssertionError("work began")
+        yield
+
+    for data in ((), (None,), (unread(),), (unread,)):
+        sim = make_sim(layers=1)
+        technique.function(sim, *data, progress=False, **technique.quick)
+        assert result_of(sim) == outcome(technique, pair, 1)[0]
+    sim = make_sim(layers=1)
+    before = state_of(sim)
+    with pytest.raises(TypeError, match=r"reads no data: .* got 20; call apply_\w+\(sim"):
+        technique.function(sim, 20)
+    assert state_of(sim) == before
+
+
 def test_arguments_are_not_changed(technique: Any, sim: Any, ids: Any) -> None:
     batch = masked(ids())
     copies = {name: tensor.clone() for name, tensor in batch.items()}
@@ -205,6 +227,7 @@ BAD_DATA = {
 }
 
 
+@pytest.mark.techniques(where=lambda t: t.from_data)
 @pytest.mark.parametrize("case", BAD_DATA)
 def test_bad_data(refused: Any, case: str) -> None:
     layer_wise = not refused.technique.by_blocks  # nothing to prove: a few tokens are enough
@@ -214,7 +237,7 @@ def test_bad_data(refused: Any, case: str) -> None:
     refused(error, text, data() if callable(data) else data)
 
 
-@pytest.mark.techniques(where=lambda t: t.head)
+@pytest.mark.techniques(where=lambda t: t.head and t.from_data)
 @pytest.mark.parametrize("case", ["empty", "id too big", "elsewhere", "all masked"])
 def test_bad_data_of_a_sim_with_an_output_layer(technique: Any, make_sim: Any, case: str) -> None:
     """The output layer is looked for in a pass through the whole model."""
@@ -234,6 +257,7 @@ def test_bad_number(refused: Any, batches: list[Tensor], value: Any) -> None:
     )
 
 
+@pytest.mark.techniques(where=lambda t: t.from_data)
 def test_forward_fn_that_raises(refused: Any, batches: list[Tensor]) -> None:
     def forward_fn(model: nn.Module, batch: Tensor) -> Any:
         if len(batch) == 3:
@@ -246,6 +270,7 @@ def test_forward_fn_that_raises(refused: Any, batches: list[Tensor]) -> None:
     assert isinstance(error.__cause__, KeyError)
 
 
+@pytest.mark.techniques(where=lambda t: t.from_data)
 def test_forward_fn_that_runs_something_else(refused: Any, batches: list[Tensor]) -> None:
     refused(ValueError, "must run the model it is given", batches, forward_fn=lambda m, b: b)
 
@@ -342,7 +367,9 @@ def test_a_block_size_that_does_not_divide(tiny_llama: Any, ids: Any) -> None:
 
 
 def test_settings_that_do_not_exist(refused: Any, batches: list[Tensor]) -> None:
-    refused(TypeError, r"no setting iterations; it has \w+, ", batches, iterations=3)
+    fields = [f.name for f in dataclasses.fields(registry.load(refused.technique.row.params))]
+    text = f"no setting iterations; it has {', '.join(fields)}"
+    refused(TypeError, text, batches, iterations=3)
 
 
 @pytest.mark.parametrize("name", ["output_path", "checkpoint_dir", "cache_dir"])

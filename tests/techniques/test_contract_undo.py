@@ -183,7 +183,7 @@ def interrupt_in_second_block(technique: Any, sim: Any, batches: Any, folder: An
         with pytest.raises(KeyboardInterrupt):
             technique.apply(sim, batches, checkpoint_dir=folder)
     done = len(list(folder.glob("block_*.safetensors")))
-    assert done == len(technique.checkpoints) // 2
+    assert done == technique.interrupted[0]
 
 
 def test_resume_on_a_calibrated_sim(
@@ -203,8 +203,8 @@ def test_resume_on_a_calibrated_sim(
     report = technique.apply(whole, batches)
     interrupt_in_second_block(technique, resumed, batches, tmp_path)
     again = technique.apply(resumed, batches, checkpoint_dir=tmp_path)
-    half = len(technique.entries(report)) // 2
-    assert technique.resumed(again) == [True] * half + [False] * half
+    every, done = len(technique.entries(report)), technique.interrupted[1]
+    assert technique.resumed(again) == [True] * done + [False] * (every - done)
     assert technique.units(again) == technique.units(report)
     if technique.by_blocks:
         reset = [[block.reset_encodings for block in each.blocks] for each in (report, again)]
@@ -231,10 +231,13 @@ def test_another_run_is_not_resumed(
         other_weights.model.get_submodule(
             "lm_head" if hasattr(other_weights.model, "lm_head") else "model.lm_head"
         ).weight[0, 0] += 1
-    cases = [
-        (make_sim(), batches, {name: value}, f"settings.{name} was"),
+    other_data = [
         (make_sim(), [batches[0], batches[1], batches[2] + 0 * 1 + 1], {}, "data was"),
         (make_sim(), batches[:2], {}, "data was"),
+    ]
+    cases = [
+        (make_sim(), batches, {name: value}, f"settings.{name} was"),
+        *(other_data if technique.from_data else ()),
         (make_sim(spec=aimet_ext.QSpec(bitwidth=3)), batches, three_bits, "layers"),
         (other_weights, batches, {}, "weights was"),
         (make_sim(embedding=aimet_ext.QSpec(bitwidth=3)), batches, {}, r"others\.\S*embed_tokens"),
@@ -253,6 +256,7 @@ class Wrapped:
         self.tokens = tokens
 
 
+@pytest.mark.techniques(where=lambda t: t.from_data)
 def test_other_data_behind_forward_fn_is_not_resumed(
     technique: Any, make_sim: Any, batches: list[Tensor], result_of: Any, tmp_path: pathlib.Path
 ) -> None:

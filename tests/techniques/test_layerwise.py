@@ -30,6 +30,7 @@ from aimet_ext.sim.protocol import adapt
 pytest.importorskip("aimet_torch")
 
 LAYER_WISE = pytest.mark.techniques(where=lambda t: not t.by_blocks and t.name != "lpbq")
+ON_MOMENTS = pytest.mark.techniques(where=lambda t: t.on_moments)
 ROUNDING = pytest.mark.techniques(where=lambda t: t.rounds)
 BLOCK = "model.model.layers.0."
 Q_PROJ, O_PROJ, UP, DOWN = (
@@ -167,7 +168,7 @@ class Unused(nn.Module):
         return self.used(x)
 
 
-@LAYER_WISE
+@ON_MOMENTS
 @pytest.mark.parametrize("opaque", [False, True], ids=["graph", "forward_fn"])
 def test_a_layer_without_data_is_named(technique: Any, state_of: Any, opaque: bool) -> None:
     x = random(32, 8)
@@ -183,7 +184,7 @@ def test_a_layer_without_data_is_named(technique: Any, state_of: Any, opaque: bo
 # Data that is hard on the algebra.
 
 
-@LAYER_WISE
+@ON_MOMENTS
 def test_dead_channels_and_few_tokens(technique: Any, problems: dict[str, Any]) -> None:
     """H of rank 3 with empty rows: no NaN, dead columns are rounded to nearest, none is worse."""
     x = random(3, 32)
@@ -210,7 +211,7 @@ class Logarithm(nn.Module):
         return self.second(torch.log(self.first(x)))
 
 
-@LAYER_WISE
+@ON_MOMENTS
 def test_activations_that_are_not_finite_name_the_layer(technique: Any, state_of: Any) -> None:
     x = random(32, 8)
     sim = simulate(seeded(Logarithm), x)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("aimet_torch")
 
-LAYER_WISE = pytest.mark.techniques(where=lambda t: not t.by_blocks and t.name != "lpbq")
+LAYER_WISE = pytest.mark.techniques(where=lambda t: t.on_moments)
 BLOCK = "model.model.layers.0."
 
 

@@ -27,7 +27,7 @@ from aimet_ext.sim.protocol import adapt
 
 pytest.importorskip("aimet_torch")
 
-LAYER_WISE = pytest.mark.techniques(where=lambda t: not t.by_blocks and t.name != "lpbq")
+LAYER_WISE = pytest.mark.techniques(where=lambda t: t.on_moments)
 QUICK = {"adaround": {"samples": 64, "batch_size": 32}}
 W4 = QSpec(bitwidth=4)
 O_PROJ, EMBED = "model.model.layers.0.self_attn.o_proj", "model.model.embed_tokens"

@@ -197,7 +197,7 @@ def test_lpbq_and_adaround_stack(mlp: Any) -> None:
 # Data.
 
 
-@LAYER_WISE
+@pytest.mark.techniques(where=lambda t: not t.by_blocks and t.from_data)
 def test_bad_data_changes_nothing(technique: Any, mlp: Any) -> None:
     _, sim = mlp.sims(GRIDS["channel"])
     before = state_of(sim)

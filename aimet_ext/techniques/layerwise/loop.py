@@ -12,15 +12,15 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from aimet_ext.config import LayerwiseParams
+from aimet_ext.config import WeightParams
 from aimet_ext.core.affine import quantize
 from aimet_ext.core.objective import SecondMoment
 from aimet_ext.data.batches import seen_arguments, tensors_in
@@ -32,12 +32,13 @@ from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer, adapt, calibrate
 from aimet_ext.techniques.call import Call
 from aimet_ext.techniques.layerwise.deploy import (
     Decision,
+    Outcome,
     Problem,
     SampleSum,
     UpstreamError,
     deploy,
 )
-from aimet_ext.techniques.report import LayerReport, LayerwiseReport
+from aimet_ext.techniques.report import LayerReport, LayerwiseReport, Report, UnitReport
 from aimet_ext.techniques.session import (
     OnGrids,
     RunOptions,
@@ -50,7 +51,9 @@ from aimet_ext.walk.hooks import Activation, uncalled
 from aimet_ext.walk.routing import is_routed
 from aimet_ext.walk.walk import Stage, Streams, Walk
 
-P = TypeVar("P", bound=LayerwiseParams)
+P = TypeVar("P", bound=WeightParams)
+
+R = TypeVar("R", bound=Report)
 
 _log = logging.getLogger(__name__)
 
@@ -102,6 +105,36 @@ def run_layerwise(
 
     :param only: Names of the layers to decide at most; None for all.
     """
+
+    def report(layers: list[Any], **common: Any) -> LayerwiseReport:
+        short = [layer for layer in layers if layer.is_short_of_tokens]
+        if call.row.rounds and short:
+            _log.warning(
+                "%s: too few tokens for %d of %d layers, see the report",
+                call.row.name,
+                len(short),
+                len(layers),
+            )
+        return LayerwiseReport(layers=tuple(layers), **common)
+
+    return run_on_layers(call, solver_class, LayerwiseRun, report, only=only)
+
+
+def run_on_layers(
+    call: Call[P],
+    solver_class: type[Solver[P]],
+    run_class: type[LayerwiseRun],
+    reported: Callable[..., R],
+    *,
+    only: Collection[str] | None = None,
+) -> R:
+    """Decide the layers of a simulation, or leave it as it was.
+
+    :param run_class: Way of the run over the layers.
+    :param reported: Function from the reports of layers, and fields that the report of a technique
+        has beside them, to that report.
+    :param only: Names of the layers to decide at most; None for all.
+    """
     started = time.perf_counter()
     row, options, settings = call.row, call.options, call.params.to_dict()
     solver = solver_class(call.params, row.name, row.rounds)
@@ -117,20 +150,13 @@ def run_layerwise(
     ledger = open_ledger(adaptor, row.name, list(choice.decided))
     with undo_on_failure(adaptor, options.cache_dir, weights=row.rounds) as keep:
         adaptor.ledger = ledger = copy.deepcopy(ledger)
-        run = LayerwiseRun(adaptor, choice.decided, choice.others, solver, options, keep)
+        run = run_class(adaptor, choice.decided, choice.others, solver, options, keep)
         with calibrated(choice.others.values()):
             layers = run.all_layers(call.dataloader)
-        if row.rounds and (short := [layer for layer in layers if layer.is_short_of_tokens]):
-            _log.warning(
-                "%s: too few tokens for %d of %d layers, see the report",
-                row.name,
-                len(short),
-                len(layers),
-            )
         ledger.log_run(row.name, list(choice.decided), rounds=row.rounds, settings=settings)
-        report = LayerwiseReport(
+        report = reported(
+            layers,
             technique=row.name,
-            layers=tuple(layers),
             skipped=choice.skipped,
             settings=settings,
             cost=run.cost,
@@ -161,18 +187,20 @@ class LayerwiseRun:
     keep: Callable[[str], None]
     cost: dict[str, Any] = field(default_factory=dict)
 
+    report_class: ClassVar[type[UnitReport]] = LayerReport
+
     @cached_property
     def input_steps(self) -> int:
         """Most steps of the grid of an activation, 0 where all are float."""
         bits = self.adaptor.activation_bits()
         return 2**bits - 1 if bits else 0
 
-    def all_layers(self, dataloader: Iterable[Any]) -> list[LayerReport]:
+    def all_layers(self, dataloader: Any) -> list[UnitReport]:
         """Decide every layer, in the order in which data flows."""
-        batches = self.adaptor.batches(dataloader, opaque=self.options.forward_fn is not None)
+        batches = self._batches(dataloader)
         self.adaptor.model.eval().requires_grad_(False)
         walk = self._walk(batches)
-        reports: list[LayerReport] = []
+        reports: list[UnitReport] = []
         bar = tqdm(
             total=len(self.quantizers),
             desc=self.solver.technique,
@@ -190,6 +218,10 @@ class LayerwiseRun:
         finally:
             walk.close()
         return reports
+
+    def _batches(self, dataloader: Iterable[Any]) -> Sequence[Any]:
+        """Return the batches of a dataloader, each one checked."""
+        return self.adaptor.batches(dataloader, opaque=self.options.forward_fn is not None)
 
     def _walk(self, batches: Sequence[Any]) -> Walk:
         aimet, adaptor = self.solver.aimet_stream, self.adaptor
@@ -241,7 +273,7 @@ class LayerwiseRun:
         walk: Walk,
         checkpoints: Checkpoints | None,
         bar: Any,
-    ) -> list[LayerReport]:
+    ) -> list[UnitReport]:
         """Decide the layers of a stage, or take them from their checkpoint."""
         if self.solver.rounds:
             for layer in stage.layers:
@@ -260,13 +292,13 @@ class LayerwiseRun:
         bar.update(len(stage.layers))
         return reports
 
-    def _decide(self, stage: Stage, bar: Any) -> list[LayerReport]:
+    def _decide(self, stage: Stage, bar: Any) -> list[UnitReport]:
         bar.set_postfix_str(stage.layers[0])
         started = time.perf_counter()
         with self.adaptor.disabled_quantizers(), torch.no_grad():
             moment, storage, samples, upstream = self._gather(stage)
         gathering = (time.perf_counter() - started) / len(stage.layers)
-        reports = []
+        reports: list[UnitReport] = []
         for layer in stage.layers:
             started = time.perf_counter()
             quantizer = self.quantizers[layer]
@@ -282,31 +314,39 @@ class LayerwiseRun:
                 upstream[layer].mean if layer in upstream else 0.0,
             )
             with torch.no_grad():
-                decide = self.solver.decide if moment.tokens else self._plain
+                decide = self.solver.decide if moment.tokens else self._without_tokens
                 outcome = deploy(problem, quantizer, decide)
-            reports.append(
-                LayerReport(
-                    name=layer,
-                    spec=str(quantizer.spec().granularity),
-                    bitwidth=quantizer.bitwidth,
-                    loss_nearest=outcome.nearest,
-                    loss_after=outcome.after,
-                    signal=outcome.signal,
-                    rows_nearest=outcome.rows_nearest if moment.tokens else problem.weight.shape[0],
-                    rows=problem.weight.shape[0],
-                    tokens=moment.tokens,
-                    inputs=problem.weight.shape[1],
-                    storage=storage,
-                    seconds=gathering + time.perf_counter() - started,
-                )
-            )
+            report = self._report(problem, quantizer, outcome, storage)
+            seconds = gathering + time.perf_counter() - started
+            reports.append(replace(report, seconds=seconds))
         return reports
+
+    def _report(
+        self, problem: Problem, quantizer: WeightQuantizer, outcome: Outcome, storage: str
+    ) -> UnitReport:
+        """Return the report on a layer that was deployed, but its seconds."""
+        rows, inputs = problem.weight.shape
+        tokens = problem.moment.tokens
+        return LayerReport(
+            name=problem.name,
+            spec=str(quantizer.spec().granularity),
+            bitwidth=quantizer.bitwidth,
+            loss_nearest=outcome.nearest,
+            loss_after=outcome.after,
+            signal=outcome.signal,
+            rows_nearest=outcome.rows_nearest if tokens else rows,
+            rows=rows,
+            tokens=tokens,
+            inputs=inputs,
+            storage=storage,
+            seconds=0.0,
+        )
 
     def _is_routed(self, layer: str) -> bool:
         """Return True if a layer is an expert's."""
         return self.adaptor.framework == "torch" and is_routed(self.adaptor.model, layer)
 
-    def _plain(self, problem: Problem) -> Decision:
+    def _without_tokens(self, problem: Problem) -> Decision:
         """Leave an expert that no token is sent to to plain rounding."""
         codes = partial(quantize, problem.stored) if self.solver.rounds else None
         return Decision(codes=codes)
@@ -368,7 +408,7 @@ class LayerwiseRun:
         checkpoints: Checkpoints,
         number: int,
         stage: Stage,
-        reports: Sequence[LayerReport],
+        reports: Sequence[UnitReport],
     ) -> None:
         tensors, metas = {}, {}
         for layer in stage.layers:
@@ -379,10 +419,10 @@ class LayerwiseRun:
 
     def _resume(
         self, stage: Stage, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
-    ) -> list[LayerReport]:
+    ) -> list[UnitReport]:
         for layer in stage.layers:
             self.keep(layer)
             prefix = f"{layer}/"
             state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             self.adaptor.restore(layer, state, meta["states"][layer])
-        return [LayerReport.from_checkpoint(plain) for plain in meta["reports"]]
+        return [self.report_class.from_checkpoint(plain) for plain in meta["reports"]]
