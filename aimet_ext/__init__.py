@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from aimet_ext.config import AdaRoundParams as AdaRoundParams
     from aimet_ext.config import Blockwise as Blockwise
     from aimet_ext.config import GPTQParams as GPTQParams
+    from aimet_ext.config import HQQParams as HQQParams
     from aimet_ext.config import OmniQuantParams as OmniQuantParams
     from aimet_ext.config import PerChannel as PerChannel
     from aimet_ext.config import PerTensor as PerTensor
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from aimet_ext.models.topology import TopologyDescription as TopologyDescription
     from aimet_ext.techniques.adaround import apply_adaround as apply_adaround
     from aimet_ext.techniques.gptq import apply_gptq as apply_gptq
+    from aimet_ext.techniques.hqq import apply_hqq as apply_hqq
     from aimet_ext.techniques.lpbq import apply_lpbq as apply_lpbq
     from aimet_ext.techniques.omniquant import OmniQuantReport as OmniQuantReport
     from aimet_ext.techniques.omniquant import apply_omniquant as apply_omniquant

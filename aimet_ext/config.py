@@ -255,6 +255,23 @@ class RTNParams(WeightParams):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class HQQParams(WeightParams):
+    """Settings of :func:`aimet_ext.apply_hqq`.
+
+    :param num_iterations: Iterations for each layer, at most.
+    :param lp_norm: Exponent ``p`` of the errors' norm; smaller ones care less for outliers.
+    :param beta: First weight of the quadratic term, for errors in steps of the grid.
+    :param kappa: Growth of ``beta`` in an iteration.
+    :param max_bitwidth: Bits above which a layer is left alone.
+    """
+
+    num_iterations: Annotated[int, Field(ge=1)] = 20
+    lp_norm: Annotated[float, Field(gt=0, lt=1)] = 0.7
+    beta: Positive = 2.0
+    kappa: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.1
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class LayerwiseParams(WeightParams):
     """Settings that all techniques share which work layer by layer on second moments.
 

@@ -122,6 +122,16 @@ TECHNIQUES: dict[str, Technique] = {
             page="rtn",
         ),
         Technique(
+            name="hqq",
+            function="aimet_ext.techniques.hqq:apply_hqq",
+            params="aimet_ext.config:HQQParams",
+            decides="integers",
+            number="num_iterations",
+            data_free=True,
+            olive="hqq",
+            page="hqq",
+        ),
+        Technique(
             name="lpbq",
             function="aimet_ext.techniques.lpbq:apply_lpbq",
             params="aimet_ext.config:SeqMSEParams",

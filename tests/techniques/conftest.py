@@ -16,6 +16,7 @@ from torch import Tensor
 
 import aimet_ext
 from aimet_ext import LPBQ, QSpec, registry
+from aimet_ext.core.hqq import lp_rows
 
 WEIGHTS_ONLY: dict[str, Any] = {"activations": None, "lm_head": None, "embedding": None}
 CONTEXT = 64
@@ -37,6 +38,7 @@ class Technique:
     :param head: whether it decides the output layer too.
     :param grids: the grids to look at the whole sim on.
     :param entries: from a report to what it says of each unit, a block or a layer.
+    :param errors: errors of a problem's rows with a quantized weight, by the objective.
     """
 
     row: registry.Technique
@@ -45,6 +47,7 @@ class Technique:
     head: bool = True
     grids: Sequence[str] = ("per-channel", "asymmetric", "LPBQ")
     entries: Callable[[Any], Sequence[Any]] = lambda report: report.layers
+    errors: Callable[[Any, Tensor], Tensor] = lambda problem, values: problem.errors(values)[0]
 
     @property
     def name(self) -> str:
@@ -140,6 +143,12 @@ EXTRAS: dict[str, dict[str, Any]] = {
         "grids": ("asymmetric", "LPBQ"),
     },
     "rtn": {"changed": ("max_bitwidth", 7), "grids": ("asymmetric", "LPBQ")},
+    "hqq": {
+        "quick": {"num_iterations": 4},
+        "changed": ("lp_norm", 0.5),
+        "errors": lambda problem, values: lp_rows(values.to(problem.weight) - problem.weight, 0.7),
+        "grids": ("asymmetric", "LPBQ"),
+    },
     "lpbq": {
         "quick": {"block_size": 16, "num_candidates": 4, "sweeps": 2},
         "changed": ("sweeps", 3),

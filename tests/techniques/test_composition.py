@@ -62,12 +62,13 @@ STEPS: dict[str, Callable[[Any, Any], Any]] = {
     "gptq": ours("gptq", refine_sweeps=2),
     "adaround": ours("adaround", num_iterations=60, refine_sweeps=2),
     "rtn": ours("rtn"),
+    "hqq": ours("hqq"),
     "AIMET's SeqMSE": aimet_seq_mse,
     "AIMET's AdaScale": aimet_adascale,
 }
 GRIDS = {"set_lpbq", "apply_lpbq"}  # decide what kind of grid
 RANGES = set(STEPS) - {"set_lpbq"}  # decide ranges, and freeze them
-ROUNDS = {"gptq", "adaround", "rtn"}  # decide integers
+ROUNDS = {"gptq", "adaround", "rtn", "hqq"}  # decide integers
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ COMPOSITIONS = (
     Composition(("apply_lpbq", "adaround")),
     Composition(("seq_mse", "gptq")),
     Composition(("seq_mse", "rtn")),
+    Composition(("set_lpbq", "hqq")),
     Composition(("omniquant", "adaround")),
     Composition(("omniquant", "gptq")),
     Composition(("AIMET's SeqMSE", "gptq")),
@@ -110,6 +112,7 @@ REFUSED = (
     (("gptq", "adaround"), "adaround needs float weights, but gptq already rounded"),
     (("adaround", "gptq"), "gptq needs float weights, but adaround already rounded"),
     (("rtn", "gptq"), "gptq needs float weights, but rtn already rounded"),
+    (("hqq", "rtn"), "rtn needs float weights, but hqq already rounded"),
     (("gptq", "omniquant"), "gptq froze its range, which rescaling would make wrong"),
     (("seq_mse", "omniquant"), "seq_mse froze its range, which rescaling would make wrong"),
     (("apply_lpbq", "omniquant"), "lpbq froze its range, which rescaling would make wrong"),

@@ -249,8 +249,8 @@ def test_every_grid(
                 assert torch.equal(values, weights(sim)[layer]), (bits, layer)
             else:
                 assert torch.equal(problem.stored, weights(sim)[layer])
-            nearest, _ = problem.errors(fake_quantize(problem.stored, problem.nearest_grid()))
-            found, _ = problem.errors(values)
+            plain = fake_quantize(problem.stored, problem.nearest_grid())
+            found, nearest = (technique.errors(problem, each) for each in (values, plain))
             room = 1e-5 * nearest.abs() + 1e-9
             if "tensor" in name:
                 found, nearest, room = found.sum(), nearest.sum(), room.sum()
