@@ -10,9 +10,12 @@ from typing import Any
 
 from aimet_ext.errors import CorruptFileError, MissingExtraError
 from aimet_ext.files.reading import read_json
+from aimet_ext.registry import TECHNIQUES
 
 #: Name of the pass, in a workflow and in a package configuration, where its case does not count.
 PASS = "AimetQuantization"
+# Names that Olive allows as algorithms of a pass; OmniQuant is none of them.
+_ALGORITHMS = {"awq", "gptq", "hqq", "quarot", "rtn", "spinquant"}
 _MODULE_PATH = f"aimet_ext.integrations.olive.{PASS}"
 
 
@@ -43,9 +46,9 @@ def package_config(base: dict[str, Any] | None = None) -> dict[str, Any]:
         )
     entry = passes[name]
     entry["module_path"] = _MODULE_PATH
-    # OmniQuant is none of the names that Olive allows here.
+    ours = [row.olive for row in TECHNIQUES.values() if row.olive in _ALGORITHMS]
     entry["supported_algorithms"] = list(
-        dict.fromkeys([*entry.get("supported_algorithms", []), "gptq"])
+        dict.fromkeys([*entry.get("supported_algorithms", []), *ours])
     )
     return merged
 

@@ -20,6 +20,9 @@ from aimet_ext.registry import TECHNIQUES, Technique, load
 
 logger = logging.getLogger(__name__)
 
+# Parts of a decision that change LPBQ's scales, or the weights that these are for.
+_CHOOSE = ("rotation", "smoothing", "scales", "ranges")
+
 # Attribute of a simulation in which techniques leave their reports, (name, report) each.
 _REPORTS = "aimet_ext_reports"
 
@@ -76,7 +79,7 @@ def with_defaults(techniques: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
     Scales of LPBQ that a later technique chooses are not chosen, and thereby frozen, before.
     """
     found = [dict(technique) for technique in techniques]
-    choosing = {row.olive for row in TECHNIQUES.values() if row.decides in ("scales", "ranges")}
+    choosing = {row.olive for row in TECHNIQUES.values() if row.decides in _CHOOSE} | {"hqq"}
     for place, technique in enumerate(found):
         later = {other["name"].lower() for other in found[place + 1 :]}
         if technique["name"].lower() == "lpbq" and later & choosing:
