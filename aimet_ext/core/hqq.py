@@ -31,17 +31,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from aimet_ext.core.affine import Grid, dequantize, quantize, short_scale, spread, to_blocks
+from aimet_ext.core.affine import Grid, quantize, short_scale, to_blocks
 from aimet_ext.core.clipping import GridLayout
 
-_ELEMENTS = 1 << 22  # that are worked on at a time
+_IN_CACHE, _ON_DEVICE = 1 << 18, 1 << 24  # weights that are worked on at a time
 _PATIENCE = 5  # iterations without a better range, after which a cell stops
-
-
-def shrink(x: Tensor, beta: float, p: float) -> Tensor:
-    """Apply generalized soft-thresholding: ``sign(x) · relu(|x| − |x|^(p−1) / β)``."""
-    size = x.abs()
-    return x.sign() * (size - size.pow(p - 1) / beta).clamp_min(0)
+_LEAST = 1e-30  # error in steps, in place of 0, which has no power below 0
 
 
 @torch.no_grad()
@@ -70,7 +65,8 @@ def hqq_ranges(
     :returns: ``(scale, offset)`` of the grid's shape; the scale is the raw one for LPBQ.
     """
     settings = {"num_iterations": num_iterations, "lp_norm": lp_norm, "beta": beta, "kappa": kappa}
-    rows = max(1, _ELEMENTS // weight.shape[1])
+    elements = _IN_CACHE if weight.device.type == "cpu" else _ON_DEVICE
+    rows = max(1, elements // weight.shape[1])
     if layout.is_row_wise(weight) and len(weight) > rows:
         parts = [
             hqq_ranges(
@@ -85,13 +81,17 @@ def hqq_ranges(
         return torch.cat(scales), torch.cat(offsets)
     weight = weight.contiguous()  # sums come out alike, whatever the layout in memory
     scale, offset = layout.raw(*layout.bounds(weight))
-    unit = spread(scale, weight)
+    start, unit = scale, _cells(scale)
+    blocks = to_blocks(weight, layout.shape)  # [g0, b0, g1, b1]
     best, lowest, idle = (scale, offset), None, None
     for _ in range(num_iterations + 1):
         grid = _deployed(layout, scale, offset, floor)
-        codes = quantize(weight, grid)
-        error = weight - dequantize(codes, grid)
-        loss = _sums(error.abs().pow(lp_norm), layout)
+        codes = to_blocks(quantize(weight, grid), layout.shape)
+        steps = codes + _cells(grid.offset + grid.zero_point_shift)
+        error = blocks - steps * _cells(grid.scale)
+        size = (error.abs() / unit).clamp_min(_LEAST)
+        power = size.pow(lp_norm - 1)
+        loss = (size * power).sum((1, 3)) * start.pow(lp_norm)
         if layout.scale_bits is not None:
             loss = loss.sum(1, keepdim=True)  # blocks share a scale
         if lowest is None or idle is None:
@@ -103,8 +103,9 @@ def hqq_ranges(
             idle = torch.where(better, 0, idle + 1)
             if bool((idle >= _PATIENCE).all()):
                 break
-        target = weight - unit * shrink(error / unit, beta, lp_norm)
-        scale, offset = _least_squares(target, codes, grid, layout)
+        # The error that is taken out: shrink(error).
+        taken = (size - power / beta).clamp_min_(0).mul_(unit).copysign_(error)
+        scale, offset = _least_squares(blocks - taken, codes, steps, grid, layout)
         beta *= kappa
     return best
 
@@ -120,20 +121,21 @@ def _deployed(layout: GridLayout, scale: Tensor, offset: Tensor, floor: Tensor |
 
 
 def _least_squares(
-    target: Tensor, codes: Tensor, grid: Grid, layout: GridLayout
+    target: Tensor, codes: Tensor, steps: Tensor, grid: Grid, layout: GridLayout
 ) -> tuple[Tensor, Tensor]:
-    """Return offset, if it may change, and scale that are nearest to a target with these codes."""
-    offset, shift = grid.offset, grid.zero_point_shift
+    """Return offset, if it may change, and scale that are nearest to a target with these codes.
+
+    :param steps: Codes from zero, ``[g0, b0, g1, b1]`` as target and codes.
+    """
+    offset = grid.offset
     if not layout.symmetric:
-        cells = target.numel() / offset.numel()
-        mean = _sums(target / spread(grid.scale, target) - codes, layout) / cells
-        offset = (mean - shift).round().clamp(-grid.qmax, -grid.qmin)
-    steps = codes + (spread(offset, codes) + shift)
-    products, squares = _sums(target * steps, layout), _sums(steps.square(), layout)
-    scale = products / squares
+        mean = (target / _cells(grid.scale) - codes).mean((1, 3))
+        offset = (mean - grid.zero_point_shift).round().clamp(-grid.qmax, -grid.qmin)
+        steps = codes + _cells(offset + grid.zero_point_shift)
+    scale = (target * steps).sum((1, 3)) / steps.square().sum((1, 3))
     return torch.where(scale > 0, scale, grid.scale), offset  # all integers 0: NaN
 
 
-def _sums(values: Tensor, layout: GridLayout) -> Tensor:
-    """Return the sum of every cell, of the grid's shape."""
-    return to_blocks(values, layout.shape).sum((1, 3))
+def _cells(values: Tensor) -> Tensor:
+    """View numbers of cells ``[g0, g1]`` as ``[g0, 1, g1, 1]``."""
+    return values[:, None, :, None]

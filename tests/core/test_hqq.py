@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 import torch
-from hqq_reference import hqq_by_loop, shrunk
+from hqq_reference import hqq_by_loop
 from torch import Tensor
 
 from aimet_ext.core.affine import fake_quantize, short_scale
 from aimet_ext.core.clipping import GridLayout
-from aimet_ext.core.hqq import hqq_ranges, lp_rows, shrink
+from aimet_ext.core.hqq import hqq_ranges, lp_rows
 
 SETTINGS = {"num_iterations": 12, "lp_norm": 0.7, "beta": 2.0, "kappa": 1.1}
 SHAPES = {"tensor": (1, 1), "channel": (6, 1), "blocks": (6, 4), "LPBQ": (6, 4)}
@@ -44,13 +44,6 @@ def weights(seed: int = 0) -> Tensor:
 
 def losses(weight: Tensor, grid: GridLayout, scale: Tensor, offset: Tensor, p: float) -> Tensor:
     return lp_rows(fake_quantize(weight, grid.with_scale(scale, offset)) - weight, p)
-
-
-def test_soft_thresholding() -> None:
-    x = torch.linspace(-2, 2, 41, dtype=torch.float64)
-    for beta, p in ((10.0, 0.7), (2.0, 0.5), (3.0, 1.0)):
-        expected = [shrunk(each, beta, p) for each in x.tolist()]
-        torch.testing.assert_close(shrink(x, beta, p), torch.tensor(expected, dtype=x.dtype))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -121,6 +114,6 @@ def test_rows_are_independent_of_how_many_are_worked_on(monkeypatch: pytest.Monk
     for kind in ("channel", "blocks", "LPBQ"):
         whole = hqq_ranges(weights(), layout(kind, 3), **SETTINGS)
         with monkeypatch.context() as patch:
-            patch.setattr(hqq, "_ELEMENTS", 64)
+            patch.setattr(hqq, "_IN_CACHE", 64)
             parts = hqq_ranges(weights(), layout(kind, 3), **SETTINGS)
         assert all(map(torch.equal, whole, parts))
