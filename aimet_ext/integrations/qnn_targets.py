@@ -15,6 +15,9 @@ MASK_LIMIT = -1e4
 #: Rounding scores that go into a Softmax by half of this changes attention weights by 5 %.
 SCORE_STEP = 0.1
 
+#: Rounding an angle by half of this, in radians, changes its cosine by up to 5 %.
+ANGLE_STEP = 0.1
+
 #: Remedy for a gain that :func:`refuses_norm`.
 NORM_REMEDY = (
     "quantize its gain to unsigned integers as wide as the norm's output (bitwidth=8, "

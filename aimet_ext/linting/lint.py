@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from aimet_ext.config import PerTensor
 from aimet_ext.errors import Finding
 from aimet_ext.integrations.qnn_targets import (
+    ANGLE_STEP,
     LIMITS,
     MASK_LIMIT,
     NORM_REMEDY,
@@ -33,8 +34,9 @@ def lint(sim: Any, target: str | HtpTarget = "htp_v79") -> list[Finding]:
 
     Nothing is run, compiled or changed: looked at are widths of weights and activations, grids,
     block sizes, biases beside LPBQ, lookup tables, gains of norms, ranges that are fixed, absent or
-    ruined by a mask, layers left float, and caches whose input and output differ. A simulation
-    without findings can still fail; ``aimet_ext.verify`` compiles and runs it.
+    ruined by a mask, angles of rotary embeddings, layers left float, and caches whose input and
+    output differ. A simulation without findings can still fail; ``aimet_ext.verify`` compiles and
+    runs it.
 
     :param sim: ``aimet_torch.QuantizationSimModel`` or ``aimet_onnx.QuantizationSimModel``, best
         after ``sim.compute_encodings``.
@@ -350,6 +352,19 @@ def _scores(facts: SimFacts, limits: HtpLimits) -> Iterator[Finding]:
             )
 
 
+def _angles(facts: SimFacts, limits: HtpLimits) -> Iterator[Finding]:
+    for activation in facts.angles:
+        if activation.step > ANGLE_STEP:
+            yield Finding(
+                "angles",
+                activation.name,
+                f"angles of steps of {ANGLE_STEP:g} radians or less are required before Cos and "
+                f"Sin, got {activation.step:.3g}: rotary embeddings of most positions are lost",
+                "export prepare_model(model, mask_value=-100.0), which looks cosine and sine up "
+                "in tables, or remove the quantizer",
+            )
+
+
 def _operands(facts: SimFacts, limits: HtpLimits) -> Iterator[Finding]:
     for activation in () if limits.wide_operands else facts.operands:
         if activation.bitwidth > 8:
@@ -428,6 +443,7 @@ _RULES: tuple[_Rule, ...] = (
     _fixed,
     _masks,
     _scores,
+    _angles,
     _operands,
     _norms,
     _tied,

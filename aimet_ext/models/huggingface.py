@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from aimet_ext.models.rotary import RotaryTables
 
 _ATTENTION = ("eager", "sdpa")
 _LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -22,12 +25,14 @@ class PreparedCausalLM(nn.Module):
 
     :param model: causal LM of transformers, attention ``"eager"`` or ``"sdpa"``.
     :param mask_value: added to the scores of masked tokens; None is half of the dtype's lowest.
+        With a number, exported graphs look the cosine and sine of a position up in tables.
     """
 
     def __init__(self, model: PreTrainedModel, mask_value: float | None = None) -> None:
         super().__init__()
         self.model = model
         self.mask_value = mask_value
+        self._tables = RotaryTables(model, None if mask_value is None else context_length(model))
 
     @property
     def config(self) -> Any:
@@ -50,12 +55,14 @@ class PreparedCausalLM(nn.Module):
             attention_mask = torch.ones_like(input_ids)
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # [batch, seq]
         masks = self._masks(attention_mask)
-        return self.model(
-            input_ids=input_ids,
-            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
-            position_ids=positions,
-            use_cache=False,
-        ).logits
+        exporting = torch.onnx.is_in_onnx_export() or torch.compiler.is_compiling()
+        with self._tables.looked_up(self.model) if exporting else nullcontext():
+            return self.model(
+                input_ids=input_ids,
+                attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+                position_ids=positions,
+                use_cache=False,
+            ).logits
 
     def _masks(self, attention_mask: Tensor) -> dict[str, Tensor]:
         """Return the terms added to the scores, ``[batch, 1, seq, seq]``, by type of layer."""
@@ -108,7 +115,9 @@ def prepare_model(model: nn.Module, *, mask_value: float | None = None) -> nn.Mo
     :param mask_value: negative number that is added to the scores of masked tokens; None is half of
         the dtype's lowest number. Give about -100 for an ONNX graph whose activations are to be
         quantized to integers: their grid has to hold it, and with the lowest number it holds
-        nothing else.
+        nothing else. The graph then holds tables of the cosine and sine of all positions up to
+        131,072 as well, where the angles depend on the position alone: a grid of angles has steps
+        of a whole radian at 8 bits and 256 tokens.
     :raises TypeError: ``model`` is no causal LM of transformers.
     :raises ValueError: an attention that cannot be traced, or a ``mask_value`` of 0 or more.
 

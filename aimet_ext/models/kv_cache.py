@@ -27,9 +27,8 @@ from aimet_ext.models.huggingface import (
     checkpoint_prefix,
 )
 from aimet_ext.models.huggingface import context_length as own_context
+from aimet_ext.models.rotary import is_changing, rotary_modules, rotary_table
 from aimet_ext.walk.hooks import replaced_forward
-
-_CHANGING_ROTARY = ("dynamic", "longrope")
 
 Sizes = tuple[tuple[int, int], ...]
 Run = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -118,7 +117,7 @@ class CachedCausalLM(nn.Module):
         self._rotary = _checked_rotary(model)
         self.shape = CacheShape(context_length, *self._probe())
         for number, module in enumerate(self._rotary):
-            cos, sin = _tables(module, context_length, self.model.dtype)
+            cos, sin = rotary_table(module, context_length, self.model.dtype)
             self.register_buffer(f"cos_{number}", cos, persistent=False)  # [context, width]
             self.register_buffer(f"sin_{number}", sin, persistent=False)  # [context, width]
 
@@ -329,15 +328,13 @@ def _checked_rotary(model: nn.Module) -> list[nn.Module]:
     :raises ValueError: they depend on more than a position.
     """
     found = []
-    for name, module in model.named_modules():
-        if not any(key.endswith("inv_freq") for key, _ in module.named_buffers(recurse=False)):
-            continue
-        kind = str(getattr(module, "rope_type", "default"))
+    for name, module in rotary_modules(model).items():
         arguments = list(inspect.signature(module.forward).parameters)
-        if any(word in kind for word in _CHANGING_ROTARY):
+        if is_changing(module):
             raise ValueError(
                 f"{name}: a rotary embedding of which each position has fixed angles is required, "
-                f'got rope_type "{kind}", whose angles change with the length of the text'
+                f'got rope_type "{module.rope_type}", whose angles change with the length of the '
+                "text"
             )
         if arguments[:2] != ["x", "position_ids"] or len(arguments) > 2:
             raise ValueError(
@@ -346,12 +343,3 @@ def _checked_rotary(model: nn.Module) -> list[nn.Module]:
             )
         found.append(module)
     return found
-
-
-@torch.no_grad()
-def _tables(module: nn.Module, context: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the cosine and sine of each position, ``[context, width]``."""
-    device = next(module.buffers()).device
-    positions = torch.arange(context, device=device)[None]
-    cos, sin = module(torch.zeros(1, 1, 1, dtype=dtype, device=device), positions)
-    return cos[0].clone(), sin[0].clone()

@@ -113,6 +113,7 @@ class SimFacts:
     :param unset: Parameters whose quantizers have no range.
     :param fixed: Outputs of operators whose range is always the same, with the operator.
     :param masked: Tensors that hold the mask, or scores to which it was added.
+    :param angles: Angles in radians, of which cosine or sine is taken.
     :param mask: Number that the model itself adds to masked scores, None if not known.
     :param operands: Second operands of products of two activations.
     :param tied: Pairs that have to quantize alike, as the second becomes the first at the next
@@ -126,6 +127,7 @@ class SimFacts:
     unset: tuple[str, ...] = ()
     fixed: tuple[tuple[str, Activation], ...] = ()
     masked: tuple[Activation, ...] = ()
+    angles: tuple[Activation, ...] = ()
     mask: float | None = None
     operands: tuple[Activation, ...] = ()
     tied: tuple[tuple[Activation | None, Activation | None, str, str], ...] = ()

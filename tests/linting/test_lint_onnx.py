@@ -106,6 +106,14 @@ def test_a_bias_apart_from_its_lpbq_weight_is_right(tmp_path: Path) -> None:
     assert lint(onnx_sim(LINEAR, BIASED, config=str(path), change=as_lpbq)) == []
 
 
+def test_angles_that_a_grid_loses_are_found() -> None:
+    """The frequencies of a rotary embedding times the positions of a long text."""
+    weights = {"w": np.full((1,), 1e5, np.float32)}
+    (found,) = lint(onnx_sim([("Mul", "xw", "a", {}), ("Cos", "a", "y", {})], weights))
+    assert (found.check, found.name) == ("angles", "a")
+    assert "radians" in found.message and "tables" in found.remedy
+
+
 def test_a_gemm_with_an_lpbq_weight_is_found() -> None:
     x = {"x": rand(4, 32)}
     nodes = [("Gemm", ["x", "w", "b"], "y", {})]

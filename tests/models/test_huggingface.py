@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 
 import pytest
@@ -145,6 +146,51 @@ def test_a_mask_that_an_integer_grid_can_hold(family_model):
     close(finite(ids_of(2, 9)), prepared(ids_of(2, 9)))
     lowest = min(float(mask.min()) for mask in finite._masks(torch.ones(1, 4)).values())
     assert lowest == -100
+
+
+ROTARY = {
+    "llama": {},
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6},
+}
+
+
+def exported(model, **settings):
+    """The graph of a prepared model, for any batch and length."""
+    onnx = pytest.importorskip("onnx")
+    axes = {"ids": {0: "batch", 1: "seq"}, "logits": {0: "batch", 1: "seq"}}
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's exporter
+        torch.onnx.export(
+            prepare_model(model, **settings),
+            (ids_of(1, 8),),
+            buffer,
+            input_names=["ids"],
+            output_names=["logits"],
+            dynamic_axes=axes,
+            dynamo=False,
+        )
+    return onnx.load_from_string(buffer.getvalue())
+
+
+@pytest.mark.parametrize("family", ROTARY)
+@torch.no_grad()
+def test_a_graph_for_integers_looks_cosines_up(tiny_model, family):
+    """Angles reach the length of the text, and no grid of 8 bits holds them."""
+    runtime = pytest.importorskip("onnxruntime")
+    model = tiny_model(family, **ROTARY[family])
+    graph = exported(model, mask_value=-100.0)
+    assert not {"Cos", "Sin"} & {node.op_type for node in graph.graph.node}
+    session = runtime.InferenceSession(graph.SerializeToString())
+    ids = ids_of(3, 21)
+    found = torch.from_numpy(session.run(None, {"ids": ids.numpy()})[0])
+    close(found, model(ids, use_cache=False).logits)
+
+
+def test_angles_that_change_with_the_length_are_computed(tiny_model):
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = tiny_model("llama", num_hidden_layers=1, rope_parameters=scaling)
+    assert "Cos" in {node.op_type for node in exported(model, mask_value=-100.0).graph.node}
 
 
 @pytest.mark.parametrize("value", [0.0, 5.0, -float("inf"), float("nan")])

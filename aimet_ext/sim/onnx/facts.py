@@ -55,6 +55,7 @@ class _Reader:
             ),
             fixed=tuple(self._fixed()),
             masked=tuple(self._masked().values()),
+            angles=tuple(self._angles().values()),
             operands=tuple(self._operands().values()),
             tied=tuple(self._tied()),
         )
@@ -200,6 +201,18 @@ class _Reader:
                 activation = self.source(name) if name else None
                 if activation is not None:
                     found[activation.name] = activation
+        return found
+
+    def _angles(self) -> dict[str, Activation]:
+        """Return the quantizers of what Cos and Sin read, and of what that is made of by Concat."""
+        found, tensors = {}, [n.input[0] for n in self.graph.nodes if n.op_type in ("Cos", "Sin")]
+        while tensors:
+            tensor = self.graph.source(tensors.pop(), _MOVES)
+            activation, node = self.source(tensor), self.graph.node(tensor)
+            if activation is not None:
+                found[activation.name] = activation
+            if node is not None and node.op_type == "Concat":
+                tensors += node.input
         return found
 
     def _tied(self) -> Iterator[tuple[Activation | None, Activation | None, str, str]]:

@@ -1,0 +1,101 @@
+"""Cosine and sine of positions as tables, for graphs that quantize whatever they compute.
+
+A rotary embedding computes ``cos(position * frequency)``. The product reaches the length of the
+text, and a grid over that range has steps of a whole radian at 8 bits and 256 tokens, or at 16 bits
+and 65,536: nothing remains of the angle. A table of the cosines has the range from -1 to 1.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_CHANGING = ("dynamic", "longrope")
+_ARGUMENTS = ("x", "position_ids")
+_LONGEST = 1 << 17  # positions; what is longer would be larger than many a model
+
+Table = tuple[Tensor, Tensor]
+
+
+def rotary_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that compute the cosine and sine of positions, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if any(key.endswith("inv_freq") for key, _ in module.named_buffers(recurse=False))
+    }
+
+
+@torch.no_grad()
+def rotary_table(module: nn.Module, context: int, dtype: torch.dtype, *further: Any) -> Table:
+    """Return the cosine and sine of each position, ``[context, width]``.
+
+    :param dtype: Type of the hidden states.
+    :param further: Arguments of the module after ``x`` and ``position_ids``.
+    """
+    device = next(module.buffers()).device
+    positions = torch.arange(context, device=device)[None]
+    cos, sin = module(torch.zeros(1, 1, 1, dtype=dtype, device=device), positions, *further)
+    return cos[0].clone(), sin[0].clone()
+
+
+def is_changing(module: nn.Module) -> bool:
+    """Return True if a rotary embedding's angles change with the length of the text."""
+    return any(word in str(getattr(module, "rope_type", "default")) for word in _CHANGING)
+
+
+class RotaryTables:
+    """The tables of a model's rotary embeddings, where the position alone determines the angle.
+
+    :param model: Causal LM of transformers.
+    :param context: Positions that it knows; without a limit, or beyond 131,072, there are no
+        tables.
+    """
+
+    def __init__(self, model: Any, context: int | None) -> None:
+        self._tables: dict[str, dict[tuple[Any, ...], Table]] = {}
+        if context is None or context > _LONGEST:
+            return
+        types = getattr(model.config.get_text_config(), "layer_types", None) or ()
+        kinds: dict[tuple[str, ...], list[tuple[Any, ...]]] = {
+            _ARGUMENTS: [()],
+            (*_ARGUMENTS, "layer_type"): [(kind,) for kind in sorted(set(types))],
+        }
+        for name, module in rotary_modules(model).items():
+            calls = kinds.get(tuple(inspect.signature(module.forward).parameters), [])
+            if calls and not is_changing(module) and not next(module.buffers()).is_meta:
+                # In float32 whatever the model's dtype, as the modules themselves compute them.
+                self._tables[name] = {
+                    further: rotary_table(module, context, torch.float32, *further)
+                    for further in calls
+                }
+
+    @contextmanager
+    def looked_up(self, model: nn.Module) -> Iterator[None]:
+        """Return a context in which the modules look cosine and sine up; exporters drop the rest.
+
+        :param model: The causal LM, or a copy of it.
+        """
+        with ExitStack() as stack:
+            for name, tables in self._tables.items():
+                hook = partial(_look_up, tables)
+                module = model.get_submodule(name)
+                stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+            yield
+
+
+def _look_up(
+    tables: Mapping[tuple[Any, ...], Table], _: nn.Module, args: Any, kwargs: Any, output: Any
+) -> Table:
+    """Return the rows of a table in place of a rotary embedding's output."""
+    given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+    further = (*args[2:], *(v for name, v in kwargs.items() if name not in _ARGUMENTS))
+    x, positions = (given[name] for name in _ARGUMENTS)
+    cos, sin = (nn.functional.embedding(positions, table.to(x)) for table in tables[further])
+    return cos, sin
