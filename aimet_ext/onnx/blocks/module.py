@@ -161,7 +161,8 @@ class OnnxBlock(TranslatedGraph):
             found = super()._run(i, values)
         product = self._products.get(step.linear or "")
         if self.observer is not None and product is not None:
-            bias = self.get_parameter(f"{step.linear}.bias")
+            # No get_parameter: while it is replaced in a functional call, it is a plain tensor.
+            bias: Any = self.get_submodule(step.linear or "").bias
             found = {name: self._seen(product, v - bias) + bias for name, v in found.items()}
         return {name: self._seen(name, value) for name, value in found.items()}
 
