@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from aimet_ext.artifact.kv.run import load_cache_graphs as load_cache_graphs
     from aimet_ext.config import LPBQ as LPBQ
     from aimet_ext.config import AdaRoundParams as AdaRoundParams
+    from aimet_ext.config import AWQParams as AWQParams
     from aimet_ext.config import Blockwise as Blockwise
     from aimet_ext.config import GPTQParams as GPTQParams
     from aimet_ext.config import HQQParams as HQQParams
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from aimet_ext.config import QSpec as QSpec
     from aimet_ext.config import RTNParams as RTNParams
     from aimet_ext.config import SeqMSEParams as SeqMSEParams
+    from aimet_ext.config import SmoothQuantParams as SmoothQuantParams
     from aimet_ext.data.text import calibration_batches as calibration_batches
     from aimet_ext.errors import CorruptFileError as CorruptFileError
     from aimet_ext.errors import Finding as Finding
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from aimet_ext.models.kv_cache import TokenCache as TokenCache
     from aimet_ext.models.topology import TopologyDescription as TopologyDescription
     from aimet_ext.techniques.adaround import apply_adaround as apply_adaround
+    from aimet_ext.techniques.awq import apply_awq as apply_awq
     from aimet_ext.techniques.gptq import apply_gptq as apply_gptq
     from aimet_ext.techniques.hqq import apply_hqq as apply_hqq
     from aimet_ext.techniques.lpbq import apply_lpbq as apply_lpbq
@@ -58,6 +61,7 @@ if TYPE_CHECKING:
     from aimet_ext.techniques.report import WeightsReport as WeightsReport
     from aimet_ext.techniques.rtn import apply_rtn as apply_rtn
     from aimet_ext.techniques.seq_mse import apply_seq_mse as apply_seq_mse
+    from aimet_ext.techniques.smoothquant import apply_smoothquant as apply_smoothquant
     from aimet_ext.verification.report import Thresholds as Thresholds
     from aimet_ext.verification.report import VerifyReport as VerifyReport
     from aimet_ext.verification.verify import verify as verify

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import field, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
 STRICT = ConfigDict(extra="forbid", strict=True)
@@ -173,6 +173,45 @@ class TechniqueParams:
     def to_dict(self) -> dict:
         """Return the settings as plain JSON values."""
         return TypeAdapter(type(self)).dump_python(self, mode="json")
+
+
+def _is_alpha(value: float | str) -> float | str:
+    if value != "search" and not (isinstance(value, int | float) and 0 <= value <= 1):
+        raise ValueError('a number from 0 to 1 is required, or "search"')
+    return value if isinstance(value, str) else float(value)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SmoothQuantParams(TechniqueParams):
+    """Settings of :func:`aimet_ext.apply_smoothquant`.
+
+    :param alpha: Share of the difficulty that moves from activations to weights, from 0 to 1;
+        ``"search"`` for the one of 0.25, 0.4, 0.5, 0.6, 0.75 and 0.9 that gives the lowest error
+        of the block's output with everything quantized, for each pair.
+    :param pairs: Kinds of scale pairs to use.
+    """
+
+    alpha: Annotated[float | str, AfterValidator(_is_alpha)] = 0.5
+    pairs: tuple[PairKindName, ...] = ("norm_qkv", "v_o", "norm_mlp", "up_down")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AWQParams(TechniqueParams):
+    """Settings of :func:`aimet_ext.apply_awq`.
+
+    :param num_grid: Exponents that are tried for each pair, evenly spaced from 0; for clipping,
+        steps from the full range down to 0, of which the first half is tried.
+    :param duo_scaling: Try scales that weigh the weights as well,
+        ``mean(|x|)^a / mean(|w|)^(1 - a)``, with ``|w|`` as a share of its cell's largest. Twice
+        as many candidates.
+    :param clip: Clip ranges and freeze them; if false ranges are left open, for a later technique.
+    :param pairs: Kinds of scale pairs to use.
+    """
+
+    num_grid: Annotated[int, Field(ge=1)] = 20
+    duo_scaling: bool = True
+    clip: bool = True
+    pairs: tuple[PairKindName, ...] = ("norm_qkv", "v_o", "norm_mlp", "up_down")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

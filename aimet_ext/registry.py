@@ -69,6 +69,26 @@ TECHNIQUES: dict[str, Technique] = {
     row.name: row
     for row in (
         Technique(
+            name="smoothquant",
+            function="aimet_ext.techniques.smoothquant:apply_smoothquant",
+            params="aimet_ext.config:SmoothQuantParams",
+            decides="smoothing",
+            unit="block",
+            number="alpha",
+            olive="smoothquant",
+            page="smoothquant",
+        ),
+        Technique(
+            name="awq",
+            function="aimet_ext.techniques.awq:apply_awq",
+            params="aimet_ext.config:AWQParams",
+            decides="smoothing",
+            unit="block",
+            number="num_grid",
+            olive="awq",
+            page="awq",
+        ),
+        Technique(
             name="omniquant",
             function="aimet_ext.techniques.omniquant:apply_omniquant",
             params="aimet_ext.config:OmniQuantParams",

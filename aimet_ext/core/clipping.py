@@ -75,6 +75,26 @@ def free_layout(layout: GridLayout) -> GridLayout:
     return replace(layout, scale_bits=None, block_grouping=None)
 
 
+def shares_of(
+    layout: GridLayout, weight: Tensor, scale: Tensor, offset: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the shares of each cell's full range, below and above zero, that a scale keeps.
+
+    :param weight: ``[out, in]``.
+    :param scale: scale of the grid's shape, the raw one for LPBQ.
+    :returns: ``(low, high)``, equal where the grid is symmetric.
+    """
+    low, high = layout.bounds(weight)
+    if layout.symmetric:
+        share = scale / layout.raw(low, high)[0]
+        return share, share
+    chosen_low = scale * (offset + layout.qmin)
+    chosen_high = scale * (offset + layout.qmax)
+    # Whole offsets leave half a step of play, which takes both ends inside the full range.
+    move = torch.zeros_like(scale).clamp(low - chosen_low, high - chosen_high)
+    return _share(chosen_low + move, low), _share(chosen_high + move, high)
+
+
 class LearnableClipping(nn.Module):
     """Ranges of a weight's grid as learnable shares of its current range.
 
@@ -102,15 +122,7 @@ class LearnableClipping(nn.Module):
 
         :param scale: scale of the grid's shape, the raw one for LPBQ.
         """
-        low, high = layout.bounds(weight)
-        if layout.symmetric:
-            return cls(layout, scale / layout.raw(low, high)[0])
-        chosen_low = scale * (offset + layout.qmin)
-        chosen_high = scale * (offset + layout.qmax)
-        # Whole offsets leave half a step of play, which takes both ends inside the full range.
-        move = torch.zeros_like(scale).clamp(low - chosen_low, high - chosen_high)
-        chosen_low, chosen_high = chosen_low + move, chosen_high + move
-        return cls(layout, _share(chosen_low, low), _share(chosen_high, high))
+        return cls(layout, *shares_of(layout, weight, scale, offset))
 
     def forward(self, weight: Tensor) -> Tensor:
         """Move the weight to its nearest values on the learnt grid; differentiable."""

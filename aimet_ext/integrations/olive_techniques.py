@@ -76,7 +76,7 @@ def _check_order(techniques: Sequence[Mapping[str, Any]]) -> None:
 def with_defaults(techniques: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return techniques as they are applied one after the other.
 
-    Scales of LPBQ that a later technique chooses are not chosen, and thereby frozen, before.
+    Scales of LPBQ that a later technique chooses, or needs open, are not chosen and frozen before.
     """
     found = [dict(technique) for technique in techniques]
     choosing = {row.olive for row in TECHNIQUES.values() if row.decides in _CHOOSE} | {"hqq"}

@@ -85,7 +85,7 @@ class Watch(TorchFunctionMode):
     def _before(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
         if name in self.reads:
             self.twice = name
-        self.reads[name] = self._token(_layer_input(args, kwargs))
+        self.reads[name] = self._token(layer_input(args, kwargs))
 
     def _after(self, name: str, _: nn.Module, args: Any, output: Any) -> None:
         self._readers[name] = []
@@ -171,7 +171,7 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """Return the tensor that a layer is called with."""
     return args[0] if args else kwargs["input"]
 
@@ -341,7 +341,7 @@ def first_call(
 def seen_input(layers: Sequence[nn.Module], run: Callable[[], object]) -> Tensor | None:
     """Return the input of the first of some layers to be called; see :func:`first_call`."""
     call = first_call(layers, run)
-    return None if call is None else _layer_input(*call)
+    return None if call is None else layer_input(*call)
 
 
 def run_batch(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from aimet_ext.walk.experts import Call, Routed, routed
 from aimet_ext.walk.hooks import (
     LayerOrder,
     checked_weight,
+    layer_input,
     layer_order,
     on_device,
     replaced_forward,
@@ -33,6 +34,7 @@ Weights = Mapping[str, Tensor]
 
 # Input in the quantized and in the float stream (None if not asked for), and which tokens count:
 # bool of the input's leading dimensions, None for all.
+NoteInput: TypeAlias = Callable[[Tensor, Tensor | None], None]
 Inputs: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -182,12 +184,17 @@ class StreamedBlock:
             self._called.add((index, key))
         return self._calls.read(index, [key], self.device)[key]
 
-    def outputs(self, stream: str) -> TensorCache:
-        """Return the block's outputs in a stream, batch by batch; the stream stays where it is."""
+    def outputs(self, stream: str, notes: Mapping[str, NoteInput] | None = None) -> TensorCache:
+        """Return the block's outputs in a stream, batch by batch; the stream stays where it is.
+
+        :param notes: Functions that are given the input of a layer in each batch, and the mask of
+            its rows, by the layer's name.
+        """
         outputs = self.flows[stream].new_cache()
         try:
             for index in range(len(self)):
-                outputs.append(self._run(stream, index))
+                with noted_inputs(self.module, notes or {}, self._flow.mask(index)):
+                    outputs.append(self._run(stream, index))
         except BaseException:
             outputs.close()
             raise
@@ -246,6 +253,27 @@ class StreamedBlock:
         layer = self.module.get_submodule(part.layer)
         output = part.wrap(functional_call(layer, named, (inputs,)))
         return replaced_forward(self.module.get_submodule(part.name), lambda: output)
+
+
+@contextmanager
+def noted_inputs(
+    block: nn.Module, notes: Mapping[str, NoteInput], mask: Tensor | None
+) -> Iterator[None]:
+    """Open a context in which functions are given the inputs of a block's layers.
+
+    :param notes: Functions of an input and the mask of its rows, by the layer's name.
+    :param mask: Mask of the batch, bool ``[batch, seq]``.
+    """
+    with ExitStack() as hooks:
+        for name, note in notes.items():
+            layer = block.get_submodule(name)
+
+            def hook(layer: nn.Module, args: Any, kwargs: Any, note: NoteInput = note) -> None:
+                x = layer_input(args, kwargs)
+                note(x, fit_mask(mask, x, Geometry.of(layer)))
+
+            hooks.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
 
 
 def no_tokens(layer: nn.Module, seen: Tensor | None = None) -> Tensor:
@@ -322,6 +350,13 @@ class BlockPass:
             with on_device(module, self.device), closing(block):
                 yield block
             self.calls += block.calls
+
+    def drop(self, stream: str) -> None:
+        """Do without a stream, if there is one of that name."""
+        flows = dict(self.flows)
+        if flow := flows.pop(stream, None):
+            flow.close()
+        self.flows = flows
 
     def close(self) -> None:
         """Drop the streams."""

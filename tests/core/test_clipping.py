@@ -379,3 +379,18 @@ def test_lpbq_clipping_quantizes_on_integer_scales():
     assert not torch.allclose(deployed, raw, rtol=1e-3)
     expected = quantized_by_loop(p.weight, deployed, offset, layout.qmin, layout.qmax, 0.0)
     torch.testing.assert_close(clipping(p.weight), expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.9999, 0.5, 0.05, 1e-6])
+def test_every_start_has_a_gradient(layout, share):
+    """A share of 1 has an infinite logit, which would never move: no start is one."""
+    p = problem(8)
+    low, high = layout.bounds(p.weight)
+    scale, offset = layout.raw(share * low, share * high)
+    clipping = LearnableClipping.from_scale(layout, p.weight, scale, offset)
+    target = p.weight + 0.1 * problem(9).weight
+    (clipping(p.weight) - target).square().sum().backward()
+    for logit, end in ((clipping.low, low), (clipping.high, high)):
+        if logit is not None:
+            assert bool(torch.isfinite(logit).all()) and bool(torch.isfinite(logit.grad).all())
+            assert bool((logit.grad != 0)[end != 0].all())  # a cell of one sign has one end

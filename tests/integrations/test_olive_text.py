@@ -118,6 +118,8 @@ def error(folder: pathlib.Path, feeds: dict[str, np.ndarray]) -> float:
 STACKS: dict[str, list[dict[str, Any]]] = {
     "omniquant": [{"name": "omniquant", "num_iterations": 8}],
     "omniquant, gptq": [{"name": "omniquant", "num_iterations": 8}, {"name": "gptq"}],
+    "smoothquant, gptq": [{"name": "smoothquant", "alpha": 0.5}, {"name": "gptq"}],
+    "lpbq, awq": [{"name": "lpbq", "block_size": 16}, {"name": "awq", "num_grid": 6}],
     "seqmse, gptq": [{"name": "seqmse"}, {"name": "gptq"}],
     "lpbq, seqmse": [{"name": "lpbq", "block_size": 16}, {"name": "seqmse"}],
     "lpbq, gptq": [{"name": "lpbq", "block_size": 16}, {"name": "gptq"}],

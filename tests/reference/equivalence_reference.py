@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from aimet_ext.core.equivalence import ScalePair, Side
@@ -36,3 +39,15 @@ def _factor(side: Side, scale: Tensor, position: int, width: int) -> float:
         entry = int(side.index[entry])
     value = float(scale[entry])
     return value if side.power == 1 else 1.0 / value
+
+
+def scale_of_entry(pair: ScalePair, entry: Any) -> Tensor:
+    """The scale of a pair ``[size]`` in float64, from the multipliers that a ledger's entry has."""
+    scale = torch.zeros(pair.size, dtype=torch.float64)
+    for side, kept in zip(pair.sides, entry.sides, strict=True):
+        if side.power == 1:
+            start, stop = side.rows or (0, len(kept.multiplier))
+            index = torch.arange(pair.size) if side.index is None else side.index
+            scale[index] = kept.multiplier[start:stop].double()
+    assert bool((scale > 0).all())
+    return scale

@@ -39,6 +39,8 @@ class Technique:
     :param grids: the grids to look at the whole sim on.
     :param entries: from a report to what it says of each unit, a block or a layer.
     :param errors: errors of a problem's rows with a quantized weight, by the objective.
+    :param freezes: whether it decides ranges; if not, weights are float and all is open afterwards.
+    :param wrong: values that its number must not have.
     """
 
     row: registry.Technique
@@ -48,6 +50,8 @@ class Technique:
     grids: Sequence[str] = ("per-channel", "asymmetric", "LPBQ")
     entries: Callable[[Any], Sequence[Any]] = lambda report: report.layers
     errors: Callable[[Any, Tensor], Tensor] = lambda problem, values: problem.errors(values)[0]
+    freezes: bool = True
+    wrong: Sequence[Any] = (0, -3, 2.5, "10", None, True)
 
     @property
     def name(self) -> str:
@@ -126,6 +130,19 @@ class Technique:
 
 #: What tests need to know beyond a row; a technique without an entry is tested with its defaults.
 EXTRAS: dict[str, dict[str, Any]] = {
+    "smoothquant": {
+        "changed": ("alpha", 0.75),
+        "head": False,
+        "entries": lambda report: report.blocks,
+        "freezes": False,
+        "wrong": (-0.5, 2.5, "10", None, True),
+    },
+    "awq": {
+        "quick": {"num_grid": 8},
+        "changed": ("duo_scaling", False),
+        "head": False,
+        "entries": lambda report: report.blocks,
+    },
     "omniquant": {
         "quick": {"num_iterations": 2, "search_sweeps": 1},
         "changed": ("let_lr", 1e-2),

@@ -58,6 +58,8 @@ STEPS: dict[str, Callable[[Any, Any], Any]] = {
     "set_lpbq": lambda sim, data: aimet_ext.set_lpbq(sim, 16),
     "apply_lpbq": ours("lpbq", block_size=16, num_candidates=8, sweeps=2),
     "seq_mse": ours("seq_mse", num_candidates=8, sweeps=2),
+    "smoothquant": ours("smoothquant"),
+    "awq": ours("awq", num_grid=4),
     "omniquant": ours("omniquant", num_iterations=4, search_sweeps=1),
     "gptq": ours("gptq", refine_sweeps=2),
     "adaround": ours("adaround", num_iterations=60, refine_sweeps=2),
@@ -67,7 +69,8 @@ STEPS: dict[str, Callable[[Any, Any], Any]] = {
     "AIMET's AdaScale": aimet_adascale,
 }
 GRIDS = {"set_lpbq", "apply_lpbq"}  # decide what kind of grid
-RANGES = set(STEPS) - {"set_lpbq"}  # decide ranges, and freeze them
+RANGES = set(STEPS) - {"set_lpbq", "smoothquant"}  # decide ranges, and freeze them
+SCALES = {"smoothquant", "awq", "omniquant"}  # rescale weights
 ROUNDS = {"gptq", "adaround", "rtn", "hqq"}  # decide integers
 
 
@@ -95,6 +98,11 @@ COMPOSITIONS = (
     Composition(("seq_mse", "gptq")),
     Composition(("seq_mse", "rtn")),
     Composition(("set_lpbq", "hqq")),
+    Composition(("smoothquant", "gptq")),
+    Composition(("smoothquant", "seq_mse", "gptq")),
+    Composition(("smoothquant", "omniquant", "gptq")),
+    Composition(("smoothquant", "awq", "gptq")),
+    Composition(("awq", "adaround")),
     Composition(("omniquant", "adaround")),
     Composition(("omniquant", "gptq")),
     Composition(("AIMET's SeqMSE", "gptq")),
@@ -113,6 +121,10 @@ REFUSED = (
     (("adaround", "gptq"), "gptq needs float weights, but adaround already rounded"),
     (("rtn", "gptq"), "gptq needs float weights, but rtn already rounded"),
     (("hqq", "rtn"), "rtn needs float weights, but hqq already rounded"),
+    (("gptq", "smoothquant"), "gptq froze its range, which rescaling would make wrong"),
+    (("awq", "omniquant"), "awq froze its range, which rescaling would make wrong"),
+    (("awq", "seq_mse"), "q_proj: awq froze its range"),
+    (("smoothquant", "smoothquant"), "smoothquant was already applied to"),
     (("gptq", "omniquant"), "gptq froze its range, which rescaling would make wrong"),
     (("seq_mse", "omniquant"), "seq_mse froze its range, which rescaling would make wrong"),
     (("apply_lpbq", "omniquant"), "lpbq froze its range, which rescaling would make wrong"),
@@ -212,9 +224,11 @@ def test_an_order_that_works(
         if step in GRIDS:
             kinds = {(kind, spec) for kind, spec, _ in described(final).values()}
             assert kinds == {("GroupedBlockQuantizeDequantize", W4_LPBQ)}
-        if step == "omniquant":
+        if step in SCALES:
             entries = [len(each.aimet_ext_ledger.entries) for each in (sim, final)]
-            assert entries[0] == entries[1] > 0
+            later = set(row.steps[row.steps.index(step) + 1 :]) & SCALES
+            assert 0 < entries[0] <= entries[1]
+            assert later or entries[0] == entries[1]
     assert all(frozen for *_, frozen in described(final).values())
     assert on_grid(final) == (row.steps[-1] in ROUNDS)
     with adapt(final).disabled_quantizers(weights=False):

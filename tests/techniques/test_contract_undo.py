@@ -39,21 +39,22 @@ def lived_in(make_sim: Any, batches: list[Tensor]) -> Any:
 
 
 class Interruption:
-    """Raises when the weight quantizers of one and a half blocks were frozen."""
+    """Raises when the weight quantizers of one and a half blocks were frozen, or left open."""
 
-    def __init__(self, monkeypatch: Any, error: BaseException, after: int) -> None:
+    def __init__(self, technique: Any, monkeypatch: Any, error: BaseException, after: int) -> None:
         from aimet_ext.sim.torch.quantizers import TorchWeightQuantizer
 
         self.calls = 0
-        freeze = TorchWeightQuantizer.freeze
+        name = "freeze" if technique.freezes else "calibrate"
+        method = getattr(TorchWeightQuantizer, name)
 
-        def raising(quantizer: Any, frozen: bool = True) -> None:
-            freeze(quantizer, frozen)
+        def raising(quantizer: Any, *args: Any) -> None:
+            method(quantizer, *args)
             self.calls += 1
             if self.calls == after:
                 raise error
 
-        monkeypatch.setattr(TorchWeightQuantizer, "freeze", raising)
+        monkeypatch.setattr(TorchWeightQuantizer, name, raising)
 
 
 @pytest.mark.parametrize("on_disk", [False, True], ids=["RAM", "cache_dir"])
@@ -71,7 +72,7 @@ def test_a_failure_in_the_second_block_undoes_the_first(
     before = state_of(lived_in)
     identity = {name: id(parameter) for name, parameter in lived_in.model.named_parameters()}
     half = WEIGHTS_OF_A_BLOCK + 3
-    interruption = Interruption(monkeypatch, error, half)
+    interruption = Interruption(technique, monkeypatch, error, half)
     cache_dir = tmp_path / "cache" if on_disk else None
     output = tmp_path / "out"
     with pytest.raises(type(error)):
@@ -168,7 +169,7 @@ def test_an_earlier_result_survives_a_failure(
     output = tmp_path / "out"
     technique.apply(make_sim(), batches, output_path=output)
     written = {path.name: path.read_bytes() for path in output.iterdir()}
-    Interruption(monkeypatch, KeyboardInterrupt(), 10)
+    Interruption(technique, monkeypatch, KeyboardInterrupt(), 10)
     with pytest.raises(KeyboardInterrupt):
         technique.apply(make_sim(), batches, output_path=output)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == written
@@ -179,7 +180,7 @@ def test_an_earlier_result_survives_a_failure(
 
 def interrupt_in_second_block(technique: Any, sim: Any, batches: Any, folder: Any) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        Interruption(monkeypatch, KeyboardInterrupt(), WEIGHTS_OF_A_BLOCK + 3)
+        Interruption(technique, monkeypatch, KeyboardInterrupt(), WEIGHTS_OF_A_BLOCK + 3)
         with pytest.raises(KeyboardInterrupt):
             technique.apply(sim, batches, checkpoint_dir=folder)
     done = len(list(folder.glob("block_*.safetensors")))

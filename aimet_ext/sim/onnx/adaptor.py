@@ -208,6 +208,8 @@ class OnnxSim(SimAdaptor):
         weights = {layer.weight for layer in self.layers.values()}
         every = self.sim.qc_quantize_op_dict
         watched = [n for n, q in every.items() if n not in weights and is_integer(q)]
+        if not watched:
+            return {}
         with self.disabled_quantizers(module, activations=False):
             return observed_ranges(self._module(module), run, watched)
 

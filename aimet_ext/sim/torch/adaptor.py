@@ -174,7 +174,8 @@ class TorchSim(SimAdaptor):
                     _widen(ranges, name, value)
         observers = {quantizer: _observer(ranges, name) for name, quantizer in watched.items()}
         with _forwards(observers), self.disabled_quantizers(module, activations=False):
-            run()
+            if observers:
+                run()
         return ranges
 
     def reset_encodings(self, names: Iterable[str]) -> list[str]:

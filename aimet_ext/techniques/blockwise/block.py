@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from aimet_ext.core.equivalence import ScalePair, expand, transform
 from aimet_ext.core.objective import squared_error
 from aimet_ext.data.cache import TensorCache
 from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer
+from aimet_ext.techniques.blockwise.inputs import StageInputs
 from aimet_ext.walk.stream import BlockCall, BlockStream
 from aimet_ext.walk.streamed import StreamedBlock
 
@@ -27,7 +28,8 @@ class BlockState:
     """The decisions of a technique for a block; tensors are never changed.
 
     :param smooth: Scale of each pair ``[pair.size]``, by the pair's name.
-    :param grids: Raw scale and offset of each layer's cells, for the transformed weight.
+    :param grids: Raw scale and offset of each layer's cells, for the transformed weight. Ranges of
+        layers not named are left open: they hold every weight meanwhile.
     """
 
     smooth: Mapping[str, Tensor] = field(default_factory=dict)
@@ -40,12 +42,13 @@ class Choice:
 
     :param state: Best state that was found.
     :param kept: Way in which it was found, for the report.
-    :param score: Score of the state with which the search began, see :meth:`Block.score`.
+    :param score: Score of the state with which the search began, see :meth:`Block.score`; None for
+        plain rounding.
     """
 
     state: BlockState
     kept: str
-    score: float
+    score: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +63,9 @@ class Block:
     :param params: Float parameters as they were, float32 (or float64), detached.
     :param targets: Outputs of the float block on the float stream.
     :param adaptor: Adaptor of the simulation.
+    :param inputs: Sums over the inputs of each stage in the float model, where the technique asked
+        for them.
+    :param judged: Tokens that count in a score, about, in evenly spaced batches; None for all.
     :param quantize_activations: True to have the activation quantizers on, calibrating on each
         batch.
     """
@@ -73,6 +79,8 @@ class Block:
     params: Params
     targets: TensorCache
     adaptor: SimAdaptor
+    inputs: Sequence[StageInputs] = ()
+    judged: int | None = None
     quantize_activations: bool = False
 
     @property
@@ -92,8 +100,8 @@ class Block:
 
     @property
     def quantized_stream(self) -> BlockStream:
-        """Inputs of the block in the model quantized so far."""
-        return self.data.flows["quantized"]
+        """Inputs of the block in the model quantized so far, or as if that were float."""
+        return self.data.flows.get("quantized", self.float_stream)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -147,7 +155,10 @@ class Block:
         """Return the block's parameters in a state, as they will be deployed."""
 
         def quantize(layer: str, weight: Tensor) -> Tensor:
-            return fake_quantize(weight, self.layout(layer).with_scale(*state.grids[layer]))
+            layout = self.layout(layer)
+            if layer in state.grids:
+                return fake_quantize(weight, layout.with_scale(*state.grids[layer]))
+            return fake_quantize(weight, layout.with_scale(*layout.raw(*layout.bounds(weight))))
 
         with torch.no_grad():
             return self.quantized(state.smooth, quantize)
@@ -162,14 +173,14 @@ class Block:
         return call(lambda *a, **k: functional_call(self.module, params, a, k))
 
     def score(self, params: Params | None = None) -> float:
-        """Return the mean squared error of the output over the tokens that count, of all batches.
+        """Return the mean squared error of the output over the tokens that count.
 
         :param params: Parameters to judge; None for the simulation's own block with its weight
             quantizers.
         """
         total, count = 0.0, 0
         with torch.no_grad(), self.float_weights(params is not None), self.activations():
-            for index in range(len(self.quantized_stream)):
+            for index in self._judged():
                 call = self.quantized_stream.select(index)
                 target = self.targets.read(index, self.quantized_stream.device)
                 error, elements = squared_error(self.run(call, params), target, call.mask)
@@ -179,11 +190,17 @@ class Block:
     def signal(self) -> float:
         """Return the mean square of the targets, over the tokens that count."""
         total, count = 0.0, 0
-        for index, target in enumerate(self.targets):
-            mask = self.quantized_stream.mask(index)
+        for index in self._judged():
+            target, mask = self.targets[index], self.quantized_stream.mask(index)
             power, elements = squared_error(target, torch.zeros_like(target), mask)
             total, count = total + power, count + elements
         return total / max(count, 1)
+
+    def _judged(self) -> range:
+        """Return the numbers of the batches that count in a score."""
+        stream = self.quantized_stream
+        tokens = sum(batch * seq for batch, seq in map(stream.shape, range(len(stream))))
+        return range(0, len(stream), max(1, tokens // (self.judged or tokens)))
 
     def float_weights(self, off: bool = True) -> Any:
         """Return a context without parameter quantizers; if not ``off``, the layers keep theirs.
@@ -211,8 +228,13 @@ class Block:
 
     @torch.no_grad()
     def deploy(self, state: BlockState) -> None:
-        """Fold a state's scales into the weights, set the quantizers and freeze them."""
-        least = self._bias_scales(self.quantized(state.smooth, lambda _, weight: weight))
+        """Fold a state's scales into the weights and set the quantizers.
+
+        Those that the state leaves open hold every weight.
+        """
+        least = {}
+        if state.grids:
+            least = self._bias_scales(self.quantized(state.smooth, lambda _, weight: weight))
         changed = transform(self.params, self.chosen(state.smooth))
         for name, parameter in self.module.named_parameters():
             if name in self.params:
@@ -224,7 +246,8 @@ class Block:
             if layer in least and scale.shape == least[layer].shape:
                 scale = torch.maximum(scale, least[layer].to(scale))
             quantizer.set_scale(scale.float(), None if symmetric else offset.float())
-            quantizer.freeze()
+        for layer in set(self.layers) - set(state.grids):
+            self.quantizers[layer].calibrate()
 
     def _bias_scales(self, params: Params) -> dict[str, Tensor]:
         """Return the smallest scales ``[out, 1]`` with which each layer's bias fits int32.
@@ -245,7 +268,7 @@ class Block:
 
         hooks = [watch(layer) for layer in biases]
         try:
-            self.score(params)
+            replace(self, judged=None).score(params)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -11,20 +11,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from aimet_ext.config import TechniqueParams
+from aimet_ext.core.clipping import shares_of
 from aimet_ext.core.equivalence import PairKind, ScalePair, expand
 from aimet_ext.core.objective import sqnr_db
 from aimet_ext.data.cache import TensorCache
 from aimet_ext.errors import TransformRefused
 from aimet_ext.files.folders import replace_folder
+from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.manifest import write_manifest
 from aimet_ext.files.scales import check_aimet_keys, write_scales
+from aimet_ext.files.starts import write_clips
 from aimet_ext.files.tensors import Checkpoints
 from aimet_ext.models.proof import probe, probe_inputs, prove_pairs
 from aimet_ext.models.topology import BlockTopology, TopologyDescription, select_pairs
@@ -36,7 +39,8 @@ from aimet_ext.sim.protocol import (
     calibrated,
     moved_ranges,
 )
-from aimet_ext.techniques.blockwise.block import Block, Choice
+from aimet_ext.techniques.blockwise.block import Block, BlockState, Choice
+from aimet_ext.techniques.blockwise.inputs import StageInputs
 from aimet_ext.techniques.call import Call
 from aimet_ext.techniques.report import BlockReport, BlockwiseReport
 from aimet_ext.techniques.session import (
@@ -86,9 +90,33 @@ class BlockSolver(ABC, Generic[P]):
         return False
 
     @property
+    def compares(self) -> bool:
+        """True to keep plain rounding of a block where that has the lower error."""
+        return True
+
+    @property
+    def gathers(self) -> Literal["magnitudes", "moments"] | None:
+        """Sums over the inputs of stages to gather while the float block runs; None for none.
+
+        If it is not None, the technique sees the float model alone, whatever is quantized so far.
+        """
+        return None
+
+    @property
+    def judged(self) -> int | None:
+        """Number of tokens that scores are taken over, about; None for all."""
+        return None
+
+    @property
     def steps(self) -> int:
         """Number of times that :meth:`decide` updates the progress bar."""
         return 0
+
+    def check(self, ledger: Ledger) -> None:
+        """Refuse a simulation by what was done to it before.
+
+        :raises ValueError: The technique does not fit it.
+        """
 
     @abstractmethod
     def decide(self, block: Block, bar: Any) -> Choice:
@@ -119,6 +147,7 @@ def run_blockwise(
         ledger = open_ledger(adaptor, solver.technique, layers)
         if aimet_keys:
             check_aimet_keys(ledger)
+        solver.check(ledger)
         started = time.perf_counter()
         with undo_on_failure(adaptor, options.cache_dir) as keep:
             adaptor.ledger = ledger = copy.deepcopy(ledger)
@@ -135,9 +164,25 @@ def run_blockwise(
                 rename = adaptor.original_names()
                 with replace_folder(call.output_path) as place:
                     write_scales(place, ledger, rename=rename, aimet_keys=aimet_keys)
+                    if shares := _shares(quantizers):
+                        named = {rename(name): pair for name, pair in shares.items()}
+                        write_clips(place, named, origin=ledger.origin)
                     report.save(place / "report.json")
                     write_manifest(place, "scales", techniques=list(ledger.techniques))
     return report
+
+
+def _shares(quantizers: Mapping[str, WeightQuantizer]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the shares of their full ranges that frozen quantizers keep, by layer."""
+    found = {}
+    for name, quantizer in quantizers.items():
+        if quantizer.frozen:
+            weight = quantizer.weight.detach().flatten(1).float()
+            shape = quantizer.layout.shape
+            scale, offset = quantizer.free_grid().scale, quantizer.grid().offset
+            grid = scale.reshape(shape), offset.reshape(shape)
+            found[name] = shares_of(quantizer.layout, weight, *grid)
+    return found
 
 
 @dataclass
@@ -200,14 +245,17 @@ class BlockwiseRun:
         with calibrated(others.values()):
             effective = OnGrids(others)
             with adaptor.disabled_quantizers():
-                return adaptor.block_pass(
+                found = adaptor.block_pass(
                     names,
                     batches,
-                    effective=effective,
+                    effective={} if self.solver.gathers else effective,
                     forward_fn=options.forward_fn,
                     cache_dir=options.cache_dir,
                     device=options.device,
                 )
+        if self.solver.gathers:
+            found.drop("quantized")
+        return found
 
     def _block(
         self, number: int, data: StreamedBlock, checkpoints: Checkpoints | None, bar: Any
@@ -217,11 +265,14 @@ class BlockwiseRun:
         self.keep(data.name)
         if data.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(data.device)
+        resumed = checkpoints is not None and number in checkpoints
+        inputs = [] if resumed else self._inputs(number, data)
+        notes = {stage[0]: each.add for stage, each in inputs}
         with self.adaptor.disabled_quantizers(data.name):
-            targets = data.outputs("float")
+            targets = data.outputs("float", notes)
         with targets:
-            block = self._prepare(number, data, targets)
-            if checkpoints is not None and number in checkpoints:
+            block = self._prepare(number, data, targets, [each for _, each in inputs])
+            if checkpoints is not None and resumed:
                 with checkpoints.resuming(number) as saved:
                     report = self._resume(block, *saved)
                 bar.update(self.solver.steps)
@@ -230,13 +281,46 @@ class BlockwiseRun:
                 self._record(block, smooth)
                 if checkpoints is not None:
                     self._save(checkpoints, block, smooth, report)
-            with block.activations():
-                data.advance("quantized")
+            if "quantized" in data.flows:
+                with block.activations():
+                    data.advance("quantized")
             for index, target in enumerate(targets):
                 block.float_stream.hidden[index] = target
         return report
 
-    def _prepare(self, number: int, data: StreamedBlock, targets: TensorCache) -> Block:
+    def _stages(self, number: int) -> list[list[str]]:
+        """Return the layers of a block that are decided, those that share an input together."""
+        topology = self.blocks[number]
+        kept = (
+            [n for n in stage if f"{topology.name}.{n}" in self.quantizers]
+            for stage in topology.stages
+        )
+        return [stage for stage in kept if stage]
+
+    def _inputs(self, number: int, data: StreamedBlock) -> list[tuple[Sequence[str], StageInputs]]:
+        """Return what sums over the inputs of each stage, empty as yet."""
+        if self.solver.gathers is None:
+            return []
+        return [
+            (
+                stage,
+                StageInputs(
+                    f"{data.name}.{stage[0]}",
+                    data.module.get_submodule(stage[0]),
+                    moments=self.solver.gathers == "moments",
+                    mapped_dir=data.flows["float"].hidden.cache_dir,
+                ),
+            )
+            for stage in self._stages(number)
+        ]
+
+    def _prepare(
+        self,
+        number: int,
+        data: StreamedBlock,
+        targets: TensorCache,
+        inputs: Sequence[StageInputs],
+    ) -> Block:
         """Return the block as an optimisation problem, its scale pairs proved."""
         adaptor, name, topology = self.adaptor, data.name, self.blocks[number]
         params = {
@@ -250,20 +334,20 @@ class BlockwiseRun:
         with adaptor.disabled_quantizers(name):
             data.look(layers)
             call = data.flows["float"].select(0)
-            inputs = probe_inputs(data.module, call.args, call.kwargs)
-            prove_pairs(probe(data.module, (), inputs), params, pairs, where=name)
+            tokens = probe_inputs(data.module, call.args, call.kwargs)
+            prove_pairs(probe(data.module, (), tokens), params, pairs, where=name)
         return Block(
             number=number,
             count=len(self.blocks),
             data=data,
-            stages=[
-                kept for stage in topology.stages if (kept := [n for n in stage if n in layers])
-            ],
+            stages=self._stages(number),
             quantizers={layer: self.quantizers[f"{name}.{layer}"] for layer in layers},
             pairs=pairs,
             params=params,
             targets=targets,
             adaptor=adaptor,
+            inputs=inputs,
+            judged=self.solver.judged,
             quantize_activations=self.solver.quantize_activations,
         )
 
@@ -284,24 +368,29 @@ class BlockwiseRun:
     def _decide(
         self, block: Block, started: float, bar: Any
     ) -> tuple[BlockReport, Mapping[str, Tensor]]:
-        """Decide and deploy a block, and compare it with plain rounding."""
+        """Decide and deploy a block, and compare it with plain rounding.
+
+        Where ranges are left open, plain rounding leaves them open too.
+        """
         ranges_before = self.adaptor.tensor_ranges(block.name, lambda: self._run_some(block))
         choice = self.solver.decide(block, bar)
         best, kept = choice.state, choice.kept
         block.deploy(best)
         self._check_function(block)
         deployed = block.score()
-        nearest_state = block.nearest()
+        nearest_state = block.nearest() if best.grids else BlockState()
         nearest = block.score(block.state_params(nearest_state))
-        if not deployed < nearest:
+        if self.solver.compares and not deployed < nearest:
             best, kept = nearest_state, "nearest"
             block.deploy(best)
             deployed = block.score()
+        for layer in best.grids:
+            block.quantizers[layer].freeze()
         stale = self._reset_stale(block, ranges_before) if best.smooth else ()
         report = BlockReport(
             name=block.name,
             loss_nearest=nearest,
-            loss_before=choice.score,
+            loss_before=nearest if choice.score is None else choice.score,
             loss_after=deployed,
             sqnr_db=sqnr_db(block.signal(), deployed),
             kept=kept,

@@ -8,23 +8,24 @@ Weights stay untransformed here: with the multiplier ``m`` of its input columns 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from aimet_ext.core.affine import fake_quantize
+from aimet_ext.core.awq import ScaledReader, awq_scales, best_scale
 from aimet_ext.core.clipping import GridLayout, search_ranges
 from aimet_ext.core.equivalence import (
     Reader,
-    ScalePair,
     candidate_multipliers,
     search_smoothing,
-    smoothquant_scale,
 )
 from aimet_ext.core.objective import SecondMoment, row_errors
 from aimet_ext.data.moments import Geometry, sum_moments
 from aimet_ext.techniques.blockwise.block import Block, BlockState
+from aimet_ext.techniques.blockwise.inputs import Magnitudes, StageInputs
+from aimet_ext.techniques.blockwise.pairs import ReadPair, read_pairs
 from aimet_ext.walk.streamed import fit_mask
 
 _REACH = 1.5  # of a candidate multiplier, either way
@@ -63,8 +64,8 @@ class BlockSearch:
         self.stages = []
         for number, layers in enumerate(self.block.stages):
             known = number == 0 and first
-            moment, peak = (first[0].moment, first[0].peak) if known else self._moment(layers)
-            stage = _Stage(self.block, tuple(layers), moment, peak, self.importance, self.clip)
+            seen = (first[0].moment, first[0].sizes) if known else self._moment(layers)
+            stage = _Stage(self.block, tuple(layers), *seen, self.importance, self.clip)
             stage.search(smooth, sweeps)
             for layer, weight in stage.effective(smooth).items():
                 data.decide(layer, weight)
@@ -72,10 +73,24 @@ class BlockSearch:
         data.restart()
         return self._state(smooth)
 
-    def _moment(self, layers: Sequence[str]) -> tuple[SecondMoment, Tensor]:
-        """Return ``H`` and ``C`` of what reaches layers now, and its peaks ``[in]``."""
+    def seeing(self, inputs: Sequence[StageInputs]) -> BlockSearch:
+        """Take what was seen of the float model's inputs, stage by stage, to search on.
+
+        :raises ValueError: they hold NaN or infinity.
+        """
+        for layers, seen in zip(self.block.stages, inputs, strict=True):
+            moment = seen.moment(self.block.weight(layers[0]))
+            sizes = seen.magnitudes
+            self.stages.append(
+                _Stage(self.block, tuple(layers), moment, sizes, self.importance, self.clip)
+            )
+        return self
+
+    def _moment(self, layers: Sequence[str]) -> tuple[SecondMoment, Magnitudes]:
+        """Return ``H`` and ``C`` of what reaches layers now, and its magnitudes."""
         block, like = self.block, self.block.weight(layers[0])
         streams = ("quantized", "float") if self.float_target else ("quantized",)
+        sizes = Magnitudes()
         try:
             with block.adaptor.disabled_quantizers(block.name):
                 total = sum_moments(
@@ -83,6 +98,7 @@ class BlockSearch:
                     block.module.get_submodule(layers[0]),
                     dtype=like.dtype,
                     mapped_dir=block.quantized_stream.hidden.cache_dir,
+                    also=[sizes.add],
                 )
             assert total is not None, "a run without batches"
             moment = total.result(like.dtype)
@@ -91,29 +107,46 @@ class BlockSearch:
             raise ValueError(f"{named}: {error}") from error
         # Sums that are too large for a GPU are kept in a file.
         cross = None if moment.cross is None else moment.cross.to(like.device)
-        return SecondMoment(moment.second.to(like.device), cross, moment.tokens), total.peak
+        return SecondMoment(moment.second.to(like.device), cross, moment.tokens), sizes
 
     @torch.no_grad()
     def ranges(self, start: Mapping[str, Tensor]) -> BlockState:
-        """Choose ranges alone for these scales, on the moments that :meth:`run` saw."""
+        """Choose ranges alone for these scales, on the moments that were seen."""
         smooth = self._scales(start)
         for stage in self.stages:
             stage.search(smooth, sweeps=0)
         return self._state(smooth)
 
     def smoothquant(self, alpha: float) -> dict[str, Tensor]:
-        """Scale of each pair by SmoothQuant's formula, on the inputs that :meth:`run` saw."""
+        """Scale of each pair by SmoothQuant's formula, on the inputs that were seen."""
         scales = {}
         for stage in self.stages:
-            for pair, groups in stage.pairs():
-                readers = [layer for layer in stage.layers if _reads(pair, layer)]
-                weight = torch.stack([self.block.weight(r).abs().amax(0) for r in readers]).amax(0)
-                scales[pair.name] = smoothquant_scale(
-                    torch.stack([stage.peak[group].amax() for group in groups]),
-                    torch.stack([weight[group].amax() for group in groups]),
-                    alpha,
-                )
+            for read in read_pairs(self.block, stage.layers):
+                scales[read.pair.name] = read.smoothquant(stage.sizes.peak, alpha)
         return scales
+
+    def awq(self, num_grid: int, duo_scaling: bool) -> dict[str, Tensor]:
+        """Scale of each pair by AWQ's grid of exponents, on the inputs that were seen.
+
+        :param duo_scaling: True to try candidates that weigh the weights as well.
+        """
+        scales = self._scales(None)
+        for stage in self.stages:
+            for read in read_pairs(self.block, stage.layers):
+                scales[read.pair.name] = stage.awq(read, scales, num_grid, duo_scaling)
+        return scales
+
+    def clipped(self, smooth: Mapping[str, Tensor], num_grid: int) -> BlockState:
+        """Clip ranges by AWQ's grid of shares, from 1 down to half, on the inputs that were seen.
+
+        :param num_grid: Steps of the grid from 1 down to 0.
+        """
+        scales = self._scales(smooth)
+        like = next(iter(scales.values()), torch.ones(()))
+        shares = 1 - torch.arange(num_grid // 2 + 1).to(like) / num_grid
+        for stage in self.stages:
+            replace(stage, shares=shares).search(scales, sweeps=0)
+        return self._state(scales)
 
     def _scales(self, start: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         like = next(iter(self.block.params.values()))
@@ -135,9 +168,10 @@ class _Stage:
     block: Block
     layers: tuple[str, ...]
     moment: SecondMoment
-    peak: Tensor  # largest magnitude of each input channel, [in]
+    sizes: Magnitudes  # of input channels
     importance: Mapping[str, Tensor]
     clip: bool
+    shares: Tensor | None = None  # of the full range that are tried, None for the usual ones
 
     # Of weights with their columns multiplied, rows as they were.
     grids: Grids = field(default_factory=dict)
@@ -145,17 +179,40 @@ class _Stage:
     def search(self, smooth: dict[str, Tensor], sweeps: int) -> None:
         """Choose ranges, then scales and ranges in turn while that pays; changes ``smooth``."""
         self._choose_ranges(smooth, fresh=True)
-        pairs = self.pairs()
+        pairs = read_pairs(self.block, self.layers)
         if not pairs or sweeps == 0:
             return
         error = self._error(smooth)
         for _ in range(sweeps):
-            for pair, groups in pairs:
-                self._choose_smoothing(pair, groups, smooth)
+            for read in pairs:
+                self._choose_smoothing(read, smooth)
             self._choose_ranges(smooth, fresh=False)
             before, error = error, self._error(smooth)
             if before - error < _LEAST_GAIN * abs(before):
                 break
+
+    def awq(
+        self, read: ReadPair, smooth: Mapping[str, Tensor], num_grid: int, duo_scaling: bool
+    ) -> Tensor:
+        """Return the best scale for a pair by AWQ's grid, all other scales as they are."""
+        readers = [
+            ScaledReader(
+                weight=(weight := self.block.weight(layer)),
+                layout=self.block.layout(layer),
+                pull=self.moment.pull(weight),
+                row_weight=self.importance[layer],
+            )
+            for layer in read.readers
+        ]
+        size = read.by_entry(self.sizes.mean.to(readers[0].weight), "mean")
+        relative = None
+        if duo_scaling:
+            rows = [len(reader.weight) for reader in readers]
+            shares = sum(n * reader.relative() for n, reader in zip(rows, readers, strict=True))
+            relative = read.by_entry(shares / sum(rows), "mean")
+        columns = self._columns(read.readers[0], smooth)
+        candidates = awq_scales(size, relative, num_grid)
+        return best_scale(readers, self.moment.second, columns, read.index, candidates)
 
     def effective(self, smooth: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the quantized weights as the untransformed block sees them, by layer."""
@@ -179,15 +236,6 @@ class _Stage:
             else:
                 result[layer] = (scale, offset)
         return result
-
-    def pairs(self) -> list[tuple[ScalePair, list[Tensor]]]:
-        """Scale pairs that this stage reads, with the columns that take each entry."""
-        found = []
-        for pair in self.block.pairs:
-            groups = _groups(self.block, pair, [n for n in self.layers if _reads(pair, n)])
-            if groups is not None:
-                found.append((pair, groups))
-        return found
 
     def _columns(self, layer: str, smooth: Mapping[str, Tensor]) -> Tensor:
         return self.block.multipliers(layer, smooth)[1]
@@ -232,12 +280,11 @@ class _Stage:
             self.moment.pull(weight),
             smooth=columns,
             row_weight=self.importance[layer] / rows.square(),
+            shares=self.shares,
             start=start,
         )
 
-    def _choose_smoothing(
-        self, pair: ScalePair, groups: list[Tensor], smooth: dict[str, Tensor]
-    ) -> None:
+    def _choose_smoothing(self, read: ReadPair, smooth: dict[str, Tensor]) -> None:
         readers = []
         for layer in self.layers:
             weight = self.block.weight(layer)
@@ -250,6 +297,7 @@ class _Stage:
                 )
             )
         columns = self._columns(self.layers[0], smooth)
+        groups, name = read.groups, read.pair.name
         found = search_smoothing(
             readers,
             self.moment.second,
@@ -258,29 +306,7 @@ class _Stage:
             candidate_multipliers(columns, _MULTIPLIERS, _REACH),
         )
         first = torch.stack([group[0] for group in groups])
-        smooth[pair.name] = smooth[pair.name] * (found / columns)[first]
-
-
-def _reads(pair: ScalePair, layer: str) -> bool:
-    return any(side.axis == "in" and side.module == layer for side in pair.sides)
-
-
-def _groups(block: Block, pair: ScalePair, readers: list[str]) -> list[Tensor] | None:
-    """Return the columns that take each entry of a pair's scale; None unless readers agree."""
-    indices = []
-    for side in pair.sides:
-        if side.axis == "in" and side.module in readers:
-            width = block.weight(side.module).shape[1]
-            if side.rows is not None and side.rows != (0, width):
-                return None
-            device = block.weight(side.module).device
-            index = torch.arange(width) if side.index is None else side.index
-            indices.append(index.to(device))
-    if not indices or any(not torch.equal(indices[0], other) for other in indices[1:]):
-        return None
-    order = torch.argsort(indices[0], stable=True)
-    counts = torch.bincount(indices[0], minlength=pair.size)
-    return list(order.split(counts.tolist()))
+        smooth[name] = smooth[name] * (found / columns)[first]
 
 
 @torch.enable_grad()
