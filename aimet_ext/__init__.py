@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from aimet_ext.config import PerChannel as PerChannel
     from aimet_ext.config import PerTensor as PerTensor
     from aimet_ext.config import QSpec as QSpec
+    from aimet_ext.config import RotationParams as RotationParams
     from aimet_ext.config import RTNParams as RTNParams
     from aimet_ext.config import SeqMSEParams as SeqMSEParams
     from aimet_ext.config import SmoothQuantParams as SmoothQuantParams
@@ -57,8 +58,10 @@ if TYPE_CHECKING:
     from aimet_ext.techniques.omniquant import apply_omniquant as apply_omniquant
     from aimet_ext.techniques.report import LayerReport as LayerReport
     from aimet_ext.techniques.report import LayerwiseReport as LayerwiseReport
+    from aimet_ext.techniques.report import RotationReport as RotationReport
     from aimet_ext.techniques.report import WeightReport as WeightReport
     from aimet_ext.techniques.report import WeightsReport as WeightsReport
+    from aimet_ext.techniques.rotation import apply_rotation as apply_rotation
     from aimet_ext.techniques.rtn import apply_rtn as apply_rtn
     from aimet_ext.techniques.seq_mse import apply_seq_mse as apply_seq_mse
     from aimet_ext.techniques.smoothquant import apply_smoothquant as apply_smoothquant
@@ -89,7 +92,10 @@ _HOMES = {
         "models.kv_cache": ("TokenCache",),
         "models.topology": ("TopologyDescription",),
         "techniques.omniquant": ("OmniQuantReport",),
-        "techniques.report": ("LayerReport", "LayerwiseReport", "WeightReport", "WeightsReport"),
+        "techniques.report": (
+            *("LayerReport", "LayerwiseReport", "RotationReport"),
+            *("WeightReport", "WeightsReport"),
+        ),
         "verification.report": ("Thresholds", "VerifyReport"),
         "verification.verify": ("verify",),
     }.items()

@@ -397,3 +397,26 @@ class AdaRoundParams(LayerwiseParams):
     search_ranges: bool = True
     refine_sweeps: Annotated[int, Field(ge=0)] = 8
     seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RotationParams(TechniqueParams):
+    """Settings of :func:`aimet_ext.apply_rotation`.
+
+    :param mode: ``"hadamard"`` for Hadamard matrices with random signs, and random orthogonal
+        matrices for widths that have no construction of one; ``"random"`` for the latter always.
+    :param r1: Rotate the hidden states, across all blocks.
+    :param r2: Rotate the channels of each head between its values and the output projection.
+    :param seed: Seed of signs and of random matrices.
+    """
+
+    mode: Literal["hadamard", "random"] = "hadamard"
+    r1: bool = True
+    r2: bool = True
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _rotates_something(self) -> RotationParams:
+        if not (self.r1 or self.r2):
+            raise ValueError("r1 or r2 must be true, both are false: nothing would be rotated")
+        return self

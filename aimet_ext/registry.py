@@ -160,6 +160,15 @@ TECHNIQUES: dict[str, Technique] = {
             olive="lpbq",
             page="lpbq",
         ),
+        Technique(
+            name="rotation",
+            function="aimet_ext.techniques.rotation:apply_rotation",
+            params="aimet_ext.config:RotationParams",
+            decides="rotation",
+            unit="block",
+            olive="quarot",
+            page="rotation",
+        ),
     )
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -52,6 +52,11 @@ class Float64Casts(TorchFunctionMode):
         return func(*map(_widen, args), **named)
 
 
+def float64_casts(dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Return :class:`Float64Casts` for float64, and a context that does nothing for another."""
+    return Float64Casts() if dtype is torch.float64 else nullcontext()
+
+
 def _widen(value: Any) -> Any:
     return torch.float64 if value is torch.float32 else value
 
@@ -96,9 +101,8 @@ def failing_pairs(
     """
     failures: dict[int, PairFailure] = {}
     for dtype, bound in BOUNDS.items():
-        casts = Float64Casts() if dtype is torch.float64 else nullcontext()
         values = {name: value.detach().to(dtype) for name, value in params.items()}
-        with torch.no_grad(), casts:
+        with torch.no_grad(), float64_casts(dtype):
             reference = _reference(block_fn, values)
             for number, pair in enumerate(pairs):
                 if number in failures:

@@ -1,9 +1,7 @@
 """Decoder blocks and their scale pairs, as names, found by family tables or a description.
 
 Works on a Hugging Face model, on a wrapper around it, and on the model of a simulation: only names,
-class names of the blocks and the shapes of weights are read. A new family is a new row of
-:data:`FAMILIES`, in the names of transformers. A row is a claim, and
-:func:`aimet_ext.models.proof.prove_pairs` holds it against the model at hand.
+class names of the blocks and the shapes of weights are read.
 """
 
 from __future__ import annotations
@@ -16,103 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from aimet_ext.core.equivalence import PairKind, ScalePair, Side
+from aimet_ext.models.families import FAMILIES as FAMILIES
+from aimet_ext.models.families import TopologyDescription as TopologyDescription
 from aimet_ext.walk.routing import RoutedLayers
 from aimet_ext.walk.stream import nearest_config
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TopologyDescription:
-    """The modules of a decoder block, named relative to the block.
-
-    Roles that share a module are fused: its output rows hold the roles one after another, in the
-    order query, key, value or gate, up. Every module of the block that has a weight must be named.
-
-    :param name: Name of the family, for messages.
-    :param block_class: Class name of the block, matched against the classes it derives from.
-    :param attention_norm: Norm that the attention's input projections read.
-    :param mlp_norm: Norm that the MLP's input projections read.
-    :param q: Projection to the queries; ``k``, ``v`` likewise, ``o`` the output projection.
-    :param gate: projection that goes through the activation and multiplies ``up``; None for an
-        MLP without a gate, where ``up`` goes through the activation.
-    :param attention_readers: all other layers that read the attention norm.
-    :param mlp_readers: all other layers that read the MLP norm, a router for example.
-    :param qk_norms: norms between the q and k projections and their product.
-    :param others: all other modules that have a weight and are in no pair.
-    :param gain_offset: 1.0 where norms multiply by ``1 + weight``.
-    :param head_dim: width of a head; None to read it from the attention module or the config.
-    """
-
-    name: str
-    block_class: str
-    attention_norm: str = "input_layernorm"
-    mlp_norm: str = "post_attention_layernorm"
-    q: str = "self_attn.q_proj"
-    k: str = "self_attn.k_proj"
-    v: str = "self_attn.v_proj"
-    o: str = "self_attn.o_proj"
-    gate: str | None = "mlp.gate_proj"
-    up: str = "mlp.up_proj"
-    down: str = "mlp.down_proj"
-    attention_readers: tuple[str, ...] = ()
-    mlp_readers: tuple[str, ...] = ()
-    qk_norms: tuple[str, ...] = ()
-    others: tuple[str, ...] = ()
-    gain_offset: float = 0.0
-    head_dim: int | None = None
-
-    @property
-    def attention_inputs(self) -> tuple[str, ...]:
-        """All layers that read the attention norm."""
-        return tuple(dict.fromkeys((self.q, self.k, self.v, *self.attention_readers)))
-
-    @property
-    def mlp_inputs(self) -> tuple[str, ...]:
-        """All layers that read the MLP norm."""
-        gate = () if self.gate is None else (self.gate,)
-        return tuple(dict.fromkeys((*gate, self.up, *self.mlp_readers)))
-
-    @property
-    def stages(self) -> tuple[tuple[str, ...], ...]:
-        """Linear layers in dependency order: what goes in and out of attention, then of the MLP."""
-        return self.attention_inputs, (self.o,), self.mlp_inputs, (self.down,)
-
-
-_QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
-_SANDWICH = ("post_attention_layernorm", "post_feedforward_layernorm")
-
-FAMILIES: tuple[TopologyDescription, ...] = (
-    TopologyDescription(name="llama", block_class="LlamaDecoderLayer"),
-    TopologyDescription(name="qwen2", block_class="Qwen2DecoderLayer"),
-    TopologyDescription(name="qwen3", block_class="Qwen3DecoderLayer", qk_norms=_QK_NORMS),
-    TopologyDescription(name="mistral", block_class="MistralDecoderLayer"),
-    TopologyDescription(
-        name="phi3",
-        block_class="Phi3DecoderLayer",
-        q="self_attn.qkv_proj",
-        k="self_attn.qkv_proj",
-        v="self_attn.qkv_proj",
-        gate="mlp.gate_up_proj",
-        up="mlp.gate_up_proj",
-    ),
-    TopologyDescription(name="gemma", block_class="GemmaDecoderLayer", gain_offset=1.0),
-    TopologyDescription(
-        name="gemma2",
-        block_class="Gemma2DecoderLayer",
-        mlp_norm="pre_feedforward_layernorm",
-        others=_SANDWICH,
-        gain_offset=1.0,
-    ),
-    TopologyDescription(
-        name="gemma3",
-        block_class="Gemma3DecoderLayer",
-        mlp_norm="pre_feedforward_layernorm",
-        qk_norms=_QK_NORMS,
-        others=_SANDWICH,
-        gain_offset=1.0,
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -126,6 +33,8 @@ class BlockTopology:
     :param unavailable: kinds of pairs that this block cannot have, with the reason.
     :param aliases: full names of layers in the simulation, by name in the block, where they have
         others there.
+    :param head_dim: width of a head, None if unknown.
+    :param between: norms between a layer and the hidden states that it is added to.
     """
 
     name: str
@@ -134,6 +43,8 @@ class BlockTopology:
     pairs: tuple[ScalePair, ...]
     unavailable: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
+    head_dim: int | None = None
+    between: tuple[str, ...] = ()
 
 
 def find_blocks(
@@ -266,7 +177,9 @@ def _block_topology(
         head_dim = getattr(config, "head_dim", None)
         head_dim = head_dim or config.hidden_size // config.num_attention_heads
     pairs, unavailable = candidate_pairs(table, shapes, head_dim, config)
-    return BlockTopology(name, linears, table.stages, pairs, unavailable)
+    return BlockTopology(
+        name, linears, table.stages, pairs, unavailable, head_dim=head_dim, between=table.others
+    )
 
 
 # ---- candidate pairs ----------------------------------------------------------------------------

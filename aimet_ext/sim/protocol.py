@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from aimet_ext.config import LPBQ, Blockwise, Granularity, PerChannel, PerTensor, QSpec
 from aimet_ext.core.affine import Grid
 from aimet_ext.core.clipping import GridLayout
+from aimet_ext.data.batches import ForwardFn
+from aimet_ext.models.residual import ResidualEnds, Survey
 from aimet_ext.models.topology import BlockTopology, TopologyDescription
 from aimet_ext.walk.streamed import BlockPass, WalkOptions
 from aimet_ext.walk.walk import Streams, Walk
@@ -364,6 +366,37 @@ class Blocks(Protocol):
         """
 
 
+class ResidualStream(Protocol):
+    """The model around its decoder blocks, and the float model as a whole."""
+
+    def own_ends(self, description: TopologyDescription | None) -> AbstractContextManager[None]:
+        """Open a context in which weights beside the blocks, a tied head's too, are stored once.
+
+        It stays so afterwards; an exception puts the model back as it was.
+        """
+
+    def residual_ends(
+        self, blocks: Sequence[BlockTopology], batch: Any, forward_fn: ForwardFn | None
+    ) -> ResidualEnds:
+        """Find what writes to the hidden states and reads them beside the blocks.
+
+        Each module of it is a part of the simulation: see :meth:`FloatWeights.float_parameters`,
+        :meth:`FloatWeights.commit` and :meth:`Snapshots.snapshot`.
+
+        :param batch: Batch on which the model is computed without its blocks.
+        :raises TransformRefused: a parameter beside the blocks has no known role.
+        """
+
+    def survey(self, batches: Sequence[Any], forward_fn: ForwardFn | None) -> Survey:
+        """Compute the float model on batches, and watch all that is quantized in it."""
+
+    def probe_batch(self) -> Any:
+        """Return a batch of a few random ids.
+
+        :raises ValueError: the model has further inputs, or no table of embeddings.
+        """
+
+
 class SimAdaptor(
     SimHandle,
     WeightQuantizers,
@@ -372,6 +405,7 @@ class SimAdaptor(
     Snapshots,
     CalibrationWalks,
     Blocks,
+    ResidualStream,
     Protocol,
 ):
     """One simulation, of either framework. Names are those of ``model.named_modules()``."""

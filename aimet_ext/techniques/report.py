@@ -293,6 +293,61 @@ class BlockwiseReport(Report):
         return "\n".join(lines)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RotatedPart(UnitReport):
+    """Proof of one part of a model, a block or ``"ends"``: what stands before and behind them.
+
+    :param name: Name of the block.
+    :param deviation: Largest change of its output in float64, relative to the largest output.
+    :param seconds: Seconds of work.
+    :param resumed: False.
+    """
+
+    deviation: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotationReport(Report):
+    """The outcome of a rotation; ``print`` shows a table.
+
+    :param rotations: Kind of each rotation that was folded into the weights, by its name.
+    :param refused: Rotations that this model cannot have, with the reason.
+    :param blocks: Proof of each part.
+    :param deviation: Largest change of the float model's output, relative to the largest one, in
+        the precision that the model computes in.
+    :param losses: Of rotations that were learnt: mean error of the quantized blocks as a share of
+        their outputs, on batches held out; ``"none"`` without rotations, ``"start"``, ``"learnt"``.
+    :param reset_encodings: Quantizers whose ranges no longer fit and were dropped.
+    :param settings: Settings of the run.
+    :param seconds: Seconds of the whole run.
+    """
+
+    rotations: dict[str, str]
+    refused: dict[str, str] = field(default_factory=dict)
+    blocks: tuple[RotatedPart, ...] = ()
+    deviation: float
+    losses: dict[str, float] = field(default_factory=dict)
+    reset_encodings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{name}: {how}" for name, how in self.rotations.items()]
+        if self.losses:
+            worth = ", ".join(f"{name} {loss:.4g}" for name, loss in self.losses.items())
+            lines.append(f"errors of the quantized blocks, as shares of their outputs: {worth}")
+        lines += [f"not rotated: {name}: {why}" for name, why in self.refused.items()]
+        worst = max((part.deviation for part in self.blocks), default=0.0)
+        lines.append(
+            f"float outputs are off by {self.deviation:.1e}; {len(self.blocks)} parts in float64 "
+            f"by at most {worst:.1e}; {self.seconds:.1f} s in all"
+        )
+        if self.reset_encodings:
+            lines.append(
+                f"{len(self.reset_encodings)} encodings no longer fit and were reset: run "
+                "sim.compute_encodings"
+            )
+        return "\n".join(lines)
+
+
 def _share(loss: float, signal: float) -> str:
     """Return a loss as a share of the signal."""
     return f"{loss / signal:.3%}" if signal > 0 else "n/a"

@@ -241,6 +241,37 @@ def layers_to_quantize(
     return quantizers
 
 
+def layers_to_turn(
+    adaptor: SimAdaptor, layers: Sequence[str], parts: Sequence[str]
+) -> dict[str, WeightQuantizer]:
+    """Return the weight quantizers, as far as there are any, of layers whose weights will change.
+
+    :param layers: Full names.
+    :param parts: Names of the blocks and of all else whose parameters are looked at.
+    :raises ValueError: A weight is rounded or its range frozen, or a parameter is not finite.
+    """
+    every = ((name, adaptor.weight_quantizer(name)) for name in layers)
+    quantizers = {name: quantizer for name, quantizer in every if quantizer is not None}
+    frozen = [name for name, quantizer in quantizers.items() if quantizer.frozen]
+    by = {_frozen_by(adaptor, quantizers[name].name) for name in frozen}
+    _refuse(
+        frozen,
+        f"must have a weight quantizer that may change, but {' or '.join(sorted(by))} froze its "
+        "range, which a rotation would make wrong; start from a new sim, and rotate first",
+    )
+    _refuse(
+        [
+            f"{part}.{name}"
+            for part in parts
+            for name, parameter in adaptor.float_parameters(part).items()
+            if not bool(torch.isfinite(parameter).all())
+        ],
+        "must be finite, it holds NaN or infinity; repair the checkpoint",
+    )
+    _refuse_rounded(quantizers)
+    return quantizers
+
+
 def _frozen_by(adaptor: SimHandle, layer: str) -> str:
     """Return the technique that froze the range of a layer, as far as the ledger knows."""
     runs = adaptor.ledger.runs if adaptor.ledger is not None else ()

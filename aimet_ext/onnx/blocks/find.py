@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -78,11 +78,13 @@ class _Addition:
     :param before: tensor of the hidden states before it.
     :param after: tensor after it.
     :param writer: the layer whose output is added.
+    :param normed: True if a norm stands between.
     """
 
     before: str
     after: str
     writer: str
+    normed: bool = False
 
 
 @dataclass
@@ -157,10 +159,11 @@ def _additions(flow: Flow) -> list[_Addition]:
         if len(operands) != 2:
             continue
         writers = [flow.writer(name) for name in operands]
-        for writer, other in ((writers[0], operands[1]), (writers[1], operands[0])):
+        for writer, own, other in zip(writers, operands, reversed(operands), strict=True):
             # An activation may add to a layer's output what it makes of that.
             if writer is not None and writer not in flow.layers_behind(other):
-                found.append(_Addition(flow.origin(other), node.output[0], writer))
+                normed = flow.origin(own) not in flow.made
+                found.append(_Addition(flow.origin(other), node.output[0], writer, normed))
     return found
 
 
@@ -198,8 +201,9 @@ def _plan(
     if repeated:
         raise MismatchError(f"{', '.join(repeated)}: each weight must be used in one place")
     topology, norms, shared = block_topology(flow, name, attention, mlp, description)
+    normed = [step.writer for step in (first, second) if step.normed]
     return BlockPlan(
-        topology=topology,
+        topology=replace(topology, between=tuple(f"the norm behind {name}" for name in normed)),
         start=first.before,
         end=second.after,
         nodes=tuple(region.nodes),

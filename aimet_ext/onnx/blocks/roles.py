@@ -318,7 +318,9 @@ def block_topology(
                 "simulation is built",
             )
     kept = tuple(pair for pair in pairs if pair.kind not in unavailable)
-    found_block = BlockTopology(name, tuple(named), table.stages, kept, unavailable, dict(named))
+    found_block = BlockTopology(
+        name, tuple(named), table.stages, kept, unavailable, dict(named), table.head_dim
+    )
     return found_block, norms, shared
 
 

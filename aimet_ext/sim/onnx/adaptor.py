@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
@@ -11,10 +11,11 @@ import torch
 from aimet_onnx import QuantizationSimModel
 from torch import Tensor, nn
 
+from aimet_ext.data.batches import ForwardFn
 from aimet_ext.data.feeds import named_batches
+from aimet_ext.models.residual import ResidualEnds, Survey
 from aimet_ext.models.topology import BlockTopology, TopologyDescription
 from aimet_ext.onnx.graph import OnnxGraph
-from aimet_ext.onnx.index import FLOATS
 from aimet_ext.onnx.layers import (
     FoundLayers,
     OnnxLayer,
@@ -23,7 +24,7 @@ from aimet_ext.onnx.layers import (
     other_weights,
 )
 from aimet_ext.onnx.shells import module_tree, shell
-from aimet_ext.onnx.values import input_specs, read_array, to_torch
+from aimet_ext.onnx.values import input_specs
 from aimet_ext.sim.facts import SimFacts
 from aimet_ext.sim.onnx.quantizers import (
     OnnxWeightQuantizer,
@@ -34,13 +35,13 @@ from aimet_ext.sim.onnx.quantizers import (
     switched_off,
     uninitialize,
 )
-from aimet_ext.sim.onnx.state import rebuild_session
+from aimet_ext.sim.onnx.state import FloatState, rebuild_session
 from aimet_ext.sim.protocol import Range, SimAdaptor, WeightQuantizer, carried
 from aimet_ext.walk.streamed import BlockPass, WalkOptions
 from aimet_ext.walk.walk import Streams, Walk
 
 if TYPE_CHECKING:
-    from aimet_ext.sim.onnx.blocks import OnnxPart
+    from aimet_ext.sim.onnx.blocks import Copies, OnnxPart
 
 
 class OnnxSim(SimAdaptor):
@@ -221,7 +222,7 @@ class OnnxSim(SimAdaptor):
         return had
 
     def float_state(self) -> Mapping[str, Tensor]:
-        return _FloatState(self.graph, without=self.copied)
+        return FloatState(self.graph, without=self.copied)
 
     def remembered(self) -> Callable[[], None]:
         kept = {q: q.enabled for q in self.sim.qc_quantize_op_dict.values()}
@@ -288,27 +289,53 @@ class OnnxSim(SimAdaptor):
 
         return add_blocks(self, description)
 
-    @contextmanager
     def own_parameters(
         self, kinds: Collection[str], description: TopologyDescription | None
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Open a context in which what pairs of these kinds rescale has one reader.
 
         They stay copied after it, unless it is left by an exception.
         """
         from aimet_ext.sim.onnx.blocks import copy_shared
 
-        session, stale = self.sim.session, self._stale
-        copies = copy_shared(self, kinds, description)
+        return self._copied(lambda: copy_shared(self, kinds, description))
+
+    def own_ends(self, description: TopologyDescription | None) -> AbstractContextManager[None]:
+        from aimet_ext.sim.onnx.residual import copy_ends
+
+        return self._copied(lambda: copy_ends(self, description))
+
+    @contextmanager
+    def _copied(self, make: Callable[[], Copies]) -> Iterator[None]:
+        """Open a context with copies, which are taken out again if it is left by an exception."""
+        session, stale, before = self.sim.session, self._stale, self.copied
+        copies = make()
         try:
-            self._look_again(copies.names)
+            self._look_again((*before, *copies.names))
             yield
         except BaseException:
             copies.undo()
-            self._look_again(())
+            self._look_again(before)
             self._stale = stale or self.sim.session is not session
             self.refresh()
             raise
+
+    def residual_ends(
+        self, blocks: Sequence[BlockTopology], batch: Any, forward_fn: ForwardFn | None
+    ) -> ResidualEnds:
+        from aimet_ext.sim.onnx.residual import add_ends
+
+        return add_ends(self, blocks[0].name.rpartition(".")[0], batch)
+
+    def survey(self, batches: Sequence[Any], forward_fn: ForwardFn | None) -> Survey:
+        from aimet_ext.sim.onnx.residual import survey
+
+        return survey(self, batches)
+
+    def probe_batch(self) -> Any:
+        from aimet_ext.sim.onnx.residual import probe_batch
+
+        return probe_batch(self)
 
     def _look_again(self, copied: Sequence[str]) -> None:
         """Drop the index of the graph, some of whose nodes read other tensors now."""
@@ -377,7 +404,7 @@ class OnnxSim(SimAdaptor):
         if name in self.layers:
             return self.layers[name]
         for part_name, part in self.parts.items():
-            inner = name.removeprefix(f"{part_name}.")
+            inner = "" if name == part_name else name.removeprefix(f"{part_name}.")
             if inner != name and inner in part.layers:
                 return part.layers[inner]
         self._module(name)
@@ -417,32 +444,6 @@ class OnnxSim(SimAdaptor):
 
     def _is_parameter(self, name: str) -> bool:
         return name in self.sim.param_names
-
-
-class _FloatState(Mapping[str, Tensor]):
-    """Float initializers of a model as it is now, each one read when it is asked for.
-
-    :param without: names that are left out.
-    """
-
-    def __init__(self, graph: OnnxGraph, without: Collection[str] = ()) -> None:
-        self._graph = graph
-        stored = graph.initializers.items()
-        self._names = [n for n, t in stored if t.data_type in FLOATS and n not in without]
-        self._now = {tensor.name: tensor for tensor in graph.proto.graph.initializer}
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._graph.initializers:
-            raise KeyError(name)
-        if name not in self._now:  # inside of what AIMET fused
-            return self._graph.tensor(name)
-        return to_torch(read_array(self._now[name], self._graph.base_dir))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def _no_forward_fn() -> TypeError:

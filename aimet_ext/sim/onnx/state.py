@@ -14,8 +14,10 @@ from aimet_onnx.common.onnx._utils import to_array
 from aimet_onnx.quantsim import load_encodings_to_sim
 from torch import Tensor
 
-from aimet_ext.onnx.index import stored_values
+from aimet_ext.onnx.graph import OnnxGraph
+from aimet_ext.onnx.index import FLOATS, stored_values
 from aimet_ext.onnx.session import open_session
+from aimet_ext.onnx.values import read_array, to_torch
 from aimet_ext.sim.onnx.quantizers import (
     quantizer_state,
     restore_quantizer,
@@ -339,3 +341,29 @@ def quantize_constant(quantizer: Any, proto: Any) -> Any:
     if not rounds_to_integers(quantizer) and quantizer.bitwidth == 16:
         return value.astype(np.float16).astype(value.dtype)
     return quantizer.quantize_dequantize(value)
+
+
+class FloatState(Mapping[str, Tensor]):
+    """Float initializers of a model as it is now, each one read when it is asked for.
+
+    :param without: names that are left out.
+    """
+
+    def __init__(self, graph: OnnxGraph, without: Collection[str] = ()) -> None:
+        self._graph = graph
+        stored = graph.initializers.items()
+        self._names = [n for n, t in stored if t.data_type in FLOATS and n not in without]
+        self._now = {tensor.name: tensor for tensor in graph.proto.graph.initializer}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._graph.initializers:
+            raise KeyError(name)
+        if name not in self._now:  # inside of what AIMET fused
+            return self._graph.tensor(name)
+        return to_torch(read_array(self._now[name], self._graph.base_dir))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from aimet_ext.core.affine import Grid, fake_quantize, minmax_range, scale_offset
 from aimet_ext.core.interrupts import uninterrupted
-from aimet_ext.data.batches import iterate_batches
+from aimet_ext.data.batches import ForwardFn, iterate_batches
 from aimet_ext.files.tensors import of_parameter, parameter_quantizer
+from aimet_ext.models.residual import ResidualEnds, Survey
 from aimet_ext.models.topology import BlockTopology, TopologyDescription, find_blocks
 from aimet_ext.sim.facts import SimFacts
 from aimet_ext.sim.protocol import Range, SimAdaptor
+from aimet_ext.sim.torch import residual
 from aimet_ext.sim.torch.graph import write_graph
 from aimet_ext.sim.torch.quantizers import TorchWeightQuantizer
 from aimet_ext.sim.torch.state import (
@@ -261,6 +263,22 @@ class TorchSim(SimAdaptor):
         self, kinds: Collection[str], description: TopologyDescription | None
     ) -> AbstractContextManager[None]:
         return nullcontext()  # each module has its own
+
+    def own_ends(self, description: TopologyDescription | None) -> AbstractContextManager[None]:
+        blocks = [block.name for block in self.find_blocks(description)]
+        groups = residual.shared_outside(self.model, self.shared_weights(), blocks)
+        return residual.untied(self.model, groups)
+
+    def residual_ends(
+        self, blocks: Sequence[BlockTopology], batch: Any, forward_fn: ForwardFn | None
+    ) -> ResidualEnds:
+        return residual.find_ends(self, blocks, batch, forward_fn)
+
+    def survey(self, batches: Sequence[Any], forward_fn: ForwardFn | None) -> Survey:
+        return residual.survey(self, batches, forward_fn)
+
+    def probe_batch(self) -> Any:
+        return residual.probe_batch(self.model)
 
     def block_pass(
         self,

@@ -1,0 +1,58 @@
+"""Rotations that leave the float model as it was and spread outliers over all channels.
+
+Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", arXiv 2404.00456. The names
+R1 and R2 are SpinQuant's, arXiv 2405.16406.
+"""
+
+from __future__ import annotations
+
+from aimet_ext.config import RotationParams
+from aimet_ext.models.topology import TopologyDescription
+from aimet_ext.techniques.call import Call, technique
+from aimet_ext.techniques.report import RotationReport
+from aimet_ext.techniques.rotating.run import run_rotation
+
+
+@technique("rotation", needs_data=False)
+def apply_rotation(
+    call: Call[RotationParams], *, topology: TopologyDescription | None = None
+) -> RotationReport:
+    r"""Rotate hidden states and values, which spreads outliers over all channels.
+
+    With orthogonal matrices ``R1 [hidden, hidden]`` and ``R2 [head, head]``, every layer that reads
+    the hidden states takes ``W R1``, every one that writes them ``R1ᵀ W``; values become
+    ``R2ᵀ W_v`` and the output projection ``W_o R2``, head by head (QuaRot, arXiv 2404.00456).
+    Gains of norms go into the layers behind them first, and a head that shares its weight with the
+    embedding gets one of its own. The float function stays as it was; weights stay float and their
+    ranges free, for a technique that decides them. Nothing is computed when the model runs.
+
+    Each block is proved in float64 on the model itself, and the whole model in its own precision.
+    A model of LayerNorms gets a rotation that keeps the mean of the channels, so that its norms
+    stay as they are.
+
+    :param sim: ``QuantizationSimModel`` of aimet_torch or aimet_onnx, of a language model of
+        decoder blocks. Mutated. Encodings that no longer fit are reset and named in the report.
+    :param dataloader: Batches to prove it on, and by which stale encodings are told; None for a few
+        random ids.
+    :param modules_to_exclude: Must be left out: a rotation turns all layers at once.
+    :param output_path: Folder for the rotations (``scales.safetensors``, see :func:`load_scales`)
+        and the report. A folder that this package wrote is replaced, another one refused.
+    :param checkpoint_dir: Not used: nothing is searched.
+    :param topology: Names of the modules in a block, for a model of an unknown family.
+    :returns: Kinds of the rotations, the proofs, and the encodings that were reset.
+    :raises ValueError: Unusable data, an unknown architecture, frozen or rounded weights, weights
+        that hold NaN, the same technique twice.
+    :raises TransformRefused: The model cannot have a rotation that was asked for; the reason is
+        named, such as a norm between a layer and the hidden states.
+
+    >>> report = apply_rotation(sim)
+    >>> apply_gptq(sim, batches)
+    """
+    params = call.params
+    return run_rotation(
+        call,
+        lambda plan, call: (plan.rotations(call.params), {}),
+        r1=params.r1,
+        r2=params.r2,
+        topology=topology,
+    )
