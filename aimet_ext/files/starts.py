@@ -12,9 +12,9 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from aimet_ext.errors import CorruptFileError
-from aimet_ext.files.ledger import SCALES_FILE, load_scales
 from aimet_ext.files.numbers import number_fault
 from aimet_ext.files.reading import check_regular, naming
+from aimet_ext.files.scales import SCALES_FILE, load_scales
 from aimet_ext.files.tensors import read_sealed, write_sealed
 
 CLIPS_FILE = "clips.safetensors"
@@ -95,7 +95,15 @@ def _read(file: Path) -> Starts:
     if file.name == CLIPS_FILE:
         return _read_clips(file)
     scales = load_scales(file)
-    columns = {name: each.input for name, each in scales.items() if each.input is not None}
+    columns = {}
+    for name, each in scales.items():
+        if isinstance(each.input, Tensor):
+            columns[name] = each.input
+        elif each.input is not None:
+            raise ValueError(
+                f"{file}: {name}: scales alone are required as a start, and these hold a rotation; "
+                "apply it to the simulation first, and start from what was written without it"
+            )
     return Starts(columns, {}, scales.origin)
 
 

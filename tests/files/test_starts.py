@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from aimet_ext import CorruptFileError
-from aimet_ext.files.ledger import Ledger, write_scales
+from aimet_ext.files.ledger import Ledger
+from aimet_ext.files.scales import write_scales
 from aimet_ext.files.starts import load_starts, write_clips
 
 LAYER = "model.layers.0.self_attn.o_proj"

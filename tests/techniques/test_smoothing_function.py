@@ -48,7 +48,7 @@ def test_each_of_them_rescaled(stacked: Any) -> None:
     for technique in ("smoothquant", "awq"):
         entries = [e for e in sim.aimet_ext_ledger.entries if e.technique == technique]
         assert {entry.kind for entry in entries} == set(KINDS)
-        moved = [float((side.multiplier - 1).abs().max()) for e in entries for side in e.sides]
+        moved = [float((side.factor - 1).abs().max()) for e in entries for side in e.sides]
         assert max(moved) > 0.05
 
 
