@@ -46,8 +46,8 @@ def scale_of_entry(pair: ScalePair, entry: Any) -> Tensor:
     scale = torch.zeros(pair.size, dtype=torch.float64)
     for side, kept in zip(pair.sides, entry.sides, strict=True):
         if side.power == 1:
-            start, stop = side.rows or (0, len(kept.multiplier))
+            start, stop = side.rows or (0, len(kept.factor))
             index = torch.arange(pair.size) if side.index is None else side.index
-            scale[index] = kept.multiplier[start:stop].double()
+            scale[index] = kept.factor[start:stop].double()
     assert bool((scale > 0).all())
     return scale
