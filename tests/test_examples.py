@@ -1,6 +1,8 @@
 """The packaged model, its text and the script that trains it."""
 
+import ast
 import importlib
+import inspect
 import json
 import pathlib
 import subprocess
@@ -134,6 +136,38 @@ def test_docstrings_and_comments_of_a_source() -> None:
     assert list(corpus.docstrings(source)) == ["Module.", "Function."]
     assert list(corpus.comments(source)) == ["one\n  two", "x\ny"]
     assert list(corpus.docstrings(b"print 'broken'")) == []
+
+
+def test_docstrings_are_those_of_a_walk_over_every_node() -> None:
+    """In statements of every kind: methods in loops, functions in handlers and cases."""
+    nested = b"""
+if 1:
+    def a(): "a"
+else:
+    def b(): "b"
+for _ in x:
+    class C:
+        "C"
+        while y:
+            async def d(self): "d"
+try:
+    with z:
+        def e(): "e"
+except ValueError:
+    def f(): "f"
+else:
+    def g(): "g"
+finally:
+    def h(): "h"
+match z:
+    case 1:
+        def i(): "i"
+"""
+    for source in (nested, *(pathlib.Path(m.__file__).read_bytes() for m in (ast, inspect))):
+        nodes = (n for n in ast.walk(ast.parse(source)) if isinstance(n, corpus._DOCUMENTED))
+        expected = [found for found in map(ast.get_docstring, nodes) if found]
+        assert list(corpus.docstrings(source)) == expected
+        assert len(expected) >= 9
 
 
 def test_source_files_leave_tests_and_installed_packages_out(tmp_path: pathlib.Path) -> None:

@@ -9,11 +9,13 @@ versions of Python share falls into the same split under both.
 """
 
 import ast
+import collections
 import functools
 import hashlib
 import importlib
 import inspect
 import itertools
+import os
 import pathlib
 import re
 import sysconfig
@@ -36,6 +38,8 @@ _SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 )
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+# Fields of statements that hold statements, in the order of their definitions.
+_BODIES = ("body", "handlers", "orelse", "finalbody", "cases")
 
 
 def clean(text: str) -> str:
@@ -91,10 +95,9 @@ def source_files(root: pathlib.Path) -> list[pathlib.Path]:
     :param root: folder of the standard library
     """
     found = []
-    for path in root.rglob("*.py"):
-        folders = path.relative_to(root).parts[:-1]
-        if not _SKIPPED_FOLDERS.intersection(folders):
-            found.append(path)
+    for folder, folders, names in os.walk(root):
+        folders[:] = set(folders) - _SKIPPED_FOLDERS  # in place: they are not entered
+        found += [pathlib.Path(folder, name) for name in names if name.endswith(".py")]
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
@@ -109,11 +112,24 @@ def docstrings(source: bytes) -> Iterator[str]:
             tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return  # templates and samples of broken code are part of some distributions
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, _DOCUMENTED):
             found = ast.get_docstring(node)
             if found:
                 yield found
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """Yield a module and all statements in it in the order of :func:`ast.walk`.
+
+    Expressions, which are most of a tree, hold no docstrings.
+    """
+    waiting: collections.deque[ast.AST] = collections.deque([tree])
+    while waiting:
+        node = waiting.popleft()
+        yield node
+        for field in _BODIES:
+            waiting.extend(getattr(node, field, ()))
 
 
 def comments(source: bytes) -> Iterator[str]:
