@@ -5,7 +5,7 @@ Both choose the range of every cell of a grid as a share of the range that holds
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +23,8 @@ from aimet_ext.core.affine import (
 )
 from aimet_ext.core.objective import moment_product, row_errors
 
+# Elements of errors that are judged at a time: small layers would spend more on calls than on sums.
+_AT_ONCE = 2**16
 # A share of exactly 1 has an infinite logit, whose gradient is 0 for ever: starts stay inside.
 _LARGEST_START = 0.995
 _SMALLEST_START = 0.02
@@ -215,60 +217,74 @@ class _Cell:
     second: Tensor  # [columns, columns] or [groups, columns, columns]
     gradient: Tensor  # [out, columns], E H − pull
 
-    def quantized_error(self, scale: Tensor, offset: Tensor, layout: GridLayout) -> Tensor:
+    def quantized_errors(self, scale: Tensor, offset: Tensor, layout: GridLayout) -> Tensor:
+        """Return ``[candidates, out, columns]`` of scales and offsets ``[candidates, rows, 1]``."""
         shift = layout.zero_point_shift
-        codes = (self.seen / scale[:, None] - shift).round() - offset[:, None]
+        codes = (self.seen / scale - shift).round() - offset
         codes = codes.clamp(layout.qmin, layout.qmax)
-        return (codes + (offset[:, None] + shift)) * scale[:, None] / self.smooth - self.weight
+        return (codes + (offset + shift)) * scale / self.smooth - self.weight
 
 
 def _best_candidate(
-    candidates: Iterator[tuple[Tensor, Tensor]],
+    candidates: tuple[Tensor, Tensor],
     cell: _Cell,
     layout: GridLayout,
     rows: tuple[Tensor | None, int] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scale, offset and error of the candidate with the lowest cost; the first is the current."""
-    scale, offset = next(candidates)
+    scale, offset = (values[0] for values in candidates)
     error, lowest = cell.error, torch.zeros_like(cell.error[:, 0])
-    for new_scale, new_offset in candidates:
-        new_error = cell.quantized_error(new_scale, new_offset, layout)
-        step = new_error - cell.error
-        cost = row_errors(step, cell.second, -cell.gradient)  # [out]
+    every = torch.arange(len(error), device=error.device)
+    number = max(1, _AT_ONCE // error.numel())
+    for first in range(1, len(candidates[0]), number):
+        scales, offsets = (values[first : first + number] for values in candidates)
+        errors = cell.quantized_errors(scales[..., None], offsets[..., None], layout)
+        costs = row_errors(errors - cell.error, cell.second, -cell.gradient)  # [candidates, out]
         if rows is not None:  # all rows share the cell
-            cost = (cost if rows[0] is None else cost * rows[0]).sum().expand_as(cost)
+            costs = costs if rows[0] is None else costs * rows[0]
+            costs = costs.sum(1, keepdim=True).expand_as(costs)
+        cost, best = costs.min(0)  # [out]; of equal ones the first
         better = cost < lowest
         lowest = torch.where(better, cost, lowest)
-        chosen = better if rows is None else better[:1]
-        scale = torch.where(chosen, new_scale, scale)
-        offset = torch.where(chosen, new_offset, offset)
-        error = torch.where(better[:, None], new_error, error)
+        picked = errors[best, every] if len(errors) > 1 else errors[0]
+        error = torch.where(better[:, None], picked, error)
+        at, own = (every, better) if rows is None else (every[:1], better[:1])
+        scale = torch.where(own, scales[best[at], at], scale)
+        offset = torch.where(own, offsets[best[at], at], offset)
     return scale, offset, error
 
 
 def _candidates(
     seen: Tensor, layout: GridLayout, shares: Tensor, steps: Tensor | None
-) -> Callable[[int, Tensor, Tensor], Iterator[tuple[Tensor, Tensor]]]:
-    """Return a function that yields (scale, offset) for a column of cells, each ``[rows]``."""
+) -> Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return a function from a column of cells to its scales and offsets ``[candidates, rows]``.
+
+    The first candidate is what the cells have now.
+    """
     low, high = layout.bounds(seen)
+    sides, moves = [], []
+    for share in shares.tolist():
+        sides.append((share, share))
+        if not layout.symmetric and share < 1:
+            sides += [(share, 1.0), (1.0, share)]
+    for step in [] if steps is None else steps.tolist():
+        moves.append((step, step))
+        if not layout.symmetric:
+            moves += [(step, 0.0), (0.0, step)]
+    share_low, share_high = _columns(sides, seen)
+    step_low, step_high = _columns(moves, seen)
 
-    def by_share(cell: int, scale: Tensor, offset: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        yield scale[:, cell], offset[:, cell]
-        for share in shares.tolist():
-            sides = [(share, share)]
-            if not layout.symmetric and share < 1:
-                sides += [(share, 1.0), (1.0, share)]
-            for left, right in sides:
-                yield layout.raw(low[:, cell] * left, high[:, cell] * right)
-        ends = [scale[:, cell] * (offset[:, cell] + end) for end in (layout.qmin, layout.qmax)]
-        for step in [] if steps is None else steps.tolist():
-            moves = [(step, step)] if layout.symmetric else [(step, step), (step, 0.0), (0.0, step)]
-            for left, right in moves:
-                new_low = (ends[0] + low[:, cell] * left).clamp_max(0)
-                new_high = (ends[1] + high[:, cell] * right).clamp_min(0)
-                yield layout.raw(new_low, new_high)
+    def by_share(cell: int, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+        lows, highs = low[:, cell] * share_low, high[:, cell] * share_high
+        if len(step_low):
+            ends = [scale[:, cell] * (offset[:, cell] + end) for end in (layout.qmin, layout.qmax)]
+            lows = torch.cat([lows, (ends[0] + low[:, cell] * step_low).clamp_max(0)])
+            highs = torch.cat([highs, (ends[1] + high[:, cell] * step_high).clamp_min(0)])
+        scales, offsets = layout.raw(lows, highs)
+        now = scale[None, :, cell], offset[None, :, cell]
+        return torch.cat([now[0], scales]), torch.cat([now[1], offsets])
 
-    def by_integer(cell: int, scale: Tensor, offset: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def by_integer(cell: int, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
         bits, grouping = layout.scale_bits or 0, layout.block_grouping or ()
         integers = integer_scale(scale, grouping, bits)
         shared = channel_scale(scale, grouping, bits)  # [out, groups]
@@ -277,11 +293,18 @@ def _candidates(
         # AIMET derives the unit from the top integer of the channel: its only carrier stays.
         movable = ~top[:, cell] | (_in_group(top, layout) > 1)[:, cell]
         current = unit * integers[:, cell]
-        yield current, offset[:, cell]
-        for integer in range(1, 2**bits + 1):
-            yield torch.where(movable, unit * integer, current), offset[:, cell]
+        every = torch.arange(1, 2**bits + 1, device=unit.device, dtype=unit.dtype)
+        moved = torch.where(movable, unit * every[:, None], current)  # [integers, out]
+        scales = torch.cat([current[None], moved])
+        return scales, offset[:, cell].expand_as(scales)
 
     return by_share if layout.scale_bits is None else by_integer
+
+
+def _columns(pairs: list[tuple[float, float]], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first and the second numbers of pairs, each ``[pairs, 1]``."""
+    first, second = like.new_tensor(pairs).view(-1, 2, 1).unbind(1)
+    return first, second
 
 
 def _in_group(top: Tensor, layout: GridLayout) -> Tensor:

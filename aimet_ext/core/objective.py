@@ -198,19 +198,19 @@ def quadratic(rows: Tensor, moment: Tensor) -> Tensor:
 def row_errors(error: Tensor, second: Tensor, pull: Tensor | None) -> Tensor:
     """Return every output row's ``E H Eᵀ − 2 E · pull``: its mean squared error, up to a constant.
 
-    :param error: quantized minus float weight, ``[out, in]``.
+    :param error: quantized minus float weight, ``[..., out, in]``.
     :param second: ``H [in, in]`` or ``[groups, in, in]``; ``[in]`` if it is diagonal.
     :param pull: ``[out, in]`` or None, see :meth:`SecondMoment.pull`.
-    :returns: ``[out]``.
+    :returns: ``[..., out]``.
     """
     if second.dim() == 1:
         errors = error.square() @ second
-        return errors if pull is None else errors - 2 * (pull * error).sum(1)
-    rows = error  # [out, in]
-    if second.dim() == 3:
-        rows = error.reshape(second.shape[0], -1, error.shape[1])  # [groups, out / groups, in]
-    errors = quadratic(rows, second).flatten()
-    return errors if pull is None else errors - 2 * (pull * error).sum(1)
+    elif second.dim() == 3:
+        grouped = error.unflatten(-2, (len(second), -1))  # [..., groups, out / groups, in]
+        errors = quadratic(grouped, second).flatten(-2)
+    else:
+        errors = quadratic(error, second)
+    return errors if pull is None else errors - 2 * (pull * error).sum(-1)
 
 
 def best_rows(candidates: Iterable[Tensor], errors: Callable[[Tensor], Tensor]) -> Tensor:
