@@ -18,7 +18,7 @@ from aimet_ext.core.equivalence import ScalePair, transform
 from aimet_ext.data.batches import map_tensors, tensors_in
 from aimet_ext.errors import TransformRefused
 from aimet_ext.walk.hooks import evaluating
-from aimet_ext.walk.stream import hidden_state
+from aimet_ext.walk.states import hidden_state
 
 BlockFn = Callable[[Mapping[str, Tensor]], Tensor]
 

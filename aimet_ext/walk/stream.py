@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from aimet_ext.data.batches import (
     ForwardFn,
-    attended_tokens,
     iterate_batches,
     map_leaves,
     module_device,
@@ -24,6 +23,7 @@ from aimet_ext.data.batches import (
 from aimet_ext.data.cache import TensorCache
 from aimet_ext.files.tensors import hash_tensors
 from aimet_ext.walk.hooks import evaluating, first_calls, run_batch
+from aimet_ext.walk.states import hidden_state, is_hidden, real_tokens
 
 BlockFn = Callable[..., Any]
 Rows = Sequence[int] | Tensor | slice
@@ -57,20 +57,6 @@ class BlockCall:
         return BlockCall(
             hidden, self.mask, map_leaves(swap, self.args), map_leaves(swap, self.kwargs)
         )
-
-
-def hidden_state(output: Any) -> Tensor:
-    """Return the hidden states in a block's output: the output itself, or the first of a tuple.
-
-    :raises TypeError: it is neither.
-    """
-    first = output[0] if isinstance(output, tuple | list) and output else output
-    if not isinstance(first, Tensor):
-        raise TypeError(
-            "a block must return its hidden states, or a tuple that starts with them, got "
-            f"{type(output).__name__}"
-        )
-    return first
 
 
 @dataclass(frozen=True)
@@ -357,7 +343,7 @@ def _append(
     hidden = _hidden(args, kwargs, number)
     attention = named_argument(block, "attention_mask", args, kwargs)
     mask = real_tokens(given, attention, hidden, number)
-    if given is None and not _is_hidden(block, hidden, args, kwargs, mask):
+    if given is None and not is_hidden(block, hidden, args, kwargs, mask):
         mask = torch.ones_like(mask)
     stream.append(hidden, args, kwargs, mask)
     for kind, (args, kwargs) in zip(kinds[1:], calls[1:], strict=True):
@@ -389,55 +375,6 @@ def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any], number: int) -> Te
             "check the embedding's weights and the batch"
         )
     return hidden
-
-
-def real_tokens(mask: Tensor | None, attention: Any, hidden: Tensor, number: int) -> Tensor:
-    """Return bool ``[batch, seq]`` from the batch's mask, else from the block's, else all true.
-
-    :param mask: Mask of the batch; one of another shape is passed over.
-    :param attention: Attention mask that the block receives, if any.
-    :param number: Number of the batch.
-    :raises ValueError: the batch is masked whole.
-    """
-    shape = (hidden.shape[0], hidden.shape[1])
-    if mask is None or tuple(mask.shape) != shape:
-        mask = attended_tokens(attention, shape) if isinstance(attention, Tensor) else None
-    if mask is None:
-        mask = torch.ones(shape, dtype=torch.bool)
-    if not bool(mask.any()):
-        raise ValueError(
-            f"batch {number} must hold a token that is not masked, its attention_mask masks all "
-            f"{mask.numel()}; remove the batch"
-        )
-    return mask
-
-
-def _is_hidden(
-    block: nn.Module,
-    hidden: Tensor,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    mask: Tensor,
-) -> bool:
-    """Return True if real tokens do not see the others: a mask of True for hidden ones fails.
-
-    :param mask: Mask to prove, bool ``[batch, seq]``.
-    """
-    mask = mask.to(hidden.device)
-    if bool(mask.all()):
-        return True
-    changed = torch.where(mask[..., None], hidden, hidden.flip(-1) + 1)
-    outputs = []
-    for states in (hidden, changed):
-
-        def fill(leaf: Any, states: Tensor = states) -> Any:
-            leaf = states if leaf is hidden else leaf
-            return None if hasattr(leaf, "get_seq_length") else leaf  # a key-value cache
-
-        result = block.forward(*map_leaves(fill, args), **map_leaves(fill, dict(kwargs)))
-        outputs.append(hidden_state(result)[mask])
-    one, other = outputs
-    return torch.allclose(one, other, rtol=1e-4, atol=1e-4 * float(one.abs().max()))
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from aimet_ext.data.batches import map_leaves, map_tensors
-from aimet_ext.walk.stream import hidden_state, nearest_config
+from aimet_ext.walk.states import hidden_state
+from aimet_ext.walk.stream import nearest_config
 
 # Values of each argument of a block but the hidden states, by the argument's name.
 _Arguments = dict[str, list[Any]]

@@ -12,7 +12,8 @@ from torch import nn
 
 from aimet_ext.data.cache import TensorCache
 from aimet_ext.files.tensors import hash_tensors
-from aimet_ext.walk.stream import BlockStream, capture_block_inputs, hidden_state
+from aimet_ext.walk.states import hidden_state
+from aimet_ext.walk.stream import BlockStream, capture_block_inputs
 from aimet_ext.walk.streamed import StreamedBlock
 
 FIRST = "model.layers.0"

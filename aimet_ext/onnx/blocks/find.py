@@ -21,7 +21,8 @@ from aimet_ext.onnx.blocks.roles import (
 )
 from aimet_ext.onnx.graph import OnnxGraph, Part
 from aimet_ext.onnx.layers import OnnxLayer, other_weights
-from aimet_ext.walk.stream import BlockStream, real_tokens
+from aimet_ext.walk.states import real_tokens
+from aimet_ext.walk.stream import BlockStream
 
 #: Operators that compute one shape from others.
 SHAPE_ARITHMETIC = frozenset(
