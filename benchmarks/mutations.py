@@ -249,10 +249,12 @@ def of_header(path: Path, draw: random.Random) -> str:
     length = int.from_bytes(content[:8], "little")
     try:
         header = json.loads(content[8 : 8 + length])
-    except ValueError:
+    except (ValueError, RecursionError):
         return of_bytes(path, draw)
     body = content[8 + length :]
-    names = [name for name in header if name != "__metadata__"]
+    # What an earlier mutation left whole.
+    parts = header if isinstance(header, dict) else {}
+    names = [name for name, entry in parts.items() if _is_entry(entry)]
     how = draw.choice(["length", "json", "metadata", "metadata", "field", "field", "field", "body"])
     if how == "length":
         claimed = draw.choice(
@@ -262,7 +264,7 @@ def of_header(path: Path, draw: random.Random) -> str:
         return f"header length {claimed}"
     if how == "json":
         header, what = of_value(header, draw)
-    elif how == "metadata" and "__metadata__" in header:
+    elif how == "metadata" and isinstance(parts.get("__metadata__"), dict):
         what = _metadata(header, draw)
     elif how == "body" and body:
         start = draw.randrange(len(body))
@@ -283,9 +285,29 @@ def of_header(path: Path, draw: random.Random) -> str:
     return f"header {what}"
 
 
+def _is_entry(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and {"dtype", "shape", "data_offsets"} <= set(value)
+        and all(isinstance(value[key], list) for key in ("shape", "data_offsets"))
+        and all(type(number) is int for number in (*value["shape"], *value["data_offsets"]))
+        and len(value["data_offsets"]) == 2
+    )
+
+
+def _is_json(text: Any) -> bool:
+    if not isinstance(text, str) or text[:1] not in ("{", "["):
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def _metadata(header: dict[str, Any], draw: random.Random) -> str:
     metadata = header["__metadata__"]
-    keys = [key for key, text in metadata.items() if str(text)[:1] in "{["]
+    keys = [key for key, text in metadata.items() if _is_json(text)]
     if keys and draw.random() < 0.8:  # JSON in a text
         key = draw.choice(keys)
         changed, what = of_value(json.loads(metadata[key]), draw)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import pathlib
+import random
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 for module in ("aimet_torch", "aimet_onnx", "onnxruntime", "peft"):
     pytest.importorskip(module)
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks"))
 import fuzz  # noqa: E402
+import mutations  # noqa: E402
 
 SEED, COUNT = 1, 25
 KINDS = ("torch", "onnx", "scales", "adapter", "model", "checkpoints")
@@ -23,6 +27,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("fuzz")
     fuzz.build(folder, KINDS)
     return folder
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_damaged_header_can_be_damaged_again(seed: int, tmp_path: pathlib.Path) -> None:
+    path, draw = tmp_path / "x.safetensors", random.Random(seed)
+    tensors = {"a": torch.ones(2, 3), "b": torch.zeros(4)}
+    save_file(tensors, path, {"format": "x", "pairs": '[{"scale": [1]}]'})
+    for _ in range(12):
+        assert mutations.of_header(path, draw)
 
 
 @pytest.mark.parametrize("kind", KINDS)
