@@ -214,7 +214,7 @@ def exported(text: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pa
         *("quantize", examples.model_dir(), "--calibration", text, "--output", output),
         *("--weights", "int4", "--block-size", "64", "--activations", "none"),
         *("--num-iterations", "2", "--seq-length", "32", "--num-batches", "2"),
-        *("--batch-size", "2"),
+        *("--batch-size", "2", "--set", "omniquant.search_sweeps=0"),
     )
     assert done.exit_code == 0, done.stderr
     for path in output.iterdir():
@@ -352,6 +352,24 @@ def test_a_changed_file_ends_with_4(exported: pathlib.Path, tmp_path: pathlib.Pa
     assert "model.onnx" in done.stderr
 
 
+@pytest.mark.parametrize("damage", ["absent", "another format"])
+def test_an_export_is_never_taken_for_a_float_model(
+    damage: str, exported: pathlib.Path, text: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Its folder loads in transformers too, with weights that were rescaled for its quantizers."""
+    copy = shutil.copytree(exported, tmp_path / "copy")
+    manifest = copy / "manifest.json"
+    if damage == "absent":
+        manifest.unlink()
+    else:
+        manifest.write_text(
+            manifest.read_text("utf-8").replace("manifest/1", "manifesu/1"), "utf-8"
+        )
+    done = run("evaluate", copy, "--text", text, "--seq-length", "16", "--num-windows", "1")
+    assert done.exit_code == 4
+    assert "manifest.json" in done.stderr
+
+
 def test_the_demo_compares_and_exports(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,6 +379,7 @@ def test_the_demo_compares_and_exports(
     monkeypatch.setattr(demo, "WINDOWS", {"calibration": 4, "evaluation": 8})
     monkeypatch.setitem(demo.SETTINGS, "gptq", {"scale_candidates": 2, "refine_sweeps": 1})
     monkeypatch.setitem(demo.SETTINGS, "adaround", {"start": "weight", "num_iterations": 20})
+    monkeypatch.setitem(demo.SETTINGS, "omniquant", {"search_sweeps": 0, "evaluations": 1})
     done = run("demo", "--output", output, "--num-iterations", "1")
     assert done.exit_code == 0, done.stderr
     labels = ("float", "rounding", "SeqMSE", "GPTQ", "AdaRound", "OmniQuant")

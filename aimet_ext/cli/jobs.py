@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import aimet_ext
 from aimet_ext.errors import require
 from aimet_ext.files.folders import check_output, replace_folder, write_json
-from aimet_ext.files.manifest import is_ours, relist_files
+from aimet_ext.files.manifest import is_export, relist_files
 from aimet_ext.registry import TECHNIQUES, load
 from aimet_ext.sim.protocol import adapt
 
@@ -113,19 +113,20 @@ def _held_out(
 
 def evaluate(folder: Path, text: Path, *, seq_length: int, num_windows: int) -> dict[str, Any]:
     """Measure the perplexity of a model folder, or of an export with quantization simulated."""
-    if is_ours(folder):
+    exported = is_export(folder)
+    if exported:
         model: Any = aimet_ext.load(folder)
         tokenizer = load_tokenizer(folder)
     else:
         model, tokenizer = load_model(folder)
     batches = aimet_ext.calibration_batches(tokenizer, text, seq_length, None)[:num_windows]
-    if not is_ours(folder):
+    if not exported:
         _check_ids(folder, model, batches)
     return {
         "perplexity": aimet_ext.evaluate_perplexity(model, batches),
         "windows": sum(len(batch) for batch in batches),
         "seq_length": seq_length,
-        "quantized": is_ours(folder),
+        "quantized": exported,
     }
 
 

@@ -145,6 +145,15 @@ def is_ours(folder: str | Path) -> bool:
     return bool(content.get("format") == _FORMAT)
 
 
+def is_export(folder: str | Path) -> bool:
+    """Return True if a folder holds an export, or one that lost its manifest.
+
+    Its weights were rescaled for its quantizers, so it is never to be taken for a model of its own.
+    """
+    rest = (Path(folder) / name for name in (QUANTIZERS, SETTINGS))
+    return is_ours(folder) or any(file.is_file() for file in rest)
+
+
 def hash_file(path: str | Path) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with Path(path).open("rb") as file:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aimet_ext.files.manifest import CONFIG, WEIGHTS, is_ours, read_manifest
+from aimet_ext.files.manifest import CONFIG, WEIGHTS, is_export, read_manifest
 from aimet_ext.files.reading import open_safetensors, read_json
 from aimet_ext.files.tensors import hash_tensors
 from aimet_ext.models.folders import weight_files
@@ -121,12 +121,13 @@ def open_target(path: Path | None) -> Target:
 
     :param path: File of scales or folder that holds it, None for scales in memory.
     :raises CorruptFileError: the export's manifest is damaged.
+    :raises FileNotFoundError: the export has lost it.
     """
     nothing = Target(None, Padding({}, {}))
     if path is None:
         return nothing
     folder = path if path.is_dir() else path.parent
-    if not is_ours(folder):
+    if not is_export(folder):
         return nothing
     manifest = read_manifest(folder, verify=False)
     if manifest.get("kind") != "export" or not (folder / WEIGHTS).is_file():

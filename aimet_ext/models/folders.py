@@ -53,13 +53,15 @@ def read_config(folder: Path) -> Any:
 
 
 def _check_counts(path: Path, content: Mapping[str, Any]) -> None:
-    """Refuse numbers of layers or experts that would only keep the machine busy.
+    """Refuse counts and sizes below 0, and numbers of layers or experts that only take time.
 
     :raises CorruptFileError: The field is named.
     """
     for key, value in content.items():
         if isinstance(value, dict):
             _check_counts(path, value)
+        elif re.search("^(num|max)_|_(size|dim)$", key) and isinstance(value, int) and value < 0:
+            raise CorruptFileError(f"{path}: {key} of at least 0 is required, got {value}")
         elif re.search("layer|expert", key) and isinstance(value, int) and value > _MOST:
             raise CorruptFileError(
                 f"{path}: {key} of at most {_MOST} is required, got {str(value)[:20]}"

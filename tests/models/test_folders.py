@@ -83,6 +83,15 @@ def test_more_layers_than_any_model_has(folder: pathlib.Path, field: str) -> Non
         read_causal_lm(folder)
 
 
+@pytest.mark.parametrize(
+    "field", ["max_position_embeddings", "hidden_size", "head_dim", "num_attention_heads"]
+)
+def test_sizes_below_zero(folder: pathlib.Path, field: str) -> None:
+    edit(folder / "config.json", **{field: -128})
+    with pytest.raises(CorruptFileError, match=rf"config\.json: {field} of at least 0"):
+        read_causal_lm(folder)
+
+
 def test_a_missing_shard(tiny_llama: Any, tmp_path: pathlib.Path) -> None:
     tiny_llama.save_pretrained(tmp_path, max_shard_size="100KB")
     shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
