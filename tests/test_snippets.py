@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 from warm_python import WarmPython
 
-import aimet_ext
 from aimet_ext import examples
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -44,7 +40,7 @@ def test_a_snippet_runs(
     assert any((tmp_path / "scales").rglob("*.safetensors")) == (script.stem == "apply_omniquant")
 
 
-def test_the_example_of_the_readme(tmp_path: pathlib.Path) -> None:
+def test_the_example_of_the_readme(warm_python: WarmPython, tmp_path: pathlib.Path) -> None:
     """Word for word, except that fewer steps and windows are taken."""
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
     code, changes = re.subn(r"(num_batches|num_iterations)=\d+", r"\1=2", code)
@@ -53,15 +49,6 @@ def test_the_example_of_the_readme(tmp_path: pathlib.Path) -> None:
     lines = [json.dumps({"text": document}) for document in examples.documents("calibration")]
     (tmp_path / "text.jsonl").write_text("\n".join(lines), "utf-8")
     (tmp_path / "example.py").write_text(code, "utf-8")
-    package = str(pathlib.Path(aimet_ext.__file__).parent.parent)
-    done = subprocess.run(
-        [sys.executable, "example.py"],
-        cwd=tmp_path,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": package},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=540,
-    )
+    done = warm_python.run(tmp_path / "example.py", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     assert (tmp_path / "quantized/model.onnx").is_file()

@@ -33,8 +33,11 @@ sim = aimet_ext.create_sim(
 # End of [create-sim]
 
 # [apply-omniquant]
-# A few steps, so that this example is quick. Use 800 or more for a model that matters.
-report = aimet_ext.apply_omniquant(sim, dataloader, num_iterations=20, output_path="scales")
+# One sweep and a few steps, so that this example is quick. Leave the sweeps at their default and
+# take 800 steps or more for a model that matters.
+report = aimet_ext.apply_omniquant(
+    sim, dataloader, num_iterations=20, search_sweeps=1, output_path="scales"
+)
 print(report)
 # End of [apply-omniquant]
 

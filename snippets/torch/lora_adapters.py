@@ -42,12 +42,13 @@ peft_model.eval().save_pretrained("adapter")
 # End of [train-adapter]
 
 # [export-base]
-# The base is quantized once, without the adapter. OmniQuant rescales its weights.
+# The base is quantized once, without the adapter. OmniQuant rescales its weights; leave its
+# settings at their defaults for a model that matters.
 dataloader = batches("calibration", 2)
 sim = aimet_ext.create_sim(
     AutoModelForCausalLM.from_pretrained(MODEL), dataloader[0], weights=QSpec(bitwidth=4)
 )
-aimet_ext.apply_omniquant(sim, dataloader, num_iterations=5)
+aimet_ext.apply_omniquant(sim, dataloader, num_iterations=5, search_sweeps=1)
 
 
 def run_calibration(quantized: torch.nn.Module) -> None:

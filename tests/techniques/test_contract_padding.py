@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def padded(ids: Tensor, fill: int, left: bool = False, pad: int = 6) -> dict[str, Tensor]:
+def padded(ids: Tensor, fill: int, left: int = False, pad: int = 6) -> dict[str, Tensor]:
     extra = torch.full((len(ids), pad), fill)
     real = torch.ones_like(ids)
     parts = [(ids, real), (extra, torch.zeros_like(extra))]
@@ -20,14 +20,13 @@ def padded(ids: Tensor, fill: int, left: bool = False, pad: int = 6) -> dict[str
     }
 
 
-@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 def test_what_stands_in_padding_is_not_seen(
-    technique: Any, make_sim: Any, ids: Any, result_of: Any, left: bool
+    technique: Any, make_sim: Any, ids: Any, result_of: Any
 ) -> None:
-    """Whatever it is, the result is the same to the bit."""
+    """Whatever it is, on the right of a batch or on the left, the result is the same to the bit."""
     one, other = make_sim(), make_sim()
     for sim, fill in ((one, 7), (other, 101)):
-        technique.apply(sim, [padded(ids(2, 16, seed), fill, left) for seed in (1, 2)])
+        technique.apply(sim, [padded(ids(2, 16, s), fill, left) for s, left in ((1, 0), (2, 1))])
     assert result_of(one) == result_of(other)
 
 

@@ -57,8 +57,11 @@ class Interruption:
         monkeypatch.setattr(TorchWeightQuantizer, name, raising)
 
 
-@pytest.mark.parametrize("on_disk", [False, True], ids=["RAM", "cache_dir"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError("none left")], ids=repr)
+@pytest.mark.parametrize(
+    ("error", "on_disk"),
+    [(KeyboardInterrupt(), False), (MemoryError("none left"), True)],
+    ids=["Ctrl-C-RAM", "no memory-cache_dir"],
+)
 def test_a_failure_in_the_second_block_undoes_the_first(
     technique: Any,
     lived_in: Any,
@@ -167,14 +170,14 @@ def test_an_earlier_result_survives_a_failure(
     tmp_path: pathlib.Path,
 ) -> None:
     output = tmp_path / "out"
-    technique.apply(make_sim(), batches, output_path=output)
+    technique.apply(make_sim(layers=1), batches, output_path=output)
     written = {path.name: path.read_bytes() for path in output.iterdir()}
-    Interruption(technique, monkeypatch, KeyboardInterrupt(), 10)
+    Interruption(technique, monkeypatch, KeyboardInterrupt(), 5)
     with pytest.raises(KeyboardInterrupt):
-        technique.apply(make_sim(), batches, output_path=output)
+        technique.apply(make_sim(layers=1), batches, output_path=output)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == written
     monkeypatch.undo()
-    technique.apply(make_sim(), batches[:2], output_path=output)
+    technique.apply(make_sim(layers=1), batches[:2], output_path=output)
     assert {path.name: path.read_bytes() for path in output.iterdir()} != written
 
 
@@ -388,9 +391,9 @@ def test_two_runs_are_identical(
     tmp_path: pathlib.Path,
 ) -> None:
     """Seeded, whatever the state of the global generators, in RAM and on disk."""
-    sim = make_sim()
+    sim = make_sim(layers=1)
     torch.manual_seed(1)
-    result, _ = outcome(technique, batches)
+    result, _ = outcome(technique, batches, 1)
     torch.manual_seed(2)
     torch.rand(5)
     state = torch.get_rng_state()
@@ -402,24 +405,24 @@ def test_two_runs_are_identical(
 def test_a_block_in_training_mode_is_calibrated_without_dropout(
     technique: Any, make_sim: Any, batches: list[Tensor], outcome: Any, result_of: Any
 ) -> None:
-    training = make_sim()
+    training = make_sim(layers=1)
     for module in training.model.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.5
     training.model.train()
     technique.apply(training, batches)
     assert all(module.training for module in training.model.modules())
-    assert result_of(training) == outcome(technique, batches)[0]
+    assert result_of(training) == outcome(technique, batches, 1)[0]
 
 
 def test_no_gradient_mode_of_the_caller_does_not_matter(
     technique: Any, make_sim: Any, batches: list[Tensor], outcome: Any, result_of: Any
 ) -> None:
-    one, other = make_sim(), make_sim()
+    one, other = (make_sim(layers=1) for _ in range(2))
     with torch.no_grad():
         technique.apply(one, batches)
     for parameter in other.model.parameters():
         parameter.requires_grad_(False)
     technique.apply(other, batches)
-    assert result_of(one) == result_of(other) == outcome(technique, batches)[0]
+    assert result_of(one) == result_of(other) == outcome(technique, batches, 1)[0]
     assert isinstance(other.model, nn.Module)

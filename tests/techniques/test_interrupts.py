@@ -69,11 +69,15 @@ def test_ctrl_c_waits_for_the_end() -> None:
 def test_one_interrupt_at_each_line(
     function: str, make_sim: Any, pair: list[Tensor], state_of: Any
 ) -> None:
-    settings = {"seq_mse": {"num_candidates": 2}, "omniquant": {"num_iterations": 1}}
+    settings = {
+        "seq_mse": {"num_candidates": 2, "sweeps": 1},
+        "gptq": {"scale_candidates": 1, "refine_sweeps": 0, "beams": 1},
+        "omniquant": {"num_iterations": 1, "search_sweeps": 0},
+    }
 
     def run(sim: Any) -> None:
         apply = getattr(aimet_ext, f"apply_{function}")
-        apply(sim, pair, progress=False, **settings.get(function, {}))
+        apply(sim, pair, progress=False, **settings[function])
 
     counts: dict[Place, int] = {}
     traced(

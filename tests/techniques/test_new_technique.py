@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import pathlib
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from torch import Tensor
+from warm_python import WarmPython
 
 import aimet_ext
 from aimet_ext import registry
@@ -21,17 +21,20 @@ PACKAGE = pathlib.Path(aimet_ext.__file__).parent.parent  # installed or checkou
 PATH = [str(PACKAGE), str(ROOT / "tests"), str(ROOT / "tests" / "reference")]
 
 
-def program(*words: str) -> subprocess.CompletedProcess[str]:
-    """Run Python with the row of the trial technique in the registry."""
-    code = f"import sys; sys.path[:0] = {PATH!r}; import trial_row\n" + "\n".join(words)
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=500,
-        cwd=ROOT,
-    )
+Program = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def program(warm_python: WarmPython, tmp_path: pathlib.Path) -> Program:
+    """Return a function that runs Python with the row of the trial technique in the registry."""
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        script = tmp_path / "program.py"
+        first = f"import sys; sys.path[:0] = {PATH!r}; import trial_row"
+        script.write_text("\n".join([first, *words]), "utf-8")
+        return warm_python.run(script, folder=ROOT)
+
+    return run
 
 
 @pytest.fixture
@@ -47,13 +50,14 @@ def row() -> Iterator[registry.Technique]:
 
 
 @pytest.mark.slow
-def test_the_contract_holds_for_it() -> None:
+def test_the_contract_holds_for_it(program: Program) -> None:
     """Signature, all forms of data, errors, undo, checkpoints, ledger: the contract's own tests."""
-    pytest.importorskip("aimet_torch")
     files = ("test_contract_calls", "test_contract_undo", "test_layerwise_report")
     paths = [str(HERE / f"{name}.py") for name in files]
-    arguments = ["-q", "-k", "trial", "-p", "no:cacheprovider", *paths]
-    done = program(f"import pytest; sys.exit(pytest.main({arguments!r}))")
+    arguments = ["-q", "-k", "trial", "-p", "no:cacheprovider", "-p", "pytest_timeout", *paths]
+    # Plugins that are imported already, with the frameworks, could not be loaded once more.
+    alone = "import os, pytest; os.environ['PYTEST_DISABLE_PLUGIN_AUTOLOAD'] = '1'"
+    done = program(alone, f"sys.exit(pytest.main({arguments!r}))")
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout
 
@@ -101,8 +105,7 @@ def test_it_follows_what_decides_less(
         aimet_ext.apply_gptq(sim, batches, progress=False)
 
 
-def test_the_command_line_has_it(tmp_path: pathlib.Path) -> None:
-    pytest.importorskip("aimet_torch")
+def test_the_command_line_has_it(program: Program, tmp_path: pathlib.Path) -> None:
     assert "trial" in program("from aimet_ext.cli import app", "app(['quantize', '--help'])").stdout
     text, output = tmp_path / "text.txt", tmp_path / "out"
     text.write_text("\n\n".join(aimet_ext.examples.documents("calibration")[:40]), "utf-8")

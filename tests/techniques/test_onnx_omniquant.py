@@ -76,16 +76,18 @@ class Case:
         )
 
 
-def make_case(name: str, ids: Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> Case:
+def make_case(
+    name: str, ids: Sequence[Tensor], masks: Sequence[Tensor] | None = None, layers: int = 2
+) -> Case:
     masks = masks or [torch.ones_like(i) for i in ids]
     pairs = list(zip(ids, masks, strict=True))
     torch_batches = [{"input_ids": i, "attention_mask": m} for i, m in pairs]
     if name == "genai":
-        model, module = onnx_models.genai_llama()
+        model, module = onnx_models.genai_llama(num_hidden_layers=layers)
         batches = [onnx_models.genai_inputs(model, i, m) for i, m in pairs]
     else:
         family = "qwen2" if name == MERGED else name
-        found = onnx_models.exported_llama(family=family, untrained=name == MERGED)
+        found = onnx_models.exported_llama(layers, family=family, untrained=name == MERGED)
         model, module = found.model, found.module.model
         batches = [{key: v.numpy() for key, v in batch.items()} for batch in torch_batches]
     return Case(name, model, module, batches, torch_batches)
@@ -93,13 +95,13 @@ def make_case(name: str, ids: Sequence[Tensor], masks: Sequence[Tensor] | None =
 
 @pytest.fixture(scope="session")
 def case(ids: Callable[..., Tensor]) -> Callable[..., Case]:
-    """``case(name)``: a model and three batches, one of them with padding on the right."""
+    """``case(name, layers)``: a model and three batches, one of them padded on the right."""
 
-    def make(name: str = "llama", **changes: Any) -> Case:
+    def make(name: str = "llama", layers: int = 2) -> Case:
         drawn = [ids(2, 16, 1), ids(3, 24, 2), ids(1, 12, 3)]
         masks = [torch.ones_like(i) for i in drawn]
         masks[1][0, 20:] = 0
-        return make_case(name, drawn, masks)
+        return make_case(name, drawn, masks, layers)
 
     return make
 
@@ -186,6 +188,12 @@ def test_scales_lead_from_the_original_to_the_stored_weights(folded: Any, tmp_pa
             torch.testing.assert_close(now[f"{name}.bias"], bias, rtol=1e-5, atol=1e-7)
 
 
+def test_technique_is_applied_once(folded: Any) -> None:
+    found, sim, _ = folded
+    with pytest.raises(ValueError, match="omniquant"):
+        aimet_ext.apply_omniquant(sim, found.batches, **QUICK)
+
+
 @pytest.mark.parametrize("name", GRAPHS)
 def test_loss_falls_and_ranges_are_frozen(case: Callable[..., Case], name: str) -> None:
     found = case(name)
@@ -211,7 +219,7 @@ def test_session_computes_with_the_deployed_weights(case: Callable[..., Case], g
         "asymmetric": QSpec(bitwidth=4, symmetric=False),
         "LPBQ": QSpec(bitwidth=4, granularity=LPBQ(16)),
     }[grid]
-    found = case()
+    found = case(layers=1)
     sim = found.sim(spec)
     report = aimet_ext.apply_omniquant(sim, found.batches, **QUICK)
     assert all(block.loss_after < block.loss_nearest for block in report.blocks)
@@ -270,7 +278,7 @@ def test_first_step_is_that_of_the_torch_side(
 
 
 def test_scales_file_is_that_of_the_torch_side(case: Callable[..., Case], tmp_path: Any) -> None:
-    found = case("qwen2")
+    found = case("qwen2", layers=1)
     files = []
     for number, (sim, batches) in enumerate(
         [(found.sim(), found.batches), (found.torch_sim(), found.torch_batches)]
@@ -290,10 +298,10 @@ def test_scales_file_is_that_of_the_torch_side(case: Callable[..., Case], tmp_pa
 
 def test_a_graph_of_one_batch_size(ids: Callable[..., Tensor]) -> None:
     """Steps are taken on fewer sequences than the graph was exported for."""
-    free = make_case("llama", [ids(4, 12, 1)])
+    free = make_case("llama", [ids(4, 12, 1)], layers=1)
     names = list(free.batches[0])
     args = tuple(torch.from_numpy(free.batches[0][name]) for name in names)
-    module = onnx_models.exported_llama().module
+    module = onnx_models.exported_llama(1, family="llama").module
     model = onnx_models.exported_module(module, args, names, ["logits"], None)
     fixed = Case("fixed", model, free.module, free.batches)
     reports = [
@@ -355,7 +363,7 @@ def test_checkpoint_goes_on_to_the_same_bits(
 
 @pytest.mark.parametrize("how", ["module", "node"])
 def test_excluded_layers_are_left_alone(case: Callable[..., Case], how: str) -> None:
-    found = case()
+    found = case(layers=1)
     node = "/model/model/layers.0/self_attn/v_proj/MatMul"
     name = {"module": "model.layers.0.self_attn.v_proj", "node": node}[how]
     sim = found.sim()
@@ -375,7 +383,7 @@ def test_padding_counts_nowhere(ids: Callable[..., Tensor]) -> None:
     other[:, 12:] = ids(2, 4, 9)
     states = []
     for name, drawn in (("genai", first), ("genai", other)):
-        found = make_case(name, [drawn], [mask])
+        found = make_case(name, [drawn], [mask], layers=1)
         sim = found.sim()
         aimet_ext.apply_omniquant(sim, found.batches, **QUICK)
         adaptor = adapt(sim)
@@ -385,7 +393,7 @@ def test_padding_counts_nowhere(ids: Callable[..., Tensor]) -> None:
 
 
 def test_stale_activation_ranges_are_reset_and_named(case: Callable[..., Case]) -> None:
-    found = case()
+    found = case(layers=1)
     sim = found.sim(activations=QSpec(bitwidth=16, symmetric=False))
     sim.compute_encodings(found.batches)
     report = aimet_ext.apply_omniquant(sim, found.batches, **{**QUICK, "let_start": "smoothquant"})
@@ -399,7 +407,7 @@ def test_stale_activation_ranges_are_reset_and_named(case: Callable[..., Case]) 
 
 
 def test_trains_with_activation_quantizers(case: Callable[..., Case]) -> None:
-    found = case()
+    found = case(layers=1)
     sim = found.sim(activations=QSpec(bitwidth=8, symmetric=False))
     on = aimet_ext.apply_omniquant(sim, found.batches, **QUICK, quantize_activations=True)
     off = aimet_ext.apply_omniquant(found.sim(), found.batches, **QUICK)
@@ -540,16 +548,8 @@ def test_export_with_copies_is_read_back(case: Callable[..., Case], tmp_path: An
     assert scales["model.layers.1.post_attention_layernorm"].output is not None
 
 
-def test_technique_is_applied_once(case: Callable[..., Case]) -> None:
-    found = case()
-    sim = found.sim()
-    aimet_ext.apply_omniquant(sim, found.batches, **QUICK)
-    with pytest.raises(ValueError, match="omniquant"):
-        aimet_ext.apply_omniquant(sim, found.batches, **QUICK)
-
-
 def test_rounded_weights_are_refused(case: Callable[..., Case]) -> None:
-    found = case()
+    found = case(layers=1)
     sim = found.sim()
     aimet_ext.apply_gptq(sim, found.batches, progress=False, refine_sweeps=1, scale_candidates=2)
     before = state_of(sim)
@@ -564,7 +564,7 @@ def test_wrong_translation_is_refused_and_named(
     from aimet_ext.errors import TransformRefused
     from aimet_ext.onnx.ops import translate as onnx_ops
 
-    found = case()
+    found = case(layers=1)
     sim = found.sim()
     before = state_of(sim)
     monkeypatch.setitem(onnx_ops.OPERATORS, ("", "Sigmoid"), lambda a, x, opset: x[0].tanh())
@@ -579,7 +579,7 @@ def test_operator_without_translation_is_refused_and_named(
     from aimet_ext.errors import TransformRefused
     from aimet_ext.onnx.ops import translate as onnx_ops
 
-    found = case()
+    found = case(layers=1)
     sim = found.sim()
     monkeypatch.delitem(onnx_ops.OPERATORS, ("", "Sigmoid"))
     with pytest.raises(TransformRefused, match=r"Sigmoid"):
@@ -587,7 +587,7 @@ def test_operator_without_translation_is_refused_and_named(
 
 
 def test_forward_fn_is_refused(case: Callable[..., Case]) -> None:
-    found = case()
+    found = case(layers=1)
     with pytest.raises(TypeError, match="forward_fn"):
         aimet_ext.apply_omniquant(
             found.sim(), found.batches, forward_fn=lambda model, batch: None, **QUICK
@@ -607,7 +607,7 @@ def test_simulation_of_plain_aimet(case: Callable[..., Case], config: str | None
     """Built by hand, nodes fused as the configuration says; AIMET's own calls go on working."""
     import aimet_onnx
 
-    found = case("qwen2")
+    found = case("qwen2", layers=1)
     model = onnx.ModelProto()
     model.CopyFrom(found.model)
     sim = aimet_onnx.QuantizationSimModel(
@@ -625,7 +625,9 @@ def test_simulation_of_plain_aimet(case: Callable[..., Case], config: str | None
 
 def test_half_precision(ids: Callable[..., Tensor]) -> None:
     """Stored types stay, and the float function up to the last places."""
-    module = aimet_ext.prepare_model(onnx_models.tiny_causal_lm("llama").half())
+    module = aimet_ext.prepare_model(
+        onnx_models.tiny_causal_lm("llama", num_hidden_layers=1).half()
+    )
     drawn = ids(2, 16, 1)
     names = ["input_ids", "attention_mask"]
     axes = {name: {0: "batch", 1: "seq"} for name in names}
