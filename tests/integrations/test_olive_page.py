@@ -34,6 +34,7 @@ VOCABULARY = 128
 QUICK: dict[str, dict[str, Any]] = {
     "omniquant": {"num_iterations": 2, "search_sweeps": 1},
     "adaround": {"num_iterations": 5},
+    "awq": {"num_grid": 4},
 }
 SCRIPT = f"""
 import torch
@@ -54,10 +55,11 @@ def aimet_ext_page_ids(**unused):
 
 
 def passes() -> list[dict[str, Any]]:
-    """All passes on the page, in order."""
+    """All passes on the page, in order, equal ones once."""
     texts = [textwrap.dedent(text) for _, text in BLOCK.findall(PAGE.read_text("utf-8"))]
     found = [json.loads(text) for text in texts]
-    return [one for each in found for one in (each if isinstance(each, list) else [each])]
+    every = [one for each in found for one in (each if isinstance(each, list) else [each])]
+    return [one for place, one in enumerate(every) if one not in every[:place]]
 
 
 OURS = [one for one in passes() if one["type"] == "AimetQuantization"]
