@@ -9,7 +9,7 @@ the inputs alone, so no candidate costs a forward pass.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from torch import Tensor
 from aimet_ext.core.affine import fake_quantize, to_blocks
 from aimet_ext.core.clipping import GridLayout
 from aimet_ext.core.objective import row_errors
+
+_SOME_ROWS = 96  # of a reader, that tell good candidates from bad ones
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +41,19 @@ class ScaledReader:
         blocks = to_blocks(self.weight, self.layout.shape).abs()  # [g0, rows, g1, columns]
         tiny = torch.finfo(blocks.dtype).tiny
         return (blocks / blocks.amax((1, 3), keepdim=True).clamp_min(tiny)).mean((0, 1)).flatten()
+
+    def some(self) -> ScaledReader:
+        """Return the reader with some of its rows only, itself where it has few."""
+        step = len(self.weight) // _SOME_ROWS
+        if step < 2 or not self.layout.is_row_wise(self.weight):
+            return self
+        weight = self.weight[::step]
+        return ScaledReader(
+            weight=weight,
+            layout=replace(self.layout, shape=(len(weight), *self.layout.shape[1:])),
+            pull=None if self.pull is None else self.pull[::step],
+            row_weight=self.row_weight[::step],
+        )
 
     def error(self, second: Tensor, columns: Tensor) -> Tensor:
         """Return ``Σ row_weight · (E H Eᵀ − 2 E · pull)`` of plain rounding, scaled, ``[]``.
@@ -87,12 +102,21 @@ def best_scale(
     :param second: ``H [in, in]`` of their inputs before scaling.
     :param columns: multipliers besides, that other scales give the columns, ``[in]``.
     :param index: entry of the scale that each column takes, ``[in]``.
-    :param candidates: scales, at least one.
+    :param candidates: scales, at least one. Of readers with many rows, some rows tell which
+        quarter of the candidates is looked at on all of them; the first one is in any case.
     """
-    lowest, best = torch.inf, None
-    for scale in candidates:
-        error = sum(float(r.error(second, columns * scale[index])) for r in readers)
-        if best is None or error < lowest:
-            lowest, best = error, scale
-    assert best is not None, "no candidate"
-    return best
+
+    def errors(of: Sequence[ScaledReader], scales: Sequence[Tensor]) -> list[float]:
+        return [
+            sum(float(each.error(second, columns * scale[index])) for each in of)
+            for scale in scales
+        ]
+
+    scales = list(candidates)
+    some = [reader.some() for reader in readers]
+    if any(few is not reader for few, reader in zip(some, readers, strict=True)):
+        rough = torch.tensor(errors(some, scales))
+        order = rough.argsort(stable=True)[: -(-len(scales) // 4)]
+        scales = [scales[number] for number in sorted({0, *order.tolist()})]
+    found = errors(readers, scales)
+    return scales[found.index(min(found))]

@@ -20,7 +20,7 @@ from aimet_ext.techniques.blockwise.search import BlockSearch
 from aimet_ext.techniques.call import Call, technique
 from aimet_ext.techniques.report import BlockwiseReport
 
-_JUDGED = 8192  # tokens; the search itself sees all
+_JUDGED = 4096  # tokens; the search itself sees all
 
 
 class AWQ(BlockSolver[AWQParams]):

@@ -94,6 +94,26 @@ def test_the_choice_is_the_loop(normal: Callable[..., Tensor], name: str, shared
     assert error <= errors[0]
 
 
+def test_some_rows_find_what_all_find(normal: Callable[..., Tensor]) -> None:
+    """Of many rows, the candidate that is chosen is as good as the best one of all."""
+    weight = normal(800, IN) * normal(IN).exp()
+    layouts = [
+        GridLayout(shape=(800, cells), qmin=-8, qmax=7, symmetric=True, block_size=size)
+        for cells, size in ((1, None), (2, (1, 4)))
+    ]
+    ones = torch.ones(800).double()
+    readers = [ScaledReader(weight, layout, None, ones) for layout in layouts]
+    assert [len(each.some().weight) for each in readers] == [100, 100]
+    inputs = normal(300, IN) * normal(IN).exp()
+    second = inputs.T @ inputs / len(inputs)
+    candidates = list(awq_scales(inputs.abs().mean(0), weight.abs().mean(0), 20))
+    start, index = torch.ones(IN).double(), INDICES["alone"]
+    errors = [sum(float(r.error(second, scale)) for r in readers) for scale in candidates]
+    found = best_scale(readers, second, start, index, iter(candidates))
+    chosen = sum(float(each.error(second, found)) for each in readers)
+    assert min(errors) <= chosen <= min(1.01 * min(errors), errors[0])
+
+
 def test_salient_channels_gain(normal: Callable[..., Tensor]) -> None:
     """One channel carries most of the input: its weights are rounded more finely."""
     layer = reader("per_channel", normal)

@@ -127,3 +127,38 @@ def test_the_float_function_of_a_graph(ids: Callable[..., Tensor], name: str) ->
         for axis, scale in axes.items()
     ]
     assert sum(close) >= 0.9 * len(close)  # two exponents can be as good as each other
+
+
+@pytest.mark.parametrize("activations", [8, None])
+def test_the_alpha_that_is_searched(
+    make_sim: Any, ids: Callable[..., Tensor], activations: int | None
+) -> None:
+    """The best of the grid for a pair, each alpha applied by itself: with activations quantized."""
+
+    def loss(alpha: Any) -> float:
+        sim = make_sim(layers=1, activations=activations)
+        settings = {"pairs": ("norm_mlp",), **QUICK}
+        report = aimet_ext.apply_smoothquant(sim, [ids(4, 24, 1)], alpha, **settings)
+        (block,) = report.blocks
+        assert block.kept == "smoothquant"
+        return block.loss_after
+
+    losses = [loss(alpha) for alpha in (0.25, 0.4, 0.5, 0.6, 0.75, 0.9)]
+    assert loss("search") == pytest.approx(min(losses), rel=1e-5)
+    assert max(losses) > 1.001 * min(losses)
+
+
+def test_smoothing_is_for_coarse_activations(
+    make_sim: Any, tiny_model: Any, ids: Callable[..., Tensor]
+) -> None:
+    """A channel of large activations: at 8 bits for both, the loss falls, and nothing is frozen."""
+    sim = make_sim(layers=1, spec=QSpec(bitwidth=8), activations=8)
+    with torch.no_grad():
+        gain = sim.model.get_submodule("model.model.layers.0.post_attention_layernorm").weight
+        gain[3] *= 60
+        for name in ("gate_proj", "up_proj"):
+            sim.model.get_submodule(f"model.model.layers.0.mlp.{name}").weight[:, 3] /= 60
+    report = aimet_ext.apply_smoothquant(sim, [ids(4, 24, 1)], **QUICK)
+    (block,) = report.blocks
+    assert block.loss_after < 0.5 * block.loss_nearest
+    assert not any(q.frozen for q in adapt(sim).weight_quantizers().values())
