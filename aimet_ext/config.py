@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import field, replace
-from typing import Annotated, Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
@@ -170,6 +171,30 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class TechniqueParams:
     """Base of the settings of a technique."""
 
+    former: ClassVar[Mapping[str, str]] = {}
+    """Names of settings by the names that they had before, which are understood too."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_former_names(cls, given: Any) -> Any:
+        arguments = getattr(given, "kwargs", None)
+        return type(given)(given.args, cls.renamed(arguments)) if arguments else given
+
+    @classmethod
+    def renamed(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return settings under the names that they have now.
+
+        :raises ValueError: One is given under both of its names.
+        """
+        found: dict[str, Any] = {}
+        for name, value in settings.items():
+            now = cls.former.get(name, name)
+            if now in found:
+                names = " and ".join(each for each in settings if cls.former.get(each, each) == now)
+                raise ValueError(f"{names} are one setting, given twice; give {now} alone")
+            found[now] = value
+        return found
+
     def to_dict(self) -> dict:
         """Return the settings as plain JSON values."""
         return TypeAdapter(type(self)).dump_python(self, mode="json")
@@ -214,6 +239,17 @@ class AWQParams(TechniqueParams):
     pairs: tuple[PairKindName, ...] = ("norm_qkv", "v_o", "norm_mlp", "up_down")
 
 
+STARTS = ("smoothquant", "awq", "search", "ones")
+"""Starts of OmniQuant that are no files."""
+
+
+def _is_start(value: str | Path) -> str:
+    if str(value) not in STARTS and not Path(value).exists():
+        words = ", ".join(f'"{word}"' for word in STARTS)
+        raise ValueError(f"{words} or the path of a folder or file that exists is required")
+    return str(value)
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class OmniQuantParams(TechniqueParams):
     """Settings of :func:`aimet_ext.apply_omniquant`. The defaults are the ones that were measured.
@@ -223,8 +259,11 @@ class OmniQuantParams(TechniqueParams):
     :param let: Learn the scales of equivalent transforms.
     :param pairs: Kinds of scale pairs to use. ``"q_k"`` (tied across rotary pairs) rescales output
         rows only, which no per-channel or blockwise grid can see: it serves activations.
-    :param let_start: Scales at which training starts: ``"smoothquant"`` for its formula,
-        ``"search"`` for the search's result, ``"ones"``.
+    :param init: State at which training starts: ``"smoothquant"`` for the scales of its formula,
+        ``"awq"`` for scales and clipping of AWQ's search, ``"search"`` for the result of the search
+        on second moments, ``"ones"`` for scales of 1; or a folder or file with the scales and
+        clips that :func:`aimet_ext.apply_awq` or LLMC wrote. Scales of AWQ or of files are
+        kept as they are where ``let`` is false. Ranges that the start does not have are searched.
     :param smooth_alpha: Exponent of SmoothQuant's formula.
     :param search_sweeps: Sweeps of the search on second moments, before training and after it; 0
         searches ranges alone and leaves the scales to the gradient.
@@ -246,11 +285,13 @@ class OmniQuantParams(TechniqueParams):
     :param seed: Seed of the order of batches.
     """
 
+    former: ClassVar[Mapping[str, str]] = {"let_start": "init"}
+
     num_iterations: Annotated[int, Field(ge=1)] = 800
     lwc: bool = True
     let: bool = True
     pairs: tuple[PairKindName, ...] = ("norm_qkv", "v_o", "norm_mlp", "up_down")
-    let_start: Literal["search", "smoothquant", "ones"] = "smoothquant"
+    init: Annotated[str | Path, AfterValidator(_is_start)] = "smoothquant"
     smooth_alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     search_sweeps: Annotated[int, Field(ge=0)] = 3
     float_target: bool = True

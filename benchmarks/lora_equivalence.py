@@ -40,7 +40,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "DoRA": {"use_dora": True},
 }
 LEARNT = ("llama", "qwen2", "qwen3", "mistral", "phi3")  # families that AIMET can simulate
-OMNIQUANT = {"num_iterations": 5, "let_start": "ones", "let_lr": 0.03, "progress": False}
+OMNIQUANT = {"num_iterations": 5, "init": "ones", "let_lr": 0.03, "progress": False}
 HEAD = ("family", "biases", "heads", "adapter", "techniques", "float64", "float32", "unfolded")
 
 

@@ -110,6 +110,8 @@ def test_the_module_runs_as_a_program() -> None:
         (then("gptq", "gptq"), "gptq cannot follow gptq"),
         (then("gptq", "adaround"), "adaround cannot follow gptq"),
         (then("seq_mse", "omniquant"), "omniquant cannot follow seq_mse"),
+        (then("smoothquant", "awq"), "awq cannot follow smoothquant"),
+        (then("awq", "omniquant"), "add --set awq.clip=false"),
         (then("omniquant", "nearest"), "give it alone"),
         ([*then("gptq"), "--weights", "int16"], "gptq decides weights of at most 8 bits"),
         ([*then("seq_mse"), "--set", "seq_mse.max_bitwidth=3"], "at most 3 bits (max_bitwidth)"),
@@ -292,6 +294,11 @@ def test_the_report_is_in_the_manifest(exported: pathlib.Path) -> None:
                 "omniquant": {"pairs": ["v_o"], "num_iterations": 1, "seed": 7},
                 "gptq": {"damping": 0.5},
             },
+        ),
+        (
+            ("smoothquant", "gptq"),
+            ("smoothquant.alpha=search", "gptq.damping=0.5"),
+            {"smoothquant": {"alpha": "search"}, "gptq": {"damping": 0.5}},
         ),
     ],
 )

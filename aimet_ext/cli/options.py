@@ -152,7 +152,25 @@ def chosen_techniques(
         if field in values[name]:
             raise typer.BadParameter(f"{name}.{field} is given twice", param_hint=option)
         values[name][field] = value
-    return {name: _params(name, fields, seed) for name, fields in values.items()}
+    found = {name: _params(name, fields, seed) for name, fields in values.items()}
+    _check_open(found)
+    return found
+
+
+def _check_open(techniques: Mapping[str, Any]) -> None:
+    """Refuse a technique that finds the ranges frozen which it is to choose.
+
+    :raises typer.BadParameter: There is one.
+    """
+    names, offered = list(techniques), _offered()
+    for earlier, later in itertools.combinations(names, 2):
+        chooses = offered[later].decides in ("scales", "ranges")
+        if chooses and getattr(techniques[earlier], "clip", False):
+            raise typer.BadParameter(
+                f"{later} cannot follow {earlier} that clips, for its ranges are frozen; add "
+                f"--set {earlier}.clip=false",
+                param_hint="--technique",
+            )
 
 
 def check_width(weights: QSpec, techniques: Mapping[str, Any]) -> None:

@@ -208,6 +208,7 @@ def merge_params(
     if params is not None and type(params) is not kind:
         raise TypeError(f"params must be {kind.__name__}, got {type(params).__name__}")
     fields = {field.name: field for field in dataclasses.fields(kind)}
+    settings = kind.renamed(settings)
     unknown = sorted(set(settings) - set(fields))
     if unknown:
         raise TypeError(f"{who}() has no setting {', '.join(unknown)}; it has {', '.join(fields)}")

@@ -9,23 +9,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from aimet_ext.config import OmniQuantParams
+from aimet_ext.config import STARTS, OmniQuantParams
 from aimet_ext.core.clipping import LearnableClipping
 from aimet_ext.core.equivalence import PairKind
 from aimet_ext.data.cache import TensorCache
+from aimet_ext.files.ledger import Ledger
+from aimet_ext.files.starts import Starts, load_starts
 from aimet_ext.models.topology import TopologyDescription
 from aimet_ext.techniques.blockwise.block import Block, BlockState, Choice
 from aimet_ext.techniques.blockwise.loop import BlockSolver, run_blockwise
+from aimet_ext.techniques.blockwise.pairs import read_pairs
 from aimet_ext.techniques.blockwise.search import BlockSearch
 from aimet_ext.techniques.call import Call, technique
 from aimet_ext.techniques.report import BlockwiseReport
 
 _LARGEST_LOG_SCALE = math.log(1e3)
+AWQ_GRID = 20
 _DIVERGED = 10.0  # times the loss at the start
 
 
@@ -220,8 +225,33 @@ class OmniQuant(BlockSolver[OmniQuantParams]):
 
     @property
     def pairs(self) -> Collection[PairKind]:
-        """Kinds of scale pairs to learn."""
-        return self.params.pairs if self.params.let else ()
+        """Kinds of scale pairs to learn, or to take over as they are."""
+        return self.params.pairs if self.params.let or self._takes_scales else ()
+
+    @property
+    def _takes_scales(self) -> bool:
+        """True if scales that were found before are kept even if none are learnt."""
+        return self.params.init == "awq" or bool(self.saved.columns)
+
+    @cached_property
+    def saved(self) -> Starts:
+        """Scales and shares of the files to start from, empty without any."""
+        init = self.params.init
+        return Starts() if init in STARTS else load_starts(init)
+
+    def check(self, ledger: Ledger) -> None:
+        """Refuse to start from the files of another model, or of this one after a transform."""
+        if self.saved.columns and ledger.entries:
+            raise ValueError(
+                f"init: the scales in {self.params.init} are for the original weights, but "
+                f"{ledger.entries[-1].technique} rescaled these already; start from a new sim, or "
+                'give init="search"'
+            )
+        if self.saved.origin and ledger.origin not in (None, self.saved.origin):
+            raise ValueError(
+                f"init: the files in {self.params.init} were made for a model of other weights; "
+                "give those of this model"
+            )
 
     @property
     def quantize_activations(self) -> bool:
@@ -238,23 +268,68 @@ class OmniQuant(BlockSolver[OmniQuantParams]):
         params = self.params
         bar.set_postfix_str("search")
         search = BlockSearch(block, clip=params.lwc, float_target=params.float_target)
-        found = search.run(sweeps=params.search_sweeps)
+        sweeps = params.search_sweeps if params.let else 0
+        saved = self._saved_scales(block)
+        found = search.run(saved, sweeps=sweeps)
         states: dict[str, tuple[float, BlockState]] = {}
         states["search"] = (block.score(block.state_params(found)), found)
-        start, before = found, states["search"][0]
-        if block.pairs and params.let_start != "search":
-            smoothquant = params.let_start == "smoothquant"
-            start = search.ranges(search.smoothquant(params.smooth_alpha) if smoothquant else {})
+        start, before = self._start(block, search, saved), states["search"][0]
+        if start is None:
+            start = found
+        else:
             before = block.score(block.state_params(start))
-            states["search"] = min(states["search"], (before, start), key=lambda state: state[0])
+            given = before, start
+            better = min(states["search"], given, key=lambda state: state[0])
+            # Scales that are not to be learnt stay those of the start.
+            states["search"] = better if params.let or saved or not start.smooth else given
         trained, score = self._train(block, start, before, bar)
         states["training"] = (score, trained)
-        if block.pairs and params.search_sweeps:
+        if block.pairs and sweeps:
             bar.set_postfix_str("search again")
             polished = search.run(trained.smooth, sweeps=params.search_sweeps)
             states["polish"] = (block.score(block.state_params(polished)), polished)
         kept = min(states, key=lambda name: states[name][0])
         return Choice(states[kept][1], kept, before)
+
+    def _start(
+        self, block: Block, search: BlockSearch, saved: Mapping[str, Tensor]
+    ) -> BlockState | None:
+        """Return the state at which training starts, None for the one that was searched."""
+        init = self.params.init
+        if init not in STARTS:
+            return self._saved_start(block, search.ranges(saved))
+        if init == "awq":
+            return search.clipped(search.awq(AWQ_GRID, duo_scaling=True), AWQ_GRID)
+        if not block.pairs or init == "search":
+            return None
+        alpha = self.params.smooth_alpha
+        return search.ranges(search.smoothquant(alpha) if init == "smoothquant" else {})
+
+    def _saved_scales(self, block: Block) -> dict[str, Tensor]:
+        """Return the scales of pairs that files have."""
+        smooth: dict[str, Tensor] = {}
+        for stage in block.stages:
+            for read in read_pairs(block, stage):
+                columns = _of_layer(self.saved.columns, block, read.readers[0])
+                if columns is not None:
+                    smooth[read.pair.name] = read.entries(columns)
+        return smooth
+
+    def _saved_start(self, block: Block, state: BlockState) -> BlockState:
+        """Return a state with the ranges that files have in place of its own."""
+        grids = dict(state.grids)
+
+        def clip(layer: str, weight: Tensor) -> Tensor:
+            shares = _of_layer(self.saved.shares, block, layer)
+            if shares is not None and self.params.lwc:
+                layout = block.layout(layer)
+                ends = zip(shares, layout.bounds(weight.float()), strict=True)
+                grids[layer] = layout.raw(*(_fitting(layer, s, end) * end for s, end in ends))
+            return weight
+
+        with torch.no_grad():
+            block.quantized(state.smooth, clip)
+        return BlockState(state.smooth, grids)
 
     def _train(
         self, block: Block, start: BlockState, start_score: float, bar: Any
@@ -277,6 +352,25 @@ class OmniQuant(BlockSolver[OmniQuantParams]):
                 float_outputs=outputs,
                 on_step=on_step,
             )
+
+
+def _of_layer(values: Mapping[str, Any], block: Block, layer: str) -> Any:
+    """Return what a file has for a layer, by its original name or as LLMC numbers blocks."""
+    name = block.adaptor.original_names()(f"{block.name}.{layer}")
+    return values.get(name, values.get(f"{block.number}.{layer}"))
+
+
+def _fitting(layer: str, share: Tensor, like: Tensor) -> Tensor:
+    """Return shares in the shape of a layer's cells.
+
+    :raises ValueError: There are not as many.
+    """
+    if share.numel() != like.numel():
+        raise ValueError(
+            f"init: {layer} has {like.numel()} cells, a share for each is required, got "
+            f"{share.numel()}; take the clips of a simulation with this grid"
+        )
+    return share.to(like).reshape(like.shape)
 
 
 @technique("omniquant")

@@ -37,7 +37,7 @@ BIASES = {"attention_bias": True, "mlp_bias": True}
 #: Large steps on a coarse grid that all rows share, so that every scale moves.
 BOLD = {
     "num_iterations": 10,
-    "let_start": "ones",
+    "init": "ones",
     "search_sweeps": 0,
     "let_lr": 0.03,
     "lr_schedule": "constant",
@@ -229,6 +229,28 @@ def test_same_function_after_omniquant_and_a_second_technique(tiny_model, family
     folded = fold_adapter(wrapped, scales_of(ledger))
     assert folded.folded["techniques"] == ["omniquant", "smooth"]
     check_equal(original, changed, wrapped, folded)
+
+
+def test_same_function_after_smoothquant_and_awq(tiny_model, tmp_path):
+    """The weights and the scales that they leave, in float32."""
+    protocol = pytest.importorskip("aimet_ext.sim.protocol")
+    pytest.importorskip("aimet_torch")
+    original = tiny_model("qwen2", max_position_embeddings=64)
+    ids = torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(1))
+    sim = aimet_ext.create_sim(original, ids, weights=QSpec(bitwidth=4), activations=None)
+    aimet_ext.apply_smoothquant(sim, [ids], 0.7, progress=False)
+    aimet_ext.apply_awq(sim, [ids], 4, output_path=tmp_path / "scales", progress=False)
+    scales = aimet_ext.load_scales(tmp_path / "scales")
+    assert scales.techniques == ("smoothquant", "awq")
+    changed, wrapped = copy.deepcopy(original), trained(copy.deepcopy(original))
+    state = protocol.adapt(sim).float_state()
+    changed.load_state_dict({name.removeprefix("model."): v for name, v in state.items()})
+    reference, plain = logits(wrapped), logits(original)
+    assert deviation(changed, plain) <= 1e-5
+    assert (
+        deviation(attach_adapter(copy.deepcopy(changed), read_adapter(wrapped)), reference) > 1e-3
+    )
+    assert deviation(attach_adapter(changed, fold_adapter(wrapped, scales)), reference) <= 1e-5
 
 
 def learnt_scale(pair: Any, entry: Any) -> Tensor:

@@ -32,7 +32,7 @@ pytestmark = [
 LAYERS = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BOLD = {
     "num_iterations": 10,
-    "let_start": "ones",
+    "init": "ones",
     "search_sweeps": 0,
     "let_lr": 0.03,
     "lr_schedule": "constant",

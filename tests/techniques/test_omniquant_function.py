@@ -31,7 +31,7 @@ FAMILIES = {
 #: Large steps on a coarse grid that all rows share, so that every scale moves, the q-k one too.
 BOLD = {
     "num_iterations": 20,
-    "let_start": "ones",
+    "init": "ones",
     "search_sweeps": 0,
     "let_lr": 0.03,
     "lr_schedule": "constant",

@@ -31,7 +31,7 @@ QUICK: dict[str, Any] = {"num_iterations": 2, "search_sweeps": 1, "progress": Fa
 #: Large steps on a coarse grid that all rows share, so that every scale moves, the q-k one too.
 BOLD: dict[str, Any] = {
     "num_iterations": 20,
-    "let_start": "ones",
+    "init": "ones",
     "search_sweeps": 0,
     "let_lr": 0.03,
     "lr_schedule": "constant",
@@ -396,7 +396,7 @@ def test_stale_activation_ranges_are_reset_and_named(case: Callable[..., Case]) 
     found = case(layers=1)
     sim = found.sim(activations=QSpec(bitwidth=16, symmetric=False))
     sim.compute_encodings(found.batches)
-    report = aimet_ext.apply_omniquant(sim, found.batches, **{**QUICK, "let_start": "smoothquant"})
+    report = aimet_ext.apply_omniquant(sim, found.batches, **{**QUICK, "init": "smoothquant"})
     reset = [name for block in report.blocks for name in block.reset_encodings]
     assert any("input_layernorm" in name for name in reset)
     assert not any(sim.qc_quantize_op_dict[name].is_initialized() for name in reset)
