@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from aimet_ext.config import RTNParams as RTNParams
     from aimet_ext.config import SeqMSEParams as SeqMSEParams
     from aimet_ext.config import SmoothQuantParams as SmoothQuantParams
+    from aimet_ext.config import SpinQuantParams as SpinQuantParams
     from aimet_ext.data.text import calibration_batches as calibration_batches
     from aimet_ext.errors import CorruptFileError as CorruptFileError
     from aimet_ext.errors import Finding as Finding
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from aimet_ext.techniques.rtn import apply_rtn as apply_rtn
     from aimet_ext.techniques.seq_mse import apply_seq_mse as apply_seq_mse
     from aimet_ext.techniques.smoothquant import apply_smoothquant as apply_smoothquant
+    from aimet_ext.techniques.spinquant import apply_spinquant as apply_spinquant
     from aimet_ext.verification.report import Thresholds as Thresholds
     from aimet_ext.verification.report import VerifyReport as VerifyReport
     from aimet_ext.verification.verify import verify as verify

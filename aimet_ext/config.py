@@ -461,3 +461,37 @@ class RotationParams(TechniqueParams):
         if not (self.r1 or self.r2):
             raise ValueError("r1 or r2 must be true, both are false: nothing would be rotated")
         return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SpinQuantParams(TechniqueParams):
+    """Settings of :func:`aimet_ext.apply_spinquant`.
+
+    :param num_iterations: Steps of gradient descent over orthogonal matrices.
+    :param mode: Matrices to start from, see :class:`RotationParams`.
+    :param r1: Learn a rotation of the hidden states, across all blocks.
+    :param r2: Learn a rotation of the channels of a head for each block, between its values and the
+        output projection.
+    :param learning_rate: Mean angle in radians by which the first step turns; it falls to 0.
+    :param momentum: Share of the momentum that a step keeps.
+    :param quantize_activations: Learn with the activation quantizers on, where there are any, their
+        ranges taken from each batch.
+    :param evaluations: Number of times that the rotations are judged on the batches held out.
+    :param seed: Seed of the start and of the order of batches.
+    """
+
+    num_iterations: Annotated[int, Field(ge=1)] = 100
+    mode: Literal["hadamard", "random"] = "hadamard"
+    r1: bool = True
+    r2: bool = True
+    learning_rate: Positive = 0.005
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    quantize_activations: bool = True
+    evaluations: Annotated[int, Field(ge=1)] = 5
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _rotates_something(self) -> SpinQuantParams:
+        if not (self.r1 or self.r2):
+            raise ValueError("r1 or r2 must be true, both are false: nothing would be rotated")
+        return self

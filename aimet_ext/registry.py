@@ -169,6 +169,16 @@ TECHNIQUES: dict[str, Technique] = {
             olive="quarot",
             page="rotation",
         ),
+        Technique(
+            name="spinquant",
+            function="aimet_ext.techniques.spinquant:apply_spinquant",
+            params="aimet_ext.config:SpinQuantParams",
+            decides="rotation",
+            unit="block",
+            number="num_iterations",
+            olive="spinquant",
+            page="spinquant",
+        ),
     )
 }
 

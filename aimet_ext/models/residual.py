@@ -161,14 +161,18 @@ def classify_ends(
 
 
 @contextmanager
-def without_blocks(blocks: Sequence[nn.Module], returns_tuple: bool) -> Iterator[None]:
+def without_blocks(
+    blocks: Sequence[nn.Module], returns_tuple: bool, last: Tensor | None = None
+) -> Iterator[None]:
     """Return a context in which blocks hand their hidden states on as they are.
 
     :param returns_tuple: True if their output is a tuple that starts with the hidden states.
+    :param last: Hidden states that all of them return instead.
     """
 
     def same(*args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = hidden if last is None else last
         return (hidden,) if returns_tuple else hidden
 
     with ExitStack() as stack:

@@ -390,6 +390,14 @@ class ResidualStream(Protocol):
     def survey(self, batches: Sequence[Any], forward_fn: ForwardFn | None) -> Survey:
         """Compute the float model on batches, and watch all that is quantized in it."""
 
+    def logits_behind(
+        self, blocks: Sequence[BlockTopology], forward_fn: ForwardFn | None
+    ) -> Callable[[Any, Tensor], Tensor]:
+        """Return a function from a batch and its last hidden states to the float model's logits.
+
+        It is differentiable in the hidden states ``[batch, seq, hidden]``.
+        """
+
     def probe_batch(self) -> Any:
         """Return a batch of a few random ids.
 

@@ -315,8 +315,8 @@ class RotationReport(Report):
     :param blocks: Proof of each part.
     :param deviation: Largest change of the float model's output, relative to the largest one, in
         the precision that the model computes in.
-    :param losses: Of rotations that were learnt: mean error of the quantized blocks as a share of
-        their outputs, on batches held out; ``"none"`` without rotations, ``"start"``, ``"learnt"``.
+    :param losses: Mean KL divergence of the quantized model from the float one, on batches held
+        out, where rotations were learnt: ``"none"`` without them, ``"start"``, ``"learnt"``.
     :param reset_encodings: Quantizers whose ranges no longer fit and were dropped.
     :param settings: Settings of the run.
     :param seconds: Seconds of the whole run.
@@ -333,7 +333,7 @@ class RotationReport(Report):
         lines = [f"{name}: {how}" for name, how in self.rotations.items()]
         if self.losses:
             worth = ", ".join(f"{name} {loss:.4g}" for name, loss in self.losses.items())
-            lines.append(f"errors of the quantized blocks, as shares of their outputs: {worth}")
+            lines.append(f"KL divergence from the float model: {worth}")
         lines += [f"not rotated: {name}: {why}" for name, why in self.refused.items()]
         worst = max((part.deviation for part in self.blocks), default=0.0)
         lines.append(

@@ -175,8 +175,8 @@ class OnnxEnds:
         heads = dict(ends.readers)
         tables = {k: v for k, (v, _) in values.items() if k.rpartition(".")[0] in ends.embeddings}
         norms = {k: v for k, (v, _) in values.items() if k.rpartition(".")[0] == ends.norm[0]}
-        self.front = _part(graph, [], [ends.start], {}, tables)
-        self.back = _part(graph, [ends.end], ends.logits, heads, norms)
+        self.front = graph_part(graph, [], [ends.start], {}, tables).double()
+        self.back = graph_part(graph, [ends.end], ends.logits, heads, norms).double()
 
     def __call__(self, params: Mapping[str, Tensor]) -> Tensor:
         """Return the outputs in float64, one beside the other in a vector."""
@@ -193,18 +193,22 @@ class OnnxEnds:
         return found if isinstance(found, tuple) else (found,)
 
 
-def _part(
+def graph_part(
     graph: OnnxGraph,
     given: Sequence[str],
     outputs: Sequence[str],
     linears: Mapping[str, OnnxLayer],
     parameters: Mapping[str, str],
 ) -> TranslatedGraph:
+    """Return a part of a graph; it takes ``given`` and then the inputs of the graph that it reads.
+
+    :param outputs: Tensors that it returns.
+    """
     nodes = graph.subgraph([*given, *graph.inputs], outputs)
     read = {name for index in nodes for name in graph.reads[index]}
     inputs = [*given, *(name for name in graph.inputs if name in read)]
     part = TranslatedGraph(graph, nodes, inputs, outputs, linears, parameters)
-    return part.double().requires_grad_(False).eval()
+    return part.requires_grad_(False).eval()
 
 
 class EndModule(nn.Module):

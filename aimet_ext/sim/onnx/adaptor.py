@@ -332,6 +332,13 @@ class OnnxSim(SimAdaptor):
 
         return survey(self, batches)
 
+    def logits_behind(
+        self, blocks: Sequence[BlockTopology], forward_fn: ForwardFn | None
+    ) -> Callable[[Any, Tensor], Tensor]:
+        from aimet_ext.sim.onnx.residual import logits_behind
+
+        return logits_behind(self, blocks[0].name.rpartition(".")[0])
+
     def probe_batch(self) -> Any:
         from aimet_ext.sim.onnx.residual import probe_batch
 

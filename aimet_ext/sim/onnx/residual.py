@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from aimet_ext.models.residual import ReadNorm, ResidualEnds, Survey
 from aimet_ext.models.topology import TopologyDescription
-from aimet_ext.onnx.blocks.ends import EndModule, OnnxEnds, find_onnx_ends, shared_ends
+from aimet_ext.onnx.blocks.ends import (
+    EndModule,
+    OnnxEnds,
+    find_onnx_ends,
+    graph_part,
+    shared_ends,
+)
 from aimet_ext.onnx.blocks.find import BlockPlan, find_onnx_blocks
 from aimet_ext.onnx.blocks.flow import to_copy
 from aimet_ext.onnx.graph import OnnxGraph, Part
@@ -116,6 +122,23 @@ def survey(adaptor: OnnxSim, batches: Sequence[Mapping[str, Tensor]]) -> Survey:
             value = graph.tensor(name)
             ranges[name] = float(value.min()), float(value.max())
     return Survey(tuple(found), ranges)
+
+
+def logits_behind(adaptor: OnnxSim, blocks: str) -> Callable[[Any, Tensor], Tensor]:
+    """Return a function from a batch and its last hidden states to the float graph's logits."""
+    stack = adaptor.model.get_submodule(blocks)
+    assert isinstance(stack, BlockStack)
+    graph, end = stack.flow.graph, list(stack.plans.values())[-1].end
+    behind = graph.beyond([end])
+    outputs = [name for name in graph.outputs if name in behind]
+    part = graph_part(graph, [end], outputs[:1], {}, {})
+
+    def logits(batch: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        found = part(hidden, *(batch[name].to(hidden.device) for name in part.inputs[1:]))
+        assert isinstance(found, Tensor)
+        return found
+
+    return logits
 
 
 def _logits(adaptor: OnnxSim, graph: OnnxGraph) -> set[str]:

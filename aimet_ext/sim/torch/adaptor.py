@@ -277,6 +277,11 @@ class TorchSim(SimAdaptor):
     def survey(self, batches: Sequence[Any], forward_fn: ForwardFn | None) -> Survey:
         return residual.survey(self, batches, forward_fn)
 
+    def logits_behind(
+        self, blocks: Sequence[BlockTopology], forward_fn: ForwardFn | None
+    ) -> Callable[[Any, Tensor], Tensor]:
+        return residual.logits_behind(self, blocks, forward_fn)
+
     def probe_batch(self) -> Any:
         return residual.probe_batch(self.model)
 

@@ -167,6 +167,45 @@ class _Runner(nn.Module):
         return logits_of(call_model(self.inner, batch, self.forward_fn))
 
 
+def logits_behind(
+    adaptor: TorchSim, blocks: Sequence[BlockTopology], forward_fn: ForwardFn | None
+) -> Callable[[Any, Tensor], Tensor]:
+    """Return a function from a batch and its last hidden states to the float model's logits."""
+    model = adaptor.model
+    modules = [model.get_submodule(block.name) for block in blocks]
+    kinds: dict[str, bool] = {}
+
+    def logits(batch: Any, hidden: Tensor) -> Tensor:
+        if not kinds:
+            kinds["tuple"] = _returns_tuple(adaptor, modules[0], batch, forward_fn)
+        with (
+            adaptor.disabled_quantizers(),
+            without_blocks(modules, kinds["tuple"], hidden),
+            evaluating(model),
+        ):
+            return logits_of(call_model(model, batch, forward_fn))
+
+    return logits
+
+
+def _returns_tuple(
+    adaptor: TorchSim, block: nn.Module, batch: Any, forward_fn: ForwardFn | None
+) -> bool:
+    """Return True if a block's output is a tuple."""
+    kinds: list[type] = []
+
+    def see(_module: Any, _args: Any, output: Any) -> None:
+        kinds.append(type(output))
+
+    hook = block.register_forward_hook(see)
+    try:
+        with adaptor.disabled_quantizers(), evaluating(adaptor.model), torch.no_grad():
+            run_batch(adaptor.model, batch, 0, forward_fn)
+    finally:
+        hook.remove()
+    return bool(kinds) and issubclass(kinds[0], tuple)
+
+
 class _OutputsWithoutBlocks:
     """See :data:`aimet_ext.models.residual.EndsFn`."""
 
@@ -176,18 +215,7 @@ class _OutputsWithoutBlocks:
         self.adaptor, self.batch, self.forward_fn = adaptor, batch, forward_fn
         self.blocks = [adaptor.model.get_submodule(name) for name in blocks]
         self.inside = tuple(f"{name}." for name in blocks)
-        kinds: list[type] = []
-
-        def see(_module: Any, _args: Any, output: Any) -> None:
-            kinds.append(type(output))
-
-        hook = self.blocks[0].register_forward_hook(see)
-        try:
-            with adaptor.disabled_quantizers(), evaluating(adaptor.model), torch.no_grad():
-                run_batch(adaptor.model, batch, 0, forward_fn)
-        finally:
-            hook.remove()
-        self.returns_tuple = bool(kinds) and issubclass(kinds[0], tuple)
+        self.returns_tuple = _returns_tuple(adaptor, self.blocks[0], batch, forward_fn)
 
     def __call__(self, params: Mapping[str, Tensor]) -> Tensor:
         """Return the model's outputs in the dtype of the parameters, the blocks left out."""

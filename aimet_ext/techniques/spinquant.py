@@ -1,0 +1,62 @@
+"""SpinQuant: rotations learnt by gradient descent over orthogonal matrices.
+
+Liu et al., "SpinQuant: LLM Quantization with Learned Rotations", arXiv 2405.16406.
+"""
+
+from __future__ import annotations
+
+from aimet_ext.config import RotationParams, SpinQuantParams
+from aimet_ext.models.topology import TopologyDescription
+from aimet_ext.techniques.call import Call, technique
+from aimet_ext.techniques.report import RotationReport
+from aimet_ext.techniques.rotating.fold import Rotations
+from aimet_ext.techniques.rotating.learn import learn
+from aimet_ext.techniques.rotating.run import Losses, Plan, run_rotation
+
+
+def _learnt(plan: Plan, call: Call[SpinQuantParams]) -> tuple[Rotations, Losses]:
+    params = call.params
+    settings = RotationParams(mode=params.mode, r1=params.r1, r2=params.r2, seed=params.seed)
+    found = learn(plan, plan.rotations(settings), params, call.options)
+    return found.rotations, dict(zip(("none", "start", "learnt"), found.losses, strict=True))
+
+
+@technique("spinquant")
+def apply_spinquant(
+    call: Call[SpinQuantParams], *, topology: TopologyDescription | None = None
+) -> RotationReport:
+    r"""Learn the rotations of hidden states and values with which the quantized model errs least.
+
+    The rotations are those of :func:`apply_rotation`, from whose matrices learning starts:
+
+    .. math::
+        \min_{R_1, R_2} \; \operatorname{mean}_t \;
+        \operatorname{KL}\big(p(x_t) \,\|\, p_{Q(W_R)}(x_t)\big)
+
+    over orthogonal matrices, where ``p`` are the float model's probabilities of the next token and
+    ``p_Q`` those with the rotated weights of the blocks rounded to nearest on their grids, and
+    with activations quantized where the simulation does. Gradients pass straight through
+    rounding; steps are Cayley transforms with momentum, so that matrices stay orthogonal. The best
+    rotations on the batches held out, the last quarter, are kept: the start, if learning found none
+    better.
+
+    The float function stays as it was; weights stay float and their ranges free.
+
+    :param sim: ``QuantizationSimModel`` of aimet_torch or aimet_onnx, of a language model of
+        decoder blocks. Mutated. Encodings that no longer fit are reset and named in the report.
+    :param modules_to_exclude: Must be left out: a rotation turns all layers at once.
+    :param output_path: Folder for the rotations (``scales.safetensors``, see :func:`load_scales`)
+        and the report. A folder that this package wrote is replaced, another one refused.
+    :param checkpoint_dir: Not used.
+    :param topology: Names of the modules in a block, for a model of an unknown family.
+    :returns: Kinds of the rotations, what they are worth, the proofs, and the encodings that were
+        reset.
+    :raises ValueError: Unusable data, an unknown architecture, frozen or rounded weights, weights
+        that hold NaN, nothing that is quantized, the same technique twice.
+    :raises TransformRefused: The model cannot have a rotation that was asked for.
+
+    >>> report = apply_spinquant(sim, batches, num_iterations=100)
+    >>> apply_gptq(sim, batches)
+    """
+    params = call.params
+    return run_rotation(call, _learnt, r1=params.r1, r2=params.r2, topology=topology)
