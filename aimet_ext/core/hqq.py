@@ -27,6 +27,7 @@ a factor have the same integers. (In the unit of the weights, as in the paper, t
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,12 @@ def hqq_ranges(
     :param kappa: Growth of ``β`` in an iteration.
     :returns: ``(scale, offset)`` of the grid's shape; the scale is the raw one for LPBQ.
     """
-    settings = {"num_iterations": num_iterations, "lp_norm": lp_norm, "beta": beta, "kappa": kappa}
+    settings: dict[str, Any] = {
+        "num_iterations": num_iterations,
+        "lp_norm": lp_norm,
+        "beta": beta,
+        "kappa": kappa,
+    }
     elements = _IN_CACHE if weight.device.type == "cpu" else _ON_DEVICE
     rows = max(1, elements // weight.shape[1])
     if layout.is_row_wise(weight) and len(weight) > rows:

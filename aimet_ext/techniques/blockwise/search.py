@@ -208,8 +208,8 @@ class _Stage:
         relative = None
         if duo_scaling:
             rows = [len(reader.weight) for reader in readers]
-            shares = sum(n * reader.relative() for n, reader in zip(rows, readers, strict=True))
-            relative = read.by_entry(shares / sum(rows), "mean")
+            shares = [n * reader.relative() for n, reader in zip(rows, readers, strict=True)]
+            relative = read.by_entry(torch.stack(shares).sum(0) / sum(rows), "mean")
         columns = self._columns(read.readers[0], smooth)
         candidates = awq_scales(size, relative, num_grid)
         return best_scale(readers, self.moment.second, columns, read.index, candidates)

@@ -47,7 +47,7 @@ class WeightRun(LayerwiseRun):
     _steps: dict[str, float]  # of the grids of inputs, by layer; biases have to fit int32
 
     @property
-    def input_steps(self) -> int:  # type: ignore[override]
+    def input_steps(self) -> int:
         """One step: the moment's peak is that of the input's grid."""
         return 1
 
