@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import math
 from typing import Any
 
@@ -23,8 +24,10 @@ from layerwise_reference import (
 from torch import Tensor, nn
 
 import aimet_ext
-from aimet_ext import QSpec
+from aimet_ext import CorruptFileError, QSpec
 from aimet_ext.core.affine import fake_quantize
+from aimet_ext.files.reading import read_safetensors
+from aimet_ext.files.tensors import write_tensors
 from aimet_ext.sim.protocol import adapt
 
 pytest.importorskip("aimet_torch")
@@ -312,3 +315,19 @@ def test_a_checkpoint_does_not_mix_with_other_frozen_ranges(
             continue
         with pytest.raises(ValueError, match="belongs to another run: ranges was"):
             aimet_ext.apply_gptq(sim, batches, **settings)
+
+
+def test_a_checkpoint_that_takes_a_range_away_is_named(
+    make_sim: Any, batches: list[Tensor], tmp_path: Any
+) -> None:
+    """Its hash is right: a decided layer has a range all the same."""
+    settings = {"checkpoint_dir": tmp_path, "progress": False, "num_candidates": 2, "sweeps": 2}
+    aimet_ext.apply_seq_mse(make_sim(layers=1), batches, **settings)
+    file = tmp_path / "block_00003.safetensors"
+    tensors, fields = read_safetensors(file)
+    meta = json.loads(fields["meta"])
+    for state in meta["meta"]["states"][DOWN]["quantizers"].values():
+        state["initialized"] = False
+    write_tensors(file, tensors, meta)
+    with pytest.raises(CorruptFileError, match=r"block_00003\.safetensors.*down_proj.*range"):
+        aimet_ext.apply_seq_mse(make_sim(layers=1), batches, **settings)

@@ -425,4 +425,5 @@ class LayerwiseRun:
             prefix = f"{layer}/"
             state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             self.adaptor.restore(layer, state, meta["states"][layer])
+            self.quantizers[layer].grid()  # which a decided layer has, or the file is damaged
         return [self.report_class.from_checkpoint(plain) for plain in meta["reports"]]
