@@ -70,7 +70,7 @@ def test_one_interrupt_at_each_line(
     function: str, make_sim: Any, pair: list[Tensor], state_of: Any
 ) -> None:
     settings = {
-        "seq_mse": {"num_candidates": 2, "sweeps": 1},
+        "seq_mse": {"num_candidates": 2, "sweeps": 2},
         "gptq": {"scale_candidates": 1, "refine_sweeps": 0, "beams": 1},
         "omniquant": {"num_iterations": 1, "search_sweeps": 0},
     }
