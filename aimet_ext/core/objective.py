@@ -19,6 +19,11 @@ TOKENS_AN_INPUT = 4
 _FAINT = 0.05
 
 
+def is_short(tokens: int, inputs: int) -> bool:
+    """Return whether so few tokens came that what is decided may fit these alone."""
+    return tokens < TOKENS_AN_INPUT * inputs
+
+
 @dataclass(frozen=True, eq=False)
 class Noise:
     """Shares of noise in a second moment, estimated from its own rows; ``[]`` or ``[groups]``.
@@ -107,8 +112,8 @@ class SecondMoment:
 
     @property
     def is_short(self) -> bool:
-        """True if so few tokens came that what is decided may fit these alone."""
-        return self.tokens < TOKENS_AN_INPUT * self.second.shape[-1]
+        """True if the tokens are too few, see :func:`is_short`."""
+        return is_short(self.tokens, self.second.shape[-1])
 
     def shrunk(self, strength: float = 1.0) -> SecondMoment:
         """Return the moment to decide by, in place of this one: less noise, by what is known of it.

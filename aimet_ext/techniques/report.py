@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from aimet_ext.core.objective import TOKENS_AN_INPUT, sqnr_db
+from aimet_ext.core.objective import TOKENS_AN_INPUT, is_short, sqnr_db
 from aimet_ext.files.folders import replace_file
 
 U = TypeVar("U", bound="UnitReport")
@@ -96,7 +96,7 @@ class LayerReport(UnitReport):
     @property
     def is_short_of_tokens(self) -> bool:
         """True if so few tokens came that what was decided may fit these alone."""
-        return self.tokens < TOKENS_AN_INPUT * self.inputs and self.rows_nearest < self.rows
+        return is_short(self.tokens, self.inputs) and self.rows_nearest < self.rows
 
     @property
     def sqnr_db(self) -> float:

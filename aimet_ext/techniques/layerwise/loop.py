@@ -169,6 +169,22 @@ def run_on_layers(
     return report
 
 
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """Evidence of a stage's input.
+
+    :param moment: Second moment.
+    :param storage: Place of it while it was summed, see :class:`LayerReport`; empty without data.
+    :param samples: Inputs of layers that a ReLU follows, where the technique asks for them.
+    :param upstream: Cost of upstream errors for layers that compensate them.
+    """
+
+    moment: SecondMoment
+    storage: str = ""
+    samples: Mapping[str, SampleSum] = field(default_factory=dict)
+    upstream: Mapping[str, UpstreamError] = field(default_factory=dict)
+
+
 @dataclass
 class LayerwiseRun:
     """The walk over a simulation's layers; everything it changes is kept for undoing first.
@@ -296,7 +312,7 @@ class LayerwiseRun:
         bar.set_postfix_str(stage.layers[0])
         started = time.perf_counter()
         with self.adaptor.disabled_quantizers(), torch.no_grad():
-            moment, storage, samples, upstream = self._gather(stage)
+            seen = self._gather(stage)
         gathering = (time.perf_counter() - started) / len(stage.layers)
         reports: list[UnitReport] = []
         for layer in stage.layers:
@@ -308,15 +324,15 @@ class LayerwiseRun:
                 layer,
                 quantizer,
                 getattr(module, "bias", None),
-                moment,
-                samples.get(layer),
+                seen.moment,
+                seen.samples.get(layer),
                 self.input_steps,
-                upstream[layer].mean if layer in upstream else 0.0,
+                seen.upstream[layer].mean if layer in seen.upstream else 0.0,
             )
             with torch.no_grad():
-                decide = self.solver.decide if moment.tokens else self._without_tokens
+                decide = self.solver.decide if seen.moment.tokens else self._without_tokens
                 outcome = deploy(problem, quantizer, decide)
-            report = self._report(problem, quantizer, outcome, storage)
+            report = self._report(problem, quantizer, outcome, seen.storage)
             seconds = gathering + time.perf_counter() - started
             reports.append(replace(report, seconds=seconds))
         return reports
@@ -351,14 +367,7 @@ class LayerwiseRun:
         codes = partial(quantize, problem.stored) if self.solver.rounds else None
         return Decision(codes=codes)
 
-    def _gather(
-        self, stage: Stage
-    ) -> tuple[SecondMoment, str, dict[str, SampleSum], dict[str, UpstreamError]]:
-        """Return second moments of a stage's input, and how they are stored.
-
-        With them come samples for layers that a ReLU follows, and the cost of upstream errors for
-        layers that compensate them.
-        """
+    def _gather(self, stage: Stage) -> Seen:
         params = self.solver.params
         layer: Any = self.adaptor.model.get_submodule(stage.layers[0])
         dtype = self._dtype(layer.weight)
@@ -382,7 +391,7 @@ class LayerwiseRun:
             if self._is_routed(stage.layers[0]) and (total is None or not total.tokens):
                 width = layer.weight.shape[1]
                 second = torch.zeros(width, width, dtype=dtype, device=layer.weight.device)
-                return SecondMoment(second, None, 0), "memory", {}, {}
+                return Seen(SecondMoment(second, None, 0), "memory")
             moment = None if total is None else total.result(dtype)
         except ValueError as error:
             raise ValueError(f"{', '.join(stage.layers)}: {error}") from error
@@ -390,7 +399,7 @@ class LayerwiseRun:
             raise uncalled(stage.layers)
         if not self.solver.aimet_stream:  # ours alone
             moment = moment.shrunk(params.asym_strength)
-        return moment, total.storage, samples, upstream
+        return Seen(moment, total.storage, samples, upstream)
 
     def _dtype(self, weight: Tensor) -> torch.dtype:
         """Return the dtype of moments and roundings.

@@ -18,7 +18,7 @@ from aimet_ext.core.objective import SecondMoment
 from aimet_ext.sim.protocol import WeightQuantizer
 from aimet_ext.techniques.call import Call
 from aimet_ext.techniques.layerwise.deploy import Decision, Outcome, Problem
-from aimet_ext.techniques.layerwise.loop import LayerwiseRun, Solver, run_on_layers
+from aimet_ext.techniques.layerwise.loop import LayerwiseRun, Seen, Solver, run_on_layers
 from aimet_ext.techniques.report import UnitReport, WeightReport, WeightsReport
 from aimet_ext.walk.walk import Stage
 
@@ -63,13 +63,13 @@ class WeightRun(LayerwiseRun):
         self._steps = {each.name: each.reads.step for each in layers if each.reads is not None}
         return _Layers(list(self.quantizers))
 
-    def _gather(self, stage: Stage) -> Any:
+    def _gather(self, stage: Stage) -> Seen:
         (layer,) = stage.layers
         weight = self.quantizers[layer].weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         device = self.options.device or weight.device
         alike = torch.ones(weight[0].numel(), dtype=dtype, device=device)
-        return SecondMoment(alike, None, 0, self._steps.get(layer, 0.0)), "", {}, {}
+        return Seen(SecondMoment(alike, None, 0, self._steps.get(layer, 0.0)))
 
     def _without_tokens(self, problem: Problem) -> Decision:
         decision: Decision = self.solver.decide(problem)
