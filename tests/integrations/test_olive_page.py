@@ -35,6 +35,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "omniquant": {"num_iterations": 2, "search_sweeps": 1},
     "adaround": {"num_iterations": 5},
     "awq": {"num_grid": 4},
+    "spinquant": {"num_iterations": 1},
 }
 SCRIPT = f"""
 import torch
