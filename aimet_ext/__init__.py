@@ -14,6 +14,9 @@ from aimet_ext.registry import public_homes
 if TYPE_CHECKING:
     from aimet_ext import examples as examples
     from aimet_ext import lora as lora
+    from aimet_ext.analysis.analyze import analyze as analyze
+    from aimet_ext.analysis.report import AnalysisReport as AnalysisReport
+    from aimet_ext.analysis.report import QuantizerReport as QuantizerReport
     from aimet_ext.artifact.export import export as export
     from aimet_ext.artifact.export import load as load
     from aimet_ext.artifact.kv.export import export_with_cache as export_with_cache
@@ -78,6 +81,8 @@ __version__ = "0.1.0"
 _HOMES = {
     name: f"{__name__}.{home}"
     for home, names in {
+        "analysis.analyze": ("analyze",),
+        "analysis.report": ("AnalysisReport", "QuantizerReport"),
         "artifact.export": ("export", "load"),
         "artifact.kv.export": ("export_with_cache",),
         "artifact.kv.run": ("CacheGraphs", "load_cache_graphs"),

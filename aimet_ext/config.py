@@ -495,3 +495,14 @@ class SpinQuantParams(TechniqueParams):
         if not (self.r1 or self.r2):
             raise ValueError("r1 or r2 must be true, both are false: nothing would be rotated")
         return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ActivationRangesParams(TechniqueParams):
+    """Settings of :func:`aimet_ext.apply_activation_ranges`.
+
+    :param least_share: Share of the divergence, by its slopes in the errors of all quantizers,
+        below which a tensor keeps its calibrated range unsearched; 0 searches all.
+    """
+
+    least_share: Annotated[float, Field(ge=0, le=1)] = 1e-3

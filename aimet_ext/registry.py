@@ -179,6 +179,14 @@ TECHNIQUES: dict[str, Technique] = {
             olive="spinquant",
             page="spinquant",
         ),
+        Technique(
+            name="activation_ranges",
+            function="aimet_ext.techniques.activation_ranges:apply_activation_ranges",
+            params="aimet_ext.config:ActivationRangesParams",
+            decides="activations",
+            olive="activation_ranges",
+            page="activation_ranges",
+        ),
     )
 }
 

@@ -42,19 +42,25 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "sim.torch*": (
         {
-            *("sim.torch", "sim.facts", "sim.protocol"),
+            *("sim.torch", "sim.facts", "sim.points", "sim.protocol"),
             *("walk", "models", "data", "files", "core", "config"),
         },
         {"torch", "numpy", "aimet_torch"},
     ),
     "sim.onnx*": (
         {
-            *("sim.onnx", "sim.facts", "sim.protocol", "onnx"),
+            *("sim.onnx", "sim.facts", "sim.points", "sim.protocol", "onnx"),
             *("walk", "models", "data", "files", "core", "config"),
         },
         {"torch", "numpy", "aimet_onnx", "onnx", "onnx_ir", "onnxruntime"},
     ),
-    "sim*": ({"sim.protocol", "sim.facts", "walk", "models", "data", "core", "config"}, {"torch"}),
+    "sim*": (
+        {
+            *("sim.protocol", "sim.facts", "sim.points"),
+            *("walk", "models", "data", "core", "config"),
+        },
+        {"torch"},
+    ),
     "grids*": (
         {"grids", "techniques", "sim", "models", "data", "files.reading", "core", "config"},
         {"torch"},
@@ -63,9 +69,25 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"techniques", "grids", "core", "config"},
         {"torch"},
     ),
+    "techniques.activation_ranges": (
+        {
+            *("techniques", "analysis", "sim.protocol", "sim.points", "files", "data", "core"),
+            "config",
+        },
+        {"torch", "tqdm", "pydantic"},
+    ),
     "techniques*": (
         {
-            *("techniques", "registry", "sim.protocol", "walk", "models", "data", "files"),
+            *(
+                "techniques",
+                "registry",
+                "sim.protocol",
+                "sim.points",
+                "walk",
+                "models",
+                "data",
+                "files",
+            ),
             *("core", "config"),
         },
         {"torch", "tqdm", "pydantic"},
@@ -76,6 +98,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "numpy", "safetensors", "onnx", "pydantic"},
     ),
     "evaluation*": ({"evaluation", "sim", "walk", "models", "data"}, {"torch", "numpy"}),
+    "analysis*": (
+        {"analysis", "sim.protocol", "sim.points", "data", "files.folders", "core"},
+        {"torch", "tqdm", "pydantic"},
+    ),
     "artifact*": (
         {"artifact", "integrity", "grids", "sim", "onnx", "models", "data", "files", "core"},
         {"torch", "numpy", "onnx", "safetensors", "pydantic"},

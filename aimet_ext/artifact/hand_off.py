@@ -28,6 +28,7 @@ from aimet_ext.onnx.values import input_specs
 from aimet_ext.sim.onnx import files
 from aimet_ext.sim.onnx.files import build_target, multiplies_16_by_16
 from aimet_ext.sim.onnx.ranges import calibrate_added, put_encodings, quantize_activations
+from aimet_ext.sim.onnx.scores import clip_scores
 from aimet_ext.sim.onnx.state import enabled_quantizers, only_these, run
 from aimet_ext.sim.protocol import adapt
 
@@ -75,7 +76,8 @@ def hand_off(
 
     A torch simulation quantizes what modules take and return. An NPU computes nothing in float: it
     needs ranges of scores, rotary embeddings and residual sums too. Those are calibrated here, on
-    top of the exported ranges, which stay as they are.
+    top of the exported ranges, which stay as they are. Ranges of scores are shortened where their
+    steps are wide and the Softmax gains by it.
 
     :param path: folder that :func:`aimet_ext.export` wrote, of a torch or an ONNX simulation.
     :param dataloader: batches of ids ``[batch, seq]`` or of inputs by name, of the shape that the
@@ -112,6 +114,7 @@ def hand_off(
         quantize_activations(built, dict.fromkeys(kept, kv_bitwidth))
     added = loaded.others(built)
     calibrate_added(built, added, batches)
+    clip_scores(built, added, batches)
     return HandOff(
         sim=built,
         folder=folder,

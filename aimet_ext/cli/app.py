@@ -232,6 +232,45 @@ def evaluate(
 
 @app.command(
     epilog="""\b
+Example:
+  aimet-ext analyze ./llama-w4 --text held_out.txt --plot costs.svg
+"""
+)
+def analyze(
+    folder: Annotated[Path, folder_argument("FOLDER", "What quantize wrote.")],
+    text: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, help="Text to run: .txt, or .jsonl.")
+    ],
+    seq_length: SeqLength = 256,
+    num_windows: Annotated[int, typer.Option(min=1, help="Windows to run at most.")] = 16,
+    batch_size: BatchSize = 4,
+    top_k: Annotated[int, typer.Option(min=0, help="Quantizers to measure, not estimate.")] = 8,
+    plot: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Draw the costs to this .svg file.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print what each quantizer costs at the model's outputs."""
+    if plot is not None and plot.suffix.lower() != ".svg":
+        raise typer.BadParameter(f"a file that ends in .svg is required, got {plot}")
+    with stdout_for_results():
+        from aimet_ext.cli import jobs
+
+        report = jobs.analyze(
+            folder,
+            text,
+            seq_length=seq_length,
+            num_windows=num_windows,
+            batch_size=batch_size,
+            top_k=top_k,
+        )
+        if plot is not None:
+            report.plot(plot)
+    typer.echo(json.dumps(report.to_dict()) if as_json else str(report))
+
+
+@app.command(
+    epilog="""\b
 Examples:
   aimet-ext inspect ./llama-w4
   aimet-ext inspect ./llama-w4 --json | jq .files

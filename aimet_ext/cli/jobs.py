@@ -130,6 +130,22 @@ def evaluate(folder: Path, text: Path, *, seq_length: int, num_windows: int) -> 
     }
 
 
+def analyze(
+    folder: Path, text: Path, *, seq_length: int, num_windows: int, batch_size: int, top_k: int
+) -> Any:
+    """Return the report of what each quantizer of an export costs on a text.
+
+    :raises ValueError: the folder is no export of a language model.
+    """
+    if not is_ours(folder):
+        raise ValueError(f"{folder}: a folder that aimet-ext quantize or export wrote is required")
+    tokenizer = load_tokenizer(folder)
+    windows = aimet_ext.calibration_batches(tokenizer, text, seq_length, None, batch_size)
+    return aimet_ext.analyze(
+        aimet_ext.load(folder), windows[: -(-num_windows // batch_size)], top_k=top_k
+    )
+
+
 def _check_ids(folder: Path, model: PreTrainedModel, batches: Sequence[Tensor]) -> None:
     """Refuse a folder with the tokenizer of another model."""
     from aimet_ext.models.huggingface import check_token_ids

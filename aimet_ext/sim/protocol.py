@@ -6,7 +6,7 @@ import importlib
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Unpack
 
 from torch import Tensor, nn
 
@@ -16,13 +16,12 @@ from aimet_ext.core.clipping import GridLayout
 from aimet_ext.data.batches import ForwardFn
 from aimet_ext.models.residual import ResidualEnds, Survey
 from aimet_ext.models.topology import BlockTopology, TopologyDescription
+from aimet_ext.sim.points import Points, Range
 from aimet_ext.walk.streamed import BlockPass, WalkOptions
 from aimet_ext.walk.walk import Streams, Walk
 
 if TYPE_CHECKING:
     from aimet_ext.sim.facts import SimFacts
-
-Range: TypeAlias = tuple[float, float]
 
 # Root package of a simulation's class -> module and class of its adaptor.
 _ADAPTORS = {
@@ -414,6 +413,7 @@ class SimAdaptor(
     CalibrationWalks,
     Blocks,
     ResidualStream,
+    Points,
     Protocol,
 ):
     """One simulation, of either framework. Names are those of ``model.named_modules()``."""

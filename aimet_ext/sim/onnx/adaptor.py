@@ -26,6 +26,7 @@ from aimet_ext.onnx.layers import (
 from aimet_ext.onnx.shells import module_tree, shell
 from aimet_ext.onnx.values import input_specs
 from aimet_ext.sim.facts import SimFacts
+from aimet_ext.sim.onnx.points import OnnxPoints
 from aimet_ext.sim.onnx.quantizers import (
     OnnxWeightQuantizer,
     is_integer,
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from aimet_ext.sim.onnx.blocks import Copies, OnnxPart
 
 
-class OnnxSim(SimAdaptor):
+class OnnxSim(OnnxPoints, SimAdaptor):
     """See :class:`aimet_ext.sim.protocol.SimAdaptor`.
 
     The graph is indexed once, when it is first needed. Its layers are named after their nodes;
@@ -437,7 +438,9 @@ class OnnxSim(SimAdaptor):
         return list(dict.fromkeys(name for name in names if name is not None))
 
     def _quantized_in(self, module: str) -> list[str]:
-        """Return the names of a module's stored values and of what a block computes."""
+        """Return the names of a module's stored values and of what a block computes, "" for all."""
+        if not module:
+            return list(self.sim.qc_quantize_op_dict)
         tensors = self.parts[module].tensors if module in self.parts else ()
         return [*self._stored_in(module), *tensors]
 

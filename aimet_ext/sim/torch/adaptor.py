@@ -23,6 +23,7 @@ from aimet_ext.sim.facts import SimFacts
 from aimet_ext.sim.protocol import Range, SimAdaptor
 from aimet_ext.sim.torch import residual
 from aimet_ext.sim.torch.graph import write_graph
+from aimet_ext.sim.torch.points import TorchPoints, replaced_quantizers
 from aimet_ext.sim.torch.quantizers import TorchWeightQuantizer
 from aimet_ext.sim.torch.state import (
     named_quantizers,
@@ -39,7 +40,7 @@ from aimet_ext.walk.wiring import NotInSequence
 _T = TypeVar("_T")
 
 
-class TorchSim(SimAdaptor):
+class TorchSim(TorchPoints, SimAdaptor):
     """See :class:`aimet_ext.sim.protocol.SimAdaptor`, which documents the methods.
 
     The adaptor holds no state of its own.
@@ -110,7 +111,7 @@ class TorchSim(SimAdaptor):
         Gradients pass straight through the rounding; the range counts as a constant.
         """
         quantizers = self.activation_quantizers(module).values()
-        with _forwards({quantizer: _live(quantizer) for quantizer in quantizers}):
+        with replaced_quantizers({quantizer: _live(quantizer) for quantizer in quantizers}):
             yield
 
     def float_parameters(self, module: str) -> dict[str, nn.Parameter]:
@@ -175,7 +176,7 @@ class TorchSim(SimAdaptor):
                 if key != "weight" or value.dim() < 2:
                     _widen(ranges, name, value)
         observers = {quantizer: _observer(ranges, name) for name, quantizer in watched.items()}
-        with _forwards(observers), self.disabled_quantizers(module, activations=False):
+        with replaced_quantizers(observers), self.disabled_quantizers(module, activations=False):
             if observers:
                 run()
         return ranges
@@ -394,18 +395,6 @@ def _once(named: Iterable[tuple[str, _T]]) -> list[tuple[str, _T]]:
     for item in named:
         first.setdefault(id(item[1]), item)
     return list(first.values())
-
-
-@contextmanager
-def _forwards(replacements: Mapping[Any, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Open a context in which quantizers compute something else."""
-    try:
-        for quantizer, forward in replacements.items():
-            quantizer.forward = forward
-        yield
-    finally:
-        for quantizer in replacements:
-            vars(quantizer).pop("forward", None)
 
 
 def _live(quantizer: Any) -> Callable[[Tensor], Tensor]:

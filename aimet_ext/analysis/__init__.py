@@ -1,0 +1,1 @@
+"""The cost of each quantizer of a simulation: ``aimet_ext.analyze``."""

@@ -1,0 +1,144 @@
+"""The places where a simulation quantizes a tensor, each by name: looked through, and switched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from aimet_ext.core.affine import Grid, fake_quantize, minmax_range, scale_offset
+from aimet_ext.data.batches import ForwardFn
+
+Kind = Literal["weight", "activation", "input"]
+
+#: From a point's name, the tensor there and the quantizer to what takes the tensor's place.
+Look: TypeAlias = Callable[[str, Tensor, Callable[[Tensor], Tensor]], Tensor]
+Range: TypeAlias = tuple[float, float]
+#: From a batch to the model's first output.
+Run: TypeAlias = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Point:
+    """A quantizer in use, of integers.
+
+    :param name: Name of the layer's parameter, of the module whose output it is, or of the tensor.
+    :param kind: ``"weight"`` for what the model stores, ``"input"`` for what a module of a torch
+        model reads or an ONNX graph is given, ``"activation"`` for what is computed.
+    :param qmin: Smallest integer.
+    :param qmax: Largest integer.
+    :param low: Smallest value over all cells; None without a range.
+    :param high: Largest value.
+    :param frozen: True if ``compute_encodings`` leaves the range alone.
+    :param single: True if it has one range for the whole tensor.
+    :param half_up: Way in which AIMET rounds, see :class:`~aimet_ext.core.affine.Grid`.
+    :param place: Name of the quantizer in the simulation.
+    :param own: AIMET's quantizer.
+    """
+
+    name: str
+    kind: Kind
+    qmin: int
+    qmax: int
+    symmetric: bool
+    low: float | None
+    high: float | None
+    frozen: bool
+    single: bool
+    half_up: bool
+    place: str
+    own: Any
+
+    @property
+    def bitwidth(self) -> int:
+        """Bits of a value."""
+        return (self.qmax - self.qmin).bit_length()
+
+    def grid(self, low: float, high: float) -> Grid:
+        """Return the grid of a range for the whole tensor, as AIMET makes it."""
+        bounds = (torch.tensor([low]), torch.tensor([high]))
+        scale, offset = scale_offset(*bounds, self.qmin, self.qmax, self.symmetric)
+        return Grid(scale, offset, self.qmin, self.qmax, half_up=self.half_up)
+
+    def covering(self, bounds: Range) -> Range:
+        """Return the smallest range with zero and all from one bound to the other."""
+        values = torch.tensor(bounds)
+        low, high = minmax_range(values, (1,), self.qmin, self.qmax, self.symmetric)
+        return float(low), float(high)
+
+    def quantize(self, tensor: Tensor, low: float, high: float) -> Tensor:
+        """Return a tensor quantized with a range; gradients pass straight through rounding."""
+        if not tensor.numel() or not tensor.is_floating_point():
+            return tensor
+        grid = self.grid(low, high)
+        own = (x.to(tensor.device) for x in (grid.scale, grid.offset))
+        return fake_quantize(tensor, Grid(*own, self.qmin, self.qmax, half_up=self.half_up))
+
+
+class Points(Protocol):
+    """The quantizers of a simulation one by one, in the order in which data flows."""
+
+    def points(self) -> dict[str, Point]:
+        """Return the integer quantizers in use by name, in order."""
+
+    def looking(
+        self, look: Look, forward_fn: ForwardFn | None = None
+    ) -> AbstractContextManager[Run]:
+        """Open a context with a function that runs the model, differentiable.
+
+        Each quantizer's tensor goes through a function in place of the quantizer.
+
+        :raises TransformRefused: An ONNX graph has operators that PyTorch cannot compute.
+        """
+
+    def running(
+        self, names: Collection[str], forward_fn: ForwardFn | None = None
+    ) -> AbstractContextManager[Run]:
+        """Open a context with a function that runs the model with these quantizers alone."""
+
+    def calibrate_all(self, batches: Sequence[Any], forward_fn: ForwardFn | None = None) -> None:
+        """Set all ranges that are not frozen, as ``sim.compute_encodings`` does."""
+
+    def write_range(self, point: Point, low: float, high: float, *, freeze: bool = True) -> None:
+        """Give a quantizer of a whole tensor a range."""
+
+    def score_ranges(self, names: Collection[str], batches: Sequence[Any]) -> dict[str, Range]:
+        """Return shorter ranges of attention scores, where a Softmax gains by them.
+
+        :param names: Names of the quantizers whose ranges may change.
+        """
+        return {}  # a torch simulation quantizes no scores
+
+    def with_ranges(self, module: str, ranges: Mapping[str, Range]) -> AbstractContextManager[None]:
+        """Open a context in which a module's activations are quantized with ranges given here.
+
+        :param ranges: ``(min, max)`` by places of quantizers; those of others do nothing.
+        """
+
+    def renew_encodings(self, ranges: Mapping[str, Range]) -> list[str]:
+        """Calibrate quantizers anew that have ranges, frozen or not; they are not frozen then.
+
+        :param ranges: ``(min, max)`` of what each one quantizes, by its place.
+        :returns: Those that had a range. One for several cells or of a float type has none now:
+            ``compute_encodings`` fills it.
+        """
+        had = self.reset_encodings(ranges)
+        for point in self.points().values():
+            if point.place in had and point.single:
+                self.write_range(point, *point.covering(ranges[point.place]), freeze=False)
+        return had
+
+    def reset_encodings(self, names: Iterable[str]) -> list[str]:
+        """Drop the ranges of these quantizers, frozen or not; return those that had one."""
+
+
+def first_output(output: Any) -> Tensor:
+    """Return the logits, or the first tensor, of what a model returns."""
+    found = getattr(output, "logits", output)
+    while not isinstance(found, Tensor):
+        found = found[0] if isinstance(found, tuple | list) else next(iter(found.values()))
+    return found.as_subclass(Tensor)
