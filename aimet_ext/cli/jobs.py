@@ -137,7 +137,7 @@ def analyze(
 
     :raises ValueError: the folder is no export of a language model.
     """
-    if not is_ours(folder):
+    if not is_export(folder):
         raise ValueError(f"{folder}: a folder that aimet-ext quantize or export wrote is required")
     tokenizer = load_tokenizer(folder)
     windows = aimet_ext.calibration_batches(tokenizer, text, seq_length, None, batch_size)

@@ -176,8 +176,8 @@ EXTRAS: dict[str, dict[str, Any]] = {
 }
 
 #: A new technique is one row of the registry: every test of the contract runs on it. These tests
-#: are about what is decided of weights: test_rotation.py and test_activation_ranges.py have those of
-#: what decides nothing of them.
+#: are about what is decided of weights; test_rotation.py and test_activation_ranges.py have those
+#: of techniques that decide nothing of them.
 TECHNIQUES = [
     Technique(row=row, **EXTRAS.get(row.name, {}))
     for row in registry.TECHNIQUES.values()
