@@ -399,8 +399,8 @@ def apply_omniquant(
     :param sim: ``QuantizationSimModel`` of aimet_torch or aimet_onnx, made by :func:`create_sim`
         or by hand. The blocks of an ONNX model are found by its structure and computed in PyTorch,
         after a check against onnxruntime; scales go into its initializers. Mutated. Its
-        activations may be calibrated already; encodings that a transform made stale are reset and
-        named in the report.
+        activations may be calibrated already; encodings that a transform made stale are calibrated
+        anew and named in the report.
     :param dataloader: Batches: a tensor of ids ``[batch, seq]``, a tuple of positional arguments,
         or a mapping of keyword arguments as Hugging Face's collators give (``labels`` ignored).
         Tokens with attention mask 0 count nowhere.

@@ -250,7 +250,7 @@ class BlockReport(UnitReport):
     :param kept: Origin of the deployed state; ``"nearest"`` if nothing learnt was better.
     :param seconds: Time that the block took.
     :param peak_memory_bytes: Most memory the process (or the GPU, if the block was there) held.
-    :param reset_encodings: Quantizers whose ranges no longer fit and were dropped.
+    :param reset_encodings: Quantizers whose ranges no longer fit and were calibrated anew.
     :param resumed: True if the block came from a checkpoint.
     """
 
@@ -288,7 +288,7 @@ class BlockwiseReport(Report):
         dropped = sum(len(b.reset_encodings) for b in self.blocks)
         if dropped:
             lines.append(
-                f"{dropped} encodings no longer fit and were reset: run sim.compute_encodings"
+                f"{dropped} encodings no longer fit and were calibrated anew on the float inputs"
             )
         return "\n".join(lines)
 

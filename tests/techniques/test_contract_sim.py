@@ -209,7 +209,7 @@ def test_seqmse_of_aimet_before(technique: Any, make_sim: Any, ids: Callable[...
 
 
 @pytest.mark.techniques(where=lambda t: t.by_blocks)
-def test_stale_encodings_are_reset_and_named(
+def test_stale_encodings_are_renewed_and_named(
     technique: Any, make_sim: Any, ids: Callable[..., Tensor]
 ) -> None:
     """Named: those whose tensor a transform changed. Kept: all others, to the bit."""
@@ -235,13 +235,15 @@ def test_stale_encodings_are_reset_and_named(
     after = adaptor.tensor_ranges("", run)
     reset = [name for block in report.blocks for name in block.reset_encodings]
     assert len(set(reset)) == len(reset)
-    dropped = {name for name in initialized if not every_now(sim)[name].is_initialized()}
-    gains = {name for name in reset if ".param_quantizers." in name}
-    assert dropped - gains == set(reset) - gains != set()
-    for name in gains - dropped:  # AIMET calibrates parameters when they are next used
-        layer = sim.model.get_submodule(name.partition(".param_quantizers")[0])
-        top = every_now(sim)[name].get_max().max().item()
-        assert top == pytest.approx(layer.weight.max().item(), rel=1e-3), name
+    assert all(every_now(sim)[name].is_initialized() for name in initialized)
+    points = {point.place: point for point in adaptor.points().values()}
+    for name in reset:  # for the tensors as they are now
+        point, (low, high) = points[name], after[name]
+        step = (point.high - point.low) / (point.qmax - point.qmin)
+        assert not point.frozen, name
+        assert point.low <= low + step, name
+        assert high - step <= point.high, name
+        assert point.symmetric or point.high <= max(high, 0) + 2 * step, name
     for end in ("input_layernorm.output_quantizers.0", "input_layernorm.param_quantizers.weight"):
         assert any(name.endswith(end) for name in reset), end
     assert not any(

@@ -386,7 +386,7 @@ class BlockwiseRun:
             deployed = block.score()
         for layer in best.grids:
             block.quantizers[layer].freeze()
-        stale = self._reset_stale(block, ranges_before) if best.smooth else ()
+        stale = self._renew_stale(block, ranges_before) if best.smooth else ()
         report = BlockReport(
             name=block.name,
             loss_nearest=nearest,
@@ -400,8 +400,8 @@ class BlockwiseRun:
         )
         return report, best.smooth
 
-    def _run_some(self, block: Block) -> None:
-        for index in range(min(_PROBE_BATCHES, len(block.float_stream))):
+    def _run_some(self, block: Block, most: int | None = _PROBE_BATCHES) -> None:
+        for index in range(len(block.float_stream))[:most]:
             block.float_stream.call(block.module, index)
 
     def _check_function(self, block: Block) -> None:
@@ -422,10 +422,13 @@ class BlockwiseRun:
                 "allowed); report this, or leave kinds of pairs out"
             )
 
-    def _reset_stale(self, block: Block, before: Mapping[str, Range]) -> tuple[str, ...]:
-        """Drop the ranges of calibrated quantizers whose tensors a transform changed."""
+    def _renew_stale(self, block: Block, before: Mapping[str, Range]) -> tuple[str, ...]:
+        """Calibrate quantizers anew that have ranges and whose tensors a transform changed."""
         after = self.adaptor.tensor_ranges(block.name, lambda: self._run_some(block))
-        return tuple(self.adaptor.reset_encodings(moved_ranges(before, after)))
+        moved = moved_ranges(before, after)
+        if moved:
+            after = self.adaptor.tensor_ranges(block.name, lambda: self._run_some(block, most=None))
+        return tuple(self.adaptor.renew_encodings({name: after[name] for name in moved}))
 
     def _record(self, block: Block, smooth: Mapping[str, Tensor]) -> None:
         """Note in the ledger what was folded into the weights."""
