@@ -275,8 +275,9 @@ class OmniQuantParams(TechniqueParams):
     :param batch_size: Sequences of a step; None for a whole batch of the dataloader.
     :param aug_loss: Weight of a second loss term, whose target is the float block on the quantized
         stream's inputs; 0 for none.
-    :param quantize_activations: Train with the activation quantizers on, their ranges taken from
-        each batch.
+    :param quantize_activations: Train with the activation quantizers on. Their ranges are static:
+        calibrated at the start, at each evaluation and at the end of a block, frozen then, and used
+        for the blocks that follow. Ranges that were frozen before stay.
     :param autocast: Train in bfloat16 where operators allow it.
     :param evaluations: Number of times that a block is scored on all batches while it trains, at
         most once an epoch and at the end in any case.

@@ -80,6 +80,29 @@ def test_settings_work(make_sim: Any, data: list[Tensor], settings: dict[str, An
                 assert bool((weight.abs().amax(1, keepdim=True) <= 8.05 * scale).all()), name
 
 
+def test_activations_are_trained_on_the_ranges_that_are_deployed(
+    make_sim: Any, data: list[Tensor], block_outputs: Any
+) -> None:
+    sim = make_sim(activations=6, layers=1)
+    adaptor = adapt(sim)
+    inside = [p for p in adaptor.points().values() if ".layers.0." in p.name and p.kind != "weight"]
+    chosen = next(point for point in inside if point.name.endswith("gate_proj"))
+    adaptor.write_range(chosen, -3.0, 3.0)
+    with adaptor.disabled_quantizers():
+        targets = block_outputs(sim.model, 0, data)
+    (block,) = aimet_ext.apply_omniquant(sim, data, **QUICK, quantize_activations=True).blocks
+    points = {point.name: point for point in adaptor.points().values()}
+    assert all(points[p.name].frozen and points[p.name].low is not None for p in inside)
+    assert points[chosen.name].high == pytest.approx(3.0, rel=0.05)
+    # The report's loss is that of the simulation, whose other quantizers are off here.
+    weights = [name for name in points if ".layers.0." in name and "norm" not in name]
+    with adaptor.running([*weights, *(p.name for p in inside)]):
+        outputs = block_outputs(sim.model, 0, data)
+    errors = [(a - b).square() for a, b in zip(outputs, targets, strict=True)]
+    loss = sum(float(e.sum()) for e in errors) / sum(e.numel() for e in errors)
+    assert block.loss_after == pytest.approx(loss, rel=1e-3)
+
+
 def test_one_params_object_or_its_fields(make_sim: Any, data: list[Tensor], result_of: Any) -> None:
     params = OmniQuantParams(num_iterations=3, search_sweeps=1, let_lr=1e-2)
     one, other = make_sim(layers=1), make_sim(layers=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from aimet_ext.core.clipping import GridLayout
 from aimet_ext.core.equivalence import ScalePair, expand, transform
 from aimet_ext.core.objective import squared_error
 from aimet_ext.data.cache import TensorCache
-from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer
+from aimet_ext.sim.points import Point
+from aimet_ext.sim.protocol import Range, SimAdaptor, WeightQuantizer
 from aimet_ext.techniques.blockwise.inputs import StageInputs
 from aimet_ext.walk.stream import BlockCall, BlockStream
 from aimet_ext.walk.streamed import StreamedBlock
@@ -66,8 +68,9 @@ class Block:
     :param inputs: Sums over the inputs of each stage in the float model, where the technique asked
         for them.
     :param judged: Tokens that count in a score, about, in evenly spaced batches; None for all.
-    :param quantize_activations: True to have the activation quantizers on, calibrating on each
-        batch.
+    :param quantize_activations: True to have the activation quantizers on, with static ranges that
+        are calibrated anew for whatever parameters are scored, and are deployed in the end.
+    :param ranges: Those ranges, by the quantizers' names.
     """
 
     number: int
@@ -82,6 +85,7 @@ class Block:
     inputs: Sequence[StageInputs] = ()
     judged: int | None = None
     quantize_activations: bool = False
+    ranges: dict[str, Range] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -178,6 +182,8 @@ class Block:
         :param params: Parameters to judge; None for the simulation's own block with its weight
             quantizers.
         """
+        if params is not None:
+            self.calibrate(params)
         total, count = 0.0, 0
         with torch.no_grad(), self.float_weights(params is not None), self.activations():
             for index in self._judged():
@@ -211,10 +217,37 @@ class Block:
         return self.adaptor.disabled_quantizers(self.name, activations=False, keep=kept)
 
     def activations(self) -> Any:
-        """Return a context that turns the activation quantizers off, or has them calibrate."""
+        """Return a context that turns the activation quantizers off, or gives them the ranges."""
         if self.quantize_activations:
-            return self.adaptor.live_activations(self.name)
+            return self.adaptor.with_ranges(self.name, self.ranges)
         return self.adaptor.disabled_quantizers(self.name, weights=False)
+
+    @torch.no_grad()
+    def calibrate(self, params: Params) -> None:
+        """Set the static ranges of activations for these parameters, if activations count.
+
+        Ranges hold all that the quantized stream brings; those that were frozen before stay.
+        """
+        if not self.quantize_activations:
+            return
+
+        def run() -> None:
+            for index in self._judged():
+                self.run(self.quantized_stream.select(index), params)
+
+        seen = self.adaptor.tensor_ranges(self.name, run)
+        for name, point in self.points.items():
+            if point.frozen and point.low is not None and point.high is not None:
+                self.ranges[name] = (point.low, point.high)
+            elif name in seen:
+                self.ranges[name] = point.covering(seen[name])
+
+    @cached_property
+    def points(self) -> dict[str, Point]:
+        """Quantizers of activations by name, as they were before the block was worked on."""
+        own = self.adaptor.activation_quantizers(self.name)
+        every = self.adaptor.points().values()
+        return {point.place: point for point in every if point.place in own}
 
     def nearest(self) -> BlockState:
         """Return plain rounding of the original weights on their full ranges."""
@@ -230,7 +263,8 @@ class Block:
     def deploy(self, state: BlockState) -> None:
         """Fold a state's scales into the weights and set the quantizers.
 
-        Those that the state leaves open hold every weight.
+        Weights that the state leaves open get ranges that hold them; with all open, so are the
+        ranges of activations.
         """
         least = {}
         if state.grids:
@@ -248,6 +282,17 @@ class Block:
             quantizer.set_scale(scale.float(), None if symmetric else offset.float())
         for layer in set(self.layers) - set(state.grids):
             self.quantizers[layer].calibrate()
+        self.calibrate(self.state_params(state))
+        for name, bounds in self.ranges.items() if state.grids else ():
+            if not self.points[name].frozen:
+                self.adaptor.write_range(self.points[name], *bounds)
+
+    def take_ranges(self) -> None:
+        """Take the ranges of activations from the simulation, where they are deployed."""
+        if self.quantize_activations:
+            for point in self.adaptor.points().values():
+                if point.place in self.points and point.low is not None and point.high is not None:
+                    self.ranges[point.place] = (point.low, point.high)
 
     def _bias_scales(self, params: Params) -> dict[str, Tensor]:
         """Return the smallest scales ``[out, 1]`` with which each layer's bias fits int32.

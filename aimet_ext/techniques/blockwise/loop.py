@@ -281,6 +281,7 @@ class BlockwiseRun:
                 self._record(block, smooth)
                 if checkpoints is not None:
                     self._save(checkpoints, block, smooth, report)
+            block.take_ranges()
             if "quantized" in data.flows:
                 with block.activations():
                     data.advance("quantized")
@@ -386,7 +387,8 @@ class BlockwiseRun:
             deployed = block.score()
         for layer in best.grids:
             block.quantizers[layer].freeze()
-        stale = self._renew_stale(block, ranges_before) if best.smooth else ()
+        settled = block.ranges if best.grids else ()
+        stale = self._renew_stale(block, ranges_before, settled) if best.smooth else ()
         report = BlockReport(
             name=block.name,
             loss_nearest=nearest,
@@ -422,10 +424,15 @@ class BlockwiseRun:
                 "allowed); report this, or leave kinds of pairs out"
             )
 
-    def _renew_stale(self, block: Block, before: Mapping[str, Range]) -> tuple[str, ...]:
-        """Calibrate quantizers anew that have ranges and whose tensors a transform changed."""
+    def _renew_stale(
+        self, block: Block, before: Mapping[str, Range], settled: Collection[str]
+    ) -> tuple[str, ...]:
+        """Calibrate quantizers anew that have ranges and whose tensors a transform changed.
+
+        :param settled: Quantizers whose ranges were deployed with the block.
+        """
         after = self.adaptor.tensor_ranges(block.name, lambda: self._run_some(block))
-        moved = moved_ranges(before, after)
+        moved = [name for name in moved_ranges(before, after) if name not in settled]
         if moved:
             after = self.adaptor.tensor_ranges(block.name, lambda: self._run_some(block, most=None))
         return tuple(self.adaptor.renew_encodings({name: after[name] for name in moved}))
