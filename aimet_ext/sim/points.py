@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
@@ -74,9 +74,10 @@ class Point:
         """Return a tensor quantized with a range; gradients pass straight through rounding."""
         if not tensor.numel() or not tensor.is_floating_point():
             return tensor
-        grid = self.grid(low, high)
-        own = (x.to(tensor.device) for x in (grid.scale, grid.offset))
-        return fake_quantize(tensor, Grid(*own, self.qmin, self.qmax, half_up=self.half_up))
+        grid, device = self.grid(low, high), tensor.device
+        return fake_quantize(
+            tensor, replace(grid, scale=grid.scale.to(device), offset=grid.offset.to(device))
+        )
 
 
 class Points(Protocol):
