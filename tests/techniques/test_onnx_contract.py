@@ -98,6 +98,7 @@ def _layers(report: Any) -> Any:
     return getattr(report, "search", report).layers
 
 
+@pytest.mark.slow
 @pytest.mark.techniques(where=lambda t: not t.by_blocks)
 def test_both_adaptors_decide_the_same(technique: Any, comparison: Comparison) -> None:
     """At least 99.9 % of all rows; graphs that torch exports and one as genai builds it."""
