@@ -106,7 +106,7 @@ class _Errors:
                 own.noise += float(error.double().square().sum())
         if name not in self.factors:
             samples = tensor.dim() > 1 and len(tensor) == self.batch
-            shape = (self.batch if samples else 1,)
+            shape = (len(tensor) if samples else 1,)
             self.factors[name] = torch.full(
                 shape, self.start, dtype=error.dtype, device=error.device, requires_grad=True
             )

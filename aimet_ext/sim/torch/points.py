@@ -23,6 +23,12 @@ _KINDS: dict[str, Kind] = {
 }
 
 
+def _looked(
+    look: Look, name: str, quantize: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: look(name, tensor, quantize)
+
+
 class TorchPoints(Points):
     """See :class:`aimet_ext.sim.points.Points`."""
 
@@ -38,7 +44,7 @@ class TorchPoints(Points):
     @contextmanager
     def looking(self, look: Look, forward_fn: ForwardFn | None = None) -> Iterator[Run]:
         forwards = {
-            point.own: partial(look, name, quantize=_own_forward(point.own))
+            point.own: _looked(look, name, _own_forward(point.own))
             for name, point in self.points().items()
         }
 
