@@ -44,8 +44,9 @@ set_param_type(sim, int8, nodes_to_include={"/model/lm_head/MatMul"})
 # End of [create-sim]
 
 # [apply-adaround]
-# Few steps, so that this example is quick. The default takes more.
-report = aimet_ext.apply_adaround(sim, dataloader, num_iterations=50)
+# Few steps, on the ranges of plain rounding, so that this example is quick. Leave both settings at
+# their defaults for a model that matters.
+report = aimet_ext.apply_adaround(sim, dataloader, num_iterations=50, search_ranges=False)
 print(report)
 # End of [apply-adaround]
 
