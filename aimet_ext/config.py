@@ -449,12 +449,15 @@ class RotationParams(TechniqueParams):
         matrices for widths that have no construction of one; ``"random"`` for the latter always.
     :param r1: Rotate the hidden states, across all blocks.
     :param r2: Rotate the channels of each head between its values and the output projection.
+    :param r3: Rotate queries and keys behind the rotary embedding, when the model runs, by a
+        Hadamard matrix: for keys of 8 bits.
     :param seed: Seed of signs and of random matrices.
     """
 
     mode: Literal["hadamard", "random"] = "hadamard"
     r1: bool = True
     r2: bool = True
+    r3: bool = False
     seed: int = 0
 
     @model_validator(mode="after")

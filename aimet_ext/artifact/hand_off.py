@@ -17,6 +17,7 @@ from aimet_ext.data.feeds import Feed, graph_feeds, run_feeds
 from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.encodings import entries, load_encodings
 from aimet_ext.files.folders import atomic_path
+from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.manifest import SETTINGS, read_manifest
 from aimet_ext.files.reading import read_json
 from aimet_ext.onnx.index import GraphIndex
@@ -24,10 +25,16 @@ from aimet_ext.onnx.reading import read_model
 from aimet_ext.onnx.rewrite.compilable import bound_masks, drop_casts, float_weights, make_static
 from aimet_ext.onnx.rewrite.htp import fuse_rms_norms, set_apart, sign_second_operands
 from aimet_ext.onnx.rewrite.kv import keep_keys_and_values
+from aimet_ext.onnx.rewrite.rotate import is_rotated, rotate_queries_and_keys, turned_tensors
 from aimet_ext.onnx.values import input_specs
 from aimet_ext.sim.onnx import files
 from aimet_ext.sim.onnx.files import build_target, multiplies_16_by_16
-from aimet_ext.sim.onnx.ranges import calibrate_added, put_encodings, quantize_activations
+from aimet_ext.sim.onnx.ranges import (
+    calibrate_added,
+    put_encodings,
+    put_rotations,
+    quantize_activations,
+)
 from aimet_ext.sim.onnx.scores import clip_scores
 from aimet_ext.sim.onnx.state import enabled_quantizers, only_these, run
 from aimet_ext.sim.protocol import adapt
@@ -100,7 +107,10 @@ def hand_off(
     source = sim if sim is not None else load(folder)
     (reference,) = run_feeds(adapt(source).runner, batches[:1])
     settings = read_json(folder / SETTINGS)["create_sim"] or {}
-    model, kept = _prepared(model, encoded, batches[0], kv_bitwidth is not None)
+    rotated = Ledger.load(folder).rotates_keys
+    model, kept = _prepared(model, encoded, batches[0], rotated, kv_bitwidth is not None)
+    turned = turned_tensors(model)
+    encoded = {name: entry for name, entry in encoded.items() if name not in turned}
     built = build_target(
         model,
         config_file or settings.get("config_file") or _CONFIG,
@@ -112,7 +122,8 @@ def hand_off(
         output = run(built, batches[0])[0]
     if kv_bitwidth is not None:
         quantize_activations(built, dict.fromkeys(kept, kv_bitwidth))
-    added = loaded.others(built)
+    turns = put_rotations(built)
+    added = [name for name in loaded.others(built) if name not in turns]
     calibrate_added(built, added, batches)
     clip_scores(built, added, batches)
     return HandOff(
@@ -181,12 +192,15 @@ def _prepared(
     model: Any,
     encoded: Mapping[str, Mapping[str, Any]],
     sample: Mapping[str, np.ndarray[Any, Any]],
+    rotated: bool,
     keep: bool,
 ) -> tuple[Any, list[str]]:
     """Return the float model in forms that an NPU computes right, and its keys and values."""
     model = make_static(model, {name: array.shape for name, array in sample.items()}, encoded)
     bound_masks(model)
     set_apart(model, {name: entry["enc_type"] for name, entry in encoded.items()})
+    if rotated and not is_rotated(model):  # the graph of an ONNX simulation is its own
+        rotate_queries_and_keys(model)
     return model, keep_keys_and_values(model) if keep else []
 
 

@@ -24,6 +24,8 @@ from aimet_ext.files.manifest import SETTINGS
 from aimet_ext.files.progress import step
 from aimet_ext.integrity.stored import StoredGraph, hash_values
 from aimet_ext.models.huggingface import PreparedCausalLM, causal_lm, checkpoint_prefix
+from aimet_ext.onnx.reading import read_model
+from aimet_ext.onnx.rewrite.rotate import rotate_queries_and_keys
 from aimet_ext.onnx.session import open_session
 from aimet_ext.sim.protocol import SimAdaptor
 from aimet_ext.sim.torch.adaptor import TorchSim
@@ -237,6 +239,10 @@ def write_onnx(
             f"torch's exporter cannot write the model: {what}{_hint(sim.model)}"
         ) from error
     older.rename(newer)
+    if adaptor.ledger is not None and adaptor.ledger.rotates_keys:
+        model = read_model(path, external=False)
+        rotate_queries_and_keys(model)
+        path.write_bytes(model.SerializeToString())
 
     file = OnnxFile(path)
     document = load_encodings(newer)

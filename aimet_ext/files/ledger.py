@@ -183,6 +183,11 @@ class Ledger:
         return tuple(dict.fromkeys(names))
 
     @property
+    def rotates_keys(self) -> bool:
+        """True if queries and keys are to be turned when the model runs (``r3`` of a rotation)."""
+        return any(run.settings.get("r3") is True for run in self.runs)
+
+    @property
     def is_plain(self) -> bool:
         """True if there are only vectors of positive numbers, as files of version 1 hold."""
         return all(

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aimet_ext.core.hadamard import hadamard
+
 _CHANGING = ("dynamic", "longrope")
 _ARGUMENTS = ("x", "position_ids")
 _LONGEST = 1 << 17  # positions; what is longer would be larger than many a model
@@ -30,6 +32,33 @@ def rotary_modules(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if any(key.endswith("inv_freq") for key, _ in module.named_buffers(recurse=False))
     }
+
+
+def check_rotary(model: nn.Module) -> None:
+    """Refuse a model whose queries and keys cannot be turned behind the rotary embedding (R3).
+
+    :raises ValueError: it has none, or heads of a width that no Hadamard matrix is known for.
+    """
+    if not rotary_modules(model):
+        raise ValueError(
+            "r3: a model with a rotary embedding (a module with a buffer inv_freq) is required, "
+            f"but {type(model).__name__} has none; leave r3 out"
+        )
+    configs = (getattr(module, "config", None) for module in model.modules())
+    config = next((each for each in configs if hasattr(each, "get_text_config")), None)
+    width = None if config is None else _head_width(config.get_text_config())
+    if width is not None and hadamard(width) is None:
+        raise ValueError(
+            f"r3: heads of a width with a known Hadamard matrix are required, got {width}; leave "
+            "r3 out"
+        )
+
+
+def _head_width(config: Any) -> int | None:
+    width = getattr(config, "head_dim", None)
+    if width is None and hasattr(config, "hidden_size"):
+        width = config.hidden_size // getattr(config, "num_attention_heads", 1)
+    return width
 
 
 @torch.no_grad()

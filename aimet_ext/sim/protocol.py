@@ -356,6 +356,13 @@ class Blocks(Protocol):
     def find_blocks(self, description: TopologyDescription | None) -> list[BlockTopology]:
         """Find the decoder blocks, see :func:`aimet_ext.models.topology.find_blocks`."""
 
+    def check_rotary(self) -> None:
+        """Refuse a model whose queries and keys cannot be rotated when it runs.
+
+        :raises ValueError: there are none behind a rotary embedding, or of a width without a
+            Hadamard matrix.
+        """
+
     def own_parameters(
         self, kinds: Collection[str], description: TopologyDescription | None
     ) -> AbstractContextManager[None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from aimet_ext.config import RotationParams
 from aimet_ext.models.topology import TopologyDescription
+from aimet_ext.sim.protocol import adapt
 from aimet_ext.techniques.call import Call, technique
 from aimet_ext.techniques.report import RotationReport
 from aimet_ext.techniques.rotating.run import run_rotation
@@ -26,6 +27,11 @@ def apply_rotation(
     embedding gets one of its own. The float function stays as it was; weights stay float and their
     ranges free, for a technique that decides them. Nothing is computed when the model runs.
 
+    With ``r3`` queries and keys are rotated as well, behind the rotary embedding, where it cannot
+    be folded into weights: scores stay as they are, and keys fit on a grid of 8 bits. The
+    simulation computes as before; graphs that are exported, verified or given a cache have an
+    operator more for queries and one for keys.
+
     Each block is proved in float64 on the model itself, and the whole model in its own precision.
     A model of LayerNorms gets a rotation that keeps the mean of the channels, so that its norms
     stay as they are.
@@ -41,7 +47,7 @@ def apply_rotation(
     :param topology: Names of the modules in a block, for a model of an unknown family.
     :returns: Kinds of the rotations, the proofs, and the encodings that were reset.
     :raises ValueError: Unusable data, an unknown architecture, frozen or rounded weights, weights
-        that hold NaN, the same technique twice.
+        that hold NaN, the same technique twice; ``r3`` for a model without a rotary embedding.
     :raises TransformRefused: The model cannot have a rotation that was asked for; the reason is
         named, such as a norm between a layer and the hidden states.
 
@@ -49,6 +55,8 @@ def apply_rotation(
     >>> apply_gptq(sim, batches)
     """
     params = call.params
+    if params.r3:
+        adapt(call.sim).check_rotary()
     return run_rotation(
         call,
         lambda plan, call: (plan.rotations(call.params), {}),

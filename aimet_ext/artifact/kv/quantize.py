@@ -17,8 +17,14 @@ from aimet_ext.onnx.index import stored_values
 from aimet_ext.onnx.reading import read_model
 from aimet_ext.onnx.rewrite.compilable import fold_constants
 from aimet_ext.onnx.rewrite.kv import moved_from, same_tensors, separate_outputs
+from aimet_ext.onnx.rewrite.rotate import turned_tensors
 from aimet_ext.sim.onnx.files import build_target
-from aimet_ext.sim.onnx.ranges import put_encodings, quantize_activations, take_ranges
+from aimet_ext.sim.onnx.ranges import (
+    put_encodings,
+    put_rotations,
+    quantize_activations,
+    take_ranges,
+)
 from aimet_ext.sim.onnx.state import enabled_quantizers
 
 
@@ -64,6 +70,8 @@ def quantized_graph(
     path = files.path(name)
     encoded = entries(load_encodings(path.with_suffix(".encodings")))
     model = fold_constants(read_model(path), keep=encoded)
+    turned = turned_tensors(model)
+    encoded = {each: entry for each, entry in encoded.items() if each not in turned}
     if kv_bitwidth is not None:
         separate_outputs(model, _cache_names(files.shape)[1])
     sources = _Sources(model, reference.graph, files.shape)
@@ -78,7 +86,9 @@ def quantized_graph(
     loaded = put_encodings(sim, encoded)
     narrow = {} if kv_bitwidth is None else dict.fromkeys(sources.cache_names(), kv_bitwidth)
     quantize_activations(sim, dict.fromkeys(narrow))
-    same, fixed = sources.ranges(loaded.others(sim), ranges.keys(), files.mask_value)
+    turns = put_rotations(sim)
+    others = [name for name in loaded.others(sim) if name not in turns]
+    same, fixed = sources.ranges(others, ranges.keys(), files.mask_value)
     take_ranges(sim, reference.hand_off.sim, same, fixed, bitwidths=narrow)
     return sim
 

@@ -290,6 +290,11 @@ class OnnxSim(OnnxPoints, SimAdaptor):
 
         return add_blocks(self, description)
 
+    def check_rotary(self) -> None:
+        from aimet_ext.onnx.rewrite.rotate import queries_and_keys
+
+        queries_and_keys(self.graph)
+
     def own_parameters(
         self, kinds: Collection[str], description: TopologyDescription | None
     ) -> AbstractContextManager[None]:

@@ -19,6 +19,7 @@ from aimet_ext.core.affine import Grid, fake_quantize
 from aimet_ext.files.encodings import Layout, to_grid
 from aimet_ext.onnx.index import MOVES
 from aimet_ext.onnx.layers import OnnxLayer
+from aimet_ext.onnx.rewrite.rotate import ENDING as ROTATION
 from aimet_ext.sim.onnx.quantizers import (
     RAW_SCALE,
     OnnxWeightQuantizer,
@@ -226,6 +227,23 @@ def calibrate_added(
         if name not in names:
             quantizer.freeze_encodings()
     sim.compute_encodings([dict(batch) for batch in batches])
+
+
+def put_rotations(sim: Any) -> tuple[str, ...]:
+    """Give the matrices that turn queries and keys their ranges, which nothing may change.
+
+    All entries of a Hadamard matrix have one size, so that its grid holds it exactly. Of a range
+    that AIMET widens, against a bias that there is not, it would be another matrix.
+
+    :returns: their names.
+    """
+    adaptor: Any = adapt(sim)
+    graph, every = adaptor.graph, enabled_quantizers(sim)
+    names = tuple(name for name in every if name.endswith(ROTATION) and graph.is_stored(name))
+    for name in names:
+        calibrate_on(every[name], graph.array(name))
+        every[name].freeze_encodings()
+    return names
 
 
 def quantize_activations(sim: Any, bitwidths: Mapping[str, int | None]) -> None:

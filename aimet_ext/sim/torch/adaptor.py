@@ -18,6 +18,7 @@ from aimet_ext.core.interrupts import uninterrupted
 from aimet_ext.data.batches import ForwardFn, iterate_batches
 from aimet_ext.files.tensors import of_parameter, parameter_quantizer
 from aimet_ext.models.residual import ResidualEnds, Survey
+from aimet_ext.models.rotary import check_rotary
 from aimet_ext.models.topology import BlockTopology, TopologyDescription, find_blocks
 from aimet_ext.sim.facts import SimFacts
 from aimet_ext.sim.protocol import Range, SimAdaptor
@@ -259,6 +260,9 @@ class TorchSim(TorchPoints, SimAdaptor):
 
     def find_blocks(self, description: TopologyDescription | None) -> list[BlockTopology]:
         return find_blocks(self.model, description)
+
+    def check_rotary(self) -> None:
+        check_rotary(self.model)
 
     def own_parameters(
         self, kinds: Collection[str], description: TopologyDescription | None
