@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from aimet_ext.core.affine import Grid
-from aimet_ext.core.gptq import Columns
+from aimet_ext.core.columns import Columns
 from aimet_ext.core.objective import best_rows
 
 # Codes that are worked on at a time: small enough for the processor's cache.

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from aimet_ext.core.affine import channel_scale, fake_quantize, minmax_range
 from aimet_ext.core.clipping import GridLayout, free_layout, search_ranges
-from aimet_ext.core.gptq import Factor, candidate_errors
+from aimet_ext.core.columns import Factor
+from aimet_ext.core.gptq import candidate_errors
 from aimet_ext.core.objective import best_rows, quadratic, row_errors
 
 _FINE = 5  # steps of a fine sweep to a coarse one

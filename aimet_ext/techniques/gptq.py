@@ -10,7 +10,8 @@ from torch import Tensor
 
 from aimet_ext.config import GPTQParams
 from aimet_ext.core.affine import Grid
-from aimet_ext.core.gptq import Factor, coordinate_descent, gptq
+from aimet_ext.core.columns import Factor
+from aimet_ext.core.gptq import coordinate_descent, gptq
 from aimet_ext.core.range_search import rounding_ranges
 from aimet_ext.techniques.call import Call, technique
 from aimet_ext.techniques.layerwise.deploy import Decision, Problem
