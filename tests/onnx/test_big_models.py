@@ -19,8 +19,8 @@ from aimet_ext.onnx import values as onnx_types  # noqa: E402
 from aimet_ext.onnx.rewrite.compilable import fold_constants, make_static  # noqa: E402
 from aimet_ext.onnx.values import infer_shapes  # noqa: E402
 
-LIMIT = 2**16
-WIDE = 256  # a weight of four times the limit
+LIMIT = 2**18
+WIDE = 512  # a weight of four times the limit
 X = np.random.default_rng(0).standard_normal((3, WIDE)).astype(np.float32)
 
 
@@ -133,7 +133,7 @@ def test_the_whole_way(limited: None, tmp_path: pathlib.Path) -> None:
     """From external data over every technique to the folder, what a device takes, and back."""
     aimet_onnx = pytest.importorskip("aimet_onnx")
     path = tmp_path / "model.onnx"
-    exported = exported_llama(layers=2, mask=False)
+    exported = exported_llama(layers=2, hidden=128, mask=False)
     onnx.save(exported.model, path, save_as_external_data=True, size_threshold=1024)
     model = onnx.load(path)
     assert model.ByteSize() > LIMIT
