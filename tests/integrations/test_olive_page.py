@@ -153,7 +153,7 @@ def test_every_technique_is_on_the_page() -> None:
 def test_techniques_in_another_order_are_refused() -> None:
     gptq, seqmse, rtn = ({"name": name} for name in ("gptq", "seqmse", "rtn"))
     check_techniques([{"name": "lpbq"}, seqmse, gptq])
-    text = r"'seqmse' cannot follow 'gptq'; the order is lpbq, .*then .*rtn.*each at most once"
+    text = r"'seqmse' cannot follow 'gptq'; the order is lpbq, .*rtn.*then .*each at most once"
     with pytest.raises(ValueError, match=text):
         check_techniques([gptq, seqmse])
     with pytest.raises(ValueError, match="'rtn' cannot follow 'gptq'"):
