@@ -104,10 +104,14 @@ def tiny(layers: int = 1, **changes: Any) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
+    disabled = logging.root.manager.disable
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         logging.disable(logging.ERROR)
-        yield
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
 
 
 def make_sim(layers: int = 1) -> Any:
