@@ -121,10 +121,14 @@ def candidate_errors(
     found = []
     for start in range(0, len(weight), at_once):
         rows = slice(start, start + at_once)
-        part, own = weight[rows].float(), None if pull is None else pull[rows]
-        each = [Columns.of(part, _grid_of(grid, rows), short, own) for grid in grids]
+        part = weight[rows].float()
+        first = Columns.of(
+            part, _grid_of(grids[0], rows), short, None if pull is None else pull[rows]
+        )
+        rest = [Columns.of(part, _grid_of(grid, rows), short, None) for grid in grids[1:]]
+        each = [first, *rest]
         problem = replace(
-            each[0],
+            first,
             ideal=torch.cat([one.ideal for one in each], -1),
             step=torch.cat([one.step for one in each], -1),
         )

@@ -57,11 +57,8 @@ class Interruption:
         monkeypatch.setattr(TorchWeightQuantizer, name, raising)
 
 
-@pytest.mark.parametrize(
-    ("error", "on_disk"),
-    [(KeyboardInterrupt(), False), (MemoryError("none left"), True)],
-    ids=["Ctrl-C-RAM", "no memory-cache_dir"],
-)
+@pytest.mark.parametrize("on_disk", [False, True], ids=["RAM", "cache_dir"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError("none left")], ids=repr)
 def test_a_failure_in_the_second_block_undoes_the_first(
     technique: Any,
     lived_in: Any,

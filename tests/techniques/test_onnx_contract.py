@@ -102,13 +102,14 @@ def _layers(report: Any) -> Any:
 @pytest.mark.techniques(where=lambda t: not t.by_blocks)
 def test_both_adaptors_decide_the_same(technique: Any, comparison: Comparison) -> None:
     """At least 99.9 % of all rows; graphs that torch exports and one as genai builds it."""
-    for model, build in PAIRS.items():
-        settings: dict[str, Any] = {}
-        kind = "LPBQ" if model in ("qwen2", "perceptron") else "channel"
-        if technique.name == "lpbq":
-            kinds = [nn.Linear, nn.Conv2d] if model == "convolutions" else nn.Linear
-            settings, kind = {"layers": kinds, "on_indivisible": "per_channel"}, "channel"
-        comparison.run(technique.apply, build(), GRIDS[kind], **settings)
+    for model, pair in ((name, build()) for name, build in PAIRS.items()):
+        for kind in ("channel", "LPBQ"):
+            settings: dict[str, Any] = {}
+            if technique.name == "lpbq":
+                kinds = [nn.Linear, nn.Conv2d] if model == "convolutions" else nn.Linear
+                settings = {"layers": kinds, "on_indivisible": "per_channel"}
+            if kind == "channel" or (model != "convolutions" and technique.name != "lpbq"):
+                comparison.run(technique.apply, pair, GRIDS[kind], **settings)
     assert comparison.total.rows > 2000
     comparison.total.check()
 

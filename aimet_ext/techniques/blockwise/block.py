@@ -280,8 +280,9 @@ class Block:
             if layer in least and scale.shape == least[layer].shape:
                 scale = torch.maximum(scale, least[layer].to(scale))
             quantizer.set_scale(scale.float(), None if symmetric else offset.float())
-        for layer in set(self.layers) - set(state.grids):
-            self.quantizers[layer].calibrate()
+        for layer in self.layers:
+            if layer not in state.grids:
+                self.quantizers[layer].calibrate()
         self.calibrate(self.state_params(state))
         for name, bounds in self.ranges.items() if state.grids else ():
             if not self.points[name].frozen:
