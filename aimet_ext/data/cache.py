@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import tempfile
 import weakref
 from collections import Counter
@@ -59,6 +60,13 @@ class TensorCache:
             home = writable_folder(self.cache_dir, "cache_dir")
             self.folder = make_scratch(home, f"aimet_ext-{name}")
             self._remove = weakref.finalize(self, remove_scratch, self.folder)
+
+    def has_room(self, size: int) -> bool:
+        """Return True if ``size`` bytes more take at most a quarter of what is free."""
+        if self.folder is not None:
+            return size <= shutil.disk_usage(self.folder).free // 4
+        free = available_bytes()
+        return free is not None and size <= free // 4
 
     def append(self, tensor: Tensor) -> None:
         """Add a copy of ``tensor`` at the end."""

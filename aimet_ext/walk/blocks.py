@@ -172,6 +172,7 @@ class BlockWalk:
                     block.decide(name, self.effective[f"{prefix}{name}"])
             inside = [n.removeprefix(prefix) for n in self.layers if n.startswith(prefix)]
             found = block.look(inside)
+            block.keep_all()
             self._returns = found.returns
             for names in found.stages:
                 relus = {f"{prefix}{n}": r for n, r in found.activations.items() if n in names}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +34,8 @@ from aimet_ext.walk.wiring import NotInSequence, block_kinds
 
 Weights = Mapping[str, Tensor]
 
+_NUMBER = 4  # bytes
+
 # Input in the quantized and in the float stream (None if not asked for), and which tokens count:
 # bool of the input's leading dimensions, None for all.
 NoteInput: TypeAlias = Callable[[Tensor, Tensor | None], None]
@@ -61,20 +65,29 @@ class _Part:
     :param name: Name of the child, relative to the block.
     :param layer: Name of its last layer, relative to the block.
     :param wrap: Function from the layer's output to the child's.
-    :param inputs: Inputs of the layer by stream, batch by batch, once they were seen.
+    :param kept: By stream, batch by batch, inputs of the layer once they were seen, and in their
+        place its outputs once they were computed.
+    :param computed: Number of batches whose outputs were.
     """
 
     name: str
     layer: str
     wrap: Callable[[Tensor], Any]
-    inputs: dict[str, TensorCache] = field(default_factory=dict)
+    kept: dict[str, TensorCache] = field(default_factory=dict)
+    computed: Counter[str] = field(default_factory=Counter)
+
+    def drop(self, stream: str) -> None:
+        """Forget what was kept of a stream."""
+        self.computed.pop(stream, None)
+        if cache := self.kept.pop(stream, None):
+            cache.close()
 
 
 class StreamedBlock:
     """A block with what flows into it in each stream, and the weights that each stream uses.
 
-    While it is open, of each of its parts that are finished the input of the last layer is kept, so
-    that a part runs once however many stages come after it. Layers are named within the block.
+    While it is open, what its finished parts return is kept, so that a part runs once however many
+    stages come after it. Layers are named within the block.
 
     :param module: Block; it must compute in float where layers' inputs are asked for.
     :param name: Full name of the block.
@@ -89,6 +102,11 @@ class StreamedBlock:
         self.returns: Callable[[Tensor], Any] = lambda hidden: hidden
         self._open = True
         self._parts: list[_Part] = []
+        self._stages: list[tuple[str, ...]] = []
+        self._is_roomy = False
+        # Of the float stream: inputs of the stages' first layers, and outputs of the block.
+        self._read: dict[str, TensorCache] = {}
+        self._outputs: TensorCache | None = None
         self._calls: ValueCache | None = None  # of modules of experts, by name and stream
         self._called: set[tuple[int, tuple[str, str]]] = set()
         # By stream and parameter, weights in place of the block's own.
@@ -116,7 +134,22 @@ class StreamedBlock:
         found = layer_order(self.module, layers, passes, f"{self.name}.")
         self.returns = found.returns
         self._parts = [_Part(part, layer, wrap) for part, (layer, wrap) in found.parts.items()]
+        self._stages = found.stages
         return found
+
+    def keep_all(self) -> None:
+        """Run the float stream once for all stages, and keep parts however wide, if there is room.
+
+        For a block whose own weights stay as they are, or are held before they change.
+        """
+        read = [names[0] for names in self._stages] if "float" in self.flows else []
+        layers: list[Any] = [
+            self.module.get_submodule(name) for name in (*read, *(p.layer for p in self._parts))
+        ]
+        numbers = sum(layer.weight[0].numel() for layer in layers)  # of a token
+        tokens = sum(math.prod(self._flow.shape(index)) for index in range(len(self)))
+        needed = tokens * (numbers + self._flow.width) * _NUMBER
+        self._is_roomy = self._flow.hidden.has_room(needed)
 
     def hold(self, layer: str) -> None:
         """Have the float stream go on with this layer's weight as it is now."""
@@ -130,6 +163,9 @@ class StreamedBlock:
         :raises ValueError: it is of another shape.
         """
         weight = checked_weight(f"{self.name}.{layer}", self.module.get_submodule(layer), weight)
+        for part in self._parts:
+            if part.layer == layer and part.computed["quantized"]:
+                part.drop("quantized")
         if "quantized" in self._params:
             self._params["quantized"][f"{layer}.weight"] = weight
 
@@ -137,8 +173,7 @@ class StreamedBlock:
         """Forget the decisions, and what was kept of the quantized stream because of them."""
         self._params["quantized"] = {}
         for part in self._parts:
-            if cache := part.inputs.pop("quantized", None):
-                cache.close()
+            part.drop("quantized")
         self._called = {called for called in self._called if called[1][1] != "quantized"}
 
     def inputs(self, layers: Sequence[str], streams: Sequence[str] = ()) -> Iterator[Inputs]:
@@ -160,18 +195,44 @@ class StreamedBlock:
             seen: Mapping[str, Tensor | None]
             mask: Tensor | None = self._flow.mask(index)
             if expert is None:
-                runs = {stream: partial(self._run, stream, index, layers[0]) for stream in wanted}
-                seen = {stream: seen_input([module], run) for stream, run in runs.items()}
+                seen = {stream: self._seen(stream, index, layers[0]) for stream in wanted}
             else:
                 calls = {stream: self._call(expert, stream, index) for stream in wanted}
                 seen = expert.inputs(self.module, calls, self._params)
                 mask = expert.mask(calls, mask)
             found = {stream: no_tokens(module, seen.get(stream)) for stream in wanted}
             if kept is not None:
-                for stream, cache in kept.inputs.items():
+                for stream, cache in kept.kept.items():
                     if index == len(cache) and stream in found:
                         cache.append(found[stream])
             yield stage_inputs(f"{self.name}.{layers[0]}", module, index, found, mask)
+
+    def _seen(self, stream: str, index: int, layer: str) -> Tensor | None:
+        """Return what a layer reads in a batch; None if it is not called."""
+        if stream == "float" and self._is_roomy:
+            if self._outputs is None:
+                self._run_float()
+            return self._read[layer].read(index, self.device)
+        run = partial(self._run, stream, index, layer)
+        return seen_input([self.module.get_submodule(layer)], run)
+
+    def _run_float(self) -> None:
+        """Run the float stream past the block, and keep all that is going to be asked for."""
+        flow = self.flows["float"]
+        self._outputs = flow.new_cache()
+        for names in self._stages:
+            if routed(self.module, names[0]) is None:
+                self._read[names[0]] = flow.new_cache(f"read-{len(self._read)}")
+        notes: dict[str, NoteInput] = {
+            name: lambda x, _, cache=cache: cache.append(x)  # type: ignore[misc]
+            for name, cache in self._read.items()
+        }
+        for index in range(len(self)):
+            with noted_inputs(self.module, notes, None):
+                self._outputs.append(self._run("float", index))
+            for name, cache in self._read.items():
+                if len(cache) == index:  # it was not called
+                    cache.append(no_tokens(self.module.get_submodule(name)))
 
     def _call(self, expert: Routed, stream: str, index: int) -> Call:
         """Return the call of an expert's module, which earlier layers decide; it is kept."""
@@ -203,6 +264,10 @@ class StreamedBlock:
     def advance(self, stream: str) -> None:
         """Move a stream past the block. A stream for which that failed is lost."""
         flow = self.flows[stream]
+        if stream == "float" and self._outputs is not None:
+            flow.hidden.close()
+            flow.hidden, self._outputs = self._outputs, None
+            return
         for index in range(len(flow)):
             flow.hidden[index] = self._run(stream, index)
 
@@ -210,22 +275,24 @@ class StreamedBlock:
         """Drop what was kept of finished parts, and the weights."""
         self._open = False
         for part in self._parts:
-            for cache in part.inputs.values():
+            for stream in self.flows:
+                part.drop(stream)
+        for cache in (*self._read.values(), self._outputs, self._calls):
+            if cache is not None:
                 cache.close()
-        if self._calls is not None:
-            self._calls.close()
         self._parts, self._params = [], {stream: {} for stream in self.flows}
 
     def _to_keep(self, layers: Sequence[str], streams: Sequence[str]) -> _Part | None:
-        """Return the part that these layers end, if its input is no wider than the stream."""
+        """Return the part that these layers end, if there is room for its input."""
         for part in self._parts:
             if len(layers) == 1 and part.layer == layers[0]:
                 layer: Any = self.module.get_submodule(part.layer)
-                if layer.weight.shape[1] > self._flow.width or not isinstance(layer, nn.Linear):
+                wide = not self._is_roomy and layer.weight.shape[1] > self._flow.width
+                if wide or not isinstance(layer, nn.Linear):
                     return None
                 for stream in streams:
-                    if stream not in part.inputs:
-                        part.inputs[stream] = self.flows[stream].new_cache(f"part-{stream}")
+                    if stream not in part.kept and not (stream == "float" and self._is_roomy):
+                        part.kept[stream] = self.flows[stream].new_cache(f"part-{stream}")
                 return part
         return None
 
@@ -239,7 +306,7 @@ class StreamedBlock:
         self.calls += 1
         with ExitStack() as stack:
             for part in self._parts:
-                done = stream in part.inputs and index < len(part.inputs[stream])
+                done = stream in part.kept and index < len(part.kept[stream])
                 if done and not (layer or "").startswith(f"{part.name}."):
                     stack.enter_context(self._replayed(part, stream, index))
             call = self.flows[stream].select(index)
@@ -247,11 +314,15 @@ class StreamedBlock:
 
     def _replayed(self, part: _Part, stream: str, index: int) -> AbstractContextManager[None]:
         """Have a part of the block return what its last layer makes of what was kept."""
-        weight = self._params[stream].get(f"{part.layer}.weight")
-        inputs = part.inputs[stream].read(index, self.flows[stream].device)
-        named = {} if weight is None else {"weight": weight}
-        layer = self.module.get_submodule(part.layer)
-        output = part.wrap(functional_call(layer, named, (inputs,)))
+        kept = part.kept[stream].read(index, self.flows[stream].device)
+        if index >= part.computed[stream]:
+            weight = self._params[stream].get(f"{part.layer}.weight")
+            named = {} if weight is None else {"weight": weight}
+            kept = functional_call(self.module.get_submodule(part.layer), named, (kept,))
+            if index == part.computed[stream] and part is not self._parts[-1]:
+                part.kept[stream][index] = kept
+                part.computed[stream] += 1
+        output = part.wrap(kept)
         return replaced_forward(self.module.get_submodule(part.name), lambda: output)
 
 

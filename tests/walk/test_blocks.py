@@ -10,6 +10,7 @@ from block_reference import Experts, Plain
 from torch import nn
 from torch.nn import functional
 
+from aimet_ext.data.cache import TensorCache
 from aimet_ext.walk.blocks import BlockWalk, find_stack
 from aimet_ext.walk.streamed import StreamedBlock
 
@@ -288,21 +289,54 @@ def test_cache_dir_holds_the_values_and_is_left_empty(build, name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def calls_of(build, depth, streams="quantized"):
+    """Calls of blocks that walks to all layers take, as reported and as counted."""
+    calls = []
+    model, batches = build("llama", num_hidden_layers=depth)
+    layers = [name for name in linears(model) if name != "lm_head"]
+    walk = walk_of(model, batches, layers, streams=streams)
+    for block in walk.blocks:
+        model.get_submodule(block).register_forward_pre_hook(lambda *a: calls.append(1))
+    go_through(walk, model)
+    assert walk.cost.keys() == {"walk", "blocks", "block_calls"}
+    assert (walk.cost["walk"], walk.cost["blocks"]) == ("blocks", depth)
+    return walk.cost["block_calls"], len(calls), len(batches)
+
+
 def test_cost_is_linear_in_the_blocks(build):
     """A call of a block for each of its stages and one to move on; two more to look at it."""
-    calls = []
     for depth in (2, 4, 8):
-        calls.clear()
-        model, batches = build("llama", num_hidden_layers=depth)
-        layers = [name for name in linears(model) if name != "lm_head"]
-        walk = walk_of(model, batches, layers)
-        for block in walk.blocks:
-            model.get_submodule(block).register_forward_pre_hook(lambda *a: calls.append(1))
-        go_through(walk, model)
-        captured = last = len(batches)  # nothing is asked for after the last block
-        expected = 10 * depth - last
-        assert walk.cost == {"walk": "blocks", "blocks": depth, "block_calls": expected}
-        assert len(calls) == expected + 2 * depth + captured
+        reported, counted, batches = calls_of(build, depth)
+        captured = last = batches  # nothing is asked for after the last block
+        assert reported == 10 * depth - last
+        assert counted == reported + 2 * depth + captured
+
+
+def test_the_float_stream_runs_each_block_once(build, monkeypatch):
+    """However many stages it has; without room for what they read, for each of them."""
+    alone, _, batches = calls_of(build, 3)
+    both, _, _ = calls_of(build, 3, "both")
+    assert both == alone + 3 * batches
+    monkeypatch.setattr(TensorCache, "has_room", lambda *_: False)
+    without_room, _, _ = calls_of(build, 3, "both")
+    assert without_room == 2 * alone
+
+
+@pytest.mark.parametrize("name", ["llama", "plain", "experts"])
+def test_room_changes_no_value(build, name, monkeypatch):
+    model, batches = build(name)
+    streams = "float" if name == "experts" else "both"  # which see other tokens in each
+
+    def inputs():
+        walk = walk_of(model, batches, streams=streams)
+        seen = go_through(walk, model)[1]
+        return seen, walk.cost["block_calls"]
+
+    roomy, fewer = inputs()
+    monkeypatch.setattr(TensorCache, "has_room", lambda *_: False)
+    narrow, more = inputs()
+    torch.testing.assert_close(roomy, narrow, rtol=0, atol=0)
+    assert fewer < more
 
 
 def test_layers_around_the_blocks_do_not_run_them(build):
