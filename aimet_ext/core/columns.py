@@ -74,9 +74,18 @@ class Columns:
         """Columns whose input is always 0, bool ``[groups, in, 1]``."""
         return self.second.diagonal(dim1=1, dim2=2)[:, :, None] <= 0
 
-    def step_at(self, columns: slice) -> Tensor:
-        """Return the scales of some columns, ``[groups, columns, rows]``."""
-        return self.step.expand_as(self.ideal)[:, columns]
+    @property
+    def is_even(self) -> bool:
+        """True if every row has one step: in units of that, the best choices are the same."""
+        return self.step.shape[1] == 1
+
+    def step_at(self, columns: slice) -> Tensor | float:
+        """Return the scales of some columns, ``[groups, columns, rows]``, in units of the row's."""
+        return 1.0 if self.is_even else self.step[:, columns]
+
+    def in_units(self, numbers: Tensor) -> Tensor:
+        """Return derivatives by the weight ``[groups, in, rows]``, in units of the row's step."""
+        return numbers / self.step if self.is_even else numbers
 
     def transposed(self, codes: Tensor) -> Tensor:
         """Return ``[out, in]`` as a new tensor ``[groups, in, rows]``."""

@@ -77,7 +77,7 @@ def gptq(
         shift = factor.shift(problem.pull, weight.dtype)
     coupling = factor.coupling(weight.dtype)
     if beams == 1:
-        codes = _nearest_plane(problem, coupling, shift, block)
+        codes = _nearest_plane(problem, coupling, problem.in_units(shift), block)
     else:
         cost = factor.diagonal.square().to(weight.dtype)
         codes = beam_search(problem, coupling, shift, cost, beams)
@@ -135,7 +135,10 @@ def candidate_errors(
         shift = torch.zeros_like(problem.ideal)
         if problem.pull is not None:
             shift = factor.shift(problem.pull, torch.float32).repeat(1, 1, len(grids))
+        shift = problem.in_units(shift)
         total = _plane_errors(problem, coupling, shift, block, cost, damped)
+        if problem.is_even:
+            total *= problem.step[:, 0].square()
         found.append(total.view(groups, len(grids), -1).transpose(0, 1).flatten(1))
     return torch.cat(found, 1)
 
@@ -173,8 +176,10 @@ def coordinate_descent(
     :raises ValueError: H does not fit the weight.
     """
     problem = Columns.of(weight, grid, second, pull)
+    if problem.pull is not None:
+        problem = replace(problem, pull=problem.in_units(problem.pull))
     codes = problem.transposed(codes)
-    error = (codes - problem.ideal) * problem.step
+    error = (codes - problem.ideal) * problem.step_at(slice(None))
     kept, moving = codes.clone(), torch.arange(codes.shape[2], device=codes.device)
     for sweep in range(sweeps):
         moved = _sweep(problem, codes, error, block)  # of the rows at work
@@ -257,27 +262,51 @@ def _decide(
     :param real: takes the numbers that are rounded, if given.
     :returns: codes, and their distances from the origin times the step.
     """
-    step = problem.step_at(at)
-    inverse = step.reciprocal()
     moves = torch.empty_like(wish)
-    low, high = problem.grid.qmin, problem.grid.qmax
-
-    def settle(columns: slice, begin: int) -> Tensor:
-        """Return the wishes of columns after the moves of those from ``begin`` on."""
-        values = wish[:, columns]
-        if columns.start > begin:
-            past = slice(begin, columns.start)
-            shift = torch.bmm(coupling[:, columns, past], moves[:, past])
-            values -= shift.mul_(inverse[:, columns])
-        return values
-
+    step = problem.step_at(at)
+    inverse = None if isinstance(step, float) else step.reciprocal()
     for inner in column_blocks(wish.shape[1], _INNER):
-        settle(inner, 0)
-        for j in range(inner.start, inner.stop):
-            here = slice(j, j + 1)
-            code = settle(here, inner.start)
-            if real is not None:
-                real[:, here] = code
-            code.round_().clamp_(low, high)
-            torch.sub(code, origin[:, here], out=moves[:, here]).mul_(step[:, here])
+        values = wish[:, inner]
+        if inner.start:
+            past = slice(0, inner.start)
+            shift = torch.bmm(coupling[:, inner, past], moves[:, past])
+            values -= shift if inverse is None else shift.mul_(inverse[:, inner])
+        _decide_each(
+            values,
+            origin[:, inner],
+            coupling[:, inner, inner],
+            (problem.grid.qmin, problem.grid.qmax),
+            moves[:, inner],
+            None if isinstance(step, float) else step[:, inner],
+            None if real is None else real[:, inner],
+        )
     return wish, moves
+
+
+def _decide_each(
+    values: Tensor,
+    origin: Tensor,
+    coupling: Tensor,
+    limits: tuple[int, int],
+    moves: Tensor,
+    step: Tensor | None,
+    real: Tensor | None,
+) -> None:
+    """Round columns ``[groups, few, rows]`` in place, each after the moves of those before it."""
+    low, high = limits
+    last = values.shape[1] - 1
+    parts = values.unbind(1), origin.unbind(1), moves.unbind(1)
+    for j, (code, begin, move) in enumerate(zip(*parts, strict=True)):
+        if real is not None:
+            real[:, j] = code
+        code.round_().clamp_(low, high)
+        torch.sub(code, begin, out=move)
+        if step is not None:
+            move.mul_(step[:, j])
+        if j == last:
+            break
+        later = slice(j + 1, None)
+        taken = moves[:, j : j + 1]
+        if step is not None:
+            taken = taken / step[:, later]
+        values[:, later].addcmul_(coupling[:, later, j : j + 1], taken, value=-1)

@@ -27,7 +27,7 @@ _BLOCK = 1024  # rows that are multiplied at a time
 # Rows of one text resemble each other: so many are worth one that was drawn by itself. With 3,
 # roundings by 8 to 1000 tokens do best on other text; with many tokens it makes no difference.
 _ALIKE = 3
-_STRIP = 256  # rows of H that are computed at a time
+_STRIP = 128  # rows of H that are computed at a time
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -289,8 +289,8 @@ class MomentSum:
                 if self._cross is not None:
                     self._cross[:, place] += self._home(left @ blocks[1])
         squares = blocks[0].square()  # [groups, rows, width]
-        norms = squares.sum(-1, dtype=torch.float64)
-        powers = norms.square().sum(-1), squares.square_().sum((1, 2), dtype=torch.float64)
+        norms = squares.sum(-1).double()  # summed in float64 where sums are long
+        powers = norms.square().sum(-1), squares.square_().sum(-1).sum(1, dtype=torch.float64)
         self._powers += torch.stack(powers).to(self._powers.device)
         self._filled = 0
 

@@ -14,7 +14,7 @@ from aimet_ext.core.objective import SecondMoment
 from aimet_ext.sim.protocol import WeightQuantizer
 from aimet_ext.walk.hooks import Activation
 
-_ALL_ROWS, _EVERY = 4096, 16
+_ALL_ROWS, _EVERY = 1024, 32
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -242,7 +242,7 @@ def _write_weight(problem: Problem, quantizer: WeightQuantizer, codes: Tensor, g
 class UpstreamError:
     """Mean square of a layer's output for what its inputs lost, ``Σ ‖W (x − x̂)‖²`` by row.
 
-    After the first rows every sixteenth is taken, as it only serves the report.
+    After the first rows a few are taken, as it only serves the report.
 
     :param weight: Weight ``[out, in]``.
     """
