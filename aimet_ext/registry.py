@@ -26,6 +26,7 @@ class Technique:
     :param unit: Part of a model that is worked on at a time.
     :param number: Setting in third position of the call; None if there is none.
     :param data_free: True if it decides from weights alone, and reads no data.
+    :param resumes: False if nothing is searched that a checkpoint could keep.
     :param aimet: AIMET's function whose calls are understood, ``"module:function"``; None if AIMET
         has none of that form.
     :param aimet_order: Names of this package for the arguments of AIMET's function, in its order;
@@ -42,6 +43,7 @@ class Technique:
     unit: Literal["layer", "block"] = "layer"
     number: str | None = None
     data_free: bool = False
+    resumes: bool = True
     aimet: str | None = None
     aimet_order: tuple[str, ...] = ()
     olive: str | None = None
@@ -166,6 +168,7 @@ TECHNIQUES: dict[str, Technique] = {
             params="aimet_ext.config:RotationParams",
             decides="rotation",
             unit="block",
+            resumes=False,
             olive="quarot",
             page="rotation",
         ),

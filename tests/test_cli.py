@@ -300,6 +300,11 @@ def test_the_report_is_in_the_manifest(exported: pathlib.Path) -> None:
             ("smoothquant.alpha=search", "gptq.damping=0.5"),
             {"smoothquant": {"alpha": "search"}, "gptq": {"damping": 0.5}},
         ),
+        (
+            ("rotation", "rtn"),  # a rotation has no checkpoint
+            ("rotation.mode=random",),
+            {"rtn": {"max_bitwidth": 8}},
+        ),
     ],
 )
 def test_techniques_follow_one_another_with_their_settings(

@@ -166,17 +166,18 @@ def _apply(
 ) -> dict[str, Any]:
     """Apply techniques in order, then compute the encodings that are still open.
 
-    :param checkpoint_dir: each technique has a folder of its own in it.
+    :param checkpoint_dir: each technique that can go on from one has a folder of its own in it.
     """
     import torch
 
     reports: dict[str, Any] = {}
     for name, params in techniques.items():
-        reports[name] = load(TECHNIQUES[name].function)(
+        row = TECHNIQUES[name]
+        reports[name] = load(row.function)(
             sim,
             batches,
             params=params,
-            checkpoint_dir=None if checkpoint_dir is None else checkpoint_dir / name,
+            checkpoint_dir=checkpoint_dir / name if checkpoint_dir and row.resumes else None,
             cache_dir=cache_dir,
         )
 

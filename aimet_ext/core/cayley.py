@@ -24,7 +24,9 @@ from aimet_ext.core.hadamard import nearest_orthogonal
 class CayleySGD:
     """Moves orthogonal matrices along their gradients.
 
-    :param matrices: Orthogonal matrices ``[n, n]``, float64; they are replaced, never written to.
+    ``matrices`` and ``moments`` are all of its state; they are replaced, never written to.
+
+    :param matrices: Orthogonal matrices ``[n, n]``, float64.
     :param learning_rate: Mean angle in radians by which a step turns, before momentum adds up.
     :param momentum: Share of the momentum that a step keeps.
     """
@@ -34,7 +36,7 @@ class CayleySGD:
     ) -> None:
         self.matrices = [matrix.detach().clone() for matrix in matrices]
         self.learning_rate, self.momentum = learning_rate, momentum
-        self._moments = [torch.zeros_like(matrix) for matrix in self.matrices]
+        self.moments = [torch.zeros_like(matrix) for matrix in self.matrices]
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor | None], share: float = 1.0) -> None:
@@ -47,10 +49,11 @@ class CayleySGD:
             if gradient is None or not bool(torch.isfinite(gradient).all()):
                 continue
             matrix = self.matrices[number]
-            moment = self.momentum * self._moments[number] - normalised(matrix, gradient)
+            moment = self.momentum * self.moments[number] - normalised(matrix, gradient)
             skew = skew_part(matrix, moment)
-            self._moments[number] = skew @ matrix
-            self.matrices[number] = cayley(matrix, skew, share * self.learning_rate)
+            self.moments[number] = skew @ matrix
+            # In the layout in which files hold it: products in another one have other last bits.
+            self.matrices[number] = cayley(matrix, skew, share * self.learning_rate).contiguous()
 
     def restored(self) -> list[Tensor]:
         """Return the matrices, orthogonal to the last digit."""

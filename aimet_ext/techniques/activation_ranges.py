@@ -335,6 +335,7 @@ def _search_all(
         quantizers={},
         data=data,
         device=reference.log_probabilities(0).device,
+        activations=True,
     ) as checkpoints:
         bar = tqdm(groups, "activation ranges", disable=not call.options.progress)
         return [_one(search, number, group, checkpoints) for number, group in enumerate(bar)]

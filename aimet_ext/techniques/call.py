@@ -149,6 +149,11 @@ def technique(
             given = bound.arguments
             if row.data_free:
                 _check_unread(function.__name__, number, given["dataloader"])
+            if not row.resumes and given["checkpoint_dir"] is not None:
+                raise ValueError(
+                    f"checkpoint_dir must be left out: {function.__name__}() searches nothing that "
+                    f"a checkpoint could keep, got {str(given['checkpoint_dir'])!r}"
+                )
             further = {p.name: given.pop(p.name) for p in own}
             numbers = {number: given.pop(number)} if number else {}
             who, base, settings = function.__name__, given.pop("params"), given.pop("settings")
@@ -288,6 +293,8 @@ def _docstring(row: Technique, function: Any, kind: type, signature: Signature) 
         common = common.replace(word, text)
     text, fields, example = _sections(common)
     own_text, own_fields, own_example = _sections(inspect.cleandoc(function.__doc__ or ""))
+    if not row.resumes:
+        fields["param checkpoint_dir"] = "Must be left out: nothing is searched."
     if row.data_free:
         fields = {**fields, **_WITHOUT_DATA}
         own_text += f"\n\nNo data is needed, and none is read: ``{function.__name__}(sim)``."

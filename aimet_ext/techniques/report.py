@@ -317,6 +317,7 @@ class RotationReport(Report):
         the precision that the model computes in.
     :param losses: Mean KL divergence of the quantized model from the float one, on batches held
         out, where rotations were learnt: ``"none"`` without them, ``"start"``, ``"learnt"``.
+    :param resumed: Steps of learning that came from a checkpoint.
     :param reset_encodings: Quantizers whose ranges no longer fit and were dropped.
     :param settings: Settings of the run.
     :param seconds: Seconds of the whole run.
@@ -327,6 +328,7 @@ class RotationReport(Report):
     blocks: tuple[RotatedPart, ...] = ()
     deviation: float
     losses: dict[str, float] = field(default_factory=dict)
+    resumed: int = 0
     reset_encodings: tuple[str, ...] = ()
 
     def __str__(self) -> str:

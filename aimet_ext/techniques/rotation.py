@@ -11,7 +11,7 @@ from aimet_ext.models.topology import TopologyDescription
 from aimet_ext.sim.protocol import adapt
 from aimet_ext.techniques.call import Call, technique
 from aimet_ext.techniques.report import RotationReport
-from aimet_ext.techniques.rotating.run import run_rotation
+from aimet_ext.techniques.rotating.run import Chosen, run_rotation
 
 
 @technique("rotation", needs_data=False)
@@ -43,7 +43,6 @@ def apply_rotation(
     :param modules_to_exclude: Must be left out: a rotation turns all layers at once.
     :param output_path: Folder for the rotations (``scales.safetensors``, see :func:`load_scales`)
         and the report. A folder that this package wrote is replaced, another one refused.
-    :param checkpoint_dir: Not used: nothing is searched.
     :param topology: Names of the modules in a block, for a model of an unknown family.
     :returns: Kinds of the rotations, the proofs, and the encodings that were reset.
     :raises ValueError: Unusable data, an unknown architecture, frozen or rounded weights, weights
@@ -59,7 +58,7 @@ def apply_rotation(
         adapt(call.sim).check_rotary()
     return run_rotation(
         call,
-        lambda plan, call: (plan.rotations(call.params), {}),
+        lambda plan, call: Chosen(plan.rotations(call.params)),
         r1=params.r1,
         r2=params.r2,
         topology=topology,

@@ -113,12 +113,14 @@ def open_checkpoints(
     quantizers: Mapping[str, WeightQuantizer],
     data: Iterable[tuple[str, Tensor]],
     device: torch.device | str,
+    activations: bool = False,
 ) -> Iterator[Checkpoints | None]:
     """Open the folder of checkpoints of a run for the time of a context; None: there is to be none.
 
     :param quantizers: Quantizers of the layers to decide, by name.
     :param data: Tensors of the calibration data, by name.
     :param device: Device on which the run computes.
+    :param activations: True if the run depends on how activations are quantized.
     :raises ValueError: the folder belongs to another run.
     """
     if options.checkpoint_dir is None:
@@ -136,9 +138,23 @@ def open_checkpoints(
         "ranges": _ranges_hash({name: q for name, q in fixed.items() if q.initialized}),
         "weights": _weights_hash(adaptor),
         "data": hash_tensors(data),
+        **({"activations": _activation_specs(adaptor)} if activations else {}),
     }
     with closing(Checkpoints(options.checkpoint_dir, fingerprint)) as checkpoints:
         yield checkpoints
+
+
+def _activation_specs(adaptor: SimAdaptor) -> dict[str, dict[str, Any]]:
+    """Return the integers of activations, and the ranges of those that a run leaves alone."""
+    return {
+        point.place: {
+            "integers": f"{point.qmin} to {point.qmax}",
+            "symmetric": point.symmetric,
+            "range": f"{point.low!r} to {point.high!r}" if point.frozen else "free",
+        }
+        for point in adaptor.points().values()
+        if point.kind != "weight"
+    }
 
 
 def _ranges_hash(quantizers: Mapping[str, WeightQuantizer]) -> str:

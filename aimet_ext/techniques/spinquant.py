@@ -9,16 +9,14 @@ from aimet_ext.config import RotationParams, SpinQuantParams
 from aimet_ext.models.topology import TopologyDescription
 from aimet_ext.techniques.call import Call, technique
 from aimet_ext.techniques.report import RotationReport
-from aimet_ext.techniques.rotating.fold import Rotations
 from aimet_ext.techniques.rotating.learn import learn
-from aimet_ext.techniques.rotating.run import Losses, Plan, run_rotation
+from aimet_ext.techniques.rotating.run import Chosen, Plan, run_rotation
 
 
-def _learnt(plan: Plan, call: Call[SpinQuantParams]) -> tuple[Rotations, Losses]:
+def _learnt(plan: Plan, call: Call[SpinQuantParams]) -> Chosen:
     params = call.params
     settings = RotationParams(mode=params.mode, r1=params.r1, r2=params.r2, seed=params.seed)
-    found = learn(plan, plan.rotations(settings), params, call.options)
-    return found.rotations, dict(zip(("none", "start", "learnt"), found.losses, strict=True))
+    return learn(plan, plan.rotations(settings), call)
 
 
 @technique("spinquant")
@@ -47,7 +45,9 @@ def apply_spinquant(
     :param modules_to_exclude: Must be left out: a rotation turns all layers at once.
     :param output_path: Folder for the rotations (``scales.safetensors``, see :func:`load_scales`)
         and the report. A folder that this package wrote is replaced, another one refused.
-    :param checkpoint_dir: Not used.
+    :param checkpoint_dir: Folder for a checkpoint at each evaluation, which replaces the one
+        before. The same call goes on from there after a crash and ends bit-identical on the same
+        machine and versions.
     :param topology: Names of the modules in a block, for a model of an unknown family.
     :returns: Kinds of the rotations, what they are worth, the proofs, and the encodings that were
         reset.

@@ -531,3 +531,11 @@ def test_a_block_that_a_rotation_would_change_is_named(
     with pytest.raises(TransformRefused, match=r"layers\.0: rotations must leave the float func"):
         rotate(sim)
     assert state_of(sim) == before
+
+
+def test_a_checkpoint_of_nothing_is_refused(make_sim: Any, state_of: Any, tmp_path: Any) -> None:
+    sim = make_sim(layers=1)
+    before = state_of(sim)
+    with pytest.raises(ValueError, match=r"checkpoint_dir must be left out: apply_rotation\(\)"):
+        aimet_ext.apply_rotation(sim, checkpoint_dir=tmp_path / "kept", progress=False)
+    assert state_of(sim) == before and not (tmp_path / "kept").exists()

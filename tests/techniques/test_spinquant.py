@@ -122,6 +122,53 @@ def test_an_interrupt_while_learning_undoes_all(
     assert state_of(sim) == before
 
 
+@pytest.mark.parametrize("family", ["llama", "starcoder2"])
+def test_it_goes_on_from_an_interrupt(
+    make_sim: Any,
+    ids: Any,
+    state_of: Any,
+    result_of: Any,
+    monkeypatch: Any,
+    tmp_path: Any,
+    family: str,
+) -> None:
+    """Killed at any step it ends with the same bits, and reads a finished run back whole."""
+    from aimet_ext.core.cayley import CayleySGD
+
+    def fresh(activations: int = 8) -> Any:
+        return make_sim(family, layers=1, spec=QSpec(bitwidth=3), activations=activations)
+
+    data = [ids(2, 16, seed) for seed in (1, 2, 3)]
+    settings: dict[str, Any] = {"evaluations": 3, "learning_rate": 0.02}
+    whole, sim, again = fresh(), fresh(), fresh()
+    report = learn(whole, data, 6, **settings)
+    settings["checkpoint_dir"] = tmp_path
+    before, step, left = state_of(sim), CayleySGD.step, iter(range(5))
+
+    def interrupted(*args: Any) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        step(*args)
+
+    monkeypatch.setattr(CayleySGD, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        learn(sim, data, 6, **settings)
+    assert state_of(sim) == before
+    monkeypatch.undo()
+    for resumed, steps in ((sim, 4), (again, 6)):
+        found = learn(resumed, data, 6, **settings)
+        assert found.resumed == steps
+        assert found.losses == report.losses and found.losses["learnt"] < found.losses["start"]
+        assert result_of(resumed) == result_of(whole)
+    for other, text in (
+        ((fresh(), data, 5), "settings.num_iterations was 6 and is 5"),
+        ((fresh(), data[:2], 6), "data was"),
+        ((fresh(16), data, 6), r"activations\.\S+ was '0 to 255' and is '0 to 65535'"),
+    ):
+        with pytest.raises(ValueError, match=f"belongs to another run.*{text}"):
+            learn(*other, **settings)
+
+
 def test_after_a_rotation_it_may_learn_more_and_not_twice(make_sim: Any, ids: Any) -> None:
     sim = make_sim()
     aimet_ext.apply_rotation(sim, progress=False)

@@ -217,6 +217,7 @@ class BlockwiseRun:
                     quantizers=self.quantizers,
                     data=floats.named_tensors(),
                     device=floats.device,
+                    activations=solver.quantize_activations,
                 )
             )
             bar = stack.enter_context(

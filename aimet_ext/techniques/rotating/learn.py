@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -20,24 +21,14 @@ from aimet_ext.core.cayley import CayleySGD
 from aimet_ext.core.clipping import GridLayout
 from aimet_ext.core.hadamard import Rotation, mean_basis
 from aimet_ext.data.cache import TensorCache
+from aimet_ext.files.tensors import Checkpoints
 from aimet_ext.models.topology import BlockTopology
+from aimet_ext.techniques.call import Call
 from aimet_ext.techniques.rotating.fold import Rotations, fold_block
-from aimet_ext.techniques.rotating.run import Plan
-from aimet_ext.techniques.session import RunOptions
+from aimet_ext.techniques.rotating.run import Chosen, Plan
+from aimet_ext.techniques.session import RunOptions, open_checkpoints
 from aimet_ext.walk.hooks import on_device
 from aimet_ext.walk.stream import BlockStream
-
-
-@dataclass(frozen=True, eq=False)
-class Learnt:
-    """The outcome of learning.
-
-    :param losses: Mean loss on the batches that judge: without rotations, with those that learning
-        started from, and with the ones chosen.
-    """
-
-    rotations: Rotations
-    losses: tuple[float, float, float]
 
 
 class Learner:
@@ -74,9 +65,9 @@ class Learner:
                 hidden = around @ torch.block_diag(one, hidden) @ around.T
         return Rotations(hidden, dict(zip(self.names, heads, strict=True)))
 
-    def fixed(self) -> Rotations:
-        """Return the matrices as they are now as rotations to fold."""
-        found = self.rotations(self.descent.restored())
+    def fixed(self, matrices: Sequence[Tensor]) -> Rotations:
+        """Return orthogonal matrices in their places as rotations to fold."""
+        found = self.rotations(matrices)
         how = "learnt" + (", mean kept" if self.around is not None else "")
 
         def made(matrix: Any) -> Rotation:
@@ -86,33 +77,105 @@ class Learner:
         return Rotations(hidden, {name: made(matrix) for name, matrix in found.heads.items()})
 
 
-def learn(plan: Plan, start: Rotations, params: SpinQuantParams, options: RunOptions) -> Learnt:
+@dataclass
+class _Progress:
+    """The state between two steps; with the matrices, it decides all that follows.
+
+    :param losses: Mean loss on the batches that judge: without rotations, with those that learning
+        started from, and with the best ones.
+    :param step: Steps that were taken.
+    :param best: The best matrices, orthogonal; None for those that learning started from.
+    """
+
+    losses: dict[str, float]
+    step: int = 0
+    best: list[Tensor] | None = None
+
+    def save(self, learner: Learner, checkpoints: Checkpoints) -> None:
+        """Put a checkpoint in the place of the one before."""
+        descent = learner.descent
+        lists = {"now": descent.matrices, "moment": descent.moments, "best": self.best or ()}
+        tensors = {f"{k}/{n}": each for k, every in lists.items() for n, each in enumerate(every)}
+        checkpoints.save(0, tensors, {"step": self.step, "losses": self.losses})
+
+    @classmethod
+    def resumed(cls, learner: Learner, checkpoints: Checkpoints) -> _Progress:
+        """Go back to a checkpoint."""
+        descent = learner.descent
+        with checkpoints.resuming(0) as (tensors, meta):
+            numbers = range(len(descent.matrices))
+            lists = {k: [tensors[f"{k}/{n}"] for n in numbers] for k in ("now", "moment")}
+            best = [tensors[f"best/{n}"] for n in numbers] if "best/0" in tensors else None
+            for every in (*lists.values(), best or descent.matrices):
+                for each, like in zip(every, descent.matrices, strict=True):
+                    if each.shape != like.shape or each.dtype != like.dtype:
+                        raise ValueError(
+                            f"matrices of {like.dtype} {list(like.shape)} are required"
+                        )
+            losses = {name: float(meta["losses"][name]) for name in ("none", "start", "learnt")}
+            found = cls(losses, int(meta["step"]), best)
+        descent.matrices, descent.moments = lists["now"], lists["moment"]
+        return found
+
+
+def learn(plan: Plan, start: Rotations, call: Call[SpinQuantParams]) -> Chosen:
     """Return the best rotations that are found from a start, which may be the start.
 
     :raises ValueError: nothing in the blocks is quantized.
     """
+    params, options = call.params, call.options
     learner = Learner(plan, start, params)
     with ExitStack() as stack:
         model = _QuantizedModel(plan, params, options, stack)
         count = len(model.inputs)
         held = list(range(count))[-max(1, count // 4) :]
         train = [index for index in range(count) if index not in held] or held
-        plain, begun = model.mean(Rotations(), held), model.mean(start, held)
-        best, best_loss = start, begun
+        checkpoints = stack.enter_context(
+            open_checkpoints(
+                plan.adaptor,
+                options,
+                technique=call.row.name,
+                settings=params.to_dict(),
+                quantizers=plan.quantizers,
+                data=model.inputs.named_tensors(),
+                device=model.inputs.device,
+                activations=params.quantize_activations,
+            )
+        )
+        if checkpoints is not None and 0 in checkpoints:
+            run = _Progress.resumed(learner, checkpoints)
+        else:
+            begun = model.mean(start, held)
+            losses = {"none": model.mean(Rotations(), held), "start": begun, "learnt": begun}
+            run = _Progress(losses)
+        resumed, last = run.step, params.num_iterations
         order = _forever(train, torch.Generator().manual_seed(params.seed))
-        every = max(1, params.num_iterations // params.evaluations)
-        steps = range(1, params.num_iterations + 1)
-        off = not options.progress
-        for step in (bar := tqdm(steps, desc="SpinQuant", unit="step", disable=off)):
-            loss, gradients = model.gradients(learner, next(order))
-            learner.descent.step(gradients, 1 - (step - 1) / params.num_iterations)
+        numbers = itertools.islice(order, resumed, last)
+        every = max(1, last // params.evaluations)
+        bar = stack.enter_context(
+            tqdm(
+                desc="SpinQuant",
+                total=last,
+                initial=resumed,
+                unit="step",
+                disable=not options.progress,
+            )
+        )
+        for number in numbers:
+            loss, gradients = model.gradients(learner, number)
+            learner.descent.step(gradients, 1 - run.step / last)
+            run.step += 1
             bar.set_postfix(loss=f"{loss:.3g}", refresh=False)
-            if step % every == 0 or step == params.num_iterations:
-                now = learner.fixed()
-                score = model.mean(now, held)
-                if score < best_loss:
-                    best, best_loss = now, score
-    return Learnt(best, (plain, begun, best_loss))
+            bar.update()
+            if run.step % every == 0 or run.step == last:
+                now = learner.descent.restored()
+                score = model.mean(learner.fixed(now), held)
+                if score < run.losses["learnt"]:
+                    run.best, run.losses["learnt"] = now, score
+                if checkpoints is not None:
+                    run.save(learner, checkpoints)
+    best = start if run.best is None else learner.fixed(run.best)
+    return Chosen(best, run.losses, resumed)
 
 
 def _forever(numbers: Sequence[int], generator: torch.Generator) -> Iterator[int]:

@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -35,7 +35,6 @@ from aimet_ext.techniques.session import RunOptions, layers_to_turn, open_ledger
 from aimet_ext.walk.streamed import StreamedBlock
 
 P = TypeVar("P", bound=TechniqueParams)
-Losses = dict[str, float]
 
 # Largest change of the model's outputs, relative to the largest one: at least this, and so many
 # units in the last place where weights are stored in fewer bits.
@@ -206,6 +205,7 @@ class Plan:
     :param width: Channels of the hidden states.
     :param keeps_mean: True if its norms take the mean away, so that R1 must keep it.
     :param refused: Rotations that the model cannot have, with the reason.
+    :param quantizers: Quantizers, by layer, of the weights that are turned.
     """
 
     adaptor: SimAdaptor
@@ -215,6 +215,7 @@ class Plan:
     keeps_mean: bool
     batches: Sequence[Any]
     refused: dict[str, str]
+    quantizers: Mapping[str, WeightQuantizer]
 
     def rotations(self, params: RotationParams) -> Rotations:
         """Return the rotations of these settings."""
@@ -228,6 +229,19 @@ class Plan:
                 seed = params.seed + 1 + number
                 heads[block.name] = rotation(block.head_dim, seed=seed, **options)
         return Rotations(hidden, heads)
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """The rotations for a model.
+
+    :param losses: What they are worth, by name, where they were learnt.
+    :param resumed: Steps of learning that a checkpoint had.
+    """
+
+    rotations: Rotations
+    losses: dict[str, float] = field(default_factory=dict)
+    resumed: int = 0
 
 
 def _refused_heads(blocks: Sequence[BlockTopology]) -> dict[str, str]:
@@ -273,7 +287,7 @@ def _look(
 
 def run_rotation(
     call: Call[P],
-    choose: Callable[[Plan, Call[P]], tuple[Rotations, Losses]],
+    choose: Callable[[Plan, Call[P]], Chosen],
     *,
     r1: bool,
     r2: bool,
@@ -281,7 +295,7 @@ def run_rotation(
 ) -> RotationReport:
     """Choose rotations, fold them into a simulation and prove it, or leave it as it was.
 
-    :param choose: Function from the model to its rotations and what they are worth.
+    :param choose: Function from the model to its rotations.
     """
     if call.modules_to_exclude:
         raise ValueError(
@@ -316,8 +330,9 @@ def run_rotation(
             few = batches[:_PROBE_BATCHES]
             width, keeps_mean = _look(adaptor, blocks, few, options)
             before = adaptor.survey(few, options.forward_fn)
-            plan = Plan(adaptor, blocks, ends, width, keeps_mean, batches, refused)
-            rotations, losses = choose(plan, call)
+            plan = Plan(adaptor, blocks, ends, width, keeps_mean, batches, refused, quantizers)
+            chosen = choose(plan, call)
+            rotations = chosen.rotations
             run = RotationRun(adaptor, name, blocks, ends, rotations, batches, options, keep)
             parts = run.fold()
             after = adaptor.survey(few, options.forward_fn)
@@ -330,7 +345,8 @@ def run_rotation(
                 refused=refused,
                 blocks=tuple(parts),
                 deviation=deviation,
-                losses=losses,
+                losses=chosen.losses,
+                resumed=chosen.resumed,
                 reset_encodings=tuple(stale),
                 settings=call.params.to_dict(),
                 seconds=time.perf_counter() - started,
