@@ -15,7 +15,7 @@ from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.numbers import number_fault
 from aimet_ext.files.reading import check_regular, naming
 from aimet_ext.files.scales import SCALES_FILE, load_scales
-from aimet_ext.files.tensors import read_sealed, write_sealed
+from aimet_ext.files.tensors import hash_tensors, read_sealed, write_sealed
 
 CLIPS_FILE = "clips.safetensors"
 _SCHEMA = "aimet_ext.clips/1"
@@ -42,6 +42,14 @@ class Starts:
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     shares: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     origin: str | None = None
+
+    def digest(self) -> str:
+        """Return the SHA-256 of names and values."""
+        named = dict(self.columns)
+        named |= {
+            f"{name} {n}": s for name, pair in self.shares.items() for n, s in enumerate(pair)
+        }
+        return hash_tensors(sorted(named.items(), key=lambda item: item[0]))
 
 
 def write_clips(

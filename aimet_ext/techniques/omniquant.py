@@ -239,6 +239,11 @@ class OmniQuant(BlockSolver[OmniQuantParams]):
         init = self.params.init
         return Starts() if init in STARTS else load_starts(init)
 
+    @property
+    def contents(self) -> dict[str, str]:
+        """Hash of the scales and shares of the files to start from."""
+        return {} if self.params.init in STARTS else {"init": self.saved.digest()}
+
     def check(self, ledger: Ledger) -> None:
         """Refuse to start from the files of another model, or of this one after a transform."""
         if self.saved.columns and ledger.entries:

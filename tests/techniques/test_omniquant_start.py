@@ -121,3 +121,31 @@ def test_starts_that_do_not_fit_are_refused(
         with pytest.raises(ValueError, match=text):
             aimet_ext.apply_omniquant(sim, data, init=tmp_path, **QUICK)
         assert state_of(sim) == before
+
+
+def test_a_run_does_not_go_on_from_other_files(
+    make_sim: Any, data: list[Tensor], state_of: Any, tmp_path: pathlib.Path
+) -> None:
+    """The same values read from a file that was written again are the same files."""
+    start, kept = tmp_path / "start", tmp_path / "kept"
+
+    def written(steps: int) -> None:
+        aimet_ext.apply_awq(make_sim(layers=1), data, steps, output_path=start, progress=False)
+
+    def run() -> Any:
+        return aimet_ext.apply_omniquant(sim, data, init=start, checkpoint_dir=kept, **QUICK)
+
+    written(10)
+    sim = make_sim(layers=1)
+    run()
+    written(10)
+    sim = make_sim(layers=1)
+    assert run().blocks[0].resumed
+    written(3)
+    sim = make_sim(layers=1)
+    before = state_of(sim)
+    with pytest.raises(
+        ValueError, match=r"another run: settings\.contents of init was '\w+' and is"
+    ):
+        run()
+    assert state_of(sim) == before

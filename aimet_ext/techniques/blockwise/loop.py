@@ -112,6 +112,11 @@ class BlockSolver(ABC, Generic[P]):
         """Number of times that :meth:`decide` updates the progress bar."""
         return 0
 
+    @property
+    def contents(self) -> dict[str, str]:
+        """Hashes of what files hold that settings name, by the settings, for checkpoints."""
+        return {}
+
     def check(self, ledger: Ledger) -> None:
         """Refuse a simulation by what was done to it before.
 
@@ -213,7 +218,10 @@ class BlockwiseRun:
                     self.adaptor,
                     self.options,
                     technique=solver.technique,
-                    settings=solver.params.to_dict(),
+                    settings={
+                        **solver.params.to_dict(),
+                        **{f"contents of {k}": v for k, v in solver.contents.items()},
+                    },
                     quantizers=self.quantizers,
                     data=floats.named_tensors(),
                     device=floats.device,
