@@ -83,8 +83,11 @@ def subject(folder: Path, text: Path, windows: int, blocks: int | None) -> Subje
     if blocks is not None:
         model.model.layers = model.model.layers[:blocks]
         model.config.num_hidden_layers = blocks
-    ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
-    every = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+    if text.suffix == ".jsonl":
+        every = torch.cat(aimet_ext.calibration_batches(tokenizer, text, LENGTH, None))
+    else:
+        ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
+        every = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
     return Subject(model, every[:windows], every[-SCORED:])
 
 
