@@ -2,7 +2,9 @@
 
     python benchmarks/neighbours_activations.py --model SmolLM2-135M-Instruct [--windows 16]
 
-Perplexity of windows of 512 tokens: the first ones calibrate, the last ones score.
+Perplexity of windows of 512 tokens: the first ones calibrate, the last ones score. ``--inputs``
+quantizes the inputs of linear layers alone, as Quark and most papers do; without it the outputs of
+all operators are quantized, the residual stream among them, as on an NPU.
 """
 
 from __future__ import annotations
@@ -48,15 +50,28 @@ def exported(this: Subject, folder: Path) -> Path:
     return graph
 
 
-def quantized(graph: Path, this: Subject, steps: Sequence[tuple[str, dict[str, Any]]]) -> Any:
+def quantized(
+    graph: Path, this: Subject, steps: Sequence[tuple[str, dict[str, Any]]], *, inputs_alone: bool
+) -> Any:
     """Return a simulation after some techniques, its activations calibrated."""
     import onnx
     from aimet_onnx import QuantizationSimModel, int8
 
+    model = onnx.load(graph)
+    stored = {tensor.name for tensor in model.graph.initializer}
+    read = {
+        node.input[0]
+        for node in model.graph.node
+        if node.op_type in ("MatMul", "Gemm") and node.input[1] in stored
+    }
     with quiet():
         sim = QuantizationSimModel(
-            onnx.load(graph), param_type=int8, activation_type=int8, config_file="default"
+            model, param_type=int8, activation_type=int8, config_file="default"
         )
+    if inputs_alone:
+        for name, quantizer in sim.qc_quantize_op_dict.items():
+            if name not in stored | read:
+                quantizer.enabled = False
     inputs = [{"input_ids": window.numpy()} for window in this.calibration.split(1)]
     for name, settings in steps:
         apply = getattr(aimet_ext, f"apply_{name}")
@@ -73,6 +88,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=ASSETS / "wikitext-2-raw/wiki.test.raw")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--scored", type=int, default=40)
+    parser.add_argument("--inputs", action="store_true")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--output", type=Path, default=HERE / "results" / "neighbours.json")
     options = parser.parse_args()
@@ -86,17 +102,21 @@ def main() -> None:
         graph = exported(this, Path(folder))
         for name in options.steps:
             started = time.process_time()
-            sim = quantized(graph, this, STEPS[name])
+            sim = quantized(graph, this, STEPS[name], inputs_alone=options.inputs)
             seconds = time.process_time() - started
             score = aimet_ext.evaluate_perplexity(sim, scored)
             rows.append((name, score, 100 * (score / exact - 1), seconds))
             print(f"  {name}: perplexity {score:.3f}, {seconds:.0f} s", flush=True)
             del sim
-    title = f"W8A8 per tensor, {options.model.name}, {options.windows} windows, float {exact:.3f}"
+    where = "inputs of linear layers" if options.inputs else "all operators"
+    title = (
+        f"W8A8 per tensor, {where}, {options.model.name}, {options.windows} windows, "
+        f"float {exact:.3f}"
+    )
     print_table(title, HEAD, rows)
     add_section(
         options.output,
-        f"activations, {options.model.name}",
+        f"activations, {where}, {options.model.name}",
         {"machine": machine(), "title": title, "rows": named(HEAD, rows)},
     )
 
