@@ -53,6 +53,9 @@ if TYPE_CHECKING:
     from aimet_ext.models.huggingface import prepare_model as prepare_model
     from aimet_ext.models.kv_cache import TokenCache as TokenCache
     from aimet_ext.models.topology import TopologyDescription as TopologyDescription
+    from aimet_ext.recipes.recipe import Recipe as Recipe
+    from aimet_ext.recipes.recipe import read_recipe as read_recipe
+    from aimet_ext.recipes.recipe import recipe_names as recipe_names
     from aimet_ext.techniques.adaround import apply_adaround as apply_adaround
     from aimet_ext.techniques.awq import apply_awq as apply_awq
     from aimet_ext.techniques.gptq import apply_gptq as apply_gptq
@@ -98,6 +101,7 @@ _HOMES = {
         "models.huggingface": ("prepare_model",),
         "models.kv_cache": ("TokenCache",),
         "models.topology": ("TopologyDescription",),
+        "recipes.recipe": ("Recipe", "read_recipe", "recipe_names"),
         "techniques.omniquant": ("OmniQuantReport",),
         "techniques.report": (
             *("LayerReport", "LayerwiseReport", "RotationReport"),

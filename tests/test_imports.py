@@ -92,6 +92,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         },
         {"torch", "tqdm", "pydantic"},
     ),
+    "recipes*": ({"recipes", "grids", "files", "config", "registry"}, {"pydantic", "yaml"}),
     "examples*": ({"examples"}, set()),
     "integrity*": (
         {"integrity", "onnx.index", "onnx.reading", "files", "core"},
@@ -132,7 +133,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "cli*": (
         {
             *("cli", "verification", "lora", "artifact", "integrations", "models", "files"),
-            *("sim.protocol", "core", "config", "registry", "public"),
+            *("sim.protocol", "core", "config", "registry", "recipes", "public"),
         },
         {"typer", "torch", "transformers"},
     ),

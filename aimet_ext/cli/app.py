@@ -24,10 +24,7 @@ from aimet_ext.cli.options import (
     Output,
     Seed,
     SeqLength,
-    check_width,
-    chosen_techniques,
     folder_argument,
-    on_blocks,
     stdout_for_results,
     table,
     technique_name,
@@ -35,6 +32,8 @@ from aimet_ext.cli.options import (
     width,
     width_or_none,
 )
+from aimet_ext.cli.recipes import EPILOG as RECIPES_EPILOG
+from aimet_ext.cli.recipes import chosen_recipe, recipes
 from aimet_ext.cli.verify import EPILOG as VERIFY_EPILOG
 from aimet_ext.cli.verify import verify
 
@@ -98,15 +97,26 @@ Examples:
   4 bits in low-power blocks of 64; if it is stopped, the same command goes on:
     aimet-ext quantize ./llama --lpbq 64 --checkpoint-dir ckpt --calibration text.txt --output out
 \b
+  By a recipe; --set and the other options change it:
+    aimet-ext quantize ./llama --recipe w4a16-lpbq-fast --calibration text.txt --output out
+\b
   Ranges by SeqMSE, then rounding by GPTQ, with a setting of its own:
     aimet-ext quantize ./llama --technique seq_mse --technique gptq --set gptq.beams=4 \\
         --calibration text.txt --output out
 """
 )
 def quantize(
+    ctx: typer.Context,
     model_dir: Annotated[Path, folder_argument("MODEL_DIR", "A Hugging Face model.")],
     calibration: Calibration,
     output: Output,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="The options below in one, see aimet-ext recipes; those given beside it count.",
+        ),
+    ] = None,
     technique: Annotated[
         list[str] | None,
         typer.Option(
@@ -140,6 +150,13 @@ def quantize(
     lm_head: Annotated[
         Any, typer.Option(parser=width, metavar="WIDTH", help="Output head and embedding.")
     ] = "int8",
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=WIDTH",
+            help='Another width for some layers, such as "*.down_proj=int8"; again for more.',
+        ),
+    ] = None,
     activations: Annotated[
         Any,
         typer.Option(
@@ -167,11 +184,7 @@ def quantize(
     ] = None,
 ) -> None:
     """Quantize a model and export it."""
-    weights = on_blocks(weights, block_size, lpbq, on_indivisible)
-    techniques = chosen_techniques(
-        technique or ["omniquant"], settings or [], num_iterations=num_iterations, seed=seed
-    )
-    check_width(weights, techniques)
+    plan = chosen_recipe(recipe, _options_of(ctx, recipe))
     with stdout_for_results():
         from aimet_ext.cli import jobs
         from aimet_ext.cli.summary import quality_lines
@@ -180,13 +193,7 @@ def quantize(
             model_dir,
             calibration,
             output,
-            techniques=techniques,
-            weights=weights,
-            outer=lm_head,
-            activations=None if activations == "none" else activations,
-            seq_length=seq_length,
-            num_batches=num_batches,
-            batch_size=batch_size,
+            recipe=plan,
             hf_checkpoint=hf_checkpoint,
             checkpoint_dir=checkpoint_dir,
             cache_dir=cache_dir,
@@ -198,6 +205,26 @@ def quantize(
     typer.echo(
         f"Done in {result.seconds:.0f} s. Next: aimet-ext verify {output} --text HELD_OUT.txt"
     )
+
+
+def _options_of(ctx: typer.Context, recipe: str | None) -> dict[str, Any]:
+    """Return the options of ``quantize`` that make a recipe: with one, those that were given."""
+    names = (
+        *("technique", "settings", "weights", "block_size", "lpbq", "on_indivisible", "lm_head"),
+        *("override", "activations", "num_iterations", "seq_length", "num_batches", "batch_size"),
+        "seed",
+    )
+    if recipe is None:
+        technique = ctx.params["technique"] or ["omniquant"]
+        return {**{name: ctx.params[name] for name in names}, "technique": technique}
+    return {
+        name: ctx.params[name]
+        for name in names
+        if getattr(ctx.get_parameter_source(name), "name", "") != "DEFAULT"
+    }
+
+
+app.command(epilog=RECIPES_EPILOG)(recipes)
 
 
 @app.command(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,20 +13,22 @@ import aimet_ext
 from aimet_ext.errors import require
 from aimet_ext.files.folders import check_output, replace_folder, write_json
 from aimet_ext.files.manifest import is_export, relist_files
-from aimet_ext.registry import TECHNIQUES, load
 from aimet_ext.sim.protocol import adapt
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from aimet_ext.config import QSpec
+    from aimet_ext.recipes.recipe import Recipe
 
 PREFIX = "model"
 """Name of the exported files, before their endings."""
 
 REPORTS = "reports"
 """Folder for the techniques' reports, in the exported one."""
+
+RECIPE = "recipe.yaml"
+"""Recipe that repeats the work, in the exported folder."""
 
 QUALITY_WINDOWS = 16
 """Windows of text on which ``quantize`` measures its result."""
@@ -53,43 +56,36 @@ def quantize(
     calibration: Path,
     output: Path,
     *,
-    techniques: Mapping[str, Any],
-    weights: QSpec,
-    outer: QSpec,
-    activations: QSpec | None,
-    seq_length: int,
-    num_batches: int,
-    batch_size: int,
+    recipe: Recipe,
     hf_checkpoint: bool,
     **folders: Any,
 ) -> Quantized:
-    """Quantize a model folder and export the result to another.
+    """Quantize a model folder and export the result to another, with the recipe.
 
-    :param techniques: Settings of the techniques to apply, in order; empty for plain rounding.
-    :param outer: Grid of the output head; the token embedding has as many bits.
     :param folders: ``checkpoint_dir``, ``cache_dir``.
     """
     start = time.perf_counter()
     check_output(output)
     model, tokenizer = load_model(model_dir)
+    plan = recipe.calibration
     batches = aimet_ext.calibration_batches(
-        tokenizer, calibration, seq_length, num_batches, batch_size
+        tokenizer, calibration, plan.seq_length, plan.num_batches, plan.batch_size
     )
     held_out, described = _held_out(tokenizer, calibration, batches)
     _check_ids(model_dir, model, [*batches, *held_out])
     quality: dict[str, Any] = {"float": aimet_ext.evaluate_perplexity(model, held_out)}
-    sim = aimet_ext.create_sim(
-        model, batches[0], weights=weights, lm_head=outer, activations=activations
-    )
+    sim = recipe.create_sim(model, batches[0])
     with adapt(sim).disabled_quantizers(weights=False):
         quality["rounding"] = aimet_ext.evaluate_perplexity(sim, held_out)
-    reports = _apply(sim, batches, techniques, **folders)
+    reports = recipe.apply(sim, batches, **folders)
+    sim.compute_encodings(partial(_run, batches=batches))  # what is still open
     quality["quantized"] = aimet_ext.evaluate_perplexity(sim, held_out)
     quality |= {"windows": sum(map(len, held_out)), "text": described}
     with replace_folder(output) as folder:
         aimet_ext.export(sim, folder, PREFIX, batches[0][:1], hf_checkpoint=hf_checkpoint)
         for name, report in reports.items():
             report.save(folder / REPORTS / f"{name}.json")
+        recipe.save(folder / RECIPE)
         (folder / REPORTS).mkdir(exist_ok=True)
         write_json(folder / REPORTS / "quality.json", quality)
         relist_files(folder)
@@ -156,38 +152,12 @@ def _check_ids(folder: Path, model: PreTrainedModel, batches: Sequence[Tensor]) 
         raise ValueError(f"{folder}: {error}") from error
 
 
-def _apply(
-    sim: Any,
-    batches: Sequence[Tensor],
-    techniques: Mapping[str, Any],
-    *,
-    checkpoint_dir: Path | None = None,
-    cache_dir: Path | None = None,
-) -> dict[str, Any]:
-    """Apply techniques in order, then compute the encodings that are still open.
-
-    :param checkpoint_dir: each technique that can go on from one has a folder of its own in it.
-    """
+def _run(model: nn.Module, batches: Sequence[Tensor]) -> None:
     import torch
 
-    reports: dict[str, Any] = {}
-    for name, params in techniques.items():
-        row = TECHNIQUES[name]
-        reports[name] = load(row.function)(
-            sim,
-            batches,
-            params=params,
-            checkpoint_dir=checkpoint_dir / name if checkpoint_dir and row.resumes else None,
-            cache_dir=cache_dir,
-        )
-
-    def run(model: nn.Module) -> None:
-        with torch.no_grad():
-            for batch in batches:
-                model(batch)
-
-    sim.compute_encodings(run)
-    return reports
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
 
 
 def load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

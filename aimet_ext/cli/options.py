@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
-import itertools
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +14,9 @@ from typing import Annotated, Any
 import typer
 
 from aimet_ext.cli.errors import message_of
-from aimet_ext.config import LPBQ, Blockwise, QSpec
-from aimet_ext.registry import TECHNIQUES, Technique, load
+from aimet_ext.config import QSpec
+from aimet_ext.recipes.recipe import check_order, offered
+from aimet_ext.registry import TECHNIQUES, load
 
 NEAREST = "nearest"
 """Plain rounding, in the place of a technique."""
@@ -86,37 +86,12 @@ def width_or_word(text: str) -> QSpec | str:
     return text if text == "auto" else width_or_none(text)
 
 
-def on_blocks(
-    spec: QSpec, block_size: int | None, lpbq: int | None, otherwise: OnIndivisible
-) -> QSpec:
-    """Return the spec with the requested blocks."""
-    if block_size is not None and lpbq is not None:
-        raise typer.BadParameter("give --block-size or --lpbq, not both")
-    try:
-        if block_size is not None:
-            spec = dataclasses.replace(spec, granularity=Blockwise(block_size))
-        if lpbq is not None:
-            spec = dataclasses.replace(spec, granularity=LPBQ(block_size=lpbq))
-        return dataclasses.replace(spec, on_indivisible=otherwise.value)
-    except ValueError as error:
-        raise typer.BadParameter(message_of(error)) from error
-
-
 # ------------------------------------------------------------------------------------- techniques
-
-
-def _offered() -> dict[str, Technique]:
-    """Return the techniques to choose from, in the order in which they are applied.
-
-    Grids are no technique here: other options choose them.
-    """
-    rows = sorted(TECHNIQUES.values(), key=lambda row: row.rank)
-    return {row.name: row for row in rows if row.decides != "grids"}
 
 
 def technique_names() -> list[str]:
     """Return the names of the techniques to choose from."""
-    return [*_offered(), NEAREST]
+    return [*offered(), NEAREST]
 
 
 def technique_name(text: str) -> str:
@@ -128,17 +103,30 @@ def technique_name(text: str) -> str:
 
 
 def chosen_techniques(
-    names: Sequence[str], settings: Sequence[str], *, num_iterations: int | None, seed: int
-) -> dict[str, Any]:
-    """Return the techniques to apply, in order, each with its parameters; none for plain rounding.
+    names: Sequence[str],
+    settings: Sequence[str],
+    *,
+    base: Mapping[str, Mapping[str, Any]],
+    num_iterations: int | None,
+    seed: int | None,
+) -> dict[str, dict[str, Any]]:
+    """Return the techniques to apply, in order, with their settings; none for plain rounding.
 
     :param settings: Texts such as ``gptq.beams=4``.
+    :param base: Settings that a recipe has.
     :param num_iterations: Steps of OmniQuant, if given.
     :param seed: Seed of every technique that has one, unless ``settings`` say otherwise.
     :raises typer.BadParameter: An order that the library refuses, or a wrong setting.
     """
-    _check_order(names)
-    values: dict[str, dict[str, Any]] = {name: {} for name in names if name != NEAREST}
+    if len(names) > 1 and NEAREST in names:
+        raise typer.BadParameter(
+            "nearest is plain rounding, without a technique: give it alone",
+            param_hint="--technique",
+        )
+    chosen = [name for name in names if name != NEAREST]
+    with bad_parameter("--technique"):
+        check_order(chosen)
+    values: dict[str, dict[str, Any]] = {name: {} for name in chosen}
     given = [("--set", *_parsed(text)) for text in settings]
     if num_iterations is not None:
         given.append(("--num-iterations", "omniquant", "num_iterations", num_iterations))
@@ -152,63 +140,23 @@ def chosen_techniques(
         if field in values[name]:
             raise typer.BadParameter(f"{name}.{field} is given twice", param_hint=option)
         values[name][field] = value
-    found = {name: _params(name, fields, seed) for name, fields in values.items()}
-    _check_open(found)
+    found = {}
+    for name, fields in values.items():
+        kind = load(TECHNIQUES[name].params)
+        seeded = seed is not None and any(f.name == "seed" for f in dataclasses.fields(kind))
+        found[name] = {**base.get(name, {}), **({"seed": seed} if seeded else {}), **fields}
+        with bad_parameter("--set", f"{name}: "):
+            kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in found[name].items()})
     return found
 
 
-def _check_open(techniques: Mapping[str, Any]) -> None:
-    """Refuse a technique that finds the ranges frozen which it is to choose.
-
-    :raises typer.BadParameter: There is one.
-    """
-    names, offered = list(techniques), _offered()
-    for earlier, later in itertools.combinations(names, 2):
-        chooses = offered[later].decides in ("scales", "ranges")
-        if chooses and getattr(techniques[earlier], "clip", False):
-            raise typer.BadParameter(
-                f"{later} cannot follow {earlier} that clips, for its ranges are frozen; add "
-                f"--set {earlier}.clip=false",
-                param_hint="--technique",
-            )
-
-
-def check_width(weights: QSpec, techniques: Mapping[str, Any]) -> None:
-    """Refuse weights that a technique would leave to plain rounding.
-
-    :raises typer.BadParameter: Weights of more bits than a technique decides.
-    """
-    for name, params in techniques.items():
-        most = getattr(params, "max_bitwidth", weights.bitwidth)
-        if weights.bitwidth > most:
-            raise typer.BadParameter(
-                f"{name} decides weights of at most {most} bits (max_bitwidth), got "
-                f"{weights.bitwidth} bits; choose a smaller width or --technique {NEAREST}",
-                param_hint="--weights",
-            )
-
-
-def _check_order(names: Sequence[str]) -> None:
-    """Refuse an order that would fail in the middle of the work.
-
-    :raises typer.BadParameter: Plain rounding with a technique, or one technique after another
-        that leaves it nothing to decide.
-    """
-    if len(names) > 1 and NEAREST in names:
-        raise typer.BadParameter(
-            "nearest is plain rounding, without a technique: give it alone",
-            param_hint="--technique",
-        )
-    offered = _offered()
-    for earlier, later in itertools.pairwise(names):
-        if offered[earlier].rank >= offered[later].rank:
-            ranks = itertools.groupby(offered.values(), lambda row: row.rank)
-            *first, last = (" or ".join(row.name for row in rows) for _, rows in ranks)
-            raise typer.BadParameter(
-                f"{later} cannot follow {earlier}; the order is {', '.join(first)}, then {last}, "
-                "each at most once",
-                param_hint="--technique",
-            )
+@contextlib.contextmanager
+def bad_parameter(option: str, place: str = "") -> Iterator[None]:
+    """Say of an error which option it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(f"{place}{message_of(error)}", param_hint=option) from error
 
 
 def _parsed(text: str) -> tuple[str, str, Any]:
@@ -222,13 +170,12 @@ def _parsed(text: str) -> tuple[str, str, Any]:
         raise typer.BadParameter(
             f"a setting such as gptq.beams=4 is required, got {text!r}", param_hint="--set"
         )
-    offered = _offered()
-    if name not in offered:
+    if name not in offered():
         raise typer.BadParameter(
-            f"{name!r} is no technique with settings; these are {', '.join(offered)}",
+            f"{name!r} is no technique with settings; these are {', '.join(offered())}",
             param_hint="--set",
         )
-    fields = [field.name for field in dataclasses.fields(load(offered[name].params))]
+    fields = [field.name for field in dataclasses.fields(load(TECHNIQUES[name].params))]
     if field not in fields:
         raise typer.BadParameter(
             f"{name} has no setting {field!r}; it has {', '.join(fields)}", param_hint="--set"
@@ -237,17 +184,4 @@ def _parsed(text: str) -> tuple[str, str, Any]:
         value = json.loads(word)
     except ValueError:
         value = word
-    return name, field, tuple(value) if isinstance(value, list) else value
-
-
-def _params(name: str, values: Mapping[str, Any], seed: int) -> Any:
-    """Return the parameters of a technique, checked.
-
-    :raises typer.BadParameter: A value that is not allowed.
-    """
-    kind = load(TECHNIQUES[name].params)
-    seeded = {"seed": seed} if any(f.name == "seed" for f in dataclasses.fields(kind)) else {}
-    try:
-        return kind(**{**seeded, **values})
-    except ValueError as error:
-        raise typer.BadParameter(f"{name}: {message_of(error)}", param_hint="--set") from error
+    return name, field, value

@@ -1,0 +1,120 @@
+"""Recipes on the command line: those of the package, and the one that options ask for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from aimet_ext.cli.options import NEAREST, AsJson, bad_parameter, chosen_techniques, table
+from aimet_ext.recipes.recipe import Grid, Recipe, check_width, read_recipe, recipe_names
+
+EPILOG = """\b
+Examples:
+  aimet-ext recipes
+  aimet-ext recipes w4a16-best > mine.yaml
+"""
+
+
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A recipe to print as YAML.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the recipes with their measured gain and cost, or print one."""
+    with bad_parameter("NAME"):
+        found = [read_recipe(each) for each in ([name] if name else recipe_names())]
+    if as_json:
+        plain = [recipe.to_dict() for recipe in found]
+        typer.echo(json.dumps(plain[0] if name else plain, indent=2))
+    elif name:
+        typer.echo(found[0].to_yaml(), nl=False)
+    else:
+        typer.echo(table([(recipe.name, line) for recipe in found for line in _lines(recipe)]))
+
+
+def _lines(recipe: Recipe) -> list[str]:
+    """Return what a recipe is for, and what it gave."""
+    measured = [
+        f"  {each.model}: perplexity {each.quantized:.2f} (float {each.float_perplexity:.2f}, "
+        f"rounding {each.rounding:.2f}): {each.recovered:.0%} of the loss gained back in "
+        f"{each.seconds:.0f} s"
+        for each in recipe.measured
+    ]
+    return [recipe.description, *measured]
+
+
+def chosen_recipe(source: str | None, options: Mapping[str, Any]) -> Recipe:
+    """Return the recipe to follow: one that is named, as options change it.
+
+    :param source: Name or file; None for the defaults of the options.
+    :param options: Options that were given, or all of them without a recipe.
+    :raises typer.BadParameter: A recipe or an option is wrong, or they do not go together.
+    """
+    with bad_parameter("--recipe"):
+        base = Recipe() if source is None else read_recipe(source)
+    names = options.get("technique") or [*base.techniques] or [NEAREST]
+    techniques = chosen_techniques(
+        names,
+        options.get("settings") or [],
+        base=base.techniques,
+        num_iterations=options.get("num_iterations"),
+        seed=options.get("seed"),
+    )
+    given = {
+        key: options[key] for key in ("seq_length", "num_batches", "batch_size") if key in options
+    }
+    changes: dict[str, Any] = {
+        "techniques": techniques,
+        "weights": _weights(base.weights, options),
+        "calibration": dataclasses.replace(base.calibration, **given),
+    }
+    if "lm_head" in options:
+        changes["lm_head"] = Grid.of(options["lm_head"])
+    if (activations := options.get("activations")) is not None:
+        changes["activations"] = (
+            activations if activations == "none" else Grid.of(activations).width
+        )
+    if options.get("override"):
+        changes["overrides"] = {**dict(map(_override, options["override"])), **base.overrides}
+    if source is not None and options:
+        changes |= {"name": "custom", "version": 1, "description": "", "measured": []}
+    spec = changes["weights"].spec()
+    with bad_parameter("--technique"):
+        plain = dataclasses.replace(Recipe(), techniques=techniques)
+    if spec is not None:
+        with bad_parameter("--weights"):
+            check_width(spec, plain.params())
+    return dataclasses.replace(base, **changes)
+
+
+def _weights(base: Grid, options: Mapping[str, Any]) -> Grid:
+    """Return the grid of the weights."""
+    changes: dict[str, Any] = {}
+    if "weights" in options:
+        changes["width"] = Grid.of(options["weights"]).width
+    blocks = {key: options.get(key) for key in ("block_size", "lpbq")}
+    if any(blocks.values()):
+        if all(blocks.values()):
+            raise typer.BadParameter("give --block-size or --lpbq, not both")
+        changes |= blocks
+    if "on_indivisible" in options:
+        changes["on_indivisible"] = options["on_indivisible"].value
+    with bad_parameter("--weights"):
+        return dataclasses.replace(base, **changes)
+
+
+def _override(text: str) -> tuple[str, Grid]:
+    """Read a pattern and a width."""
+    pattern, equals, width = text.rpartition("=")
+    if not (pattern and equals):
+        raise typer.BadParameter(
+            f'a pattern and a width such as "*.down_proj=int8" are required, got {text!r}',
+            param_hint="--override",
+        )
+    with bad_parameter("--override"):
+        return pattern, Grid(width=width)

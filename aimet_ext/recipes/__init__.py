@@ -1,0 +1,1 @@
+"""Recipes: grids, calibration and techniques in one file, named and repeatable."""
