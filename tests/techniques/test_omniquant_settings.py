@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 import aimet_ext
 from aimet_ext import OmniQuantParams, PerTensor, QSpec
 from aimet_ext.sim.protocol import adapt
+from aimet_ext.techniques import omniquant
 
 pytest.importorskip("aimet_torch")
 
@@ -101,6 +103,66 @@ def test_activations_are_trained_on_the_ranges_that_are_deployed(
     errors = [(a - b).square() for a, b in zip(outputs, targets, strict=True)]
     loss = sum(float(e.sum()) for e in errors) / sum(e.numel() for e in errors)
     assert block.loss_after == pytest.approx(loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_run_with_activations_goes_on_to_the_bit(
+    make_sim: Any,
+    data: list[Tensor],
+    state_of: Any,
+    result_of: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: pathlib.Path,
+    calibrated: bool,
+) -> None:
+    def fresh(bits: int = 6) -> Any:
+        sim = make_sim(activations=bits)
+        if calibrated:
+            sim.compute_encodings(lambda model: model(data[0]))
+        points = adapt(sim).points().values()
+        chosen = next(p for p in points if p.name.endswith("layers.0.mlp.gate_proj"))
+        adapt(sim).write_range(chosen, -3.0, frozen)
+        return sim
+
+    def run(sim: Any, **settings: Any) -> Any:
+        return aimet_ext.apply_omniquant(sim, data, quantize_activations=True, **QUICK, **settings)
+
+    frozen = 3.0
+    whole, sim, again = fresh(), fresh(), fresh()
+    report = run(whole)
+    before, train, blocks = state_of(sim), omniquant.train_block, iter(range(1))
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if next(blocks, None) is None:
+            raise KeyboardInterrupt
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(omniquant, "train_block", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(sim, checkpoint_dir=tmp_path)
+    assert state_of(sim) == before
+    monkeypatch.undo()
+    for resumed, count in ((sim, 1), (again, 2)):
+        found = run(resumed, checkpoint_dir=tmp_path)
+        assert [block.resumed for block in found.blocks] == [True] * count + [False] * (2 - count)
+        for one, other in zip(found.blocks, report.blocks, strict=True):
+            assert (one.loss_after, one.loss_nearest) == (other.loss_after, other.loss_nearest)
+            assert one.reset_encodings == other.reset_encodings
+        assert result_of(resumed) == result_of(whole)
+        states = [state_of(each) for each in (resumed, whole)]
+        assert [state.pop("ledger")[:2] for state in states] == [
+            (len(whole.aimet_ext_ledger.entries), 1)
+        ] * 2
+        assert states[0] == states[1]
+    if not calibrated:
+        return
+    with pytest.raises(ValueError, match=r"another run.*activations\.\S+integers was '0 to 63'"):
+        run(fresh(8), checkpoint_dir=tmp_path)
+    frozen = 4.0
+    with pytest.raises(
+        ValueError, match=r"another run.*gate_proj\S+range was '-\S+ to 2\.\S+' and"
+    ):
+        run(fresh(), checkpoint_dir=tmp_path)
 
 
 def test_one_params_object_or_its_fields(make_sim: Any, data: list[Tensor], result_of: Any) -> None:
