@@ -61,6 +61,9 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "gptq": {},
     "adaround": {"num_iterations": 4},
     "lpbq": {"block_size": 16, "num_candidates": 3},
+    "awq": {"num_grid": 4},
+    "hqq": {"num_iterations": 4},
+    "spinquant": {"num_iterations": 2},
 }
 REFUSED, SAME, OTHER = "refused", "same result", "other values"
 FAILURES = (
@@ -220,6 +223,38 @@ def build_scales(place: pathlib.Path, folder: pathlib.Path) -> None:
     shutil.copy(place / "torch" / "scales.safetensors", folder)
 
 
+def build_rotation(place: pathlib.Path, folder: pathlib.Path) -> None:
+    """Scales with matrices."""
+    with tempfile.TemporaryDirectory() as home:
+        aimet_ext.apply_rotation(make_sim(), output_path=f"{home}/out", progress=False)
+        folder.mkdir()
+        shutil.copy(f"{home}/out/scales.safetensors", folder)
+
+
+def build_starts(place: pathlib.Path, folder: pathlib.Path) -> None:
+    """Scales and clips of AWQ, from which OmniQuant starts."""
+    with tempfile.TemporaryDirectory() as home:
+        aimet_ext.apply_awq(make_sim(), [IDS], 4, output_path=f"{home}/out", progress=False)
+        folder.mkdir()
+        for name in ("scales.safetensors", "clips.safetensors"):
+            shutil.copy(f"{home}/out/{name}", folder)
+
+
+def build_llmc(place: pathlib.Path, folder: pathlib.Path) -> None:
+    """The same in LLMC's files."""
+    from aimet_ext.files.starts import load_starts
+
+    starts = load_starts(place / "starts")
+    clips: dict[int, dict[str, Any]] = {}
+    for name, (_, high) in starts.shares.items():
+        block, layer = name.removeprefix("model.layers.").split(".", 1)
+        logits = torch.logit(high.clamp(0.01, 0.99))
+        clips.setdefault(int(block), {})[f"{layer}.weight_quantizer.upbound_factor"] = logits
+    folder.mkdir()
+    torch.save(dict(starts.columns), folder / "scales.pth")
+    torch.save(clips, folder / "clips.pth")
+
+
 def build_adapter(place: pathlib.Path, folder: pathlib.Path) -> None:
     import peft
 
@@ -268,6 +303,9 @@ BUILDERS = {
     "torch": build_torch,
     "onnx": build_onnx,
     "scales": build_scales,
+    "rotation": build_rotation,
+    "starts": build_starts,
+    "llmc": build_llmc,
     "adapter": build_adapter,
     "lora": build_lora,
     "cache": build_cache,
@@ -277,6 +315,8 @@ BUILDERS = {
 NEEDS = {
     "torch": ("model",),
     "scales": ("model", "torch", "adapter"),
+    "rotation": ("model", "torch", "adapter"),
+    "llmc": ("starts",),
     "adapter": ("model", "torch"),
     "lora": ("model", "torch", "adapter"),
 }
@@ -393,6 +433,21 @@ def read_scales(folder: pathlib.Path) -> str:
     )
 
 
+def read_starts(folder: pathlib.Path) -> str:
+    from aimet_ext.files.starts import load_starts
+
+    starts = load_starts(folder)
+    shares = [each for pair in starts.shares.values() for each in pair]
+    return digest(*starts.columns.values(), *shares, [*starts.columns, *starts.shares])
+
+
+def start_with(folder: pathlib.Path) -> str:
+    sim = copy.deepcopy(_sound(1))
+    settings = {"num_iterations": 1, "search_sweeps": 0, "progress": False}
+    aimet_ext.apply_omniquant(sim, [IDS], init=folder, **settings)
+    return digest(sim.model(IDS), *sim.model.state_dict().values())
+
+
 def fold_with(folder: pathlib.Path) -> str:
     from aimet_ext import lora
 
@@ -495,6 +550,9 @@ KINDS: dict[str, dict[str, Callable[[pathlib.Path], str | None]]] = {
     "onnx": {"load": load_onnx, **EXPORT, "scales": read_scales},
     "cache": {"load": load_cache, "inspect": inspect},
     "scales": {"load_scales": read_scales, "fold": fold_with},
+    "rotation": {"load_scales": read_scales, "fold": fold_with},
+    "starts": {"load_starts": read_starts, "omniquant": start_with},
+    "llmc": {"load_starts": read_starts, "omniquant": start_with},
     "adapter": {
         "read": read_adapters,
         "fold": fold_with,
@@ -513,7 +571,10 @@ KINDS: dict[str, dict[str, Callable[[pathlib.Path], str | None]]] = {
     "checkpoints": {name: functools.partial(resume, name) for name in TECHNIQUES},
     "onnx checkpoints": {n: functools.partial(resume_onnx, n) for n in ("gptq", "seq_mse")},
 }
-HASHED = ("torch", "onnx", "cache", "scales", "lora", "checkpoints", "onnx checkpoints")
+HASHED = (
+    *("torch", "onnx", "cache", "scales", "rotation", "starts", "lora", "checkpoints"),
+    "onnx checkpoints",
+)
 SLOW = ("cli quantize", "create_sim")  # a tenth as often
 
 

@@ -18,7 +18,7 @@ import fuzz  # noqa: E402
 import mutations  # noqa: E402
 
 SEED, COUNT = 1, 25
-KINDS = ("torch", "onnx", "scales", "adapter", "model", "checkpoints")
+KINDS = ("torch", "onnx", "scales", "rotation", "starts", "llmc", "adapter", "model", "checkpoints")
 
 
 @pytest.fixture(scope="module")
