@@ -19,10 +19,8 @@ from tqdm import tqdm
 
 from aimet_ext.config import TechniqueParams
 from aimet_ext.core.clipping import shares_of
-from aimet_ext.core.equivalence import PairKind, ScalePair, expand
-from aimet_ext.core.objective import sqnr_db
+from aimet_ext.core.equivalence import PairKind, ScalePair
 from aimet_ext.data.cache import TensorCache
-from aimet_ext.errors import TransformRefused
 from aimet_ext.files.folders import replace_folder
 from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.manifest import write_manifest
@@ -32,15 +30,14 @@ from aimet_ext.files.tensors import Checkpoints
 from aimet_ext.models.proof import probe, probe_inputs, prove_pairs
 from aimet_ext.models.topology import BlockTopology, TopologyDescription, select_pairs
 from aimet_ext.sim.protocol import (
-    Range,
     SimAdaptor,
     WeightQuantizer,
     adapt,
     calibrated,
-    moved_ranges,
 )
-from aimet_ext.techniques.blockwise.block import Block, BlockState, Choice
+from aimet_ext.techniques.blockwise.block import Block, Choice
 from aimet_ext.techniques.blockwise.inputs import StageInputs
+from aimet_ext.techniques.blockwise.settle import float_ranges, resume, save, settle
 from aimet_ext.techniques.call import Call
 from aimet_ext.techniques.report import BlockReport, BlockwiseReport
 from aimet_ext.techniques.session import (
@@ -49,18 +46,11 @@ from aimet_ext.techniques.session import (
     layers_to_quantize,
     open_checkpoints,
     open_ledger,
-    peak_memory,
     undo_on_failure,
 )
 from aimet_ext.walk.streamed import BlockPass, StreamedBlock
 
 P = TypeVar("P", bound=TechniqueParams)
-
-# Largest change of a block's output by folding, relative to its largest value: at least this, and
-# so many units in the last place where weights are stored in fewer bits.
-_LARGEST_CHANGE = 1e-4
-_LARGEST_CHANGE_UNITS = 16
-_PROBE_BATCHES = 4  # that tell which encodings a transform made stale
 
 
 @dataclass(frozen=True)
@@ -283,13 +273,20 @@ class BlockwiseRun:
             block = self._prepare(number, data, targets, [each for _, each in inputs])
             if checkpoints is not None and resumed:
                 with checkpoints.resuming(number) as saved:
-                    report = self._resume(block, *saved)
+                    report = resume(block, self.solver.technique, *saved)
                 bar.update(self.solver.steps)
             else:
-                report, smooth = self._decide(block, started, bar)
-                self._record(block, smooth)
+                ranges_before = float_ranges(block)
+                report, smooth = settle(
+                    block,
+                    self.solver.decide(block, bar),
+                    ranges_before,
+                    technique=self.solver.technique,
+                    compares=self.solver.compares,
+                    started=started,
+                )
                 if checkpoints is not None:
-                    self._save(checkpoints, block, smooth, report)
+                    save(checkpoints, block, smooth, report)
             block.take_ranges()
             if "quantized" in data.flows:
                 with block.activations():
@@ -374,116 +371,3 @@ class BlockwiseRun:
                 left = ", ".join(sorted(touched - layers))
                 self.refused[pair.kind] = f"it would rescale {left}, which is excluded"
         return tuple(kept)
-
-    def _decide(
-        self, block: Block, started: float, bar: Any
-    ) -> tuple[BlockReport, Mapping[str, Tensor]]:
-        """Decide and deploy a block, and compare it with plain rounding.
-
-        Where ranges are left open, plain rounding leaves them open too.
-        """
-        ranges_before = self.adaptor.tensor_ranges(block.name, lambda: self._run_some(block))
-        choice = self.solver.decide(block, bar)
-        best, kept = choice.state, choice.kept
-        block.deploy(best)
-        self._check_function(block)
-        deployed = block.score()
-        nearest_state = block.nearest() if best.grids else BlockState()
-        nearest = block.score(block.state_params(nearest_state))
-        if self.solver.compares and not deployed < nearest:
-            best, kept = nearest_state, "nearest"
-            block.deploy(best)
-            deployed = block.score()
-        for layer in best.grids:
-            block.quantizers[layer].freeze()
-        settled = block.ranges if best.grids else ()
-        stale = self._renew_stale(block, ranges_before, settled) if best.smooth else ()
-        report = BlockReport(
-            name=block.name,
-            loss_nearest=nearest,
-            loss_before=nearest if choice.score is None else choice.score,
-            loss_after=deployed,
-            sqnr_db=sqnr_db(block.signal(), deployed),
-            kept=kept,
-            seconds=time.perf_counter() - started,
-            peak_memory_bytes=peak_memory(block.data.device),
-            reset_encodings=stale,
-        )
-        return report, best.smooth
-
-    def _run_some(self, block: Block, most: int | None = _PROBE_BATCHES) -> None:
-        for index in range(len(block.float_stream))[:most]:
-            block.float_stream.call(block.module, index)
-
-    def _check_function(self, block: Block) -> None:
-        """Compare the folded block, in float, with what it computed before.
-
-        :raises TransformRefused: it computes something else.
-        """
-        call = block.float_stream.select(0)
-        reference = block.targets.read(0, block.float_stream.device)
-        with torch.no_grad(), self.adaptor.disabled_quantizers(block.name):
-            change = (block.run(call) - reference)[call.mask].abs().max()
-        deviation = float(change / reference[call.mask].abs().max().clamp_min(1e-30))
-        bound = max(_LARGEST_CHANGE, _LARGEST_CHANGE_UNITS * torch.finfo(reference.dtype).eps)
-        if not deviation <= bound:
-            raise TransformRefused(
-                f"{block.name}: folding the learnt scales must leave the float function unchanged, "
-                f"but max|change| / max|output| is {deviation:.1e} (at most {bound:.0e} is "
-                "allowed); report this, or leave kinds of pairs out"
-            )
-
-    def _renew_stale(
-        self, block: Block, before: Mapping[str, Range], settled: Collection[str]
-    ) -> tuple[str, ...]:
-        """Calibrate quantizers anew that have ranges and whose tensors a transform changed.
-
-        :param settled: Quantizers whose ranges were deployed with the block.
-        """
-        after = self.adaptor.tensor_ranges(block.name, lambda: self._run_some(block))
-        moved = [name for name in moved_ranges(before, after) if name not in settled]
-        if moved:
-            after = self.adaptor.tensor_ranges(block.name, lambda: self._run_some(block, most=None))
-        return tuple(self.adaptor.renew_encodings({name: after[name] for name in moved}))
-
-    def _record(self, block: Block, smooth: Mapping[str, Tensor]) -> None:
-        """Note in the ledger what was folded into the weights."""
-        for pair, scale in block.chosen(smooth):
-            sides = []
-            for side in pair.sides:
-                width = block.params[f"{side.module}.weight"].shape[side.axis == "in"]
-                multiplier = expand(side, scale, width)
-                sides.append((f"{block.name}.{side.module}", side.axis, multiplier))
-            producer = next((s.module for s in pair.sides if s.power == -1), "")
-            self.adaptor.ledger.record(
-                self.solver.technique,
-                block.name,
-                pair.name,
-                pair.kind,
-                sides,
-                size=pair.size,
-                source=f"{block.name}.{producer}",
-            )
-
-    def _save(
-        self,
-        checkpoints: Checkpoints,
-        block: Block,
-        smooth: Mapping[str, Tensor],
-        report: BlockReport,
-    ) -> None:
-        tensors, meta = self.adaptor.snapshot(block.name)
-        named = {f"smooth/{name}": scale for name, scale in smooth.items()}
-        named |= {f"state/{name}": tensor for name, tensor in tensors.items()}
-        checkpoints.save(block.number, named, {"state": meta, "report": report.to_dict()})
-
-    def _resume(
-        self, block: Block, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
-    ) -> BlockReport:
-        parts: dict[str, dict[str, Tensor]] = {"smooth": {}, "state": {}}
-        for key, tensor in tensors.items():
-            kind, _, name = key.partition("/")
-            parts[kind][name] = tensor
-        self.adaptor.restore(block.name, parts["state"], meta["state"])
-        self._record(block, parts["smooth"])
-        return BlockReport.from_checkpoint(meta["report"])
