@@ -28,7 +28,7 @@ from aimet_ext.onnx.rewrite.kv import keep_keys_and_values
 from aimet_ext.onnx.rewrite.rotate import is_rotated, rotate_queries_and_keys, turned_tensors
 from aimet_ext.onnx.values import input_specs
 from aimet_ext.sim.onnx import files
-from aimet_ext.sim.onnx.files import build_target, multiplies_16_by_16
+from aimet_ext.sim.onnx.build import build_target, multiplies_16_by_16
 from aimet_ext.sim.onnx.ranges import (
     calibrate_added,
     put_encodings,

@@ -24,7 +24,7 @@ from aimet_ext.files.tensors import read_sealed, write_sealed
 from aimet_ext.onnx.index import stored_values
 from aimet_ext.onnx.values import to_torch, torch_array
 from aimet_ext.sim.onnx import files
-from aimet_ext.sim.onnx.files import build_described, describe_sim
+from aimet_ext.sim.onnx.build import build_described, describe_sim
 from aimet_ext.sim.onnx.state import (
     OutsideError,
     deviation,

@@ -43,7 +43,8 @@ from pydantic import field_validator  # noqa: E402
 import aimet_ext  # noqa: E402
 from aimet_ext.integrations.olive_config import PASS  # noqa: E402
 from aimet_ext.integrations.olive_techniques import check_techniques, reports_of, with_defaults  # noqa: E402
-from aimet_ext.sim.onnx.files import build_with, name_nodes, qdq_model  # noqa: E402
+from aimet_ext.sim.onnx.build import build_with  # noqa: E402
+from aimet_ext.sim.onnx.files import name_nodes, qdq_model  # noqa: E402
 from aimet_ext.sim.onnx.state import deviation, layer_biases, run, run_file, uncalibrated  # noqa: E402
 from aimet_ext.sim.protocol import adapt  # noqa: E402
 

@@ -100,7 +100,7 @@ def test_an_onnx_simulation_gets_it_for_the_device(
     """Its own graph stays as it is; what is built for the device turns queries and keys."""
     graph = read_model(folder.parent / "plain" / "net.onnx")
     sample = {"input_ids": IDS.numpy()}
-    from aimet_ext.sim.onnx.files import build_target
+    from aimet_ext.sim.onnx.build import build_target
 
     sim = build_target(graph, "htp_v79", sample=sample)
     aimet_ext.apply_rotation(sim, [sample], r1=False, r3=True, progress=False)

@@ -189,7 +189,7 @@ def test_a_baked_adapter_is_the_simulation_in_onnx(
 ) -> None:
     """The graph with exactly the simulation's quantizers gives its numbers, not the base's."""
     pytest.importorskip("aimet_onnx")
-    from aimet_ext.sim.onnx.files import build_target
+    from aimet_ext.sim.onnx.build import build_target
     from aimet_ext.sim.onnx.ranges import put_encodings
     from aimet_ext.sim.onnx.state import only_these
 

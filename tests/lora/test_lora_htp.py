@@ -66,7 +66,7 @@ def run_on_htp(
     """Compile once, with every node on HTP, and run with each feed."""
     from aimet_ext.artifact.hand_off import write_qdq
     from aimet_ext.integrations.qnn import compile_htp
-    from aimet_ext.sim.onnx.files import build_target
+    from aimet_ext.sim.onnx.build import build_target
     from aimet_ext.sim.onnx.ranges import calibrate_added, put_encodings
 
     ids = {"input_ids": IDS.numpy()}

@@ -18,7 +18,7 @@ from aimet_ext.onnx.reading import read_model
 from aimet_ext.onnx.rewrite.compilable import fold_constants
 from aimet_ext.onnx.rewrite.kv import moved_from, same_tensors, separate_outputs
 from aimet_ext.onnx.rewrite.rotate import turned_tensors
-from aimet_ext.sim.onnx.files import build_target
+from aimet_ext.sim.onnx.build import build_target
 from aimet_ext.sim.onnx.ranges import (
     put_encodings,
     put_rotations,
