@@ -7,6 +7,7 @@ Olive's techniques and the contract tests follow from the rows.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -26,6 +27,8 @@ class Technique:
     :param unit: Part of a model that is worked on at a time.
     :param number: Setting in third position of the call; None if there is none.
     :param data_free: True if it decides from weights alone, and reads no data.
+    :param freezes_if: Setting without which ranges of weights stay open; None for what follows from
+        ``decides``.
     :param resumes: False if nothing is searched that a checkpoint could keep.
     :param aimet: AIMET's function whose calls are understood, ``"module:function"``; None if AIMET
         has none of that form.
@@ -43,6 +46,7 @@ class Technique:
     unit: Literal["layer", "block"] = "layer"
     number: str | None = None
     data_free: bool = False
+    freezes_if: str | None = None
     resumes: bool = True
     aimet: str | None = None
     aimet_order: tuple[str, ...] = ()
@@ -87,6 +91,7 @@ TECHNIQUES: dict[str, Technique] = {
             decides="smoothing",
             unit="block",
             number="num_grid",
+            freezes_if="clip",
             olive="awq",
             page="awq",
         ),
@@ -159,6 +164,7 @@ TECHNIQUES: dict[str, Technique] = {
             params="aimet_ext.config:SeqMSEParams",
             decides="grids",
             number="block_size",
+            freezes_if="search",
             olive="lpbq",
             page="lpbq",
         ),
@@ -192,6 +198,29 @@ TECHNIQUES: dict[str, Technique] = {
         ),
     )
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A technique in an order of techniques.
+
+    :param row: Its row.
+    :param name: Name that the user gave it.
+    :param settings: Settings that were given.
+    :param exclude: Layers that it is to leave alone.
+    """
+
+    row: Technique
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    exclude: Sequence[str] = ()
+
+    @property
+    def freezes(self) -> bool:
+        """True if ranges of weights are frozen afterwards."""
+        if self.row.freezes_if is not None:
+            return bool(self.settings.get(self.row.freezes_if, True))
+        return self.row.decides in ("scales", "ranges", "integers")
 
 
 def load(home: str) -> Any:

@@ -42,7 +42,13 @@ from pydantic import field_validator  # noqa: E402
 
 import aimet_ext  # noqa: E402
 from aimet_ext.integrations.olive_config import PASS  # noqa: E402
-from aimet_ext.integrations.olive_techniques import check_techniques, reports_of, with_defaults  # noqa: E402
+from aimet_ext.integrations.olive_techniques import (  # noqa: E402
+    check_techniques,
+    reports_of,
+    steps_of,
+    with_defaults,
+)
+from aimet_ext.registry import load  # noqa: E402
 from aimet_ext.sim.onnx.build import build_with  # noqa: E402
 from aimet_ext.sim.onnx.files import name_nodes, qdq_model  # noqa: E402
 from aimet_ext.sim.onnx.state import deviation, layer_biases, run, run_file, uncalibrated  # noqa: E402
@@ -59,6 +65,8 @@ _FILE = "quantized_by_aimet_ext.onnx"
 _TOLERANCE, _FRACTION = 1e-4, 0.5
 # Operators whose weights are quantized already.
 _PACKED = {"MatMulNBits", "MatMulBnb4", "GatherBlockQuantized", "QMoE"}
+# Check of an order on a simulation, by its home as those of techniques.
+_CHECK = "aimet_ext.techniques.order:check_steps"
 # What Olive's engine raises again; it swallows all others.
 _RAISED = (AssertionError, AttributeError, ImportError, TypeError, ValueError)
 
@@ -165,7 +173,9 @@ class AimetQuantization(shipped.AimetQuantization):
         with tempfile.TemporaryDirectory(prefix="olive_tmp") as folder:
             calibration = _Batches(config.data_config, model)
             sim = _simulation(model, settings, folder, next(iter(calibration)))
-            for technique in with_defaults(settings["techniques"] or ()):
+            techniques = with_defaults(settings["techniques"] or ())
+            load(_CHECK)(adapt(sim), steps_of(techniques))
+            for technique in techniques:
                 sim = _apply(sim, technique, calibration, model)
             sim.compute_encodings(iter(calibration))
             _check_calibrated(sim)

@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 from olive.passes.onnx.aimet_quantization import SUPPORTED_TECHNIQUES
 from pydantic import ValidationError
 
-from aimet_ext.registry import TECHNIQUES, Technique, load
+from aimet_ext.errors import some
+from aimet_ext.registry import TECHNIQUES, Step, Technique, load
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,22 @@ def check_techniques(techniques: Any) -> None:
             # Of a technique that is not ours, which logs what is wrong.
             raise ValueError(f"technique {name!r} does not take {', '.join(arguments)}")
     _check_order(techniques)
+    _check_open(steps_of(with_defaults(techniques)))
+
+
+def steps_of(techniques: Sequence[Mapping[str, Any]]) -> list[Step]:
+    """Return those techniques of a pass that the registry has."""
+    rows = {row.olive: row for row in TECHNIQUES.values() if row.olive is not None}
+    return [
+        Step(
+            row=rows[each["name"].lower()],
+            name=each["name"].lower(),
+            settings=each,
+            exclude=tuple(each.get("nodes_to_exclude") or ()),
+        )
+        for each in techniques
+        if each["name"].lower() in rows
+    ]
 
 
 def _check_order(techniques: Sequence[Mapping[str, Any]]) -> None:
@@ -60,16 +77,41 @@ def _check_order(techniques: Sequence[Mapping[str, Any]]) -> None:
 
     :raises ValueError: A technique follows one that decides as much or more.
     """
-    rows = {row.olive: row for row in TECHNIQUES.values() if row.olive is not None}
-    whole = [t["name"].lower() for t in techniques if not t.get("nodes_to_exclude")]
-    for earlier, later in itertools.pairwise(name for name in whole if name in rows):
-        if rows[earlier].rank >= rows[later].rank:
-            ordered = sorted(rows.values(), key=lambda row: row.rank)
+    whole = [step for step in steps_of(techniques) if not step.exclude]
+    for earlier, later in itertools.pairwise(whole):
+        if earlier.row.rank >= later.row.rank:
+            rows = (row for row in TECHNIQUES.values() if row.olive is not None)
+            ordered = sorted(rows, key=lambda row: row.rank)
             groups = itertools.groupby(ordered, lambda row: row.rank)
             *first, last = (" or ".join(str(row.olive) for row in group) for _, group in groups)
             raise ValueError(
-                f"technique {later!r} cannot follow {earlier!r}; the order is {', '.join(first)}, "
-                f"then {last}, each at most once"
+                f"technique {later.name!r} cannot follow {earlier.name!r}; the order is "
+                f"{', '.join(first)}, then {last}, each at most once"
+            )
+
+
+def _check_open(steps: Sequence[Step]) -> None:
+    """Refuse steps that find all ranges frozen which they change, whatever the model.
+
+    Steps that leave layers alone may have layers of their own, which is seen when they are applied.
+
+    :raises ValueError: There is one, or a rotation that is to leave layers alone.
+    """
+    for step in steps:
+        if step.row.decides == "rotation" and step.exclude:
+            raise ValueError(
+                f"technique {step.name!r} turns all layers at once and can leave none alone, got "
+                f"{some(list(map(str, step.exclude)))}; leave that out"
+            )
+    for earlier, later in itertools.combinations((s for s in steps if not s.exclude), 2):
+        rescales = later.row.decides in ("rotation", "smoothing", "scales")
+        again = earlier.row.decides == "grids" and later.row.decides == "ranges"
+        if earlier.freezes and (rescales or again):
+            how = earlier.row.freezes_if
+            instead = "leave one of them out" if how is None else f'give the first "{how}": false'
+            raise ValueError(
+                f"technique {later.name!r} cannot follow {earlier.name!r}, which freezes the "
+                f"ranges that it would change; {instead}"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -19,10 +20,19 @@ import onnxruntime  # noqa: E402
 from olive.hardware import DEFAULT_CPU_ACCELERATOR  # noqa: E402
 from olive.model import ONNXModelHandler  # noqa: E402
 from olive.package_config import OlivePackageConfig  # noqa: E402
-from onnx_models import exported_llama  # noqa: E402
+from onnx_models import exported_llama, mlp_model  # noqa: E402
+from onnx_sims import build_sim  # noqa: E402
 
+from aimet_ext import QSpec  # noqa: E402
 from aimet_ext.integrations import olive as ours  # noqa: E402
-from aimet_ext.integrations.olive_techniques import check_techniques, reports_of  # noqa: E402
+from aimet_ext.integrations.olive_techniques import (  # noqa: E402
+    check_techniques,
+    reports_of,
+    steps_of,
+)
+from aimet_ext.registry import TECHNIQUES, Technique  # noqa: E402
+from aimet_ext.sim.protocol import adapt  # noqa: E402
+from aimet_ext.techniques.order import check_steps  # noqa: E402
 
 # Olive's imports warn, and AIMET about read-only arrays.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -142,8 +152,6 @@ def test_passes_that_the_page_names_are_olives() -> None:
 
 
 def test_every_technique_is_on_the_page() -> None:
-    from aimet_ext.registry import TECHNIQUES
-
     text = PAGE.read_text("utf-8")
     assert [row.olive for row in TECHNIQUES.values() if f"``{row.olive}``" not in text] == []
     used = {each["name"] for one in OURS for each in one.get("techniques", ())}
@@ -159,6 +167,70 @@ def test_techniques_in_another_order_are_refused() -> None:
     with pytest.raises(ValueError, match="'rtn' cannot follow 'gptq'"):
         check_techniques([seqmse, gptq, rtn])
     check_techniques([{**gptq, "nodes_to_exclude": ["/lm_head/MatMul"]}, rtn])
+
+
+OLIVE = [row for row in TECHNIQUES.values() if row.olive is not None]
+BEHIND_FROZEN = ("quarot", "spinquant", "smoothquant", "awq", "omniquant")
+
+
+@pytest.mark.parametrize("earlier", OLIVE, ids=lambda row: row.name)
+@pytest.mark.parametrize("later", OLIVE, ids=lambda row: row.name)
+def test_every_pair_of_techniques(earlier: Technique, later: Technique) -> None:
+    """An order is accepted if ranks rise and the first leaves open what the second changes."""
+
+    def refusal(**settings: Any) -> str:
+        first = {"name": earlier.olive, **settings}
+        try:
+            check_techniques([first, {"name": later.olive}])
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    pair = rf"'{later.olive}' cannot follow '{earlier.olive}'"
+    if earlier.rank >= later.rank:
+        assert re.search(f"{pair}; the order is", refusal())
+        return
+    frozen = earlier.olive in ("awq", "omniquant", "seqmse") and later.olive in BEHIND_FROZEN
+    assert bool(re.search(f"{pair}, which freezes the ranges", refusal())) == frozen
+    assert frozen or not refusal()
+    if earlier.olive == "awq":
+        assert not refusal(clip=False)
+    if earlier.olive == "lpbq":
+        behind = (*BEHIND_FROZEN, "seqmse")
+        assert ('give the first "search": false' in refusal(search=True)) == (later.olive in behind)
+
+
+def test_a_rotation_that_leaves_nodes_alone_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'quarot' turns all layers at once.*/head"):
+        check_techniques([{"name": "quarot", "nodes_to_exclude": ["/head"]}])
+
+
+@pytest.mark.parametrize(
+    ("techniques", "text"),
+    [
+        (["lpbq", "omniquant"], "'omniquant': .*[Bb]lock"),
+        (["lpbq", "activation_ranges"], "'activation_ranges': .*quantizers of activations"),
+    ],
+)
+def test_what_a_graph_lacks_is_said_first(techniques: list[str], text: str) -> None:
+    """On a graph of two layers without blocks and activations."""
+    sim = build_sim(mlp_model(), QSpec(bitwidth=8), None)
+    with pytest.raises(ValueError, match=text):
+        check_steps(adapt(sim), steps_of([{"name": name} for name in techniques]))
+
+
+@pytest.mark.parametrize("earlier", ["awq", "omniquant"])
+def test_ranges_behind_blocks_need_a_layer_of_their_own(earlier: str) -> None:
+    exported = exported_llama(1)
+    sim = build_sim(exported.model, QSpec(), None)
+    head = next(node for name, node in exported.names.items() if name.endswith("lm_head"))
+    steps = steps_of([{"name": earlier}, {"name": "seqmse"}])
+    check_steps(adapt(sim), steps)
+    steps[1] = dataclasses.replace(steps[1], exclude=(head,))
+    text = f"'seqmse' finds nothing to decide: {earlier} freezes the ranges of .*q_proj"
+    with pytest.raises(ValueError, match=text):
+        check_steps(adapt(sim), steps)
+    check_steps(adapt(sim), [*steps[:1], *steps_of([{"name": "gptq"}])])
 
 
 def test_data_is_refused_where_none_is_read() -> None:
