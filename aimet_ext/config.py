@@ -505,8 +505,12 @@ class SpinQuantParams(TechniqueParams):
 class ActivationRangesParams(TechniqueParams):
     """Settings of :func:`aimet_ext.apply_activation_ranges`.
 
-    :param least_share: Share of the divergence, by its slopes in the errors of all quantizers,
-        below which a tensor keeps its calibrated range unsearched; 0 searches all.
+    :param least_share: Share of the loss below which a tensor keeps its calibrated range
+        unsearched; 0 searches all.
+    :param objective: Loss by which ranges are chosen: ``"block"`` for the error of the output of a
+        decoder block, ``"output"`` for the divergence of the model's outputs. The latter is for
+        what is in no block either way, and for models without decoder blocks.
     """
 
     least_share: Annotated[float, Field(ge=0, le=1)] = 1e-3
+    objective: Literal["block", "output"] = "block"

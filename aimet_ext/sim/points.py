@@ -114,6 +114,15 @@ class Points(Protocol):
         """
         return {}  # a torch simulation quantizes no scores
 
+    def seeing(
+        self, module: str, see: Callable[[str, Tensor], Tensor]
+    ) -> AbstractContextManager[None]:
+        """Open a context in which a function takes the place of a module's activation quantizers.
+
+        :param see: Function from the place of a quantizer and its tensor to what goes on. Of an
+            ONNX graph it may be given other tensors too.
+        """
+
     def with_ranges(self, module: str, ranges: Mapping[str, Range]) -> AbstractContextManager[None]:
         """Open a context in which a module's activations are quantized with ranges given here.
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import field
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from typing import Any
 
 import torch
-from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
 from aimet_ext.analysis.analyze import error_slopes
@@ -20,76 +20,12 @@ from aimet_ext.errors import TransformRefused, some
 from aimet_ext.files.folders import replace_folder
 from aimet_ext.files.manifest import write_manifest
 from aimet_ext.files.tensors import Checkpoints
-from aimet_ext.sim.points import Point
+from aimet_ext.sim.points import Point, Range
 from aimet_ext.sim.protocol import SimAdaptor, adapt
+from aimet_ext.techniques.blockwise.ranges import BlockRanges, search_range
 from aimet_ext.techniques.call import Call, technique
-from aimet_ext.techniques.report import Report, UnitReport
-from aimet_ext.techniques.session import open_checkpoints, open_ledger, undo_on_failure
-
-_FACTORS = (0.8, 0.95)  # of a bound, each as often as it pays
-_LEAST_GAIN = 1e-4  # relative, of a step
-
-
-@dataclass(frozen=True, kw_only=True)
-class RangeReport(UnitReport):
-    """The range of one tensor, or of tensors that share one.
-
-    :param name: Module whose output it is, or tensor.
-    :param bitwidth: Bits of a value.
-    :param before: Range of the calibration.
-    :param after: Range as deployed.
-    :param kl_before: Divergence of the model's outputs with the range of the calibration, in nats.
-    :param kl_after: Divergence as deployed.
-    :param seconds: Seconds of the search.
-    :param resumed: True if it came from a checkpoint.
-    """
-
-    bitwidth: int
-    before: tuple[float, float]
-    after: tuple[float, float]
-    kl_before: float
-    kl_after: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class ActivationRangesReport(Report):
-    """The outcome of :func:`aimet_ext.apply_activation_ranges`; ``print`` shows a table.
-
-    :param ranges: Entries of the tensors that were searched, in order.
-    :param kl_before: Divergence of the outputs with the ranges of the calibration, mean
-        KL(float || quantized) in nats.
-    :param kl_after: Divergence as deployed.
-    :param kept: Number of quantizers that keep the range of the calibration unsearched, as they
-        hardly add to the divergence, or because their range is fixed or frozen.
-    :param settings: Settings of the run.
-    :param seconds: Seconds of the whole run.
-    """
-
-    ranges: tuple[RangeReport, ...]
-    kl_before: float
-    kl_after: float
-    kept: int
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        changed = [entry for entry in self.ranges if entry.after != entry.before]
-        width = max([20, *(len(entry.name) + 2 for entry in changed)])
-        lines = [f"{'':<{width}}{'bits':>4}{'calibrated':>22}{'deployed':>22}{'KL':>10}"]
-        lines += [
-            f"{entry.name:<{width}}{entry.bitwidth:>4}{_shown(entry.before):>22}"
-            f"{_shown(entry.after):>22}{entry.kl_after:>10.4f}"
-            for entry in changed
-        ]
-        lines.append(
-            f"KL to the float model {self.kl_before:.4g} before, {self.kl_after:.4g} after; "
-            f"{len(changed)} ranges changed, {len(self.ranges) - len(changed) + self.kept} kept; "
-            f"{self.seconds:.1f} s in all"
-        )
-        return "\n".join(lines)
-
-
-def _shown(bounds: tuple[float, float]) -> str:
-    return f"{bounds[0]:.4g} … {bounds[1]:.4g}"
+from aimet_ext.techniques.range_report import ActivationRangesReport, RangeReport
+from aimet_ext.techniques.session import OnGrids, open_checkpoints, open_ledger, undo_on_failure
 
 
 def _bounds(point: Point) -> tuple[float, float]:
@@ -134,6 +70,7 @@ class _Search:
         return [
             RangeReport(
                 name=name,
+                places=(self.points[name].place,),
                 bitwidth=self.points[name].bitwidth,
                 before=_bounds(self.points[name]),
                 after=bounds,
@@ -164,9 +101,9 @@ class _Search:
             if place not in done and members <= set(taken) and not members & fixed:
                 found.append([by_place[name] for name in sorted(members, key=list(by_place).index)])
             done |= members
-        return self._worth(found)
+        return found
 
-    def _worth(self, groups: list[list[Point]]) -> list[list[Point]]:
+    def worth(self, groups: Sequence[Sequence[Point]]) -> Sequence[Sequence[Point]]:
         """Return the groups that the divergence hangs on, by its slope in each one's error."""
         try:
             slopes = error_slopes(self.adaptor, self.reference, self.call.options.forward_fn)
@@ -182,21 +119,17 @@ class _Search:
     def search(self, group: Sequence[Point]) -> RangeReport:
         """Choose the range of some quantizers, which hold it afterwards."""
         started, first = time.perf_counter(), group[0]
-        start = best = _bounds(first)
-        before = self.error
-        for factors in self._steps(first):
-            while True:
-                tried = (best[0] * factors[0], best[1] * factors[1])
-                if tried == best or not tried[0] < tried[1]:
-                    break
-                self.write(group, tried)
-                error = self.measure()
-                if not error < self.error * (1 - _LEAST_GAIN):
-                    break
-                best, self.error = tried, error
+        start, before = _bounds(first), self.error
+
+        def judge(bounds: Range) -> float:
+            self.write(group, bounds)
+            return self.measure()
+
+        best, self.error = search_range(first, start, before, judge)
         self.write(group, best)
         return RangeReport(
             name=first.name,
+            places=tuple(point.place for point in group),
             bitwidth=first.bitwidth,
             before=start,
             after=best,
@@ -204,15 +137,6 @@ class _Search:
             kl_after=self.error,
             seconds=time.perf_counter() - started,
         )
-
-    def _steps(self, point: Point) -> Iterator[tuple[float, float]]:
-        """Yield factors of both bounds; of a symmetric range they are equal."""
-        for factor in _FACTORS:
-            if point.symmetric:
-                yield factor, factor
-            else:
-                yield factor, 1.0
-                yield 1.0, factor
 
     def write(self, group: Sequence[Point], bounds: tuple[float, float]) -> None:
         """Give quantizers a range."""
@@ -222,32 +146,39 @@ class _Search:
 
 @technique("activation_ranges")
 def apply_activation_ranges(call: Call[ActivationRangesParams]) -> ActivationRangesReport:
-    r"""Choose static ranges of activations by the divergence of the model's outputs.
+    r"""Choose static ranges of activations by the error of blocks' outputs, or of the model's.
 
     All ranges are calibrated first, as ``sim.compute_encodings`` does, those that are frozen
     excepted. Scores that go into a Softmax get shorter ranges, by the error of the Softmax. Then,
     one tensor after the other in the order in which data flows, its bounds are moved towards zero
-    while that lowers
+    while that lowers a loss with all other quantizers on, so that a range is chosen for the errors
+    that reach its tensor, and for what becomes of its own: for each decoder block ``F``
+
+    .. math::
+        \lVert F(X) - \hat F(\hat X) \rVert^2
+
+    where ``X`` are the block's inputs in the float model and ``X̂`` in the model quantized so far,
+    starting from percentiles of a tensor's values too; or, with ``objective="output"``,
 
     .. math::
         \mathrm{KL}\bigl(p_\text{float} \,\Vert\, p_\text{quantized}\bigr)
 
-    of the outputs, computed by the simulation with all of its quantizers on, so that a range
-    is chosen for the errors that reach its tensor, and for what becomes of its own. A range is
-    changed only where the divergence falls. Tensors that hardly add to the divergence, by its
-    gradient, are not searched (``least_share``).
+    of the model's outputs. A range is changed only where the loss falls, and blocks' ranges only if
+    the divergence of the outputs falls. Tensors that hardly add to the loss are not searched
+    (``least_share``). What is in no block is judged by the outputs.
 
     Ranges that an operator fixes, such as 0 to 1 of a Softmax, and frozen ones stay. Tensors that
     share a quantizer, or must quantize alike such as a cache's input and output, get one range.
     Afterwards all ranges of activations are frozen, and every quantizer has one.
 
     :param dataloader: Batches as for the other techniques; a few suffice, such as 16 windows of
-        text. The model runs on all of them for each range that is tried.
+        text. A block, or the model, runs on all of them for each range that is tried.
     :param modules_to_exclude: Modules, nodes or tensors whose ranges stay as calibrated, by name.
-    :param checkpoint_dir: Folder for a checkpoint of each tensor. The same call goes on from there
-        after a crash.
-    :param cache_dir: Folder for the copies that undo a failed call; None keeps them in RAM.
-    :param device: Without effect: the model runs where it is.
+    :param checkpoint_dir: Folder for a checkpoint of each block or tensor. The same call goes on
+        from there after a crash.
+    :param cache_dir: Folder for the copies that undo a failed call, and for what flows into blocks;
+        None keeps them in RAM.
+    :param device: Device of the block that is worked on; the model runs where it is.
     :returns: Ranges and divergences before and after.
     :raises ValueError: Unusable data, outputs that are no logits, no quantizer of activations, a
         name that is excluded and not there, the same technique twice.
@@ -325,6 +256,7 @@ def _search_all(
 ) -> list[RangeReport]:
     """Search group after group, or take it from its checkpoint."""
     reference, ranges = search.reference, [(p.low, p.high) for p in search.points.values()]
+    by_blocks = call.params.objective == "block"
     data = [("ranges", torch.tensor(ranges, dtype=torch.float64))]
     data += [(f"{n}", reference.log_probabilities(n)) for n in range(len(reference.batches))]
     with open_checkpoints(
@@ -337,8 +269,114 @@ def _search_all(
         device=reference.log_probabilities(0).device,
         activations=True,
     ) as checkpoints:
+        reports, first = list[RangeReport](), 0
+        if by_blocks and (blocks := _blocks(search.adaptor)):
+            reports, inside = _search_blocks(search, groups, blocks, call, checkpoints)
+            first = len(blocks)
+            groups = [group for group in groups if not inside.issuperset(p.place for p in group)]
+        else:
+            groups = search.worth(groups)
         bar = tqdm(groups, "activation ranges", disable=not call.options.progress)
-        return [_one(search, number, group, checkpoints) for number, group in enumerate(bar)]
+        return reports + [_one(search, n, group, checkpoints) for n, group in enumerate(bar, first)]
+
+
+def _blocks(adaptor: SimAdaptor) -> list[str]:
+    """Return the names of the decoder blocks, none of a model that has none that are known."""
+    try:
+        return [block.name for block in adaptor.find_blocks(None)]
+    except ValueError:
+        return []
+
+
+def _search_blocks(
+    search: _Search,
+    groups: Sequence[Sequence[Point]],
+    names: Sequence[str],
+    call: Call[ActivationRangesParams],
+    checkpoints: Checkpoints | None,
+) -> tuple[list[RangeReport], set[str]]:
+    """Search block after block, or take one from its checkpoint, and write what was found.
+
+    If the divergence of the model's outputs does not fall, all calibrated ranges are kept.
+
+    :param names: Blocks, in order.
+    :returns: Entries, and the places of all quantizers in blocks.
+    """
+    adaptor, options, reports = search.adaptor, call.options, list[RangeReport]()
+    points = {p.place: p for p in adaptor.points().values() if p.kind != "weight"}
+    ranges = {place: _bounds(point) for place, point in points.items()}
+    prefixes = tuple(f"{name}." for name in names)
+    every = {**adaptor.weight_quantizers(), **adaptor.other_quantizers()}
+    effective = OnGrids({name: q for name, q in every.items() if not name.startswith(prefixes)})
+    with ExitStack() as stack:
+        with adaptor.disabled_quantizers():
+            passing = adaptor.block_pass(
+                names,
+                search.reference.batches,
+                effective=effective,
+                forward_fn=options.forward_fn,
+                cache_dir=options.cache_dir,
+                device=options.device,
+            )
+        stack.enter_context(closing(passing))
+        blocks = stack.enter_context(closing(passing.blocks()))
+        bar = tqdm(blocks, "activation ranges", total=len(names), disable=not options.progress)
+        inside: set[str] = set()
+        for number, data in enumerate(bar):
+            with adaptor.disabled_quantizers(data.name):
+                targets = data.outputs("float")
+            with targets:
+                work = BlockRanges(adaptor, data, targets, points, ranges)
+                if checkpoints is not None and number in checkpoints:
+                    with checkpoints.resuming(number) as (_, meta):
+                        found = [RangeReport.from_checkpoint(each) for each in meta["reports"]]
+                        ranges.update({p: each.after for each in found for p in each.places})
+                else:
+                    own = [group for group in groups if not inside & {p.place for p in group}]
+                    found = _one_block(work, own, call)
+                    if checkpoints is not None:
+                        checkpoints.save(
+                            number, {}, {"reports": [each.to_dict() for each in found]}
+                        )
+                inside |= work.places()
+                work.advance()
+            reports += found
+    for entry in reports:
+        search.write([points[place] for place in entry.places], entry.after)
+    if (error := search.measure()) < search.error:
+        search.error = error
+        return reports, inside
+    for entry in reports:
+        search.write([points[place] for place in entry.places], entry.before)
+    return [replace(e, after=e.before, loss_before=None, loss_after=None) for e in reports], inside
+
+
+def _one_block(
+    work: BlockRanges, groups: Sequence[Sequence[Point]], call: Call[ActivationRangesParams]
+) -> list[RangeReport]:
+    """Choose the ranges of those groups that lie in a block, as far as they matter."""
+    seen, found = work.places(), []
+    own = [group for group in groups if all(point.place in seen for point in group)]
+    own = work.worth(own, call.params.least_share)
+    starts, loss = work.starts([group[0].place for group in own]), work.loss(work.ranges)
+    for group in own:
+        started, first, before = time.perf_counter(), group[0], loss
+        calibrated = work.ranges[first.place]
+        after, loss = work.search(group, loss, starts.get(first.place, ()))
+        found.append(
+            RangeReport(
+                name=first.name,
+                places=tuple(point.place for point in group),
+                bitwidth=first.bitwidth,
+                before=calibrated,
+                after=after,
+                block=work.data.name,
+                loss_before=before,
+                loss_after=loss,
+                seconds=time.perf_counter() - started,
+            )
+        )
+    return found
 
 
 def _one(
@@ -348,7 +386,7 @@ def _one(
         with checkpoints.resuming(number) as (_, meta):
             report = RangeReport.from_checkpoint(meta["report"])
             search.write(group, report.after)
-            search.error = report.kl_after
+            search.error = report.kl_after or 0.0
         return report
     report = search.search(group)
     if checkpoints is not None:

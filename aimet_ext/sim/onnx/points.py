@@ -94,9 +94,14 @@ class OnnxPoints(Points):
         return score_ranges(self._whole.graph, taken, batches[0])
 
     @contextmanager
-    def with_ranges(self, module: str, ranges: Mapping[str, Range]) -> Iterator[None]:
+    def seeing(self, module: str, see: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
         from aimet_ext.onnx.blocks.module import observed
 
+        with observed(self._whole.model.get_submodule(module), see):
+            yield
+
+    @contextmanager
+    def with_ranges(self, module: str, ranges: Mapping[str, Range]) -> Iterator[None]:
         every = self._whole.activation_quantizers(module)
         points = {name: self._point(name, every[name]) for name in ranges if name in every}
 
@@ -104,7 +109,7 @@ class OnnxPoints(Points):
             point = points.get(name)
             return tensor if point is None else point.quantize(tensor, *ranges[name])
 
-        with observed(self._whole.model.get_submodule(module), see):
+        with self.seeing(module, see):
             yield
 
     def calibrate_all(self, batches: Sequence[Any], forward_fn: ForwardFn | None = None) -> None:

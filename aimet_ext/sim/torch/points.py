@@ -63,15 +63,24 @@ class TorchPoints(Points):
             yield run
 
     @contextmanager
-    def with_ranges(self, module: str, ranges: Mapping[str, Range]) -> Iterator[None]:
+    def seeing(self, module: str, see: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
         forwards: dict[Any, Callable[[Tensor], Tensor]] = {}
         for name, quantizer in named_quantizers(self.sim.model.get_submodule(module), module):
             if not of_parameter(name):
-                bounds = ranges.get(name)
-                forwards.setdefault(
-                    quantizer, _passing if bounds is None else _quantize(name, quantizer, bounds)
-                )
+                forwards.setdefault(quantizer, partial(see, name))
         with replaced_quantizers(forwards):
+            yield
+
+    @contextmanager
+    def with_ranges(self, module: str, ranges: Mapping[str, Range]) -> Iterator[None]:
+        every = named_quantizers(self.sim.model.get_submodule(module), module)
+        points = {name: _point(name, quantizer) for name, quantizer in every if name in ranges}
+
+        def see(name: str, tensor: Tensor) -> Tensor:
+            point = points.get(name)
+            return tensor if point is None else point.quantize(tensor, *ranges[name])
+
+        with self.seeing(module, see):
             yield
 
     def calibrate_all(self, batches: Sequence[Any], forward_fn: ForwardFn | None = None) -> None:
@@ -115,15 +124,6 @@ def _point(place: str, quantizer: Any) -> Point:
         place=place,
         own=quantizer,
     )
-
-
-def _passing(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _quantize(name: str, quantizer: Any, bounds: Range) -> Callable[[Tensor], Tensor]:
-    point = _point(name, quantizer)
-    return lambda tensor: point.quantize(tensor, *bounds)
 
 
 def _own_forward(quantizer: nn.Module) -> Callable[[Tensor], Tensor]:
