@@ -167,12 +167,19 @@ PairKindName = Literal["norm_qkv", "v_o", "norm_mlp", "up_down", "q_k"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
+PRESETS = ("fast", "balanced", "best")
+"""Names of presets, which trade time for accuracy."""
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TechniqueParams:
     """Base of the settings of a technique."""
 
     former: ClassVar[Mapping[str, str]] = {}
     """Names of settings by the names that they had before, which are understood too."""
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Settings by the name of a preset, where they are not the defaults."""
 
     @model_validator(mode="before")
     @classmethod
@@ -182,18 +189,24 @@ class TechniqueParams:
 
     @classmethod
     def renamed(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return settings under the names that they have now.
+        """Return settings under the names that they have now, those of a ``preset`` included.
 
-        :raises ValueError: One is given under both of its names.
+        :raises ValueError: One is given under both of its names, or there is no such preset.
         """
         found: dict[str, Any] = {}
-        for name, value in settings.items():
+        rest = dict(settings)
+        preset = rest.pop("preset", "balanced")
+        known = {**{key: {} for key in PRESETS}, **cls.presets}
+        if preset not in known:
+            names = ", ".join(f'"{name}"' for name in PRESETS)
+            raise ValueError(f"preset: {names} is required, got {preset!r}")
+        for name, value in rest.items():
             now = cls.former.get(name, name)
             if now in found:
                 names = " and ".join(each for each in settings if cls.former.get(each, each) == now)
                 raise ValueError(f"{names} are one setting, given twice; give {now} alone")
             found[now] = value
-        return found
+        return {**known[preset], **found}
 
     def to_dict(self) -> dict:
         """Return the settings as plain JSON values."""
@@ -216,6 +229,10 @@ class SmoothQuantParams(TechniqueParams):
     :param pairs: Kinds of scale pairs to use.
     """
 
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "best": {"alpha": "search"},
+    }
+
     alpha: Annotated[float | str, AfterValidator(_is_alpha)] = 0.5
     pairs: tuple[PairKindName, ...] = ("norm_qkv", "v_o", "norm_mlp", "up_down")
 
@@ -232,6 +249,11 @@ class AWQParams(TechniqueParams):
     :param clip: Clip ranges and freeze them; if false ranges are left open, for a later technique.
     :param pairs: Kinds of scale pairs to use.
     """
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "fast": {"num_grid": 10, "duo_scaling": False},
+        "best": {"num_grid": 40},
+    }
 
     num_grid: Annotated[int, Field(ge=1)] = 20
     duo_scaling: bool = True
@@ -285,6 +307,11 @@ class OmniQuantParams(TechniqueParams):
         state with half the rates.
     :param seed: Seed of the order of batches.
     """
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "fast": {"num_iterations": 200, "search_sweeps": 1, "evaluations": 4},
+        "best": {"num_iterations": 1600, "evaluations": 16},
+    }
 
     former: ClassVar[Mapping[str, str]] = {"let_start": "init"}
 
@@ -381,6 +408,11 @@ class SeqMSEParams(LayerwiseParams):
     :param sweeps: Sweeps over the cells of a layer, at most, in mode ``"best"``.
     """
 
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "fast": {"num_candidates": 10, "sweeps": 2},
+        "best": {"num_candidates": 40, "sweeps": 6, "inp_symmetry": "asym"},
+    }
+
     num_candidates: Annotated[int, Field(ge=1)] = 20
     mode: Literal["best", "compatible"] = "best"
     sweeps: Annotated[int, Field(ge=2)] = 3
@@ -399,6 +431,10 @@ class GPTQParams(LayerwiseParams):
     :param refine_sweeps: Sweeps of coordinate descent on the full objective afterwards, at most;
         0 for GPTQ alone.
     """
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "fast": {"inp_symmetry": "symqt", "scale_candidates": 6, "refine_sweeps": 2},
+    }
 
     inp_symmetry: InputSymmetry = "asym"
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
@@ -427,6 +463,10 @@ class AdaRoundParams(LayerwiseParams):
     :param refine_sweeps: Sweeps of coordinate descent on the full objective afterwards, at most.
     :param seed: Seed of the samples and their order.
     """
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "fast": {"num_iterations": 100, "refine_sweeps": 2},
+    }
 
     inp_symmetry: InputSymmetry = "asym"
     num_iterations: Annotated[int, Field(ge=1)] = 300

@@ -176,7 +176,7 @@ def _parsed(text: str) -> tuple[str, str, Any]:
             param_hint="--set",
         )
     fields = [field.name for field in dataclasses.fields(load(TECHNIQUES[name].params))]
-    if field not in fields:
+    if field not in (*fields, "preset"):
         raise typer.BadParameter(
             f"{name} has no setting {field!r}; it has {', '.join(fields)}", param_hint="--set"
         )

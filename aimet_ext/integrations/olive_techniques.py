@@ -156,7 +156,7 @@ class OliveTechnique:
         fields = [field.name for field in dataclasses.fields(self.params)]
         data = [] if self.row.data_free else ["data_config"]
         first = [*data, *([self.row.number] if self.row.number else []), "nodes_to_exclude"]
-        return list(dict.fromkeys([*first, *fields]))
+        return list(dict.fromkeys([*first, *fields, "preset"]))
 
     def _requires_data(self) -> bool:
         return not self.row.data_free
@@ -173,7 +173,7 @@ class OliveTechnique:
                 f"technique {self.name!r} has no argument {', '.join(map(repr, unknown))}; it has "
                 f"{', '.join(known)}"
             )
-        fields = {field.name for field in dataclasses.fields(self.params)}
+        fields = {*(field.name for field in dataclasses.fields(self.params)), "preset"}
         try:
             self.params(**_plain({k: v for k, v in arguments.items() if k in fields}))
         except ValidationError as error:
@@ -190,7 +190,8 @@ class OliveTechnique:
 
         :param data_config: Batches.
         """
-        settings = {**self.row.olive_defaults, **_plain(arguments)}
+        defaults = {} if "preset" in arguments else self.row.olive_defaults
+        settings = {**defaults, **_plain(arguments)}
         report = load(self.row.function)(sim, data_config, progress=False, **settings)
         logger.info("%s:\n%s", self.name, report)
         setattr(sim, _REPORTS, [*getattr(sim, _REPORTS, ()), (self.name, report)])

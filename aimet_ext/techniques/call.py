@@ -101,7 +101,8 @@ class TechniqueFunction(Protocol[S, R]):
         :param params: Settings, see :class:`{params}`.
         :param device: Device of the block being worked on; None leaves it where it is.
         :param progress: Show a progress bar.
-        :param settings: Fields of :class:`{params}`, in place of ``params``; AIMET's names of
+        :param settings: Fields of :class:`{params}`, in place of ``params``, and ``preset``, which
+            sets several: ``"fast"``, ``"balanced"`` (the defaults) or ``"best"``. AIMET's names of
             arguments (``quant_sim``, ``data_loader``, …) are understood as well.
         :returns: Objective of every layer, of plain rounding too; layers left alone with the
             reason.
@@ -206,18 +207,22 @@ def merge_params(
     :param params: Base; None for the defaults.
     :param settings: Fields that replace those of ``params``.
     :param number: The number in third position; counts unless it is the default and ``params``
-        are given.
+        or a preset are given.
     :raises TypeError: A field that does not exist, or ``params`` of another class.
     :raises ValueError: A value that is not allowed.
     """
     if params is not None and type(params) is not kind:
         raise TypeError(f"params must be {kind.__name__}, got {type(params).__name__}")
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    settings = kind.renamed(settings)
+    chosen = params is not None or "preset" in settings
+    try:
+        settings = kind.renamed(settings)
+    except ValueError as error:
+        raise ValueError(f"{who}(): {error}") from None
     unknown = sorted(set(settings) - set(fields))
     if unknown:
         raise TypeError(f"{who}() has no setting {', '.join(unknown)}; it has {', '.join(fields)}")
-    given = {n: v for n, v in number.items() if params is None or v != fields[n].default}
+    given = {n: v for n, v in number.items() if not chosen or v != fields[n].default}
     values = {**settings, **given}
     base = {} if params is None else {name: getattr(params, name) for name in fields}
     return kind(**{**base, **values})
