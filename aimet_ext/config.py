@@ -490,14 +490,18 @@ class RotationParams(TechniqueParams):
     :param r1: Rotate the hidden states, across all blocks.
     :param r2: Rotate the channels of each head between its values and the output projection.
     :param r3: Rotate queries and keys behind the rotary embedding, when the model runs, by a
-        Hadamard matrix: for keys of 8 bits.
-    :param seed: Seed of signs and of random matrices.
+        Hadamard matrix: for keys of 8 bits. ``"fitted"`` for matrices and shifts of each head that
+        are fitted to the data, by which 8 bits cost least; not for v68 and v69, as these
+        matrices need 16 bits.
+    :param r3_steps: Steps of the descent that fits the matrices of an attention.
+    :param seed: Seed of signs, of random matrices and of draws.
     """
 
     mode: Literal["hadamard", "random"] = "hadamard"
     r1: bool = True
     r2: bool = True
-    r3: bool = False
+    r3: bool | Literal["fitted"] = False
+    r3_steps: Annotated[int, Field(ge=0)] = 200
     seed: int = 0
 
     @model_validator(mode="after")

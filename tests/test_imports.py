@@ -76,6 +76,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         },
         {"torch", "tqdm", "pydantic"},
     ),
+    "techniques.rotating.keys": (
+        {"techniques", "analysis", "data", "core", "config"},
+        {"torch", "tqdm"},
+    ),
     "techniques*": (
         {
             *(

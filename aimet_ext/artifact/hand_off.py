@@ -107,8 +107,8 @@ def hand_off(
     source = sim if sim is not None else load(folder)
     (reference,) = run_feeds(adapt(source).runner, batches[:1])
     settings = read_json(folder / SETTINGS)["create_sim"] or {}
-    rotated = Ledger.load(folder).rotates_keys
-    model, kept = _prepared(model, encoded, batches[0], rotated, kv_bitwidth is not None)
+    ledger = Ledger.load(folder)
+    model, kept = _prepared(model, encoded, batches[0], ledger, kv_bitwidth is not None)
     turned = turned_tensors(model)
     encoded = {name: entry for name, entry in encoded.items() if name not in turned}
     built = build_target(
@@ -192,15 +192,15 @@ def _prepared(
     model: Any,
     encoded: Mapping[str, Mapping[str, Any]],
     sample: Mapping[str, np.ndarray[Any, Any]],
-    rotated: bool,
+    ledger: Ledger,
     keep: bool,
 ) -> tuple[Any, list[str]]:
     """Return the float model in forms that an NPU computes right, and its keys and values."""
     model = make_static(model, {name: array.shape for name, array in sample.items()}, encoded)
     bound_masks(model)
     set_apart(model, {name: entry["enc_type"] for name, entry in encoded.items()})
-    if rotated and not is_rotated(model):  # the graph of an ONNX simulation is its own
-        rotate_queries_and_keys(model)
+    if ledger.rotates_keys and not is_rotated(model):  # the graph of an ONNX sim is its own
+        rotate_queries_and_keys(model, ledger.key_maps)
     return model, keep_keys_and_values(model) if keep else []
 
 

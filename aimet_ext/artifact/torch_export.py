@@ -241,7 +241,7 @@ def write_onnx(
     older.rename(newer)
     if adaptor.ledger is not None and adaptor.ledger.rotates_keys:
         model = read_model(path, external=False)
-        rotate_queries_and_keys(model)
+        rotate_queries_and_keys(model, adaptor.ledger.key_maps)
         path.write_bytes(model.SerializeToString())
 
     file = OnnxFile(path)

@@ -30,6 +30,7 @@ from aimet_ext.core.hadamard import hadamard
 
 _RIDGE = 1e-6  # of the mean eigenvalue
 _RATE = 0.02
+_TOKENS = 2048  # with the largest keys, which decide a range
 _SHARPNESS = (16.0, 48.0)  # of the soft maximum, in both halves of the descent
 
 
@@ -43,6 +44,12 @@ class KeyMap:
 
     matrix: Tensor
     shift: Tensor
+
+    @classmethod
+    def alike(cls, matrix: Tensor, heads: int) -> KeyMap:
+        """Return the map by one matrix ``[width, width]`` for all heads, without a shift."""
+        matrix = matrix.double().expand(heads, -1, -1)
+        return cls(matrix, matrix.new_zeros(matrix.shape[:2]))
 
     @property
     def of_queries(self) -> Tensor:
@@ -88,12 +95,16 @@ def balanced_map(keys: Tensor, fisher: Tensor) -> KeyMap:
 def fit_key_map(keys: Tensor, fisher: Tensor, *, steps: int) -> KeyMap:
     """Return the map with the lowest noise that descent finds from :func:`balanced_map`.
 
+    The keys that it is fitted to range from −1 to 1 behind it.
+
     :param keys: Keys of one attention behind the rotary embedding, ``[key heads, tokens, width]``.
     :param fisher: Their Fisher information ``[key heads, width, width]``.
     :param steps: Steps of Adam; none keeps the start.
     """
     start = balanced_map(keys, fisher)
     before = keys.double() @ start.matrix + start.shift[:, None]  # at most 1 in size
+    largest = before.abs().amax((0, 2)).topk(min(_TOKENS, before.shape[1])).indices
+    before = before[:, largest.sort().values]
     inverse = torch.linalg.inv(start.matrix)
     seen = inverse @ fisher.double() @ inverse.mT
     seen = seen / seen.diagonal(dim1=1, dim2=2).sum()
@@ -120,8 +131,16 @@ def fit_key_map(keys: Tensor, fisher: Tensor, *, steps: int) -> KeyMap:
         for group in descent.param_groups:
             group["lr"] = _RATE * (1 - step / steps)
         descent.step()
-    made = start.matrix @ best[0]
-    return KeyMap(made, (start.shift[:, None] @ best[0])[:, 0] + best[1])
+    made = KeyMap(start.matrix @ best[0], (start.shift[:, None] @ best[0])[:, 0] + best[1])
+    return _filling(min(start, made, key=lambda own: own.noise(keys, fisher)), keys)
+
+
+def _filling(own: KeyMap, keys: Tensor) -> KeyMap:
+    """Return a map scaled, and shifted alike for all channels, so that keys range from −1 to 1."""
+    mapped = keys.double() @ own.matrix + own.shift[:, None]
+    low, high = mapped.min(), mapped.max()
+    half = ((high - low) / 2).clamp_min(torch.finfo(low.dtype).tiny)
+    return KeyMap(own.matrix / half, (own.shift - (low + high) / 2) / half)
 
 
 def _power(matrix: Tensor, exponent: float) -> Tensor:

@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from aimet_ext.core.factors import Factor, Product, width_of
+from aimet_ext.core.key_maps import KeyMap
 from aimet_ext.errors import some
 from aimet_ext.files.factors import (
     NORM_GAIN,
@@ -27,7 +28,8 @@ from aimet_ext.files.tensors import read_sealed, write_sealed
 Axis = Literal["in", "out"]
 _KEYS: dict[str, str] = {"in": "input", "out": "output"}
 # The first version holds positive vectors alone, and is what those are still written as.
-_SCHEMAS = ("aimet_ext.ledger/1", "aimet_ext.ledger/2")
+# The third has maps of keys.
+_SCHEMAS = ("aimet_ext.ledger/1", "aimet_ext.ledger/2", "aimet_ext.ledger/3")
 _TYPED = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
 
@@ -97,11 +99,14 @@ class Ledger:
         self.origin = origin
         self.entries: list[Entry] = []
         self.runs: list[Run] = []
+        #: Maps of the keys of each attention, in order, where ``r3="fitted"`` found some.
+        self.key_maps: tuple[KeyMap, ...] = ()
         self._matrices = SharedMatrices()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ledger:
         copied = Ledger(self.origin)
         copied.entries, copied.runs = list(self.entries), list(self.runs)
+        copied.key_maps = self.key_maps
         copied._matrices = self._matrices.copy()
         memo[id(self)] = copied
         return copied
@@ -185,7 +190,7 @@ class Ledger:
     @property
     def rotates_keys(self) -> bool:
         """True if queries and keys are to be turned when the model runs (``r3`` of a rotation)."""
-        return any(run.settings.get("r3") is True for run in self.runs)
+        return any(run.settings.get("r3") for run in self.runs)
 
     @property
     def is_plain(self) -> bool:
@@ -250,6 +255,8 @@ class Ledger:
                 else:
                     sides[-1] += matrices.place(side.factor)
             entries.append({**vars(entry), "sides": sides})
+        for number, own in enumerate(self.key_maps):
+            tensors.update({f"keys.{number}.matrix": own.matrix, f"keys.{number}.shift": own.shift})
         fields = {"origin": self.origin, "entries": entries, "runs": self.described_runs}
         return {**tensors, **matrices.tensors}, fields
 
@@ -272,12 +279,17 @@ class Ledger:
                     sides.append((module, axis, tensors[f"{number}.{place}"]))
             ledger.record(**{**entry, "sides": sides})
         ledger.runs = stored.runs
+        count = sum(name.startswith("keys.") for name in tensors) // 2
+        ledger.key_maps = tuple(
+            KeyMap(*(tensors[f"keys.{number}.{part}"] for part in ("matrix", "shift")))
+            for number in range(count)
+        )
         return ledger
 
     def save(self, folder: Path) -> None:
         """Write ``ledger.safetensors``, exactly as the ledger is."""
         tensors, fields = self.to_tensors()
-        schema = _SCHEMAS[not self.is_plain]
+        schema = _SCHEMAS[2 if self.key_maps else not self.is_plain]
         write_sealed(folder / LEDGER, schema, tensors, {"ledger": fields})
 
     @classmethod

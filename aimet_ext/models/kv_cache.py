@@ -11,8 +11,8 @@ are stored as attention reads them, that is after the rotary embedding.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -299,6 +299,48 @@ class _Cache:
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of slots of the cache, filled or not."""
         return self._past[layer_idx][0].shape[2] if self._past else 0
+
+
+class _SeenKeys(_Cache):
+    """An empty cache whose keys go through a function.
+
+    :param see: Function of the layer's number and its keys.
+    """
+
+    def __init__(self, see: Callable[[int, Tensor], Tensor]) -> None:
+        super().__init__(())
+        self._see = see
+
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        return self._see(layer_idx, key), value
+
+
+@contextmanager
+def seen_keys(module: nn.Module, see: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
+    """Open a context in which the keys of each layer go through a function.
+
+    :param module: What ``prepare_model`` made of a causal LM of transformers, quantized or not.
+    :param see: Function of the layer's number and its keys ``[batch, heads, tokens, width]``
+        behind the rotary embedding.
+    :raises ValueError: A model that was not prepared.
+    """
+    model = causal_lm(module)
+    if model is None or not isinstance(module, PreparedCausalLM):
+        raise ValueError(
+            'r3="fitted": a model wrapped by prepare_model is required, whose keys are known, got '
+            f"{type(module).__name__}; pass r3=True"
+        )
+
+    def with_cache(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "past_key_values": _SeenKeys(see)}
+
+    handle = model.register_forward_pre_hook(with_cache, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _checked_layer_types(module: nn.Module, context: int) -> tuple[str, ...]:

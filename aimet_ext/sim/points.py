@@ -96,6 +96,18 @@ class Points(Protocol):
         :raises TransformRefused: An ONNX graph has operators that PyTorch cannot compute.
         """
 
+    def seeing_keys(
+        self, see: Callable[[int, Tensor], Tensor], forward_fn: ForwardFn | None = None
+    ) -> AbstractContextManager[Run]:
+        """Open a context with a function that runs the float model, differentiable.
+
+        Keys of each attention ``[batch, key heads, tokens, width]``, behind the rotary embedding,
+        go through a function of the attention's number and the keys.
+
+        :raises ValueError: The keys are not found.
+        :raises TransformRefused: An ONNX graph has operators that PyTorch cannot compute.
+        """
+
     def running(
         self, names: Collection[str], forward_fn: ForwardFn | None = None
     ) -> AbstractContextManager[Run]:

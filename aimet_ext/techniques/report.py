@@ -318,6 +318,9 @@ class RotationReport(Report):
     :param losses: Mean KL divergence of the quantized model from the float one, on batches held
         out, where rotations were learnt: ``"none"`` without them, ``"start"``, ``"learnt"``.
     :param resumed: Steps of learning that came from a checkpoint.
+    :param key_losses: Divergence that keys of 8 bits add, to second order, in nats a row of the
+        outputs, where maps of keys were fitted: ``"plain"``, ``"hadamard"`` if there is such a
+        matrix, ``"fitted"``.
     :param reset_encodings: Quantizers whose ranges no longer fit and were dropped.
     :param settings: Settings of the run.
     :param seconds: Seconds of the whole run.
@@ -329,13 +332,17 @@ class RotationReport(Report):
     deviation: float
     losses: dict[str, float] = field(default_factory=dict)
     resumed: int = 0
+    key_losses: dict[str, float] = field(default_factory=dict)
     reset_encodings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{name}: {how}" for name, how in self.rotations.items()]
-        if self.losses:
-            worth = ", ".join(f"{name} {loss:.4g}" for name, loss in self.losses.items())
-            lines.append(f"KL divergence from the float model: {worth}")
+        for what, losses in (
+            ("KL divergence from the float model", self.losses),
+            ("KL divergence by keys of 8 bits, estimated", self.key_losses),
+        ):
+            worth = ", ".join(f"{name} {loss:.4g}" for name, loss in losses.items())
+            lines += [f"{what}: {worth}"] if losses else []
         lines += [f"not rotated: {name}: {why}" for name, why in self.refused.items()]
         worst = max((part.deviation for part in self.blocks), default=0.0)
         lines.append(

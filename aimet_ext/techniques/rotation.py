@@ -11,7 +11,8 @@ from aimet_ext.models.topology import TopologyDescription
 from aimet_ext.sim.protocol import adapt
 from aimet_ext.techniques.call import Call, technique
 from aimet_ext.techniques.report import RotationReport
-from aimet_ext.techniques.rotating.run import Chosen, run_rotation
+from aimet_ext.techniques.rotating.keys import fit_keys
+from aimet_ext.techniques.rotating.run import Chosen, Plan, run_rotation
 
 
 @technique("rotation", needs_data=False)
@@ -30,7 +31,10 @@ def apply_rotation(
     With ``r3`` queries and keys are rotated as well, behind the rotary embedding, where it cannot
     be folded into weights: scores stay as they are, and keys fit on a grid of 8 bits. The
     simulation computes as before; graphs that are exported, verified or given a cache have an
-    operator more for queries and one for keys.
+    operator more for queries and one for keys. With ``r3="fitted"`` each head has an invertible
+    matrix of its own in its place, and its keys a shift, which a softmax does not see: those by
+    which a grid of 8 bits for all keys of an attention costs the outputs least, see
+    :mod:`aimet_ext.core.key_maps`.
 
     Each block is proved in float64 on the model itself, and the whole model in its own precision.
     A model of LayerNorms gets a rotation that keeps the mean of the channels, so that its norms
@@ -39,14 +43,15 @@ def apply_rotation(
     :param sim: ``QuantizationSimModel`` of aimet_torch or aimet_onnx, of a language model of
         decoder blocks. Mutated. Encodings that no longer fit are reset and named in the report.
     :param dataloader: Batches to prove it on, and by which stale encodings are told; None for a few
-        random ids.
+        random ids. ``r3="fitted"`` is fitted to all of them, such as 16 windows of text.
     :param modules_to_exclude: Must be left out: a rotation turns all layers at once.
     :param output_path: Folder for the rotations (``scales.safetensors``, see :func:`load_scales`)
         and the report. A folder that this package wrote is replaced, another one refused.
     :param topology: Names of the modules in a block, for a model of an unknown family.
     :returns: Kinds of the rotations, the proofs, and the encodings that were reset.
     :raises ValueError: Unusable data, an unknown architecture, frozen or rounded weights, weights
-        that hold NaN, the same technique twice; ``r3`` for a model without a rotary embedding.
+        that hold NaN, the same technique twice; ``r3`` for a model without a rotary embedding,
+        or fitted without data.
     :raises TransformRefused: The model cannot have a rotation that was asked for; the reason is
         named, such as a norm between a layer and the hidden states.
 
@@ -54,12 +59,25 @@ def apply_rotation(
     >>> apply_gptq(sim, batches)
     """
     params = call.params
+    if params.r3 == "fitted" and call.dataloader is None:
+        raise ValueError(
+            'r3="fitted": batches are required to fit the matrices to, got dataloader=None; pass a '
+            "few windows of text, or r3=True"
+        )
     if params.r3:
         adapt(call.sim).check_rotary()
     return run_rotation(
         call,
-        lambda plan, call: Chosen(plan.rotations(call.params)),
+        _chosen,
         r1=params.r1,
         r2=params.r2,
         topology=topology,
     )
+
+
+def _chosen(plan: Plan, call: Call[RotationParams]) -> Chosen:
+    rotations = plan.rotations(call.params)
+    if call.params.r3 != "fitted":
+        return Chosen(rotations)
+    maps, losses = fit_keys(plan, call)
+    return Chosen(rotations, key_maps=maps, key_losses=losses)

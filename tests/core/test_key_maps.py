@@ -74,10 +74,12 @@ def test_descent_gains_on_the_start_and_that_on_a_hadamard_matrix(
 ) -> None:
     turning = hadamard(DIM)
     assert turning is not None
-    plain = KeyMap(turning.double().expand(HEADS, -1, -1), torch.zeros(HEADS, DIM).double())
+    plain = KeyMap.alike(turning, HEADS)
     start, found = balanced_map(keys, fisher), fit_key_map(keys, fisher, steps=100)
     noises = [each.noise(keys, fisher) for each in (plain, start, found)]
     assert noises[0] > 2 * noises[1] and noises[1] > 1.1 * noises[2], noises
+    mapped = keys @ found.matrix + found.shift[:, None]
+    assert float(mapped.max()) == pytest.approx(1) and float(mapped.min()) == pytest.approx(-1)
     again = fit_key_map(keys, fisher, steps=100)
     assert torch.equal(again.matrix, found.matrix) and torch.equal(again.shift, found.shift)
 

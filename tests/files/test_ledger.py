@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import pathlib
 
 import pytest
 import torch
 
+from aimet_ext.core.key_maps import KeyMap
 from aimet_ext.files.ledger import Ledger
 
 Q, V, O = (f"model.layers.0.self_attn.{name}_proj" for name in "qvo")  # noqa: E741
@@ -113,3 +115,25 @@ def test_multipliers_of_two_widths_are_refused() -> None:
         ledger.record("x", "b", "p", "k", [(Q, "in", torch.ones(width))], size=4)
     with pytest.raises(ValueError, match="one width"):
         ledger.cumulative()
+
+
+def test_maps_of_keys_are_written_and_read_back(tmp_path: pathlib.Path) -> None:
+    """Exactly, in a file of the third version; copies have them, and folding does not see them."""
+    ledger, _, _ = stacked()
+    draw = torch.Generator().manual_seed(0)
+    ledger.key_maps = tuple(
+        KeyMap(
+            torch.randn(2, 4, 4, generator=draw).double(),
+            torch.randn(2, 4, generator=draw).double(),
+        )
+        for _ in range(2)
+    )
+    ledger.log_run("rotation", [Q], settings={"r3": "fitted"})
+    before = ledger.cumulative()
+    ledger.save(tmp_path)
+    for other in (Ledger.load(tmp_path), copy.deepcopy(ledger)):
+        assert other.rotates_keys and len(other.key_maps) == 2
+        for own, found in zip(ledger.key_maps, other.key_maps, strict=True):
+            assert torch.equal(own.matrix, found.matrix) and torch.equal(own.shift, found.shift)
+        for name, axes in other.cumulative().items():
+            assert all(torch.equal(axes[key], before[name][key]) for key in axes)

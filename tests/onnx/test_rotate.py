@@ -8,11 +8,17 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from aimet_ext.core.key_maps import KeyMap
 from aimet_ext.onnx.index import GraphIndex
 from aimet_ext.onnx.rewrite.kv import keep_keys_and_values
-from aimet_ext.onnx.rewrite.rotate import is_rotated, rotate_queries_and_keys
+from aimet_ext.onnx.rewrite.rotate import (
+    is_rotated,
+    rotate_queries_and_keys,
+    turned_tensors,
+)
 from aimet_ext.onnx.session import open_session
 
 HEADS, GROUPS, TOKENS, DIM = 4, 2, 6, 8
@@ -22,7 +28,9 @@ HALF = DIM // 2
 class Attention:
     """A float64 graph of grouped-query attention, node by node, as exporters write it."""
 
-    def __init__(self, *, cache: bool, rotated: int = DIM, rotary: bool = True) -> None:
+    def __init__(
+        self, *, cache: bool, rotated: int = DIM, rotary: bool = True, bounded: bool = False
+    ) -> None:
         self.nodes: list[Any] = []
         self.stored: dict[str, np.ndarray[Any, Any]] = {}
         self.number = itertools.count()
@@ -40,6 +48,7 @@ class Attention:
         k = self("Transpose", k, perm=[0, 1, 3, 2])
         scale = self.constant(DIM**-0.25)
         scores = self("MatMul", self("Mul", q, scale), self("Mul", k, scale))
+        scores = self("Tanh", scores) if bounded else scores
         weights = self("Softmax", self("Add", scores, self.constant(0.1)), axis=-1)
         self("MatMul", weights, v, output="out")
         outputs = ["out", "present_key"] if cache else ["out"]
@@ -121,6 +130,43 @@ def test_scores_stay_and_keys_are_turned(cache: bool, rotated: int) -> None:
     if cache:
         assert np.abs(after[1] - before[1] @ hadamard).max() <= 1e-10
         assert np.abs(after[1] - before[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("cache", [False, True], ids=["plain", "cache"])
+def test_maps_of_each_head_leave_the_output_as_it_was(cache: bool) -> None:
+    """softmax((q M⁻ᵀ)(k M + b)ᵀ) = softmax(q kᵀ) in float64; what is kept is ``k M + b``."""
+    draw = torch.Generator().manual_seed(0)
+    own = KeyMap(
+        torch.randn(GROUPS, DIM, DIM, generator=draw, dtype=torch.float64),
+        torch.randn(GROUPS, DIM, generator=draw, dtype=torch.float64),
+    )
+    attention = Attention(cache=cache)
+    before = attention.run()
+    names = rotate_queries_and_keys(attention.model, [own])
+    assert names == ["query_r3", "present_key" if cache else "present_key_r3"]
+
+    def mapped(keys: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return keys @ own.matrix.numpy() + own.shift.numpy()[:, None]
+
+    if cache:
+        attention.feed["past_key"] = mapped(attention.feed["past_key"])
+    after = attention.run()
+    assert np.abs(after[0] - before[0]).max() <= 1e-10
+    assert turned_tensors(attention.model) >= set(names)
+    if cache:
+        assert np.abs(after[1] - mapped(before[1])).max() <= 1e-10
+    else:
+        assert keep_keys_and_values(attention.model) == ["present_key_r3_kept"]
+
+
+def test_maps_that_do_not_fit_are_refused() -> None:
+    whole = KeyMap(torch.eye(DIM).expand(HEADS - 1, DIM, DIM), torch.zeros(HEADS - 1, DIM))
+    with pytest.raises(ValueError, match=r"keys \[batch, 3, tokens, 8\] .* are required"):
+        rotate_queries_and_keys(Attention(cache=False).model, [whole])
+    with pytest.raises(ValueError, match="2 attentions with keys of their own are required"):
+        rotate_queries_and_keys(Attention(cache=False).model, [whole, whole])
+    with pytest.raises(ValueError, match=r"r3=\"fitted\".*bounds them; pass r3=True"):
+        rotate_queries_and_keys(Attention(cache=False, bounded=True).model, [whole])
 
 
 def hadamard_of(attention: Attention) -> np.ndarray[Any, Any]:

@@ -15,6 +15,7 @@ from aimet_ext.core.affine import fake_quantize
 from aimet_ext.data.batches import ForwardFn
 from aimet_ext.onnx.graph import OnnxGraph
 from aimet_ext.onnx.ops.translate import Operation, TranslatedGraph
+from aimet_ext.onnx.rewrite.rotate import check_shifts, queries_and_keys
 from aimet_ext.sim.onnx.quantizers import (
     is_integer,
     load_scale,
@@ -65,13 +66,30 @@ class OnnxPoints(Points):
                 return tensor
             return look(first[name], tensor, quantize[first[name]])
 
+        yield self._run_watched(see)
+
+    @contextmanager
+    def seeing_keys(
+        self, see: Callable[[int, Tensor], Tensor], forward_fn: ForwardFn | None = None
+    ) -> Iterator[Run]:
+        graph = self._whole.graph
+        keys = [key for _, key in queries_and_keys(graph)]
+        check_shifts(graph)
+        numbers = {name: number for number, name in enumerate(keys)}
+
+        def own(name: str, tensor: Tensor) -> Tensor:
+            return see(numbers[name], tensor) if name in numbers else tensor
+
+        yield self._run_watched(own)
+
+    def _run_watched(self, see: Callable[[str, Tensor], Tensor]) -> Run:
         model = _Watched(self._whole.graph, self._output, see)
 
         def run(batch: Mapping[str, Tensor]) -> Tensor:
             output: Tensor = model(*(batch[name] for name in model.inputs))
             return output
 
-        yield run
+        return run
 
     @contextmanager
     def running(self, names: Collection[str], forward_fn: ForwardFn | None = None) -> Iterator[Run]:

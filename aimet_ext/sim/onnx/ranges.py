@@ -20,6 +20,7 @@ from aimet_ext.files.encodings import Layout, to_grid
 from aimet_ext.onnx.index import MOVES
 from aimet_ext.onnx.layers import OnnxLayer
 from aimet_ext.onnx.rewrite.rotate import ENDING as ROTATION
+from aimet_ext.onnx.rewrite.rotate import HADAMARD
 from aimet_ext.sim.onnx.quantizers import (
     RAW_SCALE,
     OnnxWeightQuantizer,
@@ -233,7 +234,8 @@ def put_rotations(sim: Any) -> tuple[str, ...]:
     """Give the matrices that turn queries and keys their ranges, which nothing may change.
 
     All entries of a Hadamard matrix have one size, so that its grid holds it exactly. Of a range
-    that AIMET widens, against a bias that there is not, it would be another matrix.
+    that AIMET widens, against a bias that there is not, it would be another matrix. Other matrices
+    get 16 bits, as 8 would cost more than they gain.
 
     :returns: their names.
     """
@@ -241,6 +243,8 @@ def put_rotations(sim: Any) -> tuple[str, ...]:
     graph, every = adaptor.graph, enabled_quantizers(sim)
     names = tuple(name for name in every if name.endswith(ROTATION) and graph.is_stored(name))
     for name in names:
+        if not name.startswith(HADAMARD):
+            every[name].set_precision(aimet_onnx.qtype.int(16))
         calibrate_on(every[name], graph.array(name))
         every[name].freeze_encodings()
     return names

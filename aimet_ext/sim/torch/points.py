@@ -23,6 +23,10 @@ _KINDS: dict[str, Kind] = {
 }
 
 
+def _unquantized(name: str, tensor: Tensor, quantize: Callable[[Tensor], Tensor]) -> Tensor:
+    return tensor
+
+
 def _looked(
     look: Look, name: str, quantize: Callable[[Tensor], Tensor]
 ) -> Callable[[Tensor], Tensor]:
@@ -52,6 +56,15 @@ class TorchPoints(Points):
             return first_output(call_model(self.sim.model, batch, forward_fn))
 
         with replaced_quantizers(forwards):
+            yield run
+
+    @contextmanager
+    def seeing_keys(
+        self, see: Callable[[int, Tensor], Tensor], forward_fn: ForwardFn | None = None
+    ) -> Iterator[Run]:
+        from aimet_ext.models.kv_cache import seen_keys  # loads transformers
+
+        with seen_keys(self.sim.model, see), self.looking(_unquantized, forward_fn) as run:
             yield run
 
     @contextmanager

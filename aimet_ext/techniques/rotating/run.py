@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from aimet_ext.config import RotationParams, TechniqueParams
 from aimet_ext.core.hadamard import Rotation, rotation
+from aimet_ext.core.key_maps import KeyMap
 from aimet_ext.errors import TransformRefused
 from aimet_ext.files.folders import replace_folder
 from aimet_ext.files.manifest import write_manifest
@@ -179,15 +180,20 @@ def _deviation(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / largest)
 
 
+def allowed_change(dtype: torch.dtype) -> float:
+    """Return the largest change of a model's outputs that is taken for rounding."""
+    return max(_LARGEST_CHANGE, _LARGEST_CHANGE_UNITS * torch.finfo(dtype).eps)
+
+
 def check_outputs(before: Survey, after: Survey) -> float:
     """Return the largest change of a model's outputs, relative to the largest one.
 
     :raises TransformRefused: It is more than rounding in the model's precision.
     """
-    deviation, bound = 0.0, _LARGEST_CHANGE
+    deviation, bound = 0.0, 0.0
     for found, expected in zip(after.outputs, before.outputs, strict=True):
         deviation = max(deviation, _deviation(found.double(), expected.double()))
-        bound = max(bound, _LARGEST_CHANGE_UNITS * torch.finfo(expected.dtype).eps)
+        bound = max(bound, allowed_change(expected.dtype))
     if not deviation <= bound:
         raise TransformRefused(
             "rotations must leave the float model unchanged, but max|change| / max|output| of its "
@@ -237,11 +243,15 @@ class Chosen:
 
     :param losses: What they are worth, by name, where they were learnt.
     :param resumed: Steps of learning that a checkpoint had.
+    :param key_maps: Maps of the keys of each attention, in order, where they were fitted.
+    :param key_losses: What keys of 8 bits cost, by what they are turned by.
     """
 
     rotations: Rotations
     losses: dict[str, float] = field(default_factory=dict)
     resumed: int = 0
+    key_maps: tuple[KeyMap, ...] = ()
+    key_losses: dict[str, float] = field(default_factory=dict)
 
 
 def _refused_heads(blocks: Sequence[BlockTopology]) -> dict[str, str]:
@@ -333,6 +343,7 @@ def run_rotation(
             plan = Plan(adaptor, blocks, ends, width, keeps_mean, batches, refused, quantizers)
             chosen = choose(plan, call)
             rotations = chosen.rotations
+            ledger.key_maps = chosen.key_maps
             run = RotationRun(adaptor, name, blocks, ends, rotations, batches, options, keep)
             parts = run.fold()
             after = adaptor.survey(few, options.forward_fn)
@@ -347,6 +358,7 @@ def run_rotation(
                 deviation=deviation,
                 losses=chosen.losses,
                 resumed=chosen.resumed,
+                key_losses=chosen.key_losses,
                 reset_encodings=tuple(stale),
                 settings=call.params.to_dict(),
                 seconds=time.perf_counter() - started,
