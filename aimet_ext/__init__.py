@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from aimet_ext.artifact.kv.run import load_cache_graphs as load_cache_graphs
     from aimet_ext.config import LPBQ as LPBQ
     from aimet_ext.config import AdaRoundParams as AdaRoundParams
+    from aimet_ext.config import AutoRoundParams as AutoRoundParams
     from aimet_ext.config import AWQParams as AWQParams
     from aimet_ext.config import Blockwise as Blockwise
     from aimet_ext.config import GPTQParams as GPTQParams
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from aimet_ext.recipes.recipe import read_recipe as read_recipe
     from aimet_ext.recipes.recipe import recipe_names as recipe_names
     from aimet_ext.techniques.adaround import apply_adaround as apply_adaround
+    from aimet_ext.techniques.autoround import apply_autoround as apply_autoround
     from aimet_ext.techniques.awq import apply_awq as apply_awq
     from aimet_ext.techniques.gptq import apply_gptq as apply_gptq
     from aimet_ext.techniques.hqq import apply_hqq as apply_hqq

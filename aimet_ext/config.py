@@ -482,6 +482,38 @@ class AdaRoundParams(LayerwiseParams):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class AutoRoundParams(TechniqueParams):
+    """Settings of :func:`aimet_ext.apply_autoround`. The defaults are the ones that were measured.
+
+    :param num_iterations: Optimizer steps for each block.
+    :param batch_size: Sequences of a step, at least.
+    :param learning_rate: Learning rate of the offsets, in steps of the grid; None for
+        ``1 / num_iterations``, and at most 0.01. All rates fall to 0.
+    :param scale_lr: Learning rate of the scales' logarithms.
+    :param learn_scales: Learn scales too, where no earlier technique froze them.
+    :param trim: Share of a block's outputs to leave out of the loss, those that are furthest off.
+    :param asym_strength: Share of the errors before a layer that the GPTQ at the start compensates.
+    :param evaluations: Number of times that a block is scored on all batches while it trains.
+    :param seed: Seed of the order of batches.
+    """
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "fast": {"num_iterations": 50, "evaluations": 4},
+        "best": {"num_iterations": 400, "batch_size": 8},
+    }
+
+    num_iterations: Annotated[int, Field(ge=1)] = 200
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    learning_rate: Positive | None = None
+    scale_lr: Positive = 1e-3
+    learn_scales: bool = True
+    trim: Annotated[float, Field(ge=0, lt=1)] = 1e-3
+    asym_strength: Annotated[float, Field(gt=0, le=1)] = 0.5
+    evaluations: Annotated[int, Field(ge=1)] = 8
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class RotationParams(TechniqueParams):
     """Settings of :func:`aimet_ext.apply_rotation`.
 

@@ -140,6 +140,16 @@ TECHNIQUES: dict[str, Technique] = {
             page="adaround",
         ),
         Technique(
+            name="autoround",
+            function="aimet_ext.techniques.autoround:apply_autoround",
+            params="aimet_ext.config:AutoRoundParams",
+            decides="integers",
+            unit="block",
+            number="num_iterations",
+            olive="autoround",
+            page="autoround",
+        ),
+        Technique(
             name="rtn",
             function="aimet_ext.techniques.rtn:apply_rtn",
             params="aimet_ext.config:RTNParams",

@@ -148,6 +148,32 @@ def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:
     return from_blocks(_values(codes, grid, scale, offset)).to(weight.dtype)
 
 
+def settled(codes: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """Return values of integers that a quantizer of this grid leaves as they are.
+
+    Rounded to bfloat16, a value near a power of two can be nearer to the next code, and that
+    one's own value a different one, which stays.
+
+    :param codes: integers ``[out, in]``.
+    :param dtype: type in which the weight is stored.
+    """
+    return fake_quantize(dequantize(codes.to(dtype), grid).to(dtype), grid)
+
+
+def check_settled(name: str, values: Tensor, grid: Grid) -> None:
+    """Check that a quantizer leaves values as they are.
+
+    :param name: name of the layer, for the message.
+    :raises RuntimeError: the simulation would round them to something else.
+    """
+    moved = int((fake_quantize(values, grid) != values).sum())
+    if moved:
+        raise RuntimeError(
+            f"{name}: values on the grid must stay as they are when the simulation quantizes "
+            f"them, but {moved} of {values.numel()} move; report this"
+        )
+
+
 def minmax_range(
     weight: Tensor,
     grid_shape: Sequence[int],

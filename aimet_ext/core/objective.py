@@ -256,14 +256,34 @@ def outputs_sqnr(outputs: Iterable[Tensor], targets: Iterable[Tensor]) -> float:
     return -math.inf if math.isnan(noise) else sqnr_db(signal, noise)
 
 
-def squared_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -> tuple[float, int]:
+def squared_error(
+    output: Tensor, target: Tensor, mask: Tensor | None = None, trim: float = 0.0
+) -> tuple[float, int]:
     """Sum of squared differences and number of elements, in float32, over the tokens that count.
 
     :param output: ``[batch, seq, hidden]``.
     :param target: the same shape.
     :param mask: bool ``[batch, seq]``, None for all tokens.
+    :param trim: share of the elements to leave out, see :func:`trimmed`.
     """
     difference = output.float() - target.float()
     if mask is not None:
         difference = difference[mask]
-    return float(difference.square().sum(dtype=torch.float64)), difference.numel()
+    squares = trimmed(difference.square(), trim)
+    return float(squares.sum(dtype=torch.float64)), difference.numel()
+
+
+def trimmed(squares: Tensor, share: float) -> Tensor:
+    """Return squared deviations with 0 in place of the largest ones; differentiable.
+
+    A few hidden states are a thousand times as large as all others. Their errors would be most of
+    a sum, and the model hardly notices them.
+
+    :param squares: any shape.
+    :param share: share of the elements.
+    """
+    count = int(share * squares.numel())
+    if not count:
+        return squares
+    least = squares.detach().flatten().topk(count).values[-1]
+    return squares.where(squares.detach() < least, 0.0)

@@ -6,8 +6,10 @@ import importlib
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Unpack
 
+import torch
 from torch import Tensor, nn
 
 from aimet_ext.config import LPBQ, Blockwise, Granularity, PerChannel, PerTensor, QSpec
@@ -104,6 +106,12 @@ class WeightQuantizer(Protocol):
 
     def free_grid(self) -> Grid:
         """Return the grid with LPBQ's raw float scale for every block."""
+
+    def matrix_grid(self, device: torch.device) -> Grid:
+        """Return :meth:`grid` as that of a matrix ``[out, in]`` on a device."""
+        grid, shape = self.grid(), self.layout.shape
+        scale, offset = (t.reshape(shape).to(device) for t in (grid.scale, grid.offset))
+        return replace(grid, scale=scale, offset=offset)
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Write the range of each cell.

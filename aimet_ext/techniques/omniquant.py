@@ -7,7 +7,7 @@ arXiv 2308.13137.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack, nullcontext
 from functools import cached_property
 from typing import Any
@@ -24,6 +24,7 @@ from aimet_ext.files.starts import Starts, load_starts
 from aimet_ext.models.topology import TopologyDescription
 from aimet_ext.techniques.blockwise.block import Block, BlockState, Choice
 from aimet_ext.techniques.blockwise.loop import BlockSolver, run_blockwise
+from aimet_ext.techniques.blockwise.minibatches import minibatches
 from aimet_ext.techniques.blockwise.pairs import read_pairs
 from aimet_ext.techniques.blockwise.search import BlockSearch
 from aimet_ext.techniques.call import Call, technique
@@ -112,7 +113,7 @@ def train_block(
     best_weights = _copy(learner.state_dict())
     rate, failures = 1.0, 0
     optimizer = _optimizer(learner, params)
-    order = _batches(block, params.batch_size, seed)
+    order = minibatches(block, params.batch_size, seed)
     # No more often than once an epoch: a score costs a forward pass over all batches.
     interval = max(len(block.quantized_stream), params.num_iterations // params.evaluations)
     for step in range(params.num_iterations):
@@ -192,25 +193,6 @@ def _schedule(params: OmniQuantParams, step: int) -> float:
     if params.lr_schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * done))
     return 1 - done if params.lr_schedule == "linear" else 1.0
-
-
-def _batches(
-    block: Block, batch_size: int | None, seed: int
-) -> Iterator[tuple[int, list[int] | None]]:
-    """Yield minibatches without end: a batch's number and some sequences, each once an epoch."""
-    generator = torch.Generator().manual_seed(seed)
-    stream = block.quantized_stream
-    pieces: list[tuple[int, list[int] | None]] = []
-    for index in range(len(stream)):
-        count = stream.shape(index)[0]
-        if batch_size is None or batch_size >= count:
-            pieces.append((index, None))
-            continue
-        rows = torch.randperm(count, generator=generator).tolist()
-        pieces += [(index, rows[at : at + batch_size]) for at in range(0, count, batch_size)]
-    while True:
-        for place in torch.randperm(len(pieces), generator=generator).tolist():
-            yield pieces[place]
 
 
 def _copy(state: Mapping[str, Any]) -> dict[str, Any]:

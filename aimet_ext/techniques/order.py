@@ -53,7 +53,9 @@ def _decided(adaptor: SimAdaptor, step: Step) -> Sequence[str]:
         return [quantizer.name for quantizer in choice.decided.values()]
     blocks = adaptor.find_blocks(None)
     if row.decides != "rotation":
-        quantizers = layers_to_quantize(adaptor, blocks, step.exclude)
+        quantizers = layers_to_quantize(
+            adaptor, blocks, step.exclude, technique=row.name, rounds=row.rounds
+        )
         return [quantizer.name for quantizer in quantizers.values()]
     if step.settings.get("r3"):
         adaptor.check_rotary()

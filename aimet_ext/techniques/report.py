@@ -240,7 +240,7 @@ class BlockReport(UnitReport):
     """The outcome of one block.
 
     Losses are mean squared errors of the block's output over all tokens that count, on the
-    quantized stream, against the float stream's output.
+    quantized stream, against the float stream's output; with AutoRound less the share ``trim``.
 
     :param name: Name of the block.
     :param loss_nearest: Loss with plain nearest rounding and no transform.

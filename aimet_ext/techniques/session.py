@@ -209,11 +209,18 @@ def peak_memory(device: torch.device) -> int:
 
 
 def layers_to_quantize(
-    adaptor: SimAdaptor, blocks: Sequence[BlockTopology], exclude: Sequence[str]
+    adaptor: SimAdaptor,
+    blocks: Sequence[BlockTopology],
+    exclude: Sequence[str],
+    *,
+    technique: str,
+    rounds: bool,
 ) -> dict[str, WeightQuantizer]:
     """Return the weight quantizers of the layers to decide, by their full names, checked.
 
     :param exclude: Full names of layers to leave alone.
+    :param technique: Name of the technique.
+    :param rounds: True if the technique rounds weights, on frozen ranges too.
     :raises ValueError: An excluded layer does not exist; a layer has no weight quantizer, a frozen
         one, one of too many bits; a weight is not finite or rounded already.
     """
@@ -234,12 +241,12 @@ def layers_to_quantize(
         "must have a weight quantizer and has none; give it one, or list it in modules_to_exclude",
     )
     quantizers = {name: quantizer for name, quantizer in found.items() if quantizer is not None}
-    frozen = [name for name, quantizer in quantizers.items() if quantizer.frozen]
+    frozen = [name for name, quantizer in quantizers.items() if quantizer.frozen and not rounds]
     by = {name: _frozen_by(adaptor, quantizers[name].name) for name in frozen}
-    for technique in sorted(set(by.values())):
+    for former in sorted(set(by.values())):
         _refuse(
-            [name for name in frozen if by[name] == technique],
-            f"must have a weight quantizer that may change, but {technique} froze its range, which "
+            [name for name in frozen if by[name] == former],
+            f"must have a weight quantizer that may change, but {former} froze its range, which "
             "rescaling would make wrong; start from a new sim, or list it in modules_to_exclude",
         )
     _refuse(
@@ -251,6 +258,8 @@ def layers_to_quantize(
         ],
         "must be finite, it holds NaN or infinity; repair the checkpoint",
     )
+    if rounds and adaptor.ledger is not None:  # it knows the reason for what the weights show
+        adaptor.ledger.check_can_apply(technique, [q.name for q in quantizers.values()])
     _refuse_rounded(quantizers)
     if not quantizers:
         raise ValueError("at least one layer must remain, modules_to_exclude names all of them")

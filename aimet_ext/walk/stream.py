@@ -58,6 +58,21 @@ class BlockCall:
             hidden, self.mask, map_leaves(swap, self.args), map_leaves(swap, self.kwargs)
         )
 
+    def to(self, dtype: torch.dtype) -> BlockCall:
+        """Return the same call with all numbers in another type."""
+
+        def cast(leaf: Any) -> Any:
+            return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+        hidden = cast(self.hidden)
+
+        def swap(leaf: Any) -> Any:
+            return hidden if leaf is self.hidden else cast(leaf)
+
+        return BlockCall(
+            hidden, self.mask, map_leaves(swap, self.args), map_leaves(swap, self.kwargs)
+        )
+
 
 @dataclass(frozen=True)
 class _Slot:

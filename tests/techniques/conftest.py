@@ -69,6 +69,11 @@ class Technique:
         return self.row.unit == "block"
 
     @property
+    def folds(self) -> bool:
+        """Whether it folds scales into the weights of blocks."""
+        return self.by_blocks and not self.rounds
+
+    @property
     def rounds(self) -> bool:
         """Whether weights are on their grids afterwards, frozen ranges or not."""
         return self.row.rounds
@@ -158,6 +163,12 @@ EXTRAS: dict[str, dict[str, Any]] = {
         "quick": {"num_iterations": 10, "refine_sweeps": 1, "search_ranges": False},
         "changed": ("refine_sweeps", 2),
         "grids": ("asymmetric", "LPBQ"),
+    },
+    "autoround": {
+        "quick": {"num_iterations": 2, "evaluations": 1},
+        "changed": ("scale_lr", 1e-2),
+        "head": False,
+        "entries": lambda report: report.blocks,
     },
     "rtn": {"changed": ("max_bitwidth", 7), "grids": ("asymmetric", "LPBQ")},
     "hqq": {

@@ -63,6 +63,7 @@ STEPS: dict[str, Callable[[Any, Any], Any]] = {
     "omniquant": ours("omniquant", num_iterations=4, search_sweeps=1),
     "gptq": ours("gptq", refine_sweeps=2),
     "adaround": ours("adaround", num_iterations=60, refine_sweeps=2),
+    "autoround": ours("autoround", num_iterations=4),
     "rtn": ours("rtn"),
     "hqq": ours("hqq"),
     "AIMET's SeqMSE": aimet_seq_mse,
@@ -71,7 +72,7 @@ STEPS: dict[str, Callable[[Any, Any], Any]] = {
 GRIDS = {"set_lpbq", "apply_lpbq"}  # decide what kind of grid
 RANGES = set(STEPS) - {"set_lpbq", "smoothquant"}  # decide ranges, and freeze them
 SCALES = {"smoothquant", "awq", "omniquant"}  # rescale weights
-ROUNDS = {"gptq", "adaround", "rtn", "hqq"}  # decide integers
+ROUNDS = {"gptq", "adaround", "autoround", "rtn", "hqq"}  # decide integers
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ COMPOSITIONS = (
     Composition(("awq", "adaround")),
     Composition(("omniquant", "adaround")),
     Composition(("omniquant", "gptq")),
+    Composition(("omniquant", "autoround")),
     Composition(("AIMET's SeqMSE", "gptq")),
     Composition(("AIMET's SeqMSE", "adaround")),
     Composition(("seq_mse", "AIMET's AdaScale"), keeps=False),
@@ -119,6 +121,8 @@ REFUSED = (
     (("gptq", "seq_mse"), "seq_mse needs float weights, but gptq already rounded"),
     (("gptq", "adaround"), "adaround needs float weights, but gptq already rounded"),
     (("adaround", "gptq"), "gptq needs float weights, but adaround already rounded"),
+    (("gptq", "autoround"), "autoround needs float weights, but gptq already rounded"),
+    (("autoround", "gptq"), "gptq needs float weights, but autoround already rounded"),
     (("rtn", "gptq"), "gptq needs float weights, but rtn already rounded"),
     (("hqq", "rtn"), "rtn needs float weights, but hqq already rounded"),
     (("gptq", "smoothquant"), "gptq froze its range, which rescaling would make wrong"),

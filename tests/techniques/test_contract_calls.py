@@ -315,7 +315,7 @@ def test_weights_that_are_rounded(refused: Any, batches: list[Tensor]) -> None:
     refused(ValueError, f"{FIRST_LAYER}.*rounded to a grid already; load the original", batches)
 
 
-@pytest.mark.techniques(where=lambda t: t.by_blocks or t.name == "lpbq")
+@pytest.mark.techniques(where=lambda t: t.folds or t.name == "lpbq")
 def test_weights_that_another_technique_froze(refused: Any, batches: list[Tensor]) -> None:
     adapt(refused.sim).weight_quantizer(FIRST_LAYER).freeze()
     refused(ValueError, f"{FIRST_LAYER}.*froze its range", batches)

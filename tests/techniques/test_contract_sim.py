@@ -208,7 +208,7 @@ def test_seqmse_of_aimet_before(technique: Any, make_sim: Any, ids: Callable[...
     assert torch.equal(head[0], after[0])
 
 
-@pytest.mark.techniques(where=lambda t: t.by_blocks)
+@pytest.mark.techniques(where=lambda t: t.folds)
 def test_stale_encodings_are_renewed_and_named(
     technique: Any, make_sim: Any, ids: Callable[..., Tensor]
 ) -> None:
@@ -266,7 +266,7 @@ def every_now(sim: Any) -> dict[str, Any]:
     return dict(sim.model.named_modules())
 
 
-@pytest.mark.techniques(where=lambda t: t.by_blocks)
+@pytest.mark.techniques(where=lambda t: t.folds)
 def test_output_folder(
     technique: Any,
     make_sim: Any,
@@ -309,7 +309,7 @@ def hash_of(sim: Any) -> str:
     return hash_tensors((original_name(n, sim.model), state[n]) for n in sorted(state))
 
 
-@pytest.mark.techniques(where=lambda t: t.by_blocks)
+@pytest.mark.techniques(where=lambda t: t.folds)
 def test_keys_of_aimet_on_request(
     technique: Any, sim: Any, ids: Callable[..., Tensor], tmp_path: pathlib.Path
 ) -> None:
@@ -323,7 +323,7 @@ def test_keys_of_aimet_on_request(
     torch.testing.assert_close(keys[f"{name}.foll"].flatten(), scales[name].input)
 
 
-@pytest.mark.techniques(where=lambda t: t.by_blocks)
+@pytest.mark.techniques(where=lambda t: t.folds)
 def test_a_folder_of_ours_is_replaced_whole(
     technique: Any, make_sim: Any, ids: Callable[..., Tensor], tmp_path: pathlib.Path
 ) -> None:
@@ -338,7 +338,7 @@ def test_a_folder_of_ours_is_replaced_whole(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.techniques(where=lambda t: not t.by_blocks)
+@pytest.mark.techniques(where=lambda t: not t.folds)
 def test_output_folder_of_a_technique_without_scales(
     technique: Any, make_sim: Any, ids: Callable[..., Tensor], tmp_path: pathlib.Path
 ) -> None:

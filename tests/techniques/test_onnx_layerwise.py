@@ -25,7 +25,7 @@ onnx_sim, outputs, state_of = onnx_pairs.onnx_sim, onnx_pairs.outputs, onnx_pair
 encodings = onnx_pairs.encodings
 LAYER_WISE = pytest.mark.techniques(where=lambda t: not t.by_blocks)
 SEARCHES = pytest.mark.techniques(where=lambda t: not t.by_blocks and t.name != "lpbq")
-ROUNDING = pytest.mark.techniques(where=lambda t: t.rounds)
+ROUNDING = pytest.mark.techniques(where=lambda t: t.rounds and not t.by_blocks)
 
 
 # What is left behind.

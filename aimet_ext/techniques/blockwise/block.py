@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -11,11 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from aimet_ext.core.affine import bias_scale, fake_quantize
+from aimet_ext.core.affine import (
+    Grid,
+    bias_scale,
+    check_settled,
+    fake_quantize,
+    quantize,
+    settled,
+    short_scale,
+)
 from aimet_ext.core.clipping import GridLayout
 from aimet_ext.core.equivalence import ScalePair, expand, transform
-from aimet_ext.core.objective import squared_error
+from aimet_ext.core.objective import SecondMoment, squared_error
 from aimet_ext.data.cache import TensorCache
+from aimet_ext.data.moments import sum_moments
 from aimet_ext.sim.points import Point
 from aimet_ext.sim.protocol import Range, SimAdaptor, WeightQuantizer
 from aimet_ext.techniques.blockwise.inputs import StageInputs
@@ -32,10 +41,13 @@ class BlockState:
     :param smooth: Scale of each pair ``[pair.size]``, by the pair's name.
     :param grids: Raw scale and offset of each layer's cells, for the transformed weight. Ranges of
         layers not named are left open: they hold every weight meanwhile.
+    :param codes: Integers of a layer's weight on its grid ``[out, in]``, which take its place.
+        Weights of layers not named stay float, and are rounded to nearest.
     """
 
     smooth: Mapping[str, Tensor] = field(default_factory=dict)
     grids: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    codes: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +80,7 @@ class Block:
     :param inputs: Sums over the inputs of each stage in the float model, where the technique asked
         for them.
     :param judged: Tokens that count in a score, about, in evenly spaced batches; None for all.
+    :param trim: Share of the outputs that do not, those that are furthest off.
     :param quantize_activations: True to have the activation quantizers on, with static ranges that
         are calibrated anew for whatever parameters are scored, and are deployed in the end.
     :param ranges: Those ranges, by the quantizers' names.
@@ -84,6 +97,7 @@ class Block:
     adaptor: SimAdaptor
     inputs: Sequence[StageInputs] = ()
     judged: int | None = None
+    trim: float = 0.0
     quantize_activations: bool = False
     ranges: dict[str, Range] = field(default_factory=dict)
 
@@ -158,14 +172,25 @@ class Block:
     def state_params(self, state: BlockState) -> Params:
         """Return the block's parameters in a state, as they will be deployed."""
 
-        def quantize(layer: str, weight: Tensor) -> Tensor:
-            layout = self.layout(layer)
-            if layer in state.grids:
-                return fake_quantize(weight, layout.with_scale(*state.grids[layer]))
-            return fake_quantize(weight, layout.with_scale(*layout.raw(*layout.bounds(weight))))
+        def rounded(layer: str, weight: Tensor) -> Tensor:
+            grid = self.grid(layer, state.grids.get(layer), weight)
+            if layer in state.codes:
+                return settled(state.codes[layer], grid, weight.dtype)
+            return fake_quantize(weight, grid)
 
         with torch.no_grad():
-            return self.quantized(state.smooth, quantize)
+            return self.quantized(state.smooth, rounded)
+
+    def grid(self, layer: str, raw: tuple[Tensor, Tensor] | None, weight: Tensor) -> Grid:
+        """Return the grid of a layer: the frozen one, or that of raw scales and offsets.
+
+        :param raw: See :class:`BlockState`; None for the range that holds the weight.
+        :param weight: Transformed weight ``[out, in]``.
+        """
+        layout, quantizer = self.layout(layer), self.quantizers[layer]
+        if quantizer.frozen:
+            return quantizer.matrix_grid(weight.device)
+        return layout.with_scale(*(raw or layout.raw(*layout.bounds(weight))))
 
     def run(self, call: BlockCall, params: Params | None = None) -> Tensor:
         """Return hidden states ``[batch, seq, hidden]`` of the block for a call.
@@ -177,7 +202,7 @@ class Block:
         return call(lambda *a, **k: functional_call(self.module, params, a, k))
 
     def score(self, params: Params | None = None) -> float:
-        """Return the mean squared error of the output over the tokens that count.
+        """Return the mean squared error of the output over the tokens that count, less ``trim``.
 
         :param params: Parameters to judge; None for the simulation's own block with its weight
             quantizers.
@@ -189,7 +214,8 @@ class Block:
             for index in self._judged():
                 call = self.quantized_stream.select(index)
                 target = self.targets.read(index, self.quantized_stream.device)
-                error, elements = squared_error(self.run(call, params), target, call.mask)
+                output = self.run(call, params)
+                error, elements = squared_error(output, target, call.mask, self.trim)
                 total, count = total + error, count + elements
         return total / max(count, 1)
 
@@ -207,6 +233,40 @@ class Block:
         stream = self.quantized_stream
         tokens = sum(batch * seq for batch, seq in map(stream.shape, range(len(stream))))
         return range(0, len(stream), max(1, tokens // (self.judged or tokens)))
+
+    def moment(
+        self,
+        layers: Sequence[str],
+        streams: Sequence[str],
+        *,
+        dtype: torch.dtype | None = None,
+        also: Iterable[Callable[[Tensor, Tensor], None]] = (),
+    ) -> SecondMoment:
+        """Return second moments of what reaches layers of one input, with the weights decided.
+
+        :param streams: ``"quantized"``, and ``"float"`` for ``C`` as well.
+        :param dtype: Type of the result, None for that of the float parameters.
+        :param also: Functions that are given the rows of both streams too.
+        :raises ValueError: An input holds NaN or infinity.
+        """
+        like = self.weight(layers[0])
+        try:
+            with self.adaptor.disabled_quantizers(self.name):
+                total = sum_moments(
+                    self.data.inputs(layers, streams),
+                    self.module.get_submodule(layers[0]),
+                    dtype=like.dtype,
+                    mapped_dir=self.quantized_stream.hidden.cache_dir,
+                    also=also,
+                )
+            assert total is not None, "a run without batches"
+            moment = total.result(dtype or like.dtype)
+        except ValueError as error:
+            named = ", ".join(f"{self.name}.{layer}" for layer in layers)
+            raise ValueError(f"{named}: {error}") from error
+        # Sums that are too large for a GPU are kept in a file.
+        cross = None if moment.cross is None else moment.cross.to(like.device)
+        return replace(moment, second=moment.second.to(like.device), cross=cross)
 
     def float_weights(self, off: bool = True) -> Any:
         """Return a context without parameter quantizers; if not ``off``, the layers keep theirs.
@@ -249,37 +309,59 @@ class Block:
         every = self.adaptor.points().values()
         return {point.place: point for point in every if point.place in own}
 
-    def nearest(self) -> BlockState:
-        """Return plain rounding of the original weights on their full ranges."""
-        grids = {}
+    def nearest(self, *, rounded: bool = False) -> BlockState:
+        """Return plain rounding of the original weights on their full, or frozen, ranges.
+
+        :param rounded: True for weights that are replaced by their integers.
+        """
+        grids, codes = {}, {}
         for layer in self.layers:
-            layout, weight = self.layout(layer), self.params[f"{layer}.weight"]
-            stored = weight.to(self.quantizers[layer].weight.dtype).flatten(1).float()
-            low, high = layout.bounds(stored)
-            grids[layer] = layout.raw(low, high)
-        return BlockState({}, grids)
+            layout = self.layout(layer)
+            stored = self.weight(layer).to(self.quantizers[layer].weight.dtype)
+            scale, offset = layout.raw(*layout.bounds(stored.float()))
+            if rounded:
+                grids[layer] = self.deployable(layer, scale), offset
+                codes[layer] = quantize(stored, self.grid(layer, grids[layer], stored))
+            else:
+                grids[layer] = scale, offset
+        return BlockState({}, grids, codes)
+
+    def deployable(self, layer: str, scale: Tensor) -> Tensor:
+        """Return raw scales that a simulation gives back, and with which the bias fits int32."""
+        least = self._least.get(layer)
+        if least is not None and scale.shape[1] == 1:
+            least = least.to(scale)
+            scale = torch.maximum(scale, least if len(scale) == len(least) else least.max())
+        return short_scale(scale.float())
 
     @torch.no_grad()
     def deploy(self, state: BlockState) -> None:
         """Fold a state's scales into the weights and set the quantizers.
 
         Weights that the state leaves open get ranges that hold them; with all open, so are the
-        ranges of activations.
+        ranges of activations. Integers are put on the grid that the simulation gives back.
         """
         least = {}
-        if state.grids:
+        if state.grids and not state.codes:
             least = self._bias_scales(self.quantized(state.smooth, lambda _, weight: weight))
-        changed = transform(self.params, self.chosen(state.smooth))
-        for name, parameter in self.module.named_parameters():
-            if name in self.params:
-                parameter.copy_(changed.get(name, self.params[name]))
-        self.adaptor.commit(self.name)
         for layer, (scale, offset) in state.grids.items():
             quantizer = self.quantizers[layer]
             symmetric = quantizer.layout.symmetric
             if layer in least and scale.shape == least[layer].shape:
                 scale = torch.maximum(scale, least[layer].to(scale))
-            quantizer.set_scale(scale.float(), None if symmetric else offset.float())
+            if not quantizer.frozen:
+                quantizer.set_scale(scale.float(), None if symmetric else offset.float())
+        changed = transform(self.params, self.chosen(state.smooth))
+        for layer, codes in state.codes.items():
+            stored = self.quantizers[layer].weight
+            grid = self.quantizers[layer].matrix_grid(codes.device)
+            values = settled(codes, grid, stored.dtype)
+            check_settled(f"{self.name}.{layer}", values, grid)
+            changed[f"{layer}.weight"] = values.view(stored.shape)
+        for name, parameter in self.module.named_parameters():
+            if name in self.params:
+                parameter.copy_(changed.get(name, self.params[name]))
+        self.adaptor.commit(self.name)
         for layer in self.layers:
             if layer not in state.grids:
                 self.quantizers[layer].calibrate()
@@ -294,6 +376,11 @@ class Block:
             for point in self.adaptor.points().values():
                 if point.place in self.points and point.low is not None and point.high is not None:
                     self.ranges[point.place] = (point.low, point.high)
+
+    @cached_property
+    def _least(self) -> dict[str, Tensor]:
+        """Smallest scales for the biases of the float block."""
+        return self._bias_scales(self.quantized({}, lambda _, weight: weight))
 
     def _bias_scales(self, params: Params) -> dict[str, Tensor]:
         """Return the smallest scales ``[out, 1]`` with which each layer's bias fits int32.

@@ -98,6 +98,11 @@ class BlockSolver(ABC, Generic[P]):
         return None
 
     @property
+    def trim(self) -> float:
+        """Share of a block's outputs that count in no score, those that are furthest off."""
+        return 0.0
+
+    @property
     def steps(self) -> int:
         """Number of times that :meth:`decide` updates the progress bar."""
         return 0
@@ -137,7 +142,13 @@ def run_blockwise(
     adaptor = adapt(call.sim)
     with adaptor.own_parameters(solver.pairs, topology):
         blocks = adaptor.find_blocks(topology)
-        quantizers = layers_to_quantize(adaptor, blocks, call.modules_to_exclude)
+        quantizers = layers_to_quantize(
+            adaptor,
+            blocks,
+            call.modules_to_exclude,
+            technique=solver.technique,
+            rounds=call.row.rounds,
+        )
         layers = [quantizer.name for quantizer in quantizers.values()]
         ledger = open_ledger(adaptor, solver.technique, layers)
         if aimet_keys:
@@ -148,22 +159,25 @@ def run_blockwise(
             adaptor.ledger = ledger = copy.deepcopy(ledger)
             run = BlockwiseRun(adaptor, blocks, quantizers, solver, options, keep)
             reports = run.all_blocks(call.dataloader)
-            ledger.log_run(solver.technique, layers, settings=solver.params.to_dict())
+            rounds, settings = call.row.rounds, solver.params.to_dict()
+            ledger.log_run(solver.technique, layers, rounds=rounds, settings=settings)
             report = BlockwiseReport(
                 blocks=tuple(reports),
-                settings=solver.params.to_dict(),
+                settings=settings,
                 refused_pairs=run.refused,
                 seconds=time.perf_counter() - started,
             )
             if call.output_path is not None:
                 rename = adaptor.original_names()
                 with replace_folder(call.output_path) as place:
-                    write_scales(place, ledger, rename=rename, aimet_keys=aimet_keys)
-                    if shares := _shares(quantizers):
+                    if not rounds:
+                        write_scales(place, ledger, rename=rename, aimet_keys=aimet_keys)
+                    if not rounds and (shares := _shares(quantizers)):
                         named = {rename(name): pair for name, pair in shares.items()}
                         write_clips(place, named, origin=ledger.origin)
                     report.save(place / "report.json")
-                    write_manifest(place, "scales", techniques=list(ledger.techniques))
+                    kind = "report" if rounds else "scales"
+                    write_manifest(place, kind, techniques=list(ledger.techniques))
     return report
 
 
@@ -355,6 +369,7 @@ class BlockwiseRun:
             adaptor=adaptor,
             inputs=inputs,
             judged=self.solver.judged,
+            trim=self.solver.trim,
             quantize_activations=self.solver.quantize_activations,
         )
 

@@ -22,7 +22,7 @@ from aimet_ext.core.equivalence import (
     search_smoothing,
 )
 from aimet_ext.core.objective import SecondMoment, row_errors
-from aimet_ext.data.moments import Geometry, sum_moments
+from aimet_ext.data.moments import Geometry
 from aimet_ext.techniques.blockwise.block import Block, BlockState
 from aimet_ext.techniques.blockwise.inputs import Magnitudes, StageInputs
 from aimet_ext.techniques.blockwise.pairs import ReadPair, read_pairs
@@ -88,26 +88,9 @@ class BlockSearch:
 
     def _moment(self, layers: Sequence[str]) -> tuple[SecondMoment, Magnitudes]:
         """Return ``H`` and ``C`` of what reaches layers now, and its magnitudes."""
-        block, like = self.block, self.block.weight(layers[0])
         streams = ("quantized", "float") if self.float_target else ("quantized",)
         sizes = Magnitudes()
-        try:
-            with block.adaptor.disabled_quantizers(block.name):
-                total = sum_moments(
-                    block.data.inputs(layers, streams),
-                    block.module.get_submodule(layers[0]),
-                    dtype=like.dtype,
-                    mapped_dir=block.quantized_stream.hidden.cache_dir,
-                    also=[sizes.add],
-                )
-            assert total is not None, "a run without batches"
-            moment = total.result(like.dtype)
-        except ValueError as error:
-            named = ", ".join(f"{block.name}.{layer}" for layer in layers)
-            raise ValueError(f"{named}: {error}") from error
-        # Sums that are too large for a GPU are kept in a file.
-        cross = None if moment.cross is None else moment.cross.to(like.device)
-        return SecondMoment(moment.second.to(like.device), cross, moment.tokens), sizes
+        return self.block.moment(layers, streams, also=[sizes.add]), sizes
 
     @torch.no_grad()
     def ranges(self, start: Mapping[str, Tensor]) -> BlockState:

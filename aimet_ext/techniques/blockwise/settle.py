@@ -59,9 +59,10 @@ def settle(
     """
     best, kept = choice.state, choice.kept
     block.deploy(best)
-    _check_function(block)
+    if not best.codes:
+        _check_function(block)
     deployed = block.score()
-    nearest_state = block.nearest() if best.grids else BlockState()
+    nearest_state = block.nearest(rounded=bool(best.codes)) if best.grids else BlockState()
     nearest = block.score(block.state_params(nearest_state))
     if compares and not deployed < nearest:
         best, kept = nearest_state, "nearest"

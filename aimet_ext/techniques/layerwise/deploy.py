@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from aimet_ext.core.affine import Grid, bias_scale, dequantize, fake_quantize, quantize, short_scale
+from aimet_ext.core.affine import (
+    Grid,
+    bias_scale,
+    check_settled,
+    fake_quantize,
+    quantize,
+    settled,
+    short_scale,
+)
 from aimet_ext.core.clipping import GridLayout
 from aimet_ext.core.objective import SecondMoment
 from aimet_ext.sim.protocol import WeightQuantizer
@@ -70,7 +78,7 @@ class Problem:
             bias=bias,
             least=bias_scale(held, moment.peak, input_steps),
             layout=quantizer.layout,
-            frozen=_read(quantizer, weight) if quantizer.frozen else None,
+            frozen=quantizer.matrix_grid(weight.device) if quantizer.frozen else None,
             moment=moment,
             pull=moment.pull(weight),
             samples=samples,
@@ -147,12 +155,12 @@ def deploy(
         _write(quantizer, decision.scale, decision.offset)
     elif problem.frozen is None:
         _write(quantizer, plain.scale, plain.offset)
-    grid = _read(quantizer, problem.weight)
+    grid = quantizer.matrix_grid(problem.weight.device)
     if problem.frozen is None and bool((problem.raised(grid.scale) > grid.scale).any()):
         _write(quantizer, problem.raised(grid.scale), grid.offset)
-        grid = _read(quantizer, problem.weight)
+        grid = quantizer.matrix_grid(problem.weight.device)
     codes = quantize(problem.stored, grid) if decision.codes is None else decision.codes(grid)
-    values = _values(codes, grid, problem.stored.dtype)
+    values = settled(codes, grid, problem.stored.dtype)
     nearest = fake_quantize(problem.stored, plain)
     judge, upstream = decision.judge, 0.0
     if judge is None:
@@ -173,7 +181,7 @@ def deploy(
             given_back |= ~(first <= second)
     if bool(given_back.any()):
         grid, codes = _give_back(problem, quantizer, plain, grid, codes, given_back)
-        after = errors(_values(codes, grid, problem.stored.dtype))[1]
+        after = errors(settled(codes, grid, problem.stored.dtype))[1]
     if decision.codes is not None:
         _write_weight(problem, quantizer, codes, grid)
     quantizer.freeze()
@@ -199,7 +207,7 @@ def _give_back(
         scale = torch.where(where, plain.scale.to(grid.scale), grid.scale)
         offset = torch.where(where, plain.offset.to(grid.offset), grid.offset)
         _write(quantizer, scale, offset)
-        grid = _read(quantizer, problem.weight)
+        grid = quantizer.matrix_grid(problem.weight.device)
     return grid, torch.where(rows[:, None], quantize(problem.stored, grid), codes)
 
 
@@ -208,34 +216,13 @@ def _write(quantizer: WeightQuantizer, scale: Tensor, offset: Tensor | None) -> 
     quantizer.set_scale(short_scale(scale.float()), own)
 
 
-def _read(quantizer: WeightQuantizer, weight: Tensor) -> Grid:
-    """Return the simulation's grid as that of a matrix."""
-    grid, shape = quantizer.grid(), quantizer.layout.shape
-    scale, offset = (t.reshape(shape).to(weight.device) for t in (grid.scale, grid.offset))
-    return replace(grid, scale=scale, offset=offset)
-
-
-def _values(codes: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
-    """Return values that the simulation leaves as they are, in the weight's own dtype.
-
-    Rounded to bfloat16, a value near a power of two can be nearer to the next code, and that
-    one's own value a different one, which stays.
-    """
-    return fake_quantize(dequantize(codes.to(dtype), grid).to(dtype), grid)
-
-
 def _write_weight(problem: Problem, quantizer: WeightQuantizer, codes: Tensor, grid: Grid) -> None:
     """Put the rounded values in the weight's place.
 
     :raises RuntimeError: The simulation would round them to something else.
     """
-    values = _values(codes, grid, problem.stored.dtype)
-    if not torch.equal(fake_quantize(values, grid), values):
-        moved = int((fake_quantize(values, grid) != values).sum())
-        raise RuntimeError(
-            f"{problem.name}: values on the grid must stay as they are when the simulation "
-            f"quantizes them, but {moved} of {values.numel()} move; report this"
-        )
+    values = settled(codes, grid, problem.stored.dtype)
+    check_settled(problem.name, values, grid)
     quantizer.set_weight(values.view(quantizer.weight.shape))
 
 
