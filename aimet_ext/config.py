@@ -488,7 +488,7 @@ class AutoRoundParams(TechniqueParams):
     :param num_iterations: Optimizer steps for each block.
     :param batch_size: Sequences of a step, at least.
     :param learning_rate: Learning rate of the offsets, in steps of the grid; None for
-        ``1 / num_iterations``, and at most 0.01. All rates fall to 0.
+        ``1 / num_iterations``, twice that at 2 bits, and 0.02 at most. All rates fall to 0.
     :param scale_lr: Learning rate of the scales' logarithms.
     :param learn_scales: Learn scales too, where no earlier technique froze them.
     :param trim: Share of a block's outputs to leave out of the loss, those that are furthest off.

@@ -16,11 +16,12 @@ Sections, each alone if need be; ``--only a`` is all that start with an a:
     d e              all stacks of techniques on a trained Llama, 4 and 3 bits
     f                ResNet-20
     g                second moments beside one matrix product of their size
+    h                GPTQ, AdaRound and AutoRound on the same Llama at 4, 3 and 2 bits
 
 Seconds are those of the processor, one thread on both sides: another process on the machine
 disturbs them less than the clock's.
 
-acheck, cquality, d, e and f need the folders of ``--assets``. A section with AIMET in it takes
+acheck, cquality, d, e, f and h need the folders of ``--assets``. A section with AIMET in it takes
 minutes, cquality and f half an hour and more with AIMET's default steps. Results are added to the
 output file section by section.
 """
@@ -42,6 +43,7 @@ from layerwise_quality import (
     adaround_quality,
     compatible,
     resnet,
+    roundings,
     stacks_at_3_bits,
     stacks_at_4_bits,
 )
@@ -57,7 +59,7 @@ from layerwise_speed import (
 from methods import AIMET_ADAROUND_STEPS, STACKS, Effort
 from report import ASSETS, HERE, add_section, bar, machine, pairs, print_table
 
-NEED_ASSETS = ("acheck", "cquality", "d", "e", "f")
+NEED_ASSETS = ("acheck", "cquality", "d", "e", "f", "h")
 Section = Callable[[], dict[str, Any]]
 
 
@@ -89,6 +91,7 @@ def sections(bench: LayerBench, speed: SpeedOptions) -> dict[str, Section]:
         "e": lambda: stacks_at_3_bits(bench),
         "f": lambda: resnet(bench),
         "g": lambda: second_moments(speed.quick),
+        "h": lambda: roundings(bench),
     }
 
 

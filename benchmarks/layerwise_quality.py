@@ -22,6 +22,7 @@ W4, W8, W3 = QSpec(bitwidth=4), QSpec(bitwidth=8), QSpec(bitwidth=3)
 STORIES = "stories260K"
 FIRST_BLOCKS = f"{STORIES} 0-1"
 ADAROUND_STACKS = ("ours: adaround", "ours: seq_mse + adaround")
+ROUNDINGS = ("ours: gptq", "ours: adaround", "ours: autoround")
 RESNET_STACKS = ("ours: seq_mse", *ADAROUND_STACKS)
 
 
@@ -180,6 +181,22 @@ def resnet_sim(model: nn.Module, images: torch.Tensor) -> Any:
         if isinstance(layer, kind)
     }
     return build_sim(model, images[:1], specs, None, "htp_v79")
+
+
+def roundings(bench: LayerBench) -> dict[str, Any]:
+    """h: what rounds, from 4 bits down to 2."""
+    found: dict[str, Any] = {"rows": [], "runs": [], "bars": []}
+    for bits in (4, 3, 2):
+        spec = QSpec(bitwidth=bits)
+        title = f"h. {STORIES}, {label(spec)} symmetric, block linears"
+        table = _table(bench, title, STORIES, spec, (SIMPLE, *ROUNDINGS))
+        found["rows"] += [{"bits": bits, **row} for row in table["rows"]]
+        found["runs"] += table["runs"]
+        *others, learnt = (bench.run(STORIES, spec, method).perplexity for method in ROUNDINGS)
+        if bits < 4:
+            text = f"AutoRound {learnt:.3f} at {bits} bits, the best other {min(others):.3f}"
+            found["bars"].append(bar(text, learnt < min(others)))
+    return found
 
 
 def _stacks(bench: LayerBench, key: str, spec: QSpec) -> dict[str, Any]:

@@ -30,6 +30,7 @@ STACKS: dict[str, Stack] = {
     "ours: seq_mse asym": (("seq_mse", {**BEST, "inp_symmetry": "asym"}),),
     "ours: gptq": (("gptq", {}),),
     "ours: adaround": (("adaround", {}),),
+    "ours: autoround": (("autoround", {}),),
     "ours: seq_mse + gptq": (("seq_mse", BEST), ("gptq", {})),
     "ours: seq_mse + adaround": (("seq_mse", BEST), ("adaround", {})),
     BEST_STACK: (("gptq", {"beams": 4}),),

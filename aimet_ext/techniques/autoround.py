@@ -7,7 +7,7 @@ arXiv 2309.05516.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ from aimet_ext.techniques.gptq import GPTQ
 from aimet_ext.techniques.layerwise.deploy import Problem
 from aimet_ext.techniques.report import BlockwiseReport
 
-_LARGEST_RATE = 0.01  # of offsets, if none is given: more turn at once than is good
+_COARSE = 3  # steps of a grid of 2 bits, on which offsets have further to go
+_LARGEST_RATE = 0.02  # of offsets, if none is given: more turn at once than is good
 # Of Adam. Losses are small numbers, and so are their gradients.
 _BETAS, _EPSILON = (0.9, 0.99), 1e-20
 
@@ -110,17 +111,13 @@ def train_block(
     :param on_step: Function called with the loss of every step.
     """
     learners = _learners(block, start, params)
-    own = min(_LARGEST_RATE, 1 / params.num_iterations)
-    rates = params.learning_rate or own, params.scale_lr
-    kinds = zip(*((each.offsets, each.stretch) for each in learners.values()), strict=True)
-    groups = [{"params": list(tensors)} for tensors in kinds]
-    optimizer = torch.optim.Adam(groups, betas=_BETAS, eps=_EPSILON)
+    optimizer = _optimizer(learners, params)
     pieces = _steps(block, params.batch_size, seed)
     interval = max(1, params.num_iterations // params.evaluations)
     best, best_score = start, start_score
     for step in range(params.num_iterations):
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * (1 - step / params.num_iterations)
+        for group in optimizer.param_groups:
+            group["lr"] = group["start"] * (1 - step / params.num_iterations)
         optimizer.zero_grad(set_to_none=True)
         loss = _gradients(block, learners, next(pieces))
         on_step(loss)
@@ -148,6 +145,18 @@ def _learners(
             weight, block.layout(layer), grid, start.codes[layer], scales=scales
         )
     return found
+
+
+def _optimizer(
+    learners: Mapping[str, LearnableRounding], params: AutoRoundParams
+) -> torch.optim.Optimizer:
+    groups = []
+    for learner in learners.values():
+        coarse = learner.grid.qmax - learner.grid.qmin <= _COARSE
+        own = min(_LARGEST_RATE, (2 if coarse else 1) / params.num_iterations)
+        groups.append({"params": [learner.offsets], "start": params.learning_rate or own})
+        groups.append({"params": [learner.stretch], "start": params.scale_lr})
+    return torch.optim.Adam(groups, betas=_BETAS, eps=_EPSILON)
 
 
 @torch.no_grad()

@@ -44,6 +44,7 @@ VOCABULARY = 128
 QUICK: dict[str, dict[str, Any]] = {
     "omniquant": {"num_iterations": 2, "search_sweeps": 1},
     "adaround": {"num_iterations": 5},
+    "autoround": {"num_iterations": 2},
     "awq": {"num_grid": 4},
     "spinquant": {"num_iterations": 1},
 }

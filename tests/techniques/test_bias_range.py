@@ -76,8 +76,9 @@ def test_float_activations_need_no_room() -> None:
     assert float(quantizer.grid().scale[1]) < 1e-6
 
 
+@pytest.mark.parametrize("chosen", ["omniquant", "autoround"])
 @pytest.mark.parametrize("share", [0.0, 1e-7, 1e-5])
-def test_biases_fit_int32_behind_omniquant(tiny_model: Any, share: float) -> None:
+def test_biases_fit_int32_block_by_block(tiny_model: Any, share: float, chosen: str) -> None:
     batches = [torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(0))]
     network = tiny_model("qwen2", num_hidden_layers=1)
     projection = network.model.layers[0].self_attn.k_proj
@@ -85,7 +86,7 @@ def test_biases_fit_int32_behind_omniquant(tiny_model: Any, share: float) -> Non
         projection.weight[3] *= share
         projection.bias[3] = 30.0
     sim = aimet_ext.create_sim(network, batches[0], weights=QSpec(bitwidth=8))
-    aimet_ext.apply_omniquant(sim, batches, num_iterations=2, progress=False)
+    getattr(aimet_ext, f"apply_{chosen}")(sim, batches, 2, progress=False)
     sim.compute_encodings(lambda m: [m(batch) for batch in batches])
     assert overflows(sim) == []
 

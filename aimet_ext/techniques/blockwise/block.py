@@ -318,12 +318,10 @@ class Block:
         for layer in self.layers:
             layout = self.layout(layer)
             stored = self.weight(layer).to(self.quantizers[layer].weight.dtype)
-            scale, offset = layout.raw(*layout.bounds(stored.float()))
+            scale, offset = grids[layer] = layout.raw(*layout.bounds(stored.float()))
             if rounded:
-                grids[layer] = self.deployable(layer, scale), offset
-                codes[layer] = quantize(stored, self.grid(layer, grids[layer], stored))
-            else:
-                grids[layer] = scale, offset
+                grid = self.grid(layer, (self.deployable(layer, scale), offset), stored)
+                grids[layer], codes[layer] = (grid.scale, grid.offset), quantize(stored, grid)
         return BlockState({}, grids, codes)
 
     def deployable(self, layer: str, scale: Tensor) -> Tensor:
