@@ -168,6 +168,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
         "quick": {"num_iterations": 2, "evaluations": 1},
         "changed": ("scale_lr", 1e-2),
         "head": False,
+        "grids": ("asymmetric", "LPBQ"),
         "entries": lambda report: report.blocks,
     },
     "rtn": {"changed": ("max_bitwidth", 7), "grids": ("asymmetric", "LPBQ")},
