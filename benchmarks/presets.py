@@ -21,7 +21,7 @@ import aimet_ext
 from aimet_ext import QSpec
 from aimet_ext.config import PRESETS
 
-TECHNIQUES = ("seq_mse", "awq", "omniquant", "gptq", "adaround")
+TECHNIQUES = ("seq_mse", "awq", "omniquant", "gptq", "adaround", "autoround")
 HEAD = ("technique", "preset", "perplexity", "recovered %", "processor s")
 
 
