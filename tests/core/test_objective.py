@@ -15,6 +15,7 @@ from aimet_ext.core.objective import (
     row_errors,
     sqnr_db,
     squared_error,
+    trimmed,
 )
 
 OUT, IN, TOKENS = 3, 5, 50
@@ -176,3 +177,15 @@ def test_errors_on_rows_as_they_came_survive_the_shrinking(groups, strength):
     diagonal = found.second.diagonal(dim1=-2, dim2=-1)
     assert bool((diagonal[..., 4] == 0).all()) and bool((diagonal[..., :4] > 0).all())
     assert bool((torch.linalg.eigvalsh(found.second) > -1e-12).all())
+
+
+def test_the_largest_deviations_are_left_out() -> None:
+    """As many as the share says, of the value and of the gradient; the mean is over all."""
+    output = torch.tensor([[0.1, -3.0, 0.2], [0.0, 0.5, 2.0]], requires_grad=True)
+    found = trimmed(output.square(), 0.34)  # 2 of 6
+    torch.testing.assert_close(found.sum(), torch.tensor(0.01 + 0.04 + 0.25))
+    found.sum().backward()
+    assert torch.equal(output.grad == 0, torch.tensor([[False, True, False], [True, False, True]]))
+    plain = squared_error(output.detach(), torch.zeros(2, 3))
+    assert squared_error(output.detach(), torch.zeros(2, 3), trim=0.1) == plain
+    assert squared_error(output.detach(), torch.zeros(2, 3), trim=0.34) == (pytest.approx(0.3), 6)
