@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from aimet_ext.config import AutoRoundParams as AutoRoundParams
     from aimet_ext.config import AWQParams as AWQParams
     from aimet_ext.config import Blockwise as Blockwise
+    from aimet_ext.config import DWQParams as DWQParams
     from aimet_ext.config import GPTQParams as GPTQParams
     from aimet_ext.config import HQQParams as HQQParams
     from aimet_ext.config import OmniQuantParams as OmniQuantParams
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from aimet_ext.errors import Finding as Finding
     from aimet_ext.errors import MissingExtraError as MissingExtraError
     from aimet_ext.errors import TransformRefused as TransformRefused
+    from aimet_ext.evaluation.divergence import evaluate_divergence as evaluate_divergence
+    from aimet_ext.evaluation.divergence import float_logits as float_logits
     from aimet_ext.evaluation.perplexity import evaluate_perplexity as evaluate_perplexity
     from aimet_ext.files.ledger import Ledger as Ledger
     from aimet_ext.files.scales import load_scales as load_scales
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
     from aimet_ext.techniques.adaround import apply_adaround as apply_adaround
     from aimet_ext.techniques.autoround import apply_autoround as apply_autoround
     from aimet_ext.techniques.awq import apply_awq as apply_awq
+    from aimet_ext.techniques.dwq import apply_dwq as apply_dwq
     from aimet_ext.techniques.gptq import apply_gptq as apply_gptq
     from aimet_ext.techniques.hqq import apply_hqq as apply_hqq
     from aimet_ext.techniques.lpbq import apply_lpbq as apply_lpbq
@@ -94,6 +98,7 @@ _HOMES = {
         "config": ("Blockwise", "LPBQ", "PerChannel", "PerTensor", "QSpec"),
         "data.text": ("calibration_batches",),
         "errors": ("CorruptFileError", "Finding", "MissingExtraError", "TransformRefused"),
+        "evaluation.divergence": ("evaluate_divergence", "float_logits"),
         "evaluation.perplexity": ("evaluate_perplexity",),
         "files.ledger": ("Ledger",),
         "files.scales": ("load_scales",),

@@ -590,3 +590,29 @@ class ActivationRangesParams(TechniqueParams):
 
     least_share: Annotated[float, Field(ge=0, le=1)] = 1e-3
     objective: Literal["block", "output"] = "block"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DWQParams(WeightParams):
+    """Settings of :func:`aimet_ext.apply_dwq`.
+
+    :param num_iterations: Steps of gradient descent, each on one batch.
+    :param norm_gains: Learn the gains of norms as well, with their biases.
+    :param learning_rate: Rate of the first step, relative to a scale; it falls to 0.
+    :param top_k: Classes of the float model's outputs that are kept for each token, the likeliest
+        ones; all others count as one class. None keeps all.
+    :param evaluations: Number of times that the state is judged on the batches held out, and that
+        a checkpoint is written.
+    :param patience: Evaluations one after the other without a lower divergence, after which
+        learning ends.
+    :param seed: Seed of the order of batches.
+    :param max_bitwidth: Bits above which a layer is left alone.
+    """
+
+    num_iterations: Annotated[int, Field(ge=1)] = 100
+    norm_gains: bool = True
+    learning_rate: Positive = 1e-3
+    top_k: Annotated[int, Field(ge=1)] | None = 256
+    evaluations: Annotated[int, Field(ge=1)] = 8
+    patience: Annotated[int, Field(ge=1)] = 3
+    seed: int = 0

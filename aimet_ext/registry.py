@@ -12,8 +12,18 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 #: What a technique decides, in the order in which techniques follow one another: "rotation" and
-#: "smoothing" rescale weights alone, "scales" chooses ranges with them.
-Decides = Literal["grids", "rotation", "smoothing", "scales", "ranges", "integers", "activations"]
+#: "smoothing" rescale weights alone, "scales" chooses ranges with them; "polish" changes the scales
+#: of integers that were decided.
+Decides = Literal[
+    "grids",
+    "rotation",
+    "smoothing",
+    "scales",
+    "ranges",
+    "integers",
+    "polish",
+    "activations",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +36,8 @@ class Technique:
     :param decides: Property of the weights that it decides.
     :param unit: Part of a model that is worked on at a time.
     :param number: Setting in third position of the call; None if there is none.
+    :param reference: True if it is given the float model or its outputs as ``reference``, since
+        the simulation no longer holds them.
     :param data_free: True if it decides from weights alone, and reads no data.
     :param freezes_if: Setting without which ranges of weights stay open; None for what follows from
         ``decides``.
@@ -45,6 +57,7 @@ class Technique:
     decides: Decides
     unit: Literal["layer", "block"] = "layer"
     number: str | None = None
+    reference: bool = False
     data_free: bool = False
     freezes_if: str | None = None
     resumes: bool = True
@@ -61,7 +74,7 @@ class Technique:
 
     @property
     def rounds(self) -> bool:
-        """True if the weights are on their grids afterwards."""
+        """True if it decides integers, so that the weights are on their grids afterwards."""
         return self.decides == "integers"
 
     @property
@@ -167,6 +180,16 @@ TECHNIQUES: dict[str, Technique] = {
             data_free=True,
             olive="hqq",
             page="hqq",
+        ),
+        Technique(
+            name="dwq",
+            function="aimet_ext.techniques.dwq:apply_dwq",
+            params="aimet_ext.config:DWQParams",
+            decides="polish",
+            number="num_iterations",
+            reference=True,
+            olive="dwq",
+            page="dwq",
         ),
         Technique(
             name="lpbq",

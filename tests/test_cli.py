@@ -257,6 +257,9 @@ def test_quantize_ends_with_a_verdict(exported: pathlib.Path) -> None:
     for name in ("rounding", "quantized"):
         assert found[name] != found["float"] == pytest.approx(found[name], rel=0.2)
     assert found["windows"] >= 1 and found["text"] == "text that was not calibrated on"
+    assert all(found["divergence"][name]["kl"] > 0 for name in ("rounding", "quantized"))
+    shown = run("inspect", exported).stdout
+    assert "divergence" in shown and "%" in shown.partition("divergence")[2]
 
 
 def test_what_quantize_wrote_can_be_evaluated(exported: pathlib.Path, text: pathlib.Path) -> None:
@@ -339,6 +342,26 @@ def test_techniques_follow_one_another_with_their_settings(
     assert again.exit_code == 0, again.stderr
     report = json.loads((output / "reports" / f"{techniques[-1]}.json").read_text("utf-8"))
     assert all(layer["resumed"] for layer in report["layers"])
+
+
+def test_scales_are_polished_against_the_float_model(
+    tiny: pathlib.Path, text: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    output, cut = tmp_path / "out", ("--seq-length", "32")
+    done = run(
+        *("quantize", tiny, "--calibration", text, "--output", output, *then("rtn", "dwq")),
+        *("--activations", "none", *cut, "--num-batches", "2", "--batch-size", "2"),
+        *("--weights", "int3", "--set", "dwq.num_iterations=4", "--set", "dwq.evaluations=2"),
+    )
+    assert done.exit_code == 0, done.stderr
+    report = json.loads((output / "reports" / "dwq.json").read_text("utf-8"))
+    assert report["kept"] == "learnt" and report["after"]["kl"] < report["before"]["kl"]
+    assert "KL to the float model" in done.stdout
+    options = ("--text", text, *cut, "--num-windows", "2", "--reference", tiny, "--json")
+    done = run("evaluate", output, *options)
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["kl"] > 0 and found["rows"] == 64 and 0 <= found["flips"] <= 1
 
 
 def test_plain_rounding_has_no_report(

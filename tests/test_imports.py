@@ -80,6 +80,13 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"techniques", "analysis", "data", "core", "config"},
         {"torch", "tqdm"},
     ),
+    "techniques.dwq": (
+        {
+            *("techniques", "analysis", "evaluation", "sim.protocol", "sim.points"),
+            *("models", "files", "data", "core", "config"),
+        },
+        {"torch", "tqdm", "pydantic"},
+    ),
     "techniques*": (
         {
             *(
@@ -102,9 +109,12 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"integrity", "onnx.index", "onnx.reading", "files", "core"},
         {"torch", "numpy", "safetensors", "onnx", "pydantic"},
     ),
-    "evaluation*": ({"evaluation", "sim", "walk", "models", "data"}, {"torch", "numpy"}),
+    "evaluation*": (
+        {"evaluation", "analysis", "sim", "walk", "models", "data", "core"},
+        {"torch", "numpy"},
+    ),
     "analysis*": (
-        {"analysis", "sim.protocol", "sim.points", "data", "files.folders", "core"},
+        {"analysis", "sim.protocol", "sim.points", "data", "files", "core"},
         {"torch", "tqdm", "pydantic"},
     ),
     "artifact*": (

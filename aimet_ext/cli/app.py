@@ -244,13 +244,21 @@ def evaluate(
     num_windows: Annotated[
         int, typer.Option(min=1, help="Windows to score at most; less text than that is fine.")
     ] = 200,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, file_okay=False, help="The float model, to measure the divergence from."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print a model's perplexity on a text."""
     with stdout_for_results():
         from aimet_ext.cli import jobs
 
-        result = jobs.evaluate(folder, text, seq_length=seq_length, num_windows=num_windows)
+        result = jobs.evaluate(
+            folder, text, seq_length=seq_length, num_windows=num_windows, reference=reference
+        )
     if as_json:
         typer.echo(json.dumps(result))
     else:

@@ -40,7 +40,8 @@ class Quantized:
 
     :param reports: Reports by technique, in order.
     :param quality: Perplexities of the float model, with weights rounded to nearest, and as
-        exported, and the text that they were measured on.
+        exported, divergences of the latter two from the float model, and the text that they were
+        measured on.
     :param files: Files with their sizes.
     :param seconds: Seconds of all the work.
     """
@@ -74,12 +75,16 @@ def quantize(
     held_out, described = _held_out(tokenizer, calibration, batches)
     _check_ids(model_dir, model, [*batches, *held_out])
     quality: dict[str, Any] = {"float": aimet_ext.evaluate_perplexity(model, held_out)}
+    reference = aimet_ext.float_logits(model, held_out)
     sim = recipe.create_sim(model, batches[0])
     with adapt(sim).disabled_quantizers(weights=False):
         quality["rounding"] = aimet_ext.evaluate_perplexity(sim, held_out)
-    reports = recipe.apply(sim, batches, **folders)
+        divergences = {"rounding": aimet_ext.evaluate_divergence(sim, held_out, reference)}
+    reports = recipe.apply(sim, batches, reference=model, **folders)
     sim.compute_encodings(partial(_run, batches=batches))  # what is still open
     quality["quantized"] = aimet_ext.evaluate_perplexity(sim, held_out)
+    divergences["quantized"] = aimet_ext.evaluate_divergence(sim, held_out, reference)
+    quality["divergence"] = {name: dataclasses.asdict(d) for name, d in divergences.items()}
     quality |= {"windows": sum(map(len, held_out)), "text": described}
     with replace_folder(output) as folder:
         aimet_ext.export(sim, folder, PREFIX, batches[0][:1], hf_checkpoint=hf_checkpoint)
@@ -107,8 +112,13 @@ def _held_out(
     return windows[used:], "text that was not calibrated on"
 
 
-def evaluate(folder: Path, text: Path, *, seq_length: int, num_windows: int) -> dict[str, Any]:
-    """Measure the perplexity of a model folder, or of an export with quantization simulated."""
+def evaluate(
+    folder: Path, text: Path, *, seq_length: int, num_windows: int, reference: Path | None = None
+) -> dict[str, Any]:
+    """Measure the perplexity of a model folder, or of an export with quantization simulated.
+
+    :param reference: Folder of the float model, from which the divergence is measured too.
+    """
     exported = is_export(folder)
     if exported:
         model: Any = aimet_ext.load(folder)
@@ -118,12 +128,17 @@ def evaluate(folder: Path, text: Path, *, seq_length: int, num_windows: int) -> 
     batches = aimet_ext.calibration_batches(tokenizer, text, seq_length, None)[:num_windows]
     if not exported:
         _check_ids(folder, model, batches)
-    return {
+    found = {
         "perplexity": aimet_ext.evaluate_perplexity(model, batches),
         "windows": sum(len(batch) for batch in batches),
         "seq_length": seq_length,
         "quantized": exported,
     }
+    if reference is not None:
+        original, _ = load_model(reference)
+        _check_ids(reference, original, batches)
+        found |= dataclasses.asdict(aimet_ext.evaluate_divergence(model, batches, original))
+    return found
 
 
 def analyze(

@@ -91,15 +91,34 @@ def _quality(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             ),
         )
     if quality := found.get("quality"):
-        yield "perplexity", " ".join(quality_lines(quality).split())
+        yield "perplexity", " ".join(_perplexities(quality).split())
+        yield "divergence", "; ".join(" ".join(line.split()) for line in _divergences(quality))
+
+
+_STATES = (("rounding", "weights rounded to nearest"), ("quantized", "as exported"))
 
 
 def quality_lines(quality: Mapping[str, Any]) -> str:
-    """Return the perplexities that ``quantize`` measured, one a line."""
+    """Return the perplexities and divergences that ``quantize`` measured, one a line."""
+    lines = [_perplexities(quality)]
+    if found := list(_divergences(quality)):
+        lines += ["KL to the float model, its 99.9th percentile, changed predictions:", *found]
+    return "\n".join(lines)
+
+
+def _perplexities(quality: Mapping[str, Any]) -> str:
     float_ = quality["float"]
     rows = [
         (f"  {name}", f"{quality[key]:.4g}  {quality[key] / float_ - 1:+.1%}")
-        for key, name in (("rounding", "weights rounded to nearest"), ("quantized", "as exported"))
+        for key, name in _STATES
     ]
     head = f"Perplexity on {quality['windows']} windows of {quality['text']}:"
     return f"{head}\n{table([('  float model', f'{float_:.4g}'), *rows])}"
+
+
+def _divergences(quality: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each state that was measured."""
+    for key, name in _STATES:
+        if found := quality.get("divergence", {}).get(key):
+            numbers = f"{found['kl']:.4g}  {found['kl_high']:.4g}  {found['flips']:.2%}"
+            yield f"  {name:<26}  {numbers}"

@@ -45,7 +45,7 @@ def evaluate_perplexity(model_or_sim: Any, batches: Iterable[Any]) -> float:
     :raises TypeError: something without a model in it.
     :raises ValueError: no batch, no token that counts, or an input of an ONNX graph is missing.
     """
-    model = _model_of(model_or_sim)
+    model = model_of(model_or_sim)
     with evaluating(model):
         found = perplexity_of(_scored(model, batches))
     if found is None:
@@ -58,7 +58,7 @@ def evaluate_perplexity(model_or_sim: Any, batches: Iterable[Any]) -> float:
 
 def _scored(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor, Any]]:
     """Yield the logits of each batch, its ids and its mask."""
-    named = model.batches(batches) if isinstance(model, _SessionModel) else batches
+    named = model.feeds(batches) if isinstance(model, _SessionModel) else batches
     for batch in iterate_batches(named):
         output = call_model(model, batch)
         ids = token_ids(batch)
@@ -102,7 +102,11 @@ def prepared_module(model: Any) -> Any:
     return prepare_model(model)
 
 
-def _model_of(model_or_sim: Any) -> nn.Module:
+def model_of(model_or_sim: Any) -> nn.Module:
+    """Return a module that computes the logits of a model, a simulation or a session.
+
+    :raises TypeError: Something without a model in it.
+    """
     model = model_or_sim
     if not isinstance(model, nn.Module) and not hasattr(model, "get_inputs"):  # no session either
         try:
@@ -132,7 +136,7 @@ class _SessionModel(nn.Module):
         self._output = "logits" if "logits" in outputs else outputs[0]
         self._ids = _IDS if _IDS in self._types else next(iter(self._types), _IDS)
 
-    def batches(self, batches: Iterable[Any]) -> Iterator[dict[str, Tensor]]:
+    def feeds(self, batches: Iterable[Any]) -> Iterator[dict[str, Tensor]]:
         """Yield batches as inputs by name, with ``input_ids`` and a mask to score by."""
         inputs = dict.fromkeys(self._types, InputSpec())  # types are converted
         for number, batch in filled_batches(batches, inputs):

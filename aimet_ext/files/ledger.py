@@ -111,9 +111,12 @@ class Ledger:
         memo[id(self)] = copied
         return copied
 
-    def check_can_apply(self, technique: str, modules: Iterable[str]) -> None:
+    def check_can_apply(
+        self, technique: str, modules: Iterable[str], *, rounded: bool = False
+    ) -> None:
         """Refuse a technique that was applied before, or one that comes after the rounding.
 
+        :param rounded: True if the technique works on rounded weights.
         :raises ValueError: one of the modules had this technique, or holds rounded weights.
         """
         wanted = set(modules)
@@ -126,7 +129,7 @@ class Ledger:
                     f"{technique} was already applied to {some(common, 3)}; a technique is applied "
                     "once: start again from a new sim"
                 )
-            if run.rounds:
+            if run.rounds and not rounded:
                 raise ValueError(
                     f"{technique} needs float weights, but {run.technique} already rounded those "
                     f"of {some(common, 3)}; apply {technique} first, on a new sim"

@@ -175,7 +175,7 @@ class AimetQuantization(shipped.AimetQuantization):
             sim = _simulation(model, settings, folder, next(iter(calibration)))
             techniques = with_defaults(settings["techniques"] or ())
             load(_CHECK)(adapt(sim), steps_of(techniques))
-            for technique in techniques:
+            for technique in _with_references(sim, techniques, calibration, model):
                 sim = _apply(sim, technique, calibration, model)
             sim.compute_encodings(iter(calibration))
             _check_calibrated(sim)
@@ -272,13 +272,33 @@ def _simulation(model: Any, settings: dict[str, Any], folder: str, batch: dict[s
     return sim
 
 
+def _with_references(
+    sim: Any, techniques: list[dict[str, Any]], calibration: _Batches, model: Any
+) -> list[dict[str, Any]]:
+    """Give techniques that need them the float model's outputs, while there is a float model."""
+    found = []
+    for technique in techniques:
+        chosen = shipped.SUPPORTED_TECHNIQUES[technique["name"].lower()]
+        if getattr(chosen, "requires_reference", False):
+            data = _data(technique, calibration, model)
+            top_k = technique.get("top_k", 256)
+            technique = {**technique, "reference": aimet_ext.float_logits(sim, data, top_k=top_k)}
+        found.append(technique)
+    return found
+
+
+def _data(technique: dict[str, Any], calibration: _Batches, model: Any) -> _Batches:
+    """Return a technique's own data if it names some, else that of the pass."""
+    own = technique.get("data_config")
+    return calibration if own is None else _Batches(own, model)
+
+
 def _apply(sim: Any, technique: dict[str, Any], calibration: _Batches, model: Any) -> Any:
     """Apply one technique, with its own data if it names some."""
     arguments = {key: value for key, value in technique.items() if key != "name"}
     chosen = shipped.SUPPORTED_TECHNIQUES[technique["name"].lower()]
     if chosen._requires_data():
-        own = arguments.get("data_config")
-        arguments["data_config"] = calibration if own is None else _Batches(own, model)
+        arguments["data_config"] = _data(technique, calibration, model)
     return chosen.apply(sim, **arguments)
 
 

@@ -161,6 +161,11 @@ class OliveTechnique:
     def _requires_data(self) -> bool:
         return not self.row.data_free
 
+    @property
+    def requires_reference(self) -> bool:
+        """True if it is given the float model's outputs on its data."""
+        return self.row.reference
+
     def validate_args(self, **arguments: Any) -> bool:
         """Check arguments without a simulation.
 
@@ -189,6 +194,7 @@ class OliveTechnique:
         """Call the public function, and leave its report at the simulation.
 
         :param data_config: Batches.
+        :param arguments: Settings, and ``reference`` where it is required.
         """
         defaults = {} if "preset" in arguments else self.row.olive_defaults
         settings = {**defaults, **_plain(arguments)}

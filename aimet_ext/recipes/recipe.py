@@ -252,6 +252,7 @@ class Recipe:
         dataloader: Any,
         *,
         checkpoint_dir: str | Path | None = None,
+        reference: Any = None,
         **options: Any,
     ) -> dict[str, Any]:
         """Apply the techniques in order.
@@ -260,6 +261,7 @@ class Recipe:
         :param dataloader: Calibration batches, see :doc:`/composition`; a list, where there is more
             than one technique.
         :param checkpoint_dir: Folder in which each technique keeps finished work, to be resumed.
+        :param reference: Float model, for techniques that compare with it, such as DWQ.
         :param options: Options that every technique takes, such as ``cache_dir`` or ``progress``.
         :returns: report of each technique.
         """
@@ -272,6 +274,7 @@ class Recipe:
                 dataloader,
                 params=params,
                 checkpoint_dir=place / name if place is not None and row.resumes else None,
+                **({"reference": reference} if row.reference else {}),
                 **options,
             )
         return reports

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from aimet_ext.core.affine import Grid, fake_quantize, minmax_range, scale_offset
 from aimet_ext.data.batches import ForwardFn
+from aimet_ext.models.topology import BlockTopology
 
 Kind = Literal["weight", "activation", "input"]
 
@@ -80,6 +81,26 @@ class Point:
         )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NormGain:
+    """The gain of a norm, and its bias.
+
+    :param module: Name of the norm.
+    :param part: Name of the part of the simulation that holds it, see
+        :meth:`~aimet_ext.sim.protocol.Snapshots.snapshot`.
+    :param names: Names of its parameters for :meth:`Points.substituting`, by ``"weight"`` and
+        ``"bias"``.
+    :param offset: 1.0 for a norm that multiplies by ``1 + weight``, else 0.
+    :param readers: Names of the layers that read it alone, as far as they are known.
+    """
+
+    module: str
+    part: str
+    names: Mapping[str, str]
+    offset: float = 0.0
+    readers: tuple[str, ...] = ()
+
+
 class Points(Protocol):
     """The quantizers of a simulation one by one, in the order in which data flows."""
 
@@ -112,6 +133,37 @@ class Points(Protocol):
         self, names: Collection[str], forward_fn: ForwardFn | None = None
     ) -> AbstractContextManager[Run]:
         """Open a context with a function that runs the model with these quantizers alone."""
+
+    def substituting(
+        self,
+        weights: Mapping[str, Callable[[], Tensor]],
+        gains: Mapping[str, Callable[[], Tensor]],
+        forward_fn: ForwardFn | None = None,
+    ) -> AbstractContextManager[Run]:
+        """Open a context with a function that runs the model with other parameters, differentiable.
+
+        Quantizers of what is replaced are off, those of activations and those without a range too;
+        others are on. Where
+        gradients are asked for, a part of the model is computed again on the way back, so that
+        memory holds what one part computes, whatever the depth.
+
+        :param weights: By layer, function that computes its weight ``[out, in, …]``; called each
+            time that the layer is computed.
+        :param gains: By a name of a :class:`NormGain`, function that computes the parameter.
+        :raises TransformRefused: An ONNX graph has operators that PyTorch cannot compute.
+        """
+
+    def norm_gains(self, blocks: Sequence[BlockTopology]) -> list[NormGain]:
+        """Return the gains of the model's norms.
+
+        :param blocks: Decoder blocks; none where the model has no known ones.
+        """
+
+    def read_gain(self, name: str) -> Tensor:
+        """Return a parameter that a :class:`NormGain` names, read only."""
+
+    def write_gain(self, name: str, values: Tensor) -> None:
+        """Replace a parameter that a :class:`NormGain` names."""
 
     def calibrate_all(self, batches: Sequence[Any], forward_fn: ForwardFn | None = None) -> None:
         """Set all ranges that are not frozen, as ``sim.compute_encodings`` does."""

@@ -86,9 +86,12 @@ def undo_on_failure(
             journal.clear()
 
 
-def open_ledger(adaptor: SimAdaptor, technique: str, modules: Sequence[str]) -> Ledger:
+def open_ledger(
+    adaptor: SimAdaptor, technique: str, modules: Sequence[str], *, rounded: bool = False
+) -> Ledger:
     """Return the simulation's ledger, a new one if needed, once the technique may be applied.
 
+    :param rounded: True if the technique works on rounded weights.
     :raises ValueError: the technique was applied before, the weights are rounded, or a parameter
         holds NaN.
     """
@@ -99,7 +102,7 @@ def open_ledger(adaptor: SimAdaptor, technique: str, modules: Sequence[str]) -> 
         "must be finite, it holds NaN; repair the checkpoint",
     )
     ledger = adaptor.ledger or Ledger(origin=_weights_hash(adaptor))
-    ledger.check_can_apply(technique, modules)
+    ledger.check_can_apply(technique, modules, rounded=rounded)
     return ledger
 
 
@@ -387,6 +390,7 @@ def choose_layers(
     max_bitwidth: int,
     rounds: bool,
     only: Collection[str] | None = None,
+    rounded: bool = False,
 ) -> LayerChoice:
     """Sort the quantized layers of a simulation.
 
@@ -396,6 +400,8 @@ def choose_layers(
     :param rounds: True if the technique rounds weights, on frozen ranges too; one that does not
         leaves frozen ranges alone.
     :param only: Layers to decide at most; None for all.
+    :param rounded: True if the technique works on rounded weights; layers with others are left
+        alone.
     :raises ValueError: An excluded module does not exist; nothing remains; the technique was
         applied before; a weight is not finite, is rounded already, or is shared by two layers.
     """
@@ -411,6 +417,8 @@ def choose_layers(
         twins = [twin for twin in shared.get(name, ()) if twin != name]
         if quantizer.bitwidth > max_bitwidth:
             skipped[name] = f"{quantizer.bitwidth} bits, max_bitwidth is {max_bitwidth}"
+        elif rounded and not (quantizer.initialized and _is_rounded(quantizer)):
+            skipped[name] = "not rounded yet by a technique such as apply_gptq"
         elif quantizer.frozen and not rounds:
             skipped[name] = f"{_frozen_by(adaptor, name)} froze its range"
         elif any(isinstance(adaptor.model.get_submodule(t), nn.Embedding) for t in twins):
@@ -425,8 +433,10 @@ def choose_layers(
         else:
             decided[name] = quantizer
     if adaptor.ledger is not None:  # it knows the reason for what the weights show
-        adaptor.ledger.check_can_apply(technique, decided or skipped)
+        adaptor.ledger.check_can_apply(technique, decided or skipped, rounded=rounded)
     _check(decided, skipped)
+    if not rounded:
+        _refuse_rounded(decided)
     others = {name: quantizer for name, quantizer in every.items() if name not in decided}
     others.update(adaptor.other_quantizers())
     return LayerChoice(decided, others, skipped)
@@ -443,7 +453,6 @@ def _check(decided: Mapping[str, WeightQuantizer], skipped: Mapping[str, str]) -
         [n for n, q in decided.items() if not bool(torch.isfinite(q.weight).all())],
         "must have a finite weight, it holds NaN or infinity; repair the checkpoint",
     )
-    _refuse_rounded(decided)
 
 
 def _row_wise_or_whole(quantizer: WeightQuantizer) -> bool:

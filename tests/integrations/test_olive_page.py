@@ -46,6 +46,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "adaround": {"num_iterations": 5},
     "autoround": {"num_iterations": 2},
     "awq": {"num_grid": 4},
+    "dwq": {"num_iterations": 2},
     "spinquant": {"num_iterations": 1},
 }
 SCRIPT = f"""

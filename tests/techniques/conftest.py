@@ -188,12 +188,12 @@ EXTRAS: dict[str, dict[str, Any]] = {
 }
 
 #: A new technique is one row of the registry: every test of the contract runs on it. These tests
-#: are about what is decided of weights; test_rotation.py and test_activation_ranges.py have those
-#: of techniques that decide nothing of them.
+#: are about what is decided of weights; test_rotation.py, test_dwq.py and test_activation_ranges.py
+#: have those of techniques that decide nothing of float weights.
 TECHNIQUES = [
     Technique(row=row, **EXTRAS.get(row.name, {}))
     for row in registry.TECHNIQUES.values()
-    if row.decides not in ("rotation", "activations")
+    if row.decides not in ("rotation", "polish", "activations")
 ]
 
 

@@ -34,6 +34,7 @@ from aimet_ext.onnx.graph import OnnxGraph
 from aimet_ext.onnx.layers import OnnxLayer
 from aimet_ext.onnx.shells import insert_module
 from aimet_ext.sim.onnx.quantizers import quantizer_state, restore_quantizer
+from aimet_ext.sim.points import NormGain
 from aimet_ext.walk.stream import BlockStream
 from aimet_ext.walk.streamed import BlockPass, WalkOptions, capture_streams
 
@@ -425,4 +426,30 @@ def open_pass(
     except BaseException:
         found.close()
         raise
+    return found
+
+
+def norm_gains(adaptor: OnnxSim, blocks: Sequence[BlockTopology]) -> list[NormGain]:
+    """Return the gains of norms that layers of a simulation's blocks read, and nothing else."""
+    if not blocks:
+        return []
+    stack = adaptor.model.get_submodule(blocks[0].name.rpartition(".")[0])
+    assert isinstance(stack, BlockStack)
+    found = []
+    for plan, block in zip(stack.plans.values(), blocks, strict=True):
+        for pair in block.pairs:
+            if pair.kind not in ("norm_qkv", "norm_mlp"):
+                continue
+            first, *readers = pair.sides
+            norm = plan.norms[first.module]
+            names = {"weight": norm.gain, "bias": norm.bias}
+            found.append(
+                NormGain(
+                    module=f"{block.name}.{first.module}",
+                    part=block.name,
+                    names={key: name for key, name in names.items() if name is not None},
+                    offset=norm.gain_offset,
+                    readers=tuple(f"{block.name}.{side.module}" for side in readers),
+                )
+            )
     return found

@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.data.batches import ForwardFn
+from aimet_ext.models.topology import BlockTopology
 from aimet_ext.onnx.graph import OnnxGraph
+from aimet_ext.onnx.layers import OnnxLayer
 from aimet_ext.onnx.ops.translate import Operation, TranslatedGraph
 from aimet_ext.onnx.rewrite.rotate import check_shifts, queries_and_keys
 from aimet_ext.sim.onnx.quantizers import (
@@ -23,7 +26,7 @@ from aimet_ext.sim.onnx.quantizers import (
     switched_off,
     uninitialize,
 )
-from aimet_ext.sim.points import Kind, Look, Point, Points, Range, Run
+from aimet_ext.sim.points import Kind, Look, NormGain, Point, Points, Range, Run
 
 _LOGITS = "logits"
 
@@ -104,6 +107,46 @@ class OnnxPoints(Points):
 
         with switched_off(off):
             yield run
+
+    @contextmanager
+    def substituting(
+        self,
+        weights: Mapping[str, Callable[[], Tensor]],
+        gains: Mapping[str, Callable[[], Tensor]],
+        forward_fn: ForwardFn | None = None,
+    ) -> Iterator[Run]:
+        values = {
+            layer.weight: partial(_as_stored, compute, layer)
+            for name, compute in weights.items()
+            for layer in [self._whole.layers[name]]
+        }
+        every = self.sim.qc_quantize_op_dict
+        on = {
+            name: _quantize(self._point(name, quantizer))
+            for name, quantizer in every.items()
+            if is_integer(quantizer) and quantizer.is_initialized()
+            if self._whole.graph.is_stored(name)
+        }
+        model = _Substituted(self._whole.graph, self._output, {**values, **gains}, on)
+
+        def run(batch: Mapping[str, Tensor]) -> Tensor:
+            output: Tensor = model(*(batch[name] for name in model.inputs))
+            return output
+
+        yield run
+
+    def norm_gains(self, blocks: Sequence[BlockTopology]) -> list[NormGain]:
+        from aimet_ext.sim.onnx.blocks import norm_gains
+
+        return norm_gains(self._whole, blocks)
+
+    def read_gain(self, name: str) -> Tensor:
+        found: Tensor = self._whole.graph.tensor(name)
+        return found
+
+    def write_gain(self, name: str, values: Tensor) -> None:
+        self._whole.graph.set_tensor(name, values)
+        self._whole.touch()
 
     def score_ranges(self, names: Collection[str], batches: Sequence[Any]) -> dict[str, Range]:
         from aimet_ext.sim.onnx.scores import score_ranges
@@ -222,3 +265,64 @@ class _Watched(TranslatedGraph):
     def _run(self, i: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = super()._run(i, values)
         return {name: self._see(name, value) for name, value in found.items()}
+
+
+_SEGMENT = 100  # steps whose results are kept for the way back
+
+
+def _as_stored(compute: Callable[[], Tensor], layer: OnnxLayer) -> Tensor:
+    weight = compute()
+    return weight.transpose(0, 1) if layer.transposed else weight
+
+
+class _Substituted(TranslatedGraph):
+    """A whole graph as PyTorch computes it, with other stored values in place of some.
+
+    For gradients, some steps at a time are computed again on the way back.
+
+    :param values: Functions that compute what takes a stored value's place, by its name.
+    :param quantizers: Functions that quantize other stored values, by their names.
+    """
+
+    def __init__(
+        self,
+        graph: OnnxGraph,
+        output: str,
+        values: Mapping[str, Callable[[], Tensor]],
+        quantizers: Mapping[str, Callable[[Tensor], Tensor]],
+    ) -> None:
+        inputs = list(graph.inputs)
+        super().__init__(graph, graph.subgraph(inputs, [output]), inputs, [output])
+        self._values = values
+        with torch.no_grad():
+            for name, place in self._stored.items():
+                if name in quantizers and name not in values:
+                    self._read(place).copy_(quantizers[name](self._read(place)))
+
+    def _folded(self, steps: Sequence[Operation]) -> tuple[Operation, ...]:
+        return tuple(steps)  # between constants there may be values that change
+
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Return the output."""
+        values = self._start(inputs)
+        for first in range(0, len(self._steps), _SEGMENT):
+            if torch.is_grad_enabled():
+                values = checkpoint(self._segment, first, values, use_reentrant=False)
+            else:
+                values = self._segment(first, values)
+        return values[self.outputs[0]]
+
+    def _segment(self, first: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the values behind some steps that later ones read."""
+        found = dict(values)
+        for i in range(first, min(first + _SEGMENT, len(self._steps))):
+            found.update(self._run(i, found))
+            for name in self._dead[i]:
+                found.pop(name, None)
+        return found
+
+    def _run(self, i: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        now = {name: self._values[name]() for name in self._steps[i].read() if name in self._values}
+        if now:
+            values = {**values, **{name: v.to(values[name].dtype) for name, v in now.items()}}
+        return super()._run(i, values)

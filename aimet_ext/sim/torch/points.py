@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from aimet_ext.core.interrupts import uninterrupted
 from aimet_ext.data.batches import ForwardFn, call_model
-from aimet_ext.files.tensors import of_parameter
-from aimet_ext.sim.points import Kind, Look, Point, Points, Range, Run, first_output
+from aimet_ext.files.tensors import of_parameter, parameter_quantizer
+from aimet_ext.models.topology import BlockTopology
+from aimet_ext.sim.points import Kind, Look, NormGain, Point, Points, Range, Run, first_output
 from aimet_ext.sim.torch.state import named_quantizers
+from aimet_ext.walk.blocks import find_stack
+from aimet_ext.walk.hooks import evaluating
 
 _KINDS: dict[str, Kind] = {
     "param_quantizers": "weight",
@@ -74,6 +79,55 @@ class TorchPoints(Points):
 
         with torch.no_grad(), self.looking(look, forward_fn) as run:
             yield run
+
+    @contextmanager
+    def substituting(
+        self,
+        weights: Mapping[str, Callable[[], Tensor]],
+        gains: Mapping[str, Callable[[], Tensor]],
+        forward_fn: ForwardFn | None = None,
+    ) -> Iterator[Run]:
+        model = self.sim.model
+        replaced = {f"{name}.param_quantizers.weight" for name in weights}
+        replaced |= {parameter_quantizer(name) for name in gains}
+        forwards: dict[Any, Callable[[Tensor], Tensor]] = {}
+        for name, quantizer in named_quantizers(model):
+            if not of_parameter(name) or name in replaced or not quantizer.is_initialized():
+                forwards[quantizer] = _passing
+        for name, compute in weights.items():
+            quantizer = model.get_submodule(name).param_quantizers["weight"]
+            forwards[quantizer] = partial(_instead, compute)
+        held = [
+            (model.get_submodule(name.rpartition(".")[0])._parameters, name.rpartition(".")[2])
+            for name in gains
+        ]
+        own = [parameters[key] for parameters, key in held]
+        blocks = [model.get_submodule(name) for name in find_stack(model, list(weights))]
+
+        def run(batch: Any) -> Tensor:
+            for (parameters, key), compute in zip(held, gains.values(), strict=True):
+                parameters[key] = compute()
+            return first_output(call_model(model, batch, forward_fn))
+
+        try:
+            with replaced_quantizers(forwards), evaluating(model), ExitStack() as stack:
+                for block in blocks:
+                    stack.enter_context(_recomputed(block))
+                yield run
+        finally:
+            with uninterrupted():
+                for (parameters, key), parameter in zip(held, own, strict=True):
+                    parameters[key] = parameter
+
+    def norm_gains(self, blocks: Sequence[BlockTopology]) -> list[NormGain]:
+        return norm_gains(self.sim.model, blocks)
+
+    def read_gain(self, name: str) -> Tensor:
+        return self.sim.model.get_parameter(name).detach()
+
+    @torch.no_grad()
+    def write_gain(self, name: str, values: Tensor) -> None:
+        self.sim.model.get_parameter(name).copy_(values)
 
     @contextmanager
     def seeing(self, module: str, see: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
@@ -137,6 +191,68 @@ def _point(place: str, quantizer: Any) -> Point:
         place=place,
         own=quantizer,
     )
+
+
+def _passing(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _instead(compute: Callable[[], Tensor], tensor: Tensor) -> Tensor:
+    return compute().to(tensor.dtype)
+
+
+@contextmanager
+def _recomputed(block: Any) -> Iterator[None]:
+    """Open a context in which a block keeps its inputs alone for its way back."""
+    own, kept = block.forward, vars(block).get("forward")
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return own(*args, **kwargs)
+        return checkpoint(own, *args, use_reentrant=False, **kwargs)
+
+    block.forward = forward
+    try:
+        yield
+    finally:
+        del block.forward
+        if kept is not None:
+            block.forward = kept
+
+
+def norm_gains(model: nn.Module, blocks: Sequence[BlockTopology]) -> list[NormGain]:
+    """Return the gains of a model's norms: modules named after one, with a vector as weight."""
+    found: list[NormGain] = []
+    known = {
+        f"{block.name}.{pair.sides[0].module}": (block, pair)
+        for block in blocks
+        for pair in block.pairs
+        if pair.kind in ("norm_qkv", "norm_mlp")
+    }
+    offset = next((pair.sides[0].gain_offset for _, pair in known.values()), 0.0)
+    inside = tuple(f"{block.name}." for block in blocks)
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for name, module in model.named_modules():
+        weight: Any = module._parameters.get("weight")
+        if weight is None or weight.dim() != 1 or "norm" not in type(module).__name__.lower():
+            continue
+        readers: tuple[str, ...] = ()
+        if name in known:
+            block, pair = known[name]
+            readers = tuple(f"{block.name}.{side.module}" for side in pair.sides[1:])
+        elif blocks and not name.startswith(inside):
+            outside = ((n, m) for n, m in model.named_modules() if not n.startswith(inside))
+            readers = tuple(
+                n
+                for n, m in outside
+                if isinstance(m, nn.Linear)
+                and m.in_features == len(weight)
+                and id(m.weight) not in tables
+            )
+        keys = [key for key in ("weight", "bias") if module._parameters.get(key) is not None]
+        names = {key: f"{name}.{key}" for key in keys}
+        found.append(NormGain(module=name, part=name, names=names, offset=offset, readers=readers))
+    return found
 
 
 def _own_forward(quantizer: nn.Module) -> Callable[[Tensor], Tensor]:
