@@ -16,6 +16,7 @@ def check_steps(adaptor: SimAdaptor, steps: Sequence[Step]) -> None:
     :raises ValueError: A step has nothing to decide, or needs what the model does not have.
     """
     frozen: dict[str, str] = {}
+    rounded: set[str] = set()
     for step in steps:
         if step.row.decides == "grids":
             continue  # nothing comes before it
@@ -23,6 +24,13 @@ def check_steps(adaptor: SimAdaptor, steps: Sequence[Step]) -> None:
             names = _decided(adaptor, step)
         except ValueError as error:
             raise ValueError(f"technique {step.name!r}: {error}") from error
+        if step.row.decides == "polish":
+            if not rounded.intersection(names):
+                raise ValueError(
+                    f"technique {step.name!r} finds nothing to decide: no technique before it "
+                    f"rounds weights of {some(list(names))}; put one such as gptq before it"
+                )
+            continue
         left = names if step.row.rounds else [name for name in names if name not in frozen]
         if not left:
             by = frozen[next(iter(names))]
@@ -30,6 +38,8 @@ def check_steps(adaptor: SimAdaptor, steps: Sequence[Step]) -> None:
                 f"technique {step.name!r} finds nothing to decide: {by} freezes the ranges of "
                 f"{some(list(names))} before; leave one of them out"
             )
+        if step.row.rounds:
+            rounded.update(left)
         if step.freezes:
             frozen.update(dict.fromkeys(left, step.name))
 
@@ -48,7 +58,11 @@ def _decided(adaptor: SimAdaptor, step: Step) -> Sequence[str]:
     if row.unit == "layer":
         most = step.settings.get("max_bitwidth", 8)
         choice = choose_layers(
-            adaptor, step.exclude, technique=row.name, max_bitwidth=most, rounds=row.rounds
+            adaptor,
+            step.exclude,
+            technique=row.name,
+            max_bitwidth=most,
+            rounds=row.rounds or row.decides == "polish",
         )
         return [quantizer.name for quantizer in choice.decided.values()]
     blocks = adaptor.find_blocks(None)
