@@ -196,15 +196,13 @@ def build_shards(place: pathlib.Path, folder: pathlib.Path) -> None:
 
 def build_torch(place: pathlib.Path, folder: pathlib.Path) -> None:
     from aimet_ext.cli import jobs
-    from aimet_ext.config import OmniQuantParams
+    from aimet_ext.recipes.recipe import CalibrationPlan
 
-    jobs.quantize(
-        place / "model", place / "text.txt", folder,
-        techniques={"omniquant": OmniQuantParams(num_iterations=1, search_sweeps=0)},
-        weights=aimet_ext.QSpec(bitwidth=4), outer=aimet_ext.QSpec(bitwidth=8),
-        activations=aimet_ext.QSpec(bitwidth=16, symmetric=False),
-        seq_length=16, num_batches=2, batch_size=2, hf_checkpoint=False,
-    )  # fmt: skip
+    recipe = aimet_ext.Recipe(
+        calibration=CalibrationPlan(seq_length=16, num_batches=2, batch_size=2),
+        techniques={"omniquant": {"num_iterations": 1, "search_sweeps": 0}},
+    )
+    jobs.quantize(place / "model", place / "text.txt", folder, recipe=recipe, hf_checkpoint=False)
 
 
 def build_onnx(place: pathlib.Path, folder: pathlib.Path) -> None:
