@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from aimet_ext.analysis.analyze import analyze as analyze
     from aimet_ext.analysis.report import AnalysisReport as AnalysisReport
     from aimet_ext.analysis.report import QuantizerReport as QuantizerReport
+    from aimet_ext.analysis.widths import assign_widths as assign_widths
+    from aimet_ext.analysis.widths_report import LayerWidths as LayerWidths
+    from aimet_ext.analysis.widths_report import WidthsReport as WidthsReport
     from aimet_ext.artifact.export import export as export
     from aimet_ext.artifact.export import load as load
     from aimet_ext.artifact.kv.export import export_with_cache as export_with_cache
@@ -92,6 +95,8 @@ _HOMES = {
     for home, names in {
         "analysis.analyze": ("analyze",),
         "analysis.report": ("AnalysisReport", "QuantizerReport"),
+        "analysis.widths": ("assign_widths",),
+        "analysis.widths_report": ("LayerWidths", "WidthsReport"),
         "artifact.export": ("export", "load"),
         "artifact.kv.export": ("export_with_cache",),
         "artifact.kv.run": ("CacheGraphs", "load_cache_graphs"),

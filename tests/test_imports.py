@@ -113,6 +113,18 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"evaluation", "analysis", "sim", "walk", "models", "data", "core"},
         {"torch", "numpy"},
     ),
+    "analysis.widths": (
+        {
+            *("analysis", "recipes", "sim.protocol", "sim.points"),
+            *("sim.torch.setup", "sim.torch.unknown"),
+            *("walk", "models", "data", "files", "core", "config"),
+        },
+        {"torch", "tqdm", "pydantic"},
+    ),
+    "analysis.widths_report": (
+        {"recipes", "files", "config"},
+        {"pydantic"},
+    ),
     "analysis*": (
         {"analysis", "sim.protocol", "sim.points", "data", "files", "core"},
         {"torch", "tqdm", "pydantic"},

@@ -33,22 +33,13 @@ class Reference:
         with torch.no_grad():
             for batch in batches:
                 logits = run(batch)
-                if logits.dim() < 2 or logits.shape[-1] < 2:
-                    raise ValueError(
-                        "outputs [..., classes] of two classes at least are required, which are "
-                        f"compared as probabilities, got a tensor of shape {list(logits.shape)}"
-                    )
-                mask = token_mask(batch, model)
-                fits = mask is not None and mask.shape == logits.shape[:-1]
-                self._masks.append(mask.to(logits.device) if fits and mask is not None else None)
+                self._masks.append(row_mask(batch, logits, model))
                 rows = self.rows(len(self._outputs), logits)
                 self._outputs.append(TopProbabilities.of(rows, top_k))
 
     def rows(self, number: int, logits: Tensor) -> Tensor:
         """Return the rows of a batch's outputs that count, in float32, shape [rows, classes]."""
-        mask = self._masks[number]
-        kept = logits.flatten(0, -2) if mask is None else logits[mask]
-        return kept.float()
+        return counted_rows(logits, self._masks[number])
 
     def log_probabilities(self, number: int) -> Tensor:
         """Return those kept of the float model, shape [rows, classes]."""
@@ -87,6 +78,28 @@ class Reference:
             losses.append(own.divergence(rows).cpu())
             flipped.append((rows.argmax(-1) != own.likeliest).cpu())
         return Divergence.of(torch.cat(losses), torch.cat(flipped))
+
+
+def row_mask(batch: Any, logits: Tensor, model: Any = None) -> Tensor | None:
+    """Return which rows of a batch's outputs count, by its attention mask; None for all.
+
+    :param model: Torch module that takes positional arguments, to tell which one is the mask.
+    :raises ValueError: Outputs are no logits of at least two classes.
+    """
+    if logits.dim() < 2 or logits.shape[-1] < 2:
+        raise ValueError(
+            "outputs [..., classes] of two classes at least are required, which are "
+            f"compared as probabilities, got a tensor of shape {list(logits.shape)}"
+        )
+    mask = token_mask(batch, model)
+    fits = mask is not None and mask.shape == logits.shape[:-1]
+    return mask.to(logits.device) if fits and mask is not None else None
+
+
+def counted_rows(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the rows of outputs that count, in float32, shape [rows, classes]."""
+    kept = logits.flatten(0, -2) if mask is None else logits[mask]
+    return kept.float()
 
 
 def _digest(batches: Sequence[Any]) -> str:

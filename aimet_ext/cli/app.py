@@ -36,6 +36,8 @@ from aimet_ext.cli.recipes import EPILOG as RECIPES_EPILOG
 from aimet_ext.cli.recipes import chosen_recipe, recipes
 from aimet_ext.cli.verify import EPILOG as VERIFY_EPILOG
 from aimet_ext.cli.verify import verify
+from aimet_ext.cli.widths import EPILOG as WIDTHS_EPILOG
+from aimet_ext.cli.widths import assign_widths
 
 _HELP = """Quantize language models with AIMET and techniques that AIMET lacks.
 
@@ -225,6 +227,7 @@ def _options_of(ctx: typer.Context, recipe: str | None) -> dict[str, Any]:
 
 
 app.command(epilog=RECIPES_EPILOG)(recipes)
+app.command(epilog=WIDTHS_EPILOG)(assign_widths)
 
 
 @app.command(

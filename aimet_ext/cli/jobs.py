@@ -157,6 +157,24 @@ def analyze(
     )
 
 
+def assign_widths(
+    model_dir: Path, calibration: Path, budget: str, choices: Sequence[str], **options: Any
+) -> tuple[Any, Recipe]:
+    """Return the report of widths under a budget, and the recipe with the calibration used.
+
+    :param options: ``seq_length``, ``num_batches``, ``batch_size``, and those of the function.
+    """
+    model, tokenizer = load_model(model_dir)
+    plan = {name: options.pop(name) for name in ("seq_length", "num_batches", "batch_size")}
+    batches = aimet_ext.calibration_batches(tokenizer, calibration, *plan.values())
+    _check_ids(model_dir, model, batches)
+    report = aimet_ext.assign_widths(model, batches, budget, choices, **options)
+    made = report.recipe
+    return report, dataclasses.replace(
+        made, calibration=dataclasses.replace(made.calibration, **plan)
+    )
+
+
 def _check_ids(folder: Path, model: PreTrainedModel, batches: Sequence[Tensor]) -> None:
     """Refuse a folder with the tokenizer of another model."""
     from aimet_ext.models.huggingface import check_token_ids

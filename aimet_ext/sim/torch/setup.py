@@ -106,6 +106,17 @@ def weight_quantizer_for(spec: QSpec, weight: Tensor) -> nn.Module:
     )
 
 
+def minmax_quantizer_for(spec: QSpec, weight: Tensor) -> nn.Module:
+    """Return a quantizer for a weight, with the range that AIMET sets for plain rounding.
+
+    :raises ValueError: the block size does not divide the input width.
+    """
+    quantizer: Any = weight_quantizer_for(spec, weight)
+    with quiet(), torch.no_grad(), quantizer.compute_encodings():
+        quantizer(weight)
+    return quantizer
+
+
 def _set_activations(sim: QuantizationSimModel, spec: QSpec | None) -> None:
     # A shared quantizer is there under each of its names.
     for name, quantizer in list(sim.model.named_modules(remove_duplicate=False)):

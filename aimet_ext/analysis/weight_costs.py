@@ -1,0 +1,145 @@
+r"""The divergence that errors of weights cost, of many errors by the same gradients.
+
+An error :math:`\Delta` of a layer's weight costs :math:`\frac12 E[(G \cdot \Delta)^2]` to second
+order, with :math:`G = \sum_t g_t x_t^T` the gradient of the log-likelihood of outcomes drawn from
+the float model, of one sample (Fisher information): its inputs :math:`x_t` and the gradients
+:math:`g_t` at its outputs of all tokens. One backward pass has :math:`G` of every layer, whose
+product with the error of every choice is all that a choice needs; tokens that act on each other's
+outputs are in the sum. Errors of different layers are taken as independent, so that costs add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from aimet_ext.analysis.divergence import counted_rows, row_mask
+from aimet_ext.data.batches import as_tensors, tensors_in
+from aimet_ext.sim.points import Run
+
+_DRAWS = 8  # of outcomes for each batch
+
+
+@dataclass(eq=False)
+class Unit:
+    """A weight, and the layers that have it.
+
+    :param names: Names of the layers in the checkpoint.
+    :param bits: Bits at each choice, scales included.
+    :param quantizers: AIMET's quantizer of each choice.
+    """
+
+    names: list[str]
+    layers: list[nn.Linear]
+    bits: list[int]
+    quantizers: list[Any]
+    reached: bool = False
+    dots: list[Tensor] = field(default_factory=list)
+    squares: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, shape [out, in]."""
+        return self.layers[0].weight.detach()
+
+    @property
+    def count(self) -> int:
+        """Numbers in the weight."""
+        return self.weight.numel()
+
+    @torch.no_grad()
+    def meet(self, x: Tensor, gradient: Tensor, samples: int | None) -> None:
+        """Add the products of a call's gradient with the error of each choice.
+
+        :param x: Input, shape [..., in].
+        :param gradient: Gradient at the output, shape [..., out].
+        :param samples: Samples in the batch, None if it does not tell.
+        """
+        apart = x.dim() > 2 and len(x) == samples
+        count = len(x) if apart else 1
+        x, gradient = (
+            x.reshape(count, -1, x.shape[-1]),
+            gradient.reshape(count, -1, gradient.shape[-1]),
+        )
+        errors = [
+            quantizer(self.weight).as_subclass(Tensor) - self.weight
+            for quantizer in self.quantizers
+        ]
+        found = []
+        for own, slope in zip(x, gradient, strict=True):
+            whole = slope.T @ own  # [out, in]
+            found.append(
+                torch.stack([(whole * error).sum(dtype=torch.float64) for error in errors])
+            )
+        self.dots.append(torch.stack(found))  # [samples, choices]
+
+    def close(self) -> None:
+        """Square the sums over the calls of one backward pass."""
+        if not self.dots:
+            return
+        alike = len({len(each) for each in self.dots}) == 1
+        parts = self.dots if alike else [each.sum(0, keepdim=True) for each in self.dots]
+        found = torch.stack(parts).sum(0).square().sum(0) / _DRAWS
+        self.squares = found if self.squares is None else self.squares + found
+        self.dots.clear()
+
+    def costs(self, rows: int) -> list[float]:
+        """Return the divergence of each choice alone, in nats."""
+        if self.squares is None:
+            return [0.0] * len(self.bits)
+        return [float(each) / 2 / max(rows, 1) for each in self.squares]
+
+
+class Fisher:
+    """Backward passes of the likelihood of outcomes that are drawn from the float model."""
+
+    def __init__(self, units: Sequence[Unit], batches: Sequence[Any], run: Run, model: Any) -> None:
+        self.units, self.batches, self.forward, self.model = units, batches, run, model
+        self.samples: int | None = None
+        self.root = torch.zeros((), requires_grad=True)
+
+    def run(self, progress: bool) -> int:
+        """Sum up the squares of all units; return the number of rows."""
+        generator = torch.Generator().manual_seed(0)
+        rows = 0
+        with ExitStack() as hooks, torch.enable_grad():
+            for unit in self.units:
+                for layer in unit.layers:
+                    hooks.callback(layer.register_forward_hook(self._hook(unit)).remove)
+            for batch in tqdm(self.batches, "gradients", disable=not progress):
+                sizes = {len(t) for t in tensors_in(as_tensors(batch)) if t.dim()}
+                self.samples = sizes.pop() if len(sizes) == 1 else None
+                rows += self._add(batch, generator)
+        return rows
+
+    def _hook(self, unit: Unit) -> Callable[..., Tensor]:
+        def after(layer: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
+            unit.reached = True
+            x = args[0].detach().as_subclass(Tensor)
+            output = output.as_subclass(Tensor)
+            if not output.requires_grad:  # the first layers: nothing before them has a gradient
+                output = output + self.root.to(output)
+            output.register_hook(lambda slope: unit.meet(x, slope, self.samples))
+            return output
+
+        return after
+
+    def _add(self, batch: Any, generator: torch.Generator) -> int:
+        logits = self.forward(batch)
+        found = counted_rows(logits, row_mask(batch, logits, self.model)).log_softmax(-1)
+        chances = found.detach().exp().cpu()
+        if not found.requires_grad or not len(found):
+            return len(found)
+        for draw in range(_DRAWS):
+            drawn = torch.multinomial(chances, 1, generator=generator).to(found.device)
+            likelihood = found.gather(1, drawn).sum()
+            torch.autograd.grad(likelihood, self.root, retain_graph=draw + 1 < _DRAWS)
+            for unit in self.units:
+                unit.close()
+        return len(found)

@@ -1,0 +1,97 @@
+"""Widths under a budget on the command line, written as a recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aimet_ext.cli.options import (
+    AsJson,
+    BatchSize,
+    Calibration,
+    NumBatches,
+    OnIndivisible,
+    SeqLength,
+    folder_argument,
+    stdout_for_results,
+)
+
+EPILOG = """\b
+Examples:
+  aimet-ext assign-widths ./llama --calibration text.txt --budget 4.5 --output mine.yaml
+  aimet-ext quantize ./llama --recipe mine.yaml --technique gptq --calibration text.txt --output out
+\b
+  Low-power blocks of 64 in 4 bits or one range a row in 8, with one grid for what is fused:
+    aimet-ext assign-widths ./llama --calibration text.txt --budget 5 --choices int4:lpbq64,int8 \\
+        --group q_proj,k_proj,v_proj --group gate_proj,up_proj --output mine.yaml
+"""
+
+
+def assign_widths(
+    model_dir: Annotated[Path, folder_argument("MODEL_DIR", "A Hugging Face model.")],
+    calibration: Calibration,
+    budget: Annotated[
+        str,
+        typer.Option(
+            metavar="BITS|SIZE",
+            help='Average bits of a weight with scales, such as 4.5, or a size such as "300 MB".',
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option(dir_okay=False, metavar="FILE", help="Recipe to write, YAML.")
+    ],
+    choices: Annotated[
+        str,
+        typer.Option(
+            metavar="GRID,...", help="Grids to choose from, such as int4, int4:64, int4:lpbq64."
+        ),
+    ] = "int4,int8",
+    group: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME,NAME|PATTERN",
+            help="Layers with one grid: siblings such as gate_proj,up_proj, or all that fit a "
+            "pattern; again for more.",
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Layers to leave out; again for more."),
+    ] = None,
+    on_indivisible: Annotated[
+        OnIndivisible, typer.Option(help="Layers whose width is no multiple of the block.")
+    ] = OnIndivisible.ERROR,
+    seq_length: SeqLength = 256,
+    num_batches: NumBatches = 16,
+    batch_size: BatchSize = 4,
+    plot: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="Draw the divergence over the bits to this .svg file."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Choose widths of layers that keep the outputs nearest within a budget; write a recipe."""
+    if plot is not None and plot.suffix.lower() != ".svg":
+        raise typer.BadParameter(f"a file that ends in .svg is required, got {plot}")
+    with stdout_for_results():
+        from aimet_ext.cli import jobs
+
+        report, recipe = jobs.assign_widths(
+            model_dir,
+            calibration,
+            budget,
+            [each.strip() for each in choices.split(",")],
+            groups=[tuple(each.split(",")) if "," in each else each for each in group or ()],
+            modules_to_exclude=exclude or (),
+            on_indivisible=on_indivisible.value,
+            seq_length=seq_length,
+            num_batches=num_batches,
+            batch_size=batch_size,
+        )
+        recipe.save(output)
+        if plot is not None:
+            report.plot(plot)
+    typer.echo(json.dumps(report.to_dict()) if as_json else str(report))
