@@ -1,6 +1,6 @@
 """Mixed widths at a budget against one width: divergence and perplexity on held-out text.
 
-    python benchmarks/widths.py [--model FOLDER] [--text TEXT] [--held-out TEXT]
+    python benchmarks/widths.py [--packaged | --model FOLDER] [--text TEXT] [--held-out TEXT]
 
 Weights of the block linears alone, one range a row, rounded to nearest and by GPTQ. Bits count
 scales. A uniform width has the bits that it has; the same number is a budget of the assigned ones.
@@ -19,10 +19,10 @@ from common import load, quiet
 from report import ASSETS, HERE, add_section, machine, named, print_table
 
 import aimet_ext
-from aimet_ext import QSpec
+from aimet_ext import QSpec, examples
 
 CHOICES = ("int2", "int3", "int4", "int5", "int6", "int8")
-HEAD = ("weights", "bits", "predicted KL", "KL", "perplexity", "KL, GPTQ", "perplexity, GPTQ")
+HEAD = ("weights", "bits", "estimated KL", "KL", "perplexity", "KL, GPTQ", "perplexity, GPTQ")
 
 
 def main() -> None:
@@ -31,16 +31,21 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ASSETS / "stories260K-hf")
     parser.add_argument("--text", type=Path, default=ASSETS / "tinystories/calib.jsonl")
     parser.add_argument("--held-out", type=Path, default=ASSETS / "tinystories/eval.jsonl")
+    parser.add_argument("--packaged", action="store_true", help="the model of the package")
     parser.add_argument("--windows", type=int, default=32, help="to calibrate on, and to score")
     parser.add_argument("--budgets", nargs="+", type=float, default=[3.5, 4.5, 5.0])
     parser.add_argument("--uniform", nargs="+", default=["int3", "int4", "int5"])
     parser.add_argument("--output", type=Path, default=HERE / "results" / "widths.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    texts: tuple[Any, Any] = (options.text, options.held_out)
+    if options.packaged:
+        options.model = examples.model_dir()
+        texts = (examples.documents("calibration"), examples.documents("evaluation"))
     model, tokenizer = load(options.model)
     batches, scored = (
         aimet_ext.calibration_batches(tokenizer, text, 256, options.windows // 4, 4)
-        for text in (options.text, options.held_out)
+        for text in texts
     )
     reference = aimet_ext.float_logits(model, scored)
 

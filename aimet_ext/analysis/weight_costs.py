@@ -17,13 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from tqdm import tqdm
 
-from aimet_ext.analysis.divergence import counted_rows, row_mask
+from aimet_ext.analysis.divergence import Reference, counted_rows, row_mask
 from aimet_ext.data.batches import as_tensors, tensors_in
 from aimet_ext.sim.points import Run
 
 _DRAWS = 8  # of outcomes for each batch
+_CLASSES = 256  # of a row that are compared one by one
 
 
 @dataclass(eq=False)
@@ -54,6 +56,12 @@ class Unit:
         return self.weight.numel()
 
     @torch.no_grad()
+    def error(self, number: int) -> Tensor:
+        """Return what a choice adds to the weight, shape [out, in]."""
+        quantized: Tensor = self.quantizers[number](self.weight)
+        return quantized.as_subclass(Tensor) - self.weight
+
+    @torch.no_grad()
     def meet(self, x: Tensor, gradient: Tensor, samples: int | None) -> None:
         """Add the products of a call's gradient with the error of each choice.
 
@@ -67,10 +75,7 @@ class Unit:
             x.reshape(count, -1, x.shape[-1]),
             gradient.reshape(count, -1, gradient.shape[-1]),
         )
-        errors = [
-            quantizer(self.weight).as_subclass(Tensor) - self.weight
-            for quantizer in self.quantizers
-        ]
+        errors = [self.error(number) for number in range(len(self.quantizers))]
         found = []
         for own, slope in zip(x, gradient, strict=True):
             whole = slope.T @ own  # [out, in]
@@ -143,3 +148,41 @@ class Fisher:
             for unit in self.units:
                 unit.close()
         return len(found)
+
+
+def divergences(
+    together: Sequence[Sequence[Unit]],
+    choices: Sequence[Sequence[int]],
+    batches: Sequence[Any],
+    run: Run,
+    model: Any,
+    progress: bool,
+) -> list[float]:
+    """Measure the mean divergence of the outputs in nats with weights rounded to nearest.
+
+    :param together: Weights in groups.
+    :param choices: Numbers of the groups' choices, each of which is measured.
+    :param model: Torch module that takes positional arguments, to tell which one is the mask.
+    """
+    found = []
+    with torch.no_grad():
+        reference = Reference(run, batches, model, top_k=_CLASSES)
+        for numbers in tqdm(choices, "measure", disable=not progress):
+            with ExitStack() as hooks:
+                for group, number in zip(together, numbers, strict=True):
+                    for unit in group:
+                        added = _adding(unit.error(number))
+                        for layer in unit.layers:
+                            hooks.callback(layer.register_forward_hook(added).remove)
+                found.append(reference.divergence(run))
+    return found
+
+
+def _adding(error: Tensor) -> Callable[..., Tensor]:
+    """Return a hook that adds the output of a weight's error."""
+
+    def after(layer: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
+        moved: Tensor = output.as_subclass(Tensor) + functional.linear(args[0], error)
+        return moved
+
+    return after

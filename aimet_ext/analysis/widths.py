@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from aimet_ext.analysis.weight_costs import Fisher, Unit
+from aimet_ext.analysis.weight_costs import Fisher, Unit, divergences
 from aimet_ext.analysis.widths_report import LayerWidths, WidthsReport, label
 from aimet_ext.config import LPBQ, Blockwise, Granularity, OnIndivisible, QSpec, fit_blocks
-from aimet_ext.core.knapsack import cheapest, hull_curve
+from aimet_ext.core.knapsack import Items, Option, cheapest, hull_curve
 from aimet_ext.data.batches import ForwardFn, call_model, iterate_batches
 from aimet_ext.errors import require, some
 from aimet_ext.models.hidden import expose_weights
@@ -48,7 +48,9 @@ def assign_widths(
 
     The divergence KL(float || quantized) of the outputs that each choice of each layer costs is
     estimated from gradients of the float model; the choices with the least sum that fit the budget
-    are found by a knapsack search. The errors are those of rounding to nearest.
+    are found by a knapsack search. The errors are those of rounding to nearest. As costs of large
+    errors are underestimated, the search is repeated without the smallest choice, without the two
+    smallest and so on; the divergence of each result is measured, and the best one is kept.
 
     The layers are the ``nn.Linear`` of the model but the output layer and what shares a weight with
     an embedding: those that ``weights`` of :func:`create_sim` speaks of. Layers that the
@@ -87,47 +89,77 @@ def assign_widths(
     started = time.perf_counter()
     specs = _specs(choices, on_indivisible)
     with _float_model(model, dataloader, forward_fn) as (module, batches, run):
-        units = _units(module, specs, modules_to_exclude)
-        rows = Fisher(units, batches, run, None if forward_fn else module).run(progress)
-        left = [unit.names[0] for unit in units if not unit.reached]
-        if left:
+        groups_of_units = _grouped(_units(module, specs, modules_to_exclude), groups, module)
+        _capacity(budget, groups_of_units)  # before any work
+        units = [unit for group in groups_of_units for unit in group]
+        model_of_masks = None if forward_fn else module
+        rows = Fisher(units, batches, run, model_of_masks).run(progress)
+        if left := [unit.names[0] for unit in units if not unit.reached]:
             _log.warning("data never reach %s: no width is assigned", some(left))
-        units = [unit for unit in units if unit.reached]
-        if not units:
+        together = [[unit for unit in group if unit.reached] for group in groups_of_units]
+        together = [group for group in together if group]
+        if not together:
             raise ValueError("a linear layer that the data reach is required, got none")
-        together = _grouped(units, groups, module)
-    items = [
-        [
-            (sum(unit.bits[at] for unit in each), math.fsum(unit.costs(rows)[at] for unit in each))
-            for at in range(len(specs))
-        ]
-        for each in together
-    ]
+        items = _items(together, rows)
+        best = candidates(items, _capacity(budget, together))
+        measured = divergences(together, best, batches, run, model_of_masks, progress)
+    number = min(range(len(best)), key=measured.__getitem__)
+    chosen = {
+        id(unit): at for group, at in zip(together, best[number], strict=True) for unit in group
+    }
+    units = [unit for unit in units if unit.reached]
     weights = sum(unit.count for unit in units)
-    capacity = _capacity(budget, weights, items)
-    chosen = cheapest(items, capacity)
-    numbers = {id(u): at for each, at in zip(together, chosen, strict=True) for u in each}
-    layers = [
-        LayerWidths(
-            names=tuple(unit.names),
-            weights=unit.count,
-            choice=list(specs)[numbers[id(unit)]],
-            bits=dict(zip(specs, unit.bits, strict=True)),
-            kl=dict(zip(specs, unit.costs(rows), strict=True)),
-        )
-        for unit in units
-    ]
     return WidthsReport(
-        layers=tuple(layers),
+        layers=tuple(
+            LayerWidths(
+                names=tuple(unit.names),
+                weights=unit.count,
+                choice=list(specs)[chosen[id(unit)]],
+                bits=dict(zip(specs, unit.bits, strict=True)),
+                kl=dict(zip(specs, unit.costs(rows), strict=True)),
+            )
+            for unit in units
+        ),
         specs=specs,
-        bits=sum(unit.bits[numbers[id(unit)]] for unit in units),
+        bits=sum(unit.bits[chosen[id(unit)]] for unit in units),
         weights=weights,
-        kl=math.fsum(options[at][1] for options, at in zip(items, chosen, strict=True)),
+        kl=math.fsum(unit.costs(rows)[chosen[id(unit)]] for unit in units),
+        measured=measured[number],
         curve=tuple((size / weights, cost) for size, cost in hull_curve(items)),
         rows=rows,
         settings={"budget": budget, "groups": [g if isinstance(g, str) else [*g] for g in groups]},
         seconds=time.perf_counter() - started,
     )
+
+
+def candidates(items: Items, capacity: int) -> list[list[int]]:
+    """Return the choices of least cost of all options, without the smallest one, and so on.
+
+    Costs of large errors are underestimated, the more the larger they are together: with fewer of
+    the smallest options a higher sum can be a lower divergence.
+    """
+    sizes = [sum(options[at][0] for options in items) for at in range(len(items[0]))]
+    order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    found: list[list[int]] = []
+    for first in range(len(order)):
+        allowed = order[first:]
+        some_options = [[options[at] for at in allowed] for options in items]
+        if sum(min(options)[0] for options in some_options) > capacity:
+            break
+        chosen = [allowed[at] for at in cheapest(some_options, capacity)]
+        if chosen not in found:
+            found.append(chosen)
+    return found
+
+
+def _items(together: Sequence[Sequence[Unit]], rows: int) -> list[list[Option]]:
+    """Return size and cost of each choice of each group."""
+    found = []
+    for group in together:
+        sizes = [sum(own) for own in zip(*(unit.bits for unit in group), strict=True)]
+        costs = [math.fsum(own) for own in zip(*(unit.costs(rows) for unit in group), strict=True)]
+        found.append(list(zip(sizes, costs, strict=True)))
+    return found
 
 
 # ---- what is asked for --------------------------------------------------------------------------
@@ -172,7 +204,7 @@ def _specs(choices: Sequence[QSpec | str], on_indivisible: OnIndivisible) -> dic
     return found
 
 
-def _capacity(budget: float | str, weights: int, items: Sequence[Sequence[Any]]) -> int:
+def _capacity(budget: float | str, together: Sequence[Sequence[Unit]]) -> int:
     """Return the bits that may be used.
 
     :raises ValueError: the budget is no number with a unit, or below the smallest choices.
@@ -185,9 +217,11 @@ def _capacity(budget: float | str, weights: int, items: Sequence[Sequence[Any]])
             'budget: average bits of a weight such as 4.5, or text such as "4.5 bits" or '
             f'"300 MB", is required, got {budget!r}'
         )
+    weights = sum(unit.count for group in together for unit in group)
     each = weights if unit == "bits" else 8 * _UNITS[unit]
     capacity = math.floor(float(found[1]) * each * (1 + 1e-12))
-    least, most = (sum(f(size for size, _ in options) for options in items) for f in (min, max))
+    sizes = [[size for size, _ in options] for options in _items(together, 0)]
+    least, most = (sum(map(end, sizes)) for end in (min, max))
     if capacity < least:
         raise ValueError(
             f"budget: at least {math.ceil(1e4 * least / weights) / 1e4} bits a weight "

@@ -59,6 +59,7 @@ class WidthsReport:
     :param bits: Bits of all these weights, scales included.
     :param weights: Numbers in all of them.
     :param kl: Sum of the divergences, in nats: what is expected of plain rounding.
+    :param measured: Divergence with all of these weights rounded to nearest, on the same data.
     :param curve: Average bits and the least divergence there, at the budgets where the steps of
         single layers end.
     :param rows: Rows of the outputs that the estimate is of: tokens.
@@ -71,6 +72,7 @@ class WidthsReport:
     bits: int
     weights: int
     kl: float
+    measured: float
     curve: tuple[tuple[float, float], ...]
     rows: int
     settings: dict[str, Any] = field(default_factory=dict)
@@ -133,10 +135,10 @@ class WidthsReport:
         table = [head, *map(self._row, self.layers)]
         widths = [max(len(row[i]) for row in table) for i in range(len(head))]
         lines = [
-            f"{self.average_bits:.4f} bits a weight, {self.bytes} bytes, estimated KL "
-            f"{self.kl:.4g} nats over {self.rows} outputs",
+            f"{self.average_bits:.4f} bits a weight, {self.bytes} bytes; KL {self.measured:.4g} "
+            f"nats over {self.rows} outputs, estimated {self.kl:.4g}",
             *(
-                f"  all {name}: {bits:.4f} bits, {kl:.4g} nats"
+                f"  all {name}: {bits:.4f} bits, estimated {kl:.4g}"
                 for name, (bits, kl) in self.uniform().items()
             ),
             *(
