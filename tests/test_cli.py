@@ -19,7 +19,7 @@ from aimet_ext import cli, examples
 from aimet_ext.cli import demo
 from aimet_ext.errors import CorruptFileError, MissingExtraError, TransformRefused
 
-COMMANDS = ("quantize", "evaluate", "inspect", "demo", "olive-config", "verify")
+COMMANDS = ("quantize", "evaluate", "inspect", "demo", "olive-config", "verify", "assign-widths")
 
 
 def run(*arguments: str | pathlib.Path) -> Result:

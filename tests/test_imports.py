@@ -126,7 +126,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"pydantic"},
     ),
     "analysis*": (
-        {"analysis", "sim.protocol", "sim.points", "data", "files", "core"},
+        {"analysis", "sim.protocol", "sim.points", "walk.hooks", "data", "files", "core"},
         {"torch", "tqdm", "pydantic"},
     ),
     "artifact*": (

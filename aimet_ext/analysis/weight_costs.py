@@ -23,6 +23,7 @@ from tqdm import tqdm
 from aimet_ext.analysis.divergence import Reference, counted_rows, row_mask
 from aimet_ext.data.batches import as_tensors, tensors_in
 from aimet_ext.sim.points import Run
+from aimet_ext.walk.hooks import layer_input
 
 _DRAWS = 8  # of outcomes for each batch
 _CLASSES = 256  # of a row that are compared one by one
@@ -62,14 +63,13 @@ class Unit:
         return quantized.as_subclass(Tensor) - self.weight
 
     @torch.no_grad()
-    def meet(self, x: Tensor, gradient: Tensor, samples: int | None) -> None:
+    def meet(self, x: Tensor, gradient: Tensor, apart: bool) -> None:
         """Add the products of a call's gradient with the error of each choice.
 
         :param x: Input, shape [..., in].
         :param gradient: Gradient at the output, shape [..., out].
-        :param samples: Samples in the batch, None if it does not tell.
+        :param apart: True if the first dimension is that of the samples, False for one sample.
         """
-        apart = x.dim() > 2 and len(x) == samples
         count = len(x) if apart else 1
         x, gradient = (
             x.reshape(count, -1, x.shape[-1]),
@@ -106,7 +106,8 @@ class Fisher:
 
     def __init__(self, units: Sequence[Unit], batches: Sequence[Any], run: Run, model: Any) -> None:
         self.units, self.batches, self.forward, self.model = units, batches, run, model
-        self.samples: int | None = None
+        self.samples: int | None = None  # in a batch, None if it does not tell
+        self.dims = 0  # of the outputs
         self.root = torch.zeros((), requires_grad=True)
 
     def run(self, progress: bool) -> int:
@@ -115,8 +116,9 @@ class Fisher:
         rows = 0
         with ExitStack() as hooks, torch.enable_grad():
             for unit in self.units:
+                hook = self._hook(unit)
                 for layer in unit.layers:
-                    hooks.callback(layer.register_forward_hook(self._hook(unit)).remove)
+                    hooks.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
             for batch in tqdm(self.batches, "gradients", disable=not progress):
                 sizes = {len(t) for t in tensors_in(as_tensors(batch)) if t.dim()}
                 self.samples = sizes.pop() if len(sizes) == 1 else None
@@ -124,19 +126,32 @@ class Fisher:
         return rows
 
     def _hook(self, unit: Unit) -> Callable[..., Tensor]:
-        def after(layer: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
-            unit.reached = True
-            x = args[0].detach().as_subclass(Tensor)
-            output = output.as_subclass(Tensor)
-            if not output.requires_grad:  # the first layers: nothing before them has a gradient
-                output = output + self.root.to(output)
-            output.register_hook(lambda slope: unit.meet(x, slope, self.samples))
-            return output
+        def after(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor:
+            x = layer_input(args, kwargs).detach().as_subclass(Tensor)
+            unit.reached = unit.reached or x.numel() > 0
+            version = x._version
+            # A new tensor, which what follows may change in place; and one with a gradient in the
+            # first layers too.
+            moved: Tensor = output.as_subclass(Tensor) + self.root.to(output)
+
+            def meet(slope: Tensor) -> None:
+                if x._version != version:
+                    raise ValueError(
+                        f"{unit.names[0]}: an input that stays as it is is required, but what "
+                        "follows the layer changes it in place; compute out of place there"
+                    )
+                # Tokens of several samples may stand in one dimension, as before experts.
+                apart = x.dim() >= self.dims and len(x) == self.samples
+                unit.meet(x, slope, apart)
+
+            moved.register_hook(meet)
+            return moved
 
         return after
 
     def _add(self, batch: Any, generator: torch.Generator) -> int:
         logits = self.forward(batch)
+        self.dims = logits.dim()
         found = counted_rows(logits, row_mask(batch, logits, self.model)).log_softmax(-1)
         chances = found.detach().exp().cpu()
         if not found.requires_grad or not len(found):
@@ -173,7 +188,8 @@ def divergences(
                     for unit in group:
                         added = _adding(unit.error(number))
                         for layer in unit.layers:
-                            hooks.callback(layer.register_forward_hook(added).remove)
+                            handle = layer.register_forward_hook(added, with_kwargs=True)
+                            hooks.callback(handle.remove)
                 found.append(reference.divergence(run))
     return found
 
@@ -181,8 +197,8 @@ def divergences(
 def _adding(error: Tensor) -> Callable[..., Tensor]:
     """Return a hook that adds the output of a weight's error."""
 
-    def after(layer: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
-        moved: Tensor = output.as_subclass(Tensor) + functional.linear(args[0], error)
-        return moved
+    def after(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor:
+        moved: Tensor = output.as_subclass(Tensor)
+        return moved + functional.linear(layer_input(args, kwargs), error)
 
     return after

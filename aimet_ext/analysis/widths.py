@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from aimet_ext.analysis.weight_costs import Fisher, Unit, divergences
 from aimet_ext.analysis.widths_report import LayerWidths, WidthsReport, label
 from aimet_ext.config import LPBQ, Blockwise, Granularity, OnIndivisible, QSpec, fit_blocks
+from aimet_ext.core.interrupts import uninterrupted
 from aimet_ext.core.knapsack import Items, Option, cheapest, hull_curve
 from aimet_ext.data.batches import ForwardFn, call_model, iterate_batches
 from aimet_ext.errors import require, some
@@ -276,8 +277,9 @@ def _without_gradients(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
+        with uninterrupted():
+            for parameter in wanted:
+                parameter.requires_grad_(True)
 
 
 # ---- layers -------------------------------------------------------------------------------------

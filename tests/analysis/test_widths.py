@@ -127,6 +127,58 @@ def test_costs_are_those_of_an_analysis_of_each_choice(tiny_model: Any) -> None:
         assert layer.kl[choice] == pytest.approx(cost, rel=1e-4)
 
 
+def test_rows_of_a_batch_are_samples(tiny_model: Any, monkeypatch: Any) -> None:
+    """One batch of all windows, and a batch for each: the same outcomes, the same squares."""
+    monkeypatch.setattr("aimet_ext.analysis.weight_costs._DRAWS", 1)
+    model = tiny_model("llama", num_hidden_layers=1).double()
+    model.lm_head.weight.data *= 8
+    together, apart = (
+        assign_widths(model, data, 9, ["int3"], progress=False) for data in ([IDS], IDS.split(1))
+    )
+    for one, other in zip(together.layers, apart.layers, strict=True):
+        assert one.kl["int3"] == pytest.approx(other.kl["int3"], rel=1e-4)
+
+
+class Net(torch.nn.Module):
+    """Three layers, with functions between them that may work in place."""
+
+    def __init__(self, between: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Linear(8, 16)
+        self.second = torch.nn.Linear(16, 16)
+        self.last = torch.nn.Linear(16, 4)
+        self.unused = torch.nn.Linear(4, 4)
+        self.between = between
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.between(self.first(x))
+        return self.last(self.between(self.second(x)))
+
+
+def test_costs_are_the_same_where_outputs_are_changed_in_place(caplog: Any) -> None:
+    data = [torch.randn(32, 8, generator=torch.Generator().manual_seed(1))]
+    plain, changed = (
+        assign_widths(Net(between), data, 6, progress=False).layers
+        for between in (torch.relu, torch.relu_)
+    )
+    assert plain == changed
+    assert [layer.names for layer in plain] == [("first",), ("second",), ("last",)]
+    assert all(kl > 0 for layer in plain for kl in layer.kl.values())
+    assert "data never reach unused" in caplog.text
+
+
+def test_an_input_that_changes_is_refused() -> None:
+    class Changing(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.relu(self.first(x))
+            y = self.second(x)
+            return self.last(x.add_(y))
+
+    with pytest.raises(ValueError, match=r"second: an input that stays as it is"):
+        assign_widths(Changing(None), [torch.randn(4, 8)], 6, progress=False)
+
+
 def stored_bits(name: str, rows: int, columns: int) -> int:
     """Bits by counting weights, blocks and rows one by one."""
     bits = 0
