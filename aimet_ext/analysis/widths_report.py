@@ -17,6 +17,9 @@ from aimet_ext.config import LPBQ, Blockwise, PerTensor, QSpec
 from aimet_ext.files.folders import replace_file
 from aimet_ext.recipes.recipe import Grid, Recipe
 
+ASSIGNED = "assigned"
+"""Name of the result, in its recipe and its drawing."""
+
 
 def label(spec: QSpec) -> str:
     """Return a spec as short text, such as ``"int4"``, ``"int4:64"`` or ``"int4:lpbq64"``."""
@@ -112,7 +115,7 @@ class WidthsReport:
             counts[layer.choice] += layer.weights
         common = Grid.of(self.specs[counts.most_common(1)[0][0]])
         return Recipe(
-            name="assigned",
+            name=ASSIGNED,
             description=(
                 f"Widths assigned to {len(grids)} layers: {self.average_bits:.3f} bits a weight."
             ),
@@ -178,7 +181,7 @@ class WidthsReport:
             raise ValueError(f"path must end in .svg, the form that is drawn, got {path}")
         marks = [
             *((name, *point, "#1f77b4") for name, point in self.uniform().items()),
-            ("assigned", self.average_bits, self.kl, "#d62728"),
+            (ASSIGNED, self.average_bits, self.kl, "#d62728"),
         ]
         replace_file(path, _drawing(self.curve, marks).encode())
 
@@ -217,8 +220,10 @@ def _drawing(
     parts.append(f'<polyline points="{line}" fill="none" stroke="#444" stroke-width="1.5"/>')
     for name, own, kl, color in marks:
         x, y = place(own, kl)
+        side = -1 if name == ASSIGNED else 1  # of the mark, where the name stands
         parts.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>'
-            f'<text x="{x + 7:.1f}" y="{y - 5:.1f}" fill="{color}">{name}</text>'
+            f'<text x="{x + side * 7:.1f}" y="{y - side * 7 + 2:.1f}" fill="{color}" '
+            f'text-anchor="{"start" if side > 0 else "end"}">{name}</text>'
         )
     return "\n".join([*parts, "</svg>", ""])
