@@ -35,6 +35,7 @@ OURS: dict[str, Sequence[tuple[str, dict[str, Any]]]] = {
     "HQQ": (("hqq", {}),),
     "AWQ": (("awq", {}),),
     "GPTQ": (("gptq", {}),),
+    "GPTQ, fast": (("gptq", {"preset": "fast"}),),
     "AWQ (scales) + GPTQ": (("awq", {"clip": False}), ("gptq", {})),
     "R1 + R2": (("rotation", {}),),
     "R1 + R2 + GPTQ": (("rotation", {}), ("gptq", {})),
@@ -47,7 +48,7 @@ OURS: dict[str, Sequence[tuple[str, dict[str, Any]]]] = {
 SECTIONS = {
     "awq": ("rounding", "llm-compressor awq", "AWQ", "HQQ"),
     "rotation": ("rounding", "R1 + R2", "GPTQ", "R1 + R2 + GPTQ"),
-    "gptq": ("rounding", "llm-compressor gptq", "GPTQ"),
+    "gptq": ("rounding", "llm-compressor gptq", "GPTQ, fast", "GPTQ"),
     "all": ("llm-compressor awq", "llm-compressor gptq", *OURS),
 }
 
