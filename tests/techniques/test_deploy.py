@@ -8,7 +8,13 @@ from range_search_reference import problem
 
 from aimet_ext.core.affine import dequantize, fake_quantize, quantize, short_scale
 from aimet_ext.core.objective import SecondMoment
-from aimet_ext.techniques.layerwise.deploy import Decision, Problem, SampleSum, deploy
+from aimet_ext.techniques.layerwise.deploy import (
+    Decision,
+    Problem,
+    SampleSum,
+    UpstreamError,
+    deploy,
+)
 
 OUT, IN, BITS = 16, 24, 3
 
@@ -316,3 +322,17 @@ def test_a_value_that_rounds_across_a_power_of_two(layer):
     written = quantizer.weight.detach()
     assert torch.equal(fake_quantize(written, quantizer.grid()), written)
     assert outcome.after == pytest.approx(float(problem.errors(written)[0].sum()), rel=1e-5)
+
+
+def test_the_upstream_error_is_no_more_than_what_all_rows_have() -> None:
+    """Most of it is in the first row of each sequence, as in a language model."""
+    torch.manual_seed(0)
+    weight, total, count = torch.randn(3, 8), 0.0, 0
+    error = UpstreamError(weight)
+    for _ in range(96):
+        rows = torch.randn(1, 64, 8)
+        lost = torch.randn(1, 64, 8)
+        lost[:, 0] *= 100
+        error.add(rows, rows + lost)
+        total, count = total + float((lost @ weight.T).square().sum()), count + 64
+    assert error.mean == pytest.approx(total / count, rel=0.4)

@@ -229,14 +229,15 @@ def _write_weight(problem: Problem, quantizer: WeightQuantizer, codes: Tensor, g
 class UpstreamError:
     """Mean square of a layer's output for what its inputs lost, ``Σ ‖W (x − x̂)‖²`` by row.
 
-    After the first rows a few are taken, as it only serves the report.
+    After the first rows a few are taken, as it only serves the report: other ones of each chunk,
+    since the first row of a sequence is often the largest by far.
 
     :param weight: Weight ``[out, in]``.
     """
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        self._rows, self._sum = 0, 0.0
+        self._rows, self._sum, self._chunks = 0, 0.0, 0
 
     def add(self, rows: Tensor, originals: Tensor) -> None:
         """Take in rows of both streams, ``[groups, n, in]``; the same object if there is one."""
@@ -244,7 +245,9 @@ class UpstreamError:
         self._rows += rows.shape[1]
         if originals is rows or not rows.shape[1]:
             return
-        lost = originals[:, ::step].to(self._weight) - rows[:, ::step].to(self._weight)
+        taken = slice(self._chunks % min(step, rows.shape[1]), None, step)
+        self._chunks += step > 1
+        lost = originals[:, taken].to(self._weight) - rows[:, taken].to(self._weight)
         grouped = self._weight.view(len(lost), -1, lost.shape[2])  # [groups, out / groups, in]
         power = float((lost @ grouped.mT).square().sum(dtype=torch.float64))
         self._sum += power * rows.shape[1] / lost.shape[1]
