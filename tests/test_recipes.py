@@ -61,7 +61,7 @@ def test_grids_become_those_of_a_simulation(tiny_model: Any) -> None:
         ("technique: [gptq]", "got technique"),
         ("techniques: [magic]", "got magic"),
         ("techniques: [gptq, awq]", "awq cannot follow gptq"),
-        ("techniques: [awq, omniquant]", "ranges are frozen"),
+        ("techniques: [awq, omniquant]", "freezes the ranges"),
         ("techniques: [gptq, gptq]", "gptq twice"),
         ("techniques: [{gptq: {beems: 2}}]", "gptq: beems"),
         ("techniques: [{gptq: {beams: many}}]", "gptq: beams"),
@@ -102,7 +102,8 @@ def test_a_run_writes_the_recipe_that_repeats_it(tmp_path: pathlib.Path) -> None
     given.write_text(
         "weights: {width: int4, block_size: 32}\nactivations: none\n"
         "calibration: {seq_length: 32, num_batches: 1, batch_size: 2}\n"
-        "techniques: [{gptq: {scale_candidates: 2, refine_sweeps: 3}}]\n",
+        "techniques: [{gptq: {scale_candidates: 2, refine_sweeps: 3}}]\n"
+        'overrides: {"*.v_proj": int3, "*.k_proj": int6}\n',
         "utf-8",
     )
     model = examples.model_dir()
@@ -113,7 +114,10 @@ def test_a_run_writes_the_recipe_that_repeats_it(tmp_path: pathlib.Path) -> None
     written = tmp_path / "one" / "recipe.yaml"
     recipe = read_recipe(written)
     assert recipe.techniques == {"gptq": {"scale_candidates": 2, "refine_sweeps": 1}}
-    assert recipe.overrides["*.v_proj"].width == "int8"
+    assert {k: grid.width for k, grid in recipe.overrides.items()} == {
+        "*.v_proj": "int8",  # what was given beside the recipe counts
+        "*.k_proj": "int6",
+    }
     done = run(*common, "--output", tmp_path / "two", "--recipe", written)
     assert done.exit_code == 0, done.output
     one, two = (

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from aimet_ext.cli.options import NEAREST, AsJson, bad_parameter, chosen_techniques, table
-from aimet_ext.recipes.recipe import Grid, Recipe, check_width, read_recipe, recipe_names
+from aimet_ext.recipes.recipe import Grid, Recipe, read_recipe, recipe_names
 
 EPILOG = """\b
 Examples:
@@ -80,16 +80,12 @@ def chosen_recipe(source: str | None, options: Mapping[str, Any]) -> Recipe:
             activations if activations == "none" else Grid.of(activations).width
         )
     if options.get("override"):
-        changes["overrides"] = {**dict(map(_override, options["override"])), **base.overrides}
+        own = dict(map(_override, options["override"]))
+        changes["overrides"] = {**own, **{k: v for k, v in base.overrides.items() if k not in own}}
     if source is not None and options:
         changes |= {"name": "custom", "version": 1, "description": "", "measured": []}
-    spec = changes["weights"].spec()
     with bad_parameter("--technique"):
-        plain = dataclasses.replace(Recipe(), techniques=techniques)
-    if spec is not None:
-        with bad_parameter("--weights"):
-            check_width(spec, plain.params())
-    return dataclasses.replace(base, **changes)
+        return dataclasses.replace(base, **changes)
 
 
 def _weights(base: Grid, options: Mapping[str, Any]) -> Grid:

@@ -132,7 +132,7 @@ class Recipe:
 
     :param name: Name.
     :param version: Version: raised whenever the recipe gives another result.
-    :param description: What it is for, in a sentence.
+    :param description: Use of it, in a sentence.
     :param weights: Grid of the weights inside the blocks.
     :param lm_head: Grid of the output layer.
     :param activations: Width of activations, ``"none"`` for weights alone.
@@ -336,10 +336,11 @@ def check_open(techniques: Mapping[str, Any]) -> None:
     """
     for earlier, later in itertools.combinations(techniques, 2):
         chooses = TECHNIQUES[later].decides in ("scales", "ranges")
-        if chooses and getattr(techniques[earlier], "clip", False):
+        how = TECHNIQUES[earlier].freezes_if
+        if chooses and how is not None and getattr(techniques[earlier], how):
             raise ValueError(
-                f"{later} cannot follow {earlier} that clips, for its ranges are frozen; add --set "
-                f"{earlier}.clip=false, or clip: false to its settings in a recipe"
+                f"{later} cannot follow {earlier}, whose {how} freezes the ranges; add --set "
+                f"{earlier}.{how}=false, or {how}: false to its settings in a recipe"
             )
 
 

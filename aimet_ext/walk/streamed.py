@@ -34,8 +34,6 @@ from aimet_ext.walk.wiring import NotInSequence, block_kinds
 
 Weights = Mapping[str, Tensor]
 
-_NUMBER = 4  # bytes
-
 # Input in the quantized and in the float stream (None if not asked for), and which tokens count:
 # bool of the input's leading dimensions, None for all.
 NoteInput: TypeAlias = Callable[[Tensor, Tensor | None], None]
@@ -147,8 +145,9 @@ class StreamedBlock:
             self.module.get_submodule(name) for name in (*read, *(p.layer for p in self._parts))
         ]
         numbers = sum(layer.weight[0].numel() for layer in layers)  # of a token
+        size = max((layer.weight.element_size() for layer in layers), default=0)
         tokens = sum(math.prod(self._flow.shape(index)) for index in range(len(self)))
-        needed = tokens * (numbers + self._flow.width) * _NUMBER
+        needed = tokens * (numbers + self._flow.width) * size
         self._is_roomy = self._flow.hidden.has_room(needed)
 
     def hold(self, layer: str) -> None:
