@@ -19,7 +19,7 @@ from aimet_ext.data.batches import ForwardFn
 from aimet_ext.models.residual import ResidualEnds, Survey
 from aimet_ext.models.topology import BlockTopology, TopologyDescription
 from aimet_ext.sim.points import Points, Range
-from aimet_ext.walk.streamed import BlockPass, WalkOptions
+from aimet_ext.walk.passes import BlockPass, WalkOptions
 from aimet_ext.walk.walk import Streams, Walk
 
 if TYPE_CHECKING:

@@ -21,15 +21,8 @@ from aimet_ext.walk.hooks import (
     seen_input,
     swapped_weights,
 )
-from aimet_ext.walk.streamed import (
-    BlockPass,
-    Inputs,
-    StreamedBlock,
-    WalkOptions,
-    no_tokens,
-    open_pass,
-    stage_inputs,
-)
+from aimet_ext.walk.passes import BlockPass, WalkOptions, open_pass
+from aimet_ext.walk.streamed import Inputs, StreamedBlock, no_tokens, stage_inputs
 from aimet_ext.walk.walk import RerunWalk, Stage, Streams, stream_names
 
 Weights = Mapping[str, Tensor]
@@ -63,7 +56,7 @@ class BlockWalk:
     :param blocks: Full names of the repeated blocks, see :func:`find_stack`.
     :param batches: Batches of the dataloader, as a list.
     :param device: Device for the block that is worked on; None leaves it where it is.
-    :param kinds: Result of :func:`~aimet_ext.walk.streamed.kinds_of`, None to compute it.
+    :param kinds: Result of :func:`~aimet_ext.walk.passes.kinds_of`, None to compute it.
     """
 
     def __init__(

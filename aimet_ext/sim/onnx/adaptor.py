@@ -38,7 +38,7 @@ from aimet_ext.sim.onnx.quantizers import (
 )
 from aimet_ext.sim.onnx.state import FloatState, rebuild_session
 from aimet_ext.sim.protocol import Range, SimAdaptor, WeightQuantizer, carried
-from aimet_ext.walk.streamed import BlockPass, WalkOptions
+from aimet_ext.walk.passes import BlockPass, WalkOptions
 from aimet_ext.walk.walk import Streams, Walk
 
 if TYPE_CHECKING:

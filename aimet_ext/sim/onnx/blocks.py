@@ -35,8 +35,8 @@ from aimet_ext.onnx.layers import OnnxLayer
 from aimet_ext.onnx.shells import insert_module
 from aimet_ext.sim.onnx.quantizers import quantizer_state, restore_quantizer
 from aimet_ext.sim.points import NormGain
+from aimet_ext.walk.passes import BlockPass, WalkOptions, capture_streams
 from aimet_ext.walk.stream import BlockStream
-from aimet_ext.walk.streamed import BlockPass, WalkOptions, capture_streams
 
 if TYPE_CHECKING:
     from aimet_ext.sim.onnx.adaptor import OnnxSim

@@ -33,7 +33,7 @@ from aimet_ext.sim.torch.state import (
     uninitialize,
 )
 from aimet_ext.walk.blocks import BlockWalk, find_stack
-from aimet_ext.walk.streamed import BlockPass, WalkOptions, kinds_of, open_pass
+from aimet_ext.walk.passes import BlockPass, WalkOptions, kinds_of, open_pass
 from aimet_ext.walk.traced import walk_graph
 from aimet_ext.walk.walk import Streams, Walk
 from aimet_ext.walk.wiring import NotInSequence

@@ -48,7 +48,8 @@ from aimet_ext.techniques.session import (
     open_ledger,
     undo_on_failure,
 )
-from aimet_ext.walk.streamed import BlockPass, StreamedBlock
+from aimet_ext.walk.passes import BlockPass
+from aimet_ext.walk.streamed import StreamedBlock
 
 P = TypeVar("P", bound=TechniqueParams)
 
