@@ -598,7 +598,8 @@ class DWQParams(WeightParams):
 
     :param num_iterations: Steps of gradient descent, each on one batch.
     :param norm_gains: Learn the gains of norms as well, with their biases.
-    :param learning_rate: Rate of the first step, relative to a scale; it falls to 0.
+    :param learning_rate: Rate of the first step, relative to a scale; it falls to 0. A third of it
+        each time that an evaluation has found nothing better.
     :param top_k: Classes of the float model's outputs that are kept for each token, the likeliest
         ones; all others count as one class. None keeps all.
     :param evaluations: Number of times that the state is judged on the batches held out, and that

@@ -52,6 +52,8 @@ from aimet_ext.techniques.session import (
 _log = logging.getLogger(__name__)
 
 _PROBE_BATCHES = 4  # that tell which encodings new gains made stale
+_WARM = 0.1  # of all steps, in which a lowered rate rises
+_LOWER = 3.0  # by which the rate is divided where it gained nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +63,15 @@ class DWQStage(UnitReport):
     :param name: Number of the last step.
     :param loss: Mean divergence on the batches of its steps, in nats, while they were made.
     :param kl: Mean divergence on the batches held out, after the last step.
+    :param rate: Learning rate that they started from, before its rise and fall. Where it is lower
+        than that of the stage before, that one gained nothing, and was taken back.
     :param seconds: Seconds of the steps and of the evaluation.
     :param resumed: True if it came from a checkpoint.
     """
 
     loss: float
     kl: float
+    rate: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +107,10 @@ class DWQReport(Report):
     reset_encodings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"{'step':>6}{'loss':>12}{'KL held out':>14}{'s':>8}"]
+        lines = [f"{'step':>6}{'loss':>12}{'KL held out':>14}{'rate':>10}{'s':>8}"]
         lines += [
-            f"{stage.name:>6}{stage.loss:>12.5f}{stage.kl:>14.5f}{stage.seconds:>8.1f}"
+            f"{stage.name:>6}{stage.loss:>12.5f}{stage.kl:>14.5f}{stage.rate:>10.2g}"
+            f"{stage.seconds:>8.1f}"
             for stage in self.stages
         ]
         lines += [
@@ -145,8 +151,9 @@ class _Learning:
             )
         start = polished.start()
         leaves = {name: log.requires_grad_() for name, log in start.items()}
-        self.progress = Progress(leaves, {n: log.detach().clone() for n, log in leaves.items()})
         rate = call.params.learning_rate
+        best = {n: log.detach().clone() for n, log in leaves.items()}
+        self.progress = Progress(leaves, best, rate)
         self.optimizer = torch.optim.Adam(list(leaves.values()), lr=rate, foreach=False)
 
     def measure(self, logs: dict[str, Tensor] | None = None) -> Divergence:
@@ -173,6 +180,7 @@ class _Learning:
                     with checkpoints.resuming(number) as (tensors, meta):
                         progress.load(tensors, self.optimizer)
                         progress.scores = list(meta["scores"])
+                        progress.rate, progress.began = meta["rate"], meta["began"]
                         stages.append(DWQStage.from_checkpoint(meta["report"]))
                     progress.step = end
                     bar.update(len(numbers))
@@ -183,7 +191,12 @@ class _Learning:
                         break
                     stages.append(stage)
                     if checkpoints is not None:
-                        meta = {"scores": progress.scores, "report": stages[-1].to_dict()}
+                        meta = {
+                            "scores": progress.scores,
+                            "rate": progress.rate,
+                            "began": progress.began,
+                            "report": stage.to_dict(),
+                        }
                         checkpoints.save(number, progress.tensors(self.optimizer), meta)
                 if progress.since_best >= params.patience:
                     break
@@ -200,21 +213,32 @@ class _Learning:
                 losses.append(self._step(run, number))
                 bar.set_postfix(loss=f"{losses[-1]:.4g}", refresh=False)
                 bar.update()
-        score = self.measure(progress.logs).kl
-        if score < progress.best_score:
-            progress.best = {n: log.detach().clone() for n, log in progress.logs.items()}
+        score, rate = self.measure(progress.logs).kl, progress.rate
+        better = score < progress.best_score
         progress.scores.append(score)
+        if better:
+            progress.best = {n: log.detach().clone() for n, log in progress.logs.items()}
+        else:
+            progress.go_back(rate / _LOWER, self.optimizer)
+            _log.info(
+                "dwq: steps %d to %d gained nothing at a rate of %.2g; on from the best state at "
+                "%.2g", progress.step - len(numbers) + 1, progress.step, rate, progress.rate,
+            )  # fmt: skip
         return DWQStage(
             name=str(progress.step),
             loss=sum(losses) / len(losses),
             kl=score,
+            rate=rate,
             seconds=time.perf_counter() - started,
         )
 
     def _step(self, run: Run, number: int) -> float:
         params, progress, reference = self.call.params, self.progress, self.reference
-        rate = params.learning_rate * (1 - progress.step / params.num_iterations)
-        self.optimizer.param_groups[0]["lr"] = rate
+        rise = 1.0
+        if progress.began:  # Adam's first steps have the full size whatever the gradients' noise
+            rise = (progress.step - progress.began + 1) / (_WARM * params.num_iterations)
+        fall = 1 - progress.step / params.num_iterations
+        self.optimizer.param_groups[0]["lr"] = progress.rate * min(1.0, rise) * fall
         loss = reference.loss(number, run(reference.batches[number])) / reference.tokens(number)
         self.optimizer.zero_grad()
         loss.backward()
@@ -249,7 +273,8 @@ def apply_dwq(
     are on their grids. What a block computes is computed again for its gradients, so that memory
     does not grow with the depth.
 
-    The last quarter of the batches is held out. The state with the lowest divergence on it is
+    The last quarter of the batches is held out. Where some steps have not lowered the divergence on
+    it, learning goes back to the best state and on from there at a third of the rate. That state is
     deployed, if the simulation is then better on it than before; otherwise all stays as it was,
     and the report says so.
 

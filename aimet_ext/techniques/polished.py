@@ -187,11 +187,15 @@ class Progress:
 
     :param logs: Logarithms by name, leaves of the optimizer.
     :param best: Those of the lowest divergence on the batches held out.
+    :param rate: Learning rate, before its rise and fall.
+    :param began: Steps that were made before this rate.
     :param scores: Divergence after each evaluation, that of the start first.
     """
 
     logs: Logs
     best: Logs
+    rate: float
+    began: int = 0
     scores: list[float] = field(default_factory=list)
     step: int = 0
 
@@ -205,12 +209,20 @@ class Progress:
         """Evaluations since the lowest divergence."""
         return len(self.scores) - 1 - self.scores.index(self.best_score)
 
+    @torch.no_grad()
+    def go_back(self, rate: float, optimizer: torch.optim.Optimizer) -> None:
+        """Return to the best state, to go on from there at another rate."""
+        for name, leaf in self.logs.items():
+            leaf.copy_(self.best[name])
+        optimizer.state.clear()
+        self.rate, self.began = rate, self.step
+
     def tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """Return logarithms, best ones and the optimizer's moments by name."""
         found = {f"best/{name}": tensor for name, tensor in self.best.items()}
         for name, leaf in self.logs.items():
             found[f"logs/{name}"] = leaf.detach()
-            for key, value in optimizer.state[leaf].items():
+            for key, value in optimizer.state.get(leaf, {}).items():
                 found[f"{key}/{name}"] = value
         return found
 
@@ -220,10 +232,11 @@ class Progress:
         for name, leaf in self.logs.items():
             leaf.copy_(tensors[f"logs/{name}"])
             self.best[name] = tensors[f"best/{name}"].to(leaf.device)
-            keys = ("step", "exp_avg", "exp_avg_sq")
+            keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in tensors]
             found = {key: tensors[f"{key}/{name}"] for key in keys}
             place = {key: "cpu" if key == "step" else leaf.device for key in keys}
-            optimizer.state[leaf] = {key: t.to(place[key]) for key, t in found.items()}
+            if found:  # none behind a return to the best state
+                optimizer.state[leaf] = {key: t.to(place[key]) for key, t in found.items()}
 
 
 def held_out(count: int) -> tuple[list[int], list[int]]:

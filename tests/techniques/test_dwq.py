@@ -200,6 +200,25 @@ def test_learning_ends_when_it_is_of_no_more_use(make: Any) -> None:
     assert [stage.name for stage in report.stages] == ["2", "4"]
 
 
+def test_steps_that_gain_nothing_are_taken_back_at_a_lower_rate(make: Any, tmp_path: Path) -> None:
+    """At a rate that is too high by far something is gained nevertheless, by a lower one."""
+    sim, data, reference = make()
+    twin = copy.deepcopy(sim)
+    given = {"learning_rate": 0.5, "evaluations": 9, "patience": 9}
+    report = apply(sim, data, reference, 18, checkpoint_dir=tmp_path / "c", **given)
+    rates = [stage.rate for stage in report.stages]
+    scores = [report.before.kl, *(stage.kl for stage in report.stages)]
+    assert scores[1] > scores[0] and report.kept == "learnt"
+    assert report.after.kl == pytest.approx(min(scores), rel=1e-3)
+    for number in range(1, len(rates)):
+        better = scores[number] < min(scores[:number])
+        assert rates[number] == pytest.approx(rates[number - 1] / (1 if better else 3))
+    assert "rate" in str(report) and f"{rates[-1]:.2g}" in str(report)
+    again = apply(twin, data, reference, 18, checkpoint_dir=tmp_path / "c", **given)
+    assert [(s.kl, s.rate) for s in again.stages] == [(s.kl, s.rate) for s in report.stages]
+    assert again.after == report.after
+
+
 def interrupted(sim: Any, case: Any, monkeypatch: Any, steps: int = 5, **settings: Any) -> None:
     """Apply it, with Ctrl-C behind some steps."""
     done, step = [], torch.optim.Adam.step
