@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from common import quiet
-from neighbours import Subject, subject
-from report import ASSETS, HERE, add_section, machine, named, print_table
+from report import HERE, add_section, machine, named, print_table
+from subjects import TEXTS, Subject, read_subject
 
 import aimet_ext
 
@@ -85,7 +85,7 @@ def main() -> None:
     """Run the steps and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--text", type=Path, default=ASSETS / "wikitext-2-raw/wiki.test.raw")
+    parser.add_argument("--text", choices=TEXTS, default="wikitext")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--scored", type=int, default=40)
     parser.add_argument("--inputs", action="store_true")
@@ -93,8 +93,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "results" / "neighbours.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    this = subject(options.model, options.text, options.windows, None)
-    scored = list(this.scored[-options.scored :].split(1))
+    this = read_subject(
+        options.model,
+        [options.text],
+        windows=options.windows,
+        length=512,
+        scored=options.scored,
+    )
+    scored = list(this.scored[options.text].split(1))
     exact = aimet_ext.evaluate_perplexity(this.model, scored)
     print(f"float: perplexity {exact:.3f}", flush=True)
     rows: list[Sequence[Any]] = []
