@@ -97,6 +97,41 @@ def test_gptq_is_the_papers_algorithm(case, with_pull, block):
     assert not torch.equal(codes, quantize(p.weight, grid))
 
 
+def test_upstream_errors_are_compensated_as_by_least_squares():
+    """Qronos's recursion on the data themselves, whose first column alone it rounds otherwise.
+
+    ``min ‖W x − Ŵ x̂‖²``: what is rounded stays, the other columns go to their least squares, and
+    the next one is rounded. So do GPTQ's columns with the whole of ``C`` in the pull.
+    """
+    p = problem(out=40)
+    grid = per_channel(p.weight)
+    seen = p.inputs[0]  # [tokens, in]
+    lost = 0.3 * torch.randn(seen.shape, generator=torch.Generator().manual_seed(5)).double()
+    targets = (seen + lost * seen.std(0)) @ p.weight.T  # [tokens, out]
+    found = {}
+    for first in ("held", "free"):
+        values = p.weight.clone()
+        for column in range(IN):
+            rest = seen[:, column:]
+            if column or first == "free":
+                known = targets - seen[:, :column] @ values[:, :column].T
+                values[:, column:] = torch.linalg.lstsq(rest, known).solution.T
+            else:  # the others stay at the float weight
+                known = targets - seen[:, 1:] @ values[:, 1:].T
+                values[:, :1] = torch.linalg.lstsq(seen[:, :1], known).solution.T
+            values[:, column] = dequantize(quantize(values, grid), grid)[:, column]
+        found[first] = values
+    pull = p.weight @ (lost * seen.std(0)).T @ seen / len(seen)
+    codes = gptq(p.weight, grid, p.second, pull, damping=1e-12)
+    assert torch.equal(dequantize(codes, grid), found["free"])
+    same = found["held"][:, 0] == found["free"][:, 0]
+    assert 0 < same.sum() < len(same)
+    assert torch.equal(found["held"][same], found["free"][same])
+    # Nothing of it is left for plain GPTQ once the weight is where least squares has it.
+    moved = p.weight + torch.linalg.solve(p.second, pull.T).T
+    assert torch.equal(gptq(moved, grid, p.second, damping=1e-12), codes)
+
+
 def test_act_order_is_gptq_on_sorted_columns():
     p = problem(2)
     grid = per_channel(p.weight)
