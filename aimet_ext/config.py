@@ -391,11 +391,16 @@ class LayerwiseParams(WeightParams):
     :param asym_strength: Share of those errors that a layer compensates with ``"asym"``. 1 is the
         target of AIMET and always of SeqMSE's mode ``"compatible"``; less is more robust, since
         those errors are in part noise.
+    :param token_weights: Weights of the tokens: ``"none"`` for all alike, ``"loss"`` for as
+        much as an error of the layer's output there moves the model's outputs, by the gradient of
+        their likelihood (GuidedQuant); for a model that returns logits. The float model runs
+        forward and back once for each batch.
     :param max_bitwidth: Bits above which a layer is left to plain rounding.
     """
 
     inp_symmetry: InputSymmetry = "symqt"
     asym_strength: Annotated[float, Field(gt=0, le=1)] = 0.5
+    token_weights: Literal["none", "loss"] = "none"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -416,6 +421,15 @@ class SeqMSEParams(LayerwiseParams):
     num_candidates: Annotated[int, Field(ge=1)] = 20
     mode: Literal["best", "compatible"] = "best"
     sweeps: Annotated[int, Field(ge=2)] = 3
+
+    @model_validator(mode="after")
+    def _compatible_counts_all_alike(self) -> SeqMSEParams:
+        if self.mode == "compatible" and self.token_weights != "none":
+            raise ValueError(
+                'mode "compatible" takes what AIMET takes, for which all tokens count alike: '
+                f'token_weights="none" is required, got "{self.token_weights}"; pass mode="best"'
+            )
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -76,6 +76,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         },
         {"torch", "tqdm", "pydantic"},
     ),
+    "techniques.layerwise.token_weights": (
+        {"techniques", "analysis", "sim.protocol", "walk", "data", "core"},
+        {"torch", "tqdm"},
+    ),
     "techniques.rotating.keys": (
         {"techniques", "analysis", "data", "core", "config"},
         {"torch", "tqdm"},

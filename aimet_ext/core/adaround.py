@@ -83,6 +83,7 @@ def adaround_samples(
     targets: Tensor,
     activation: Callable[[Tensor], Tensor],
     *,
+    counts: Tensor | None = None,
     num_iterations: int = 500,
     batch: int = 2048,
     start: Tensor | None = None,
@@ -99,6 +100,8 @@ def adaround_samples(
     :param inputs: the quantized stream's inputs ``x̂ [groups, n, in]``.
     :param targets: the float layer's outputs before the activation, bias included, ``[n, out]``.
     :param activation: ``f``, element by element and differentiable.
+    :param counts: weight of each sample, ``[groups, n]``, 1 on average or of that order; None
+        if all count alike.
     :param num_iterations: steps from strength 0 to 1, at most.
     :param batch: samples of a step.
     :param start: integers to start from, ``[out, in]``; None to start at the weight itself.
@@ -110,9 +113,10 @@ def adaround_samples(
         rounding, on all samples.
     :raises ValueError: the inputs do not fit the weight.
     """
-    second = torch.einsum("gni,gnj->gij", inputs, inputs) / inputs.shape[1]
+    counted = inputs if counts is None else inputs * counts.to(inputs)[..., None]
+    second = torch.einsum("gni,gnj->gij", counted, inputs) / inputs.shape[1]
     problem = Columns.of(weight, grid, second, None)
-    samples = _Samples(problem, weight, bias, inputs.to(weight.dtype), targets, activation)
+    samples = _Samples(problem, weight, bias, inputs.to(weight.dtype), targets, activation, counts)
     first = None if start is None else problem.transposed(start)
     curvature = samples.curvature()
     rate = learning_rate / samples.largest_curvature(curvature, batch)
@@ -201,8 +205,10 @@ class _Samples:
         inputs: Tensor,
         targets: Tensor,
         activation: Callable[[Tensor], Tensor],
+        counts: Tensor | None,
     ) -> None:
         groups = inputs.shape[0]
+        self._counts = None if counts is None else counts.to(weight.dtype)[..., None]
         self._problem, self._inputs, self._activation = problem, inputs, activation
         self._weight = problem.transposed(weight)  # [groups, in, rows]
         bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.to(weight.dtype)
@@ -213,12 +219,13 @@ class _Samples:
     def curvature(self) -> Tensor:
         """Return the mean of ``(f'(z) x_j)²``, per code; never 0, ``[groups, in, rows]``."""
         count = self._inputs.shape[1]
-        curvature = self._inputs.square().mT @ self._slope.square() / count
+        curvature = self._inputs.square().mT @ self._counted(self._slope.square()) / count
         return torch.maximum(curvature, 1e-3 * self._problem.diagonal)
 
     def largest_curvature(self, curvature: Tensor, count: int) -> Tensor:
         """Return every row's largest curvature, in units of ``curvature``, from some samples."""
-        inputs, weights = self._inputs[:, :count], self._slope[:, :count].square()
+        inputs, weights = self._inputs[:, :count], self._slope.square()
+        weights = self._counted(weights)[:, :count]
         root = curvature.rsqrt()
 
         def product(vector: Tensor) -> Tensor:
@@ -233,6 +240,8 @@ class _Samples:
         values = torch.addcmul(self._weight, codes - problem.ideal, problem.step)
         outputs = torch.baddbmm(self._bias, inputs, values)
         _, back = self._derivative(outputs, self._targets[:, chosen])
+        if self._counts is not None:
+            back = back * self._counts[:, chosen]
         return torch.bmm(inputs.mT, back).div_(len(chosen))
 
     def errors(self, codes: Tensor) -> Tensor:
@@ -242,8 +251,15 @@ class _Samples:
         for at in range(0, self._inputs.shape[1], 8192):
             part = slice(at, at + 8192)
             outputs = self._activation(torch.baddbmm(self._bias, self._inputs[:, part], values))
-            total += (outputs - self._targets[:, part]).square().sum(1, dtype=torch.float64)
+            squares = (outputs - self._targets[:, part]).square()
+            if self._counts is not None:
+                squares *= self._counts[:, part]
+            total += squares.sum(1, dtype=torch.float64)
         return total / self._inputs.shape[1]
+
+    def _counted(self, numbers: Tensor) -> Tensor:
+        """Return numbers of all samples ``[groups, n, rows]`` times how much each sample counts."""
+        return numbers if self._counts is None else numbers * self._counts
 
     def _derivative(self, outputs: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return ``f(z)``, and ``f'(z)`` times its distance from the targets (times 1 without)."""

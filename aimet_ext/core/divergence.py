@@ -72,6 +72,23 @@ class TopProbabilities:
         return (self.logs.exp() * (self.logs - top)).sum(-1) + self.rest.exp() * lost
 
 
+def outcome_likelihood(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a sum whose gradient has the Fisher information of the outcomes for its covariance.
+
+    Drawn outcomes do too: their gradient by a row of logits is ``1_c - p``, with the covariance
+    ``diag p - p pᵀ``. Random signs ``z`` give ``a - p Σ a`` with ``a = √p z``, whose covariance is
+    the same: ``(I - p 1ᵀ) diag p (I - 1 pᵀ)``. Its size hardly varies from draw to draw, where
+    that of outcomes is near 0 most of the time and large now and then.
+
+    :param logits: ``[rows, classes]``, differentiable.
+    :returns: ``Σ a · log p`` over all rows, with ``a`` held.
+    """
+    logs = logits.log_softmax(-1)
+    signs = torch.randint(0, 2, logits.shape, generator=generator, dtype=torch.int8)
+    drawn = (logs.detach() / 2).exp() * (2 * signs - 1).to(logs)
+    return (drawn * logs).sum()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
     """Distance of a model's outputs from the float model's.

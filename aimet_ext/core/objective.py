@@ -19,7 +19,7 @@ TOKENS_AN_INPUT = 4
 _FAINT = 0.05
 
 
-def is_short(tokens: int, inputs: int) -> bool:
+def is_short(tokens: float, inputs: int) -> bool:
     """Return whether so few tokens came that what is decided may fit these alone."""
     return tokens < TOKENS_AN_INPUT * inputs
 
@@ -42,8 +42,10 @@ class Noise:
         Faint ones are taken for fainter still, so that with many tokens nothing changes.
 
         :param second: ``H``, ``[in, in]`` or ``[groups, in, in]``.
-        :param tokens: Independent rows that it is the mean of, or as many as they are worth.
-        :param powers: Means of ``(Σ x²)²`` and of ``Σ x⁴`` over rows, ``[2]`` or ``[2, groups]``.
+        :param tokens: Independent rows that it is the mean of, or as many as they are worth; of
+            rows that count ``s`` each, ``(Σ s)² / Σ s²`` at most.
+        :param powers: Means of ``(Σ x²)²`` and of ``Σ x⁴`` over rows, ``[2]`` or ``[2, groups]``;
+            those of rows that count ``s`` each are weighted by ``s²``.
         """
         diagonal = second.diagonal(dim1=-2, dim2=-1).double()  # [..., in]
         alive = diagonal > 0
@@ -94,6 +96,7 @@ class SecondMoment:
     :param tokens: number of tokens.
     :param peak: largest magnitude of an input; 0 if it is not known.
     :param noise: shares of noise, None if they are not known.
+    :param worth: number of tokens that would tell as much if each counted alike; None for all.
     """
 
     second: Tensor
@@ -101,6 +104,7 @@ class SecondMoment:
     tokens: int
     peak: float = 0.0
     noise: Noise | None = None
+    worth: float | None = None
     _seen: _Seen | None = None
     _known: dict[str, Any] = field(default_factory=dict)
 
@@ -113,7 +117,12 @@ class SecondMoment:
     @property
     def is_short(self) -> bool:
         """True if the tokens are too few, see :func:`is_short`."""
-        return is_short(self.tokens, self.second.shape[-1])
+        return is_short(self.effective_tokens, self.second.shape[-1])
+
+    @property
+    def effective_tokens(self) -> float:
+        """Number of tokens that would tell as much if each counted alike."""
+        return self.tokens if self.worth is None else self.worth
 
     def shrunk(self, strength: float = 1.0) -> SecondMoment:
         """Return the moment to decide by, in place of this one: less noise, by what is known of it.

@@ -22,6 +22,10 @@ from aimet_ext.data.cache import available_bytes, mapped_zeros
 
 Storage: TypeAlias = Literal["memory", "mapped"]
 
+# Of rows of both streams [groups, n, in], the same object if there is one; and of how much each row
+# counts [groups, n], where that is known.
+NoteRows: TypeAlias = Callable[..., None]
+
 _CHUNK = 2**24  # elements of the rows unrolled at a time: 64 MiB of float32
 _BLOCK = 1024  # rows that are multiplied at a time
 # Rows of one text resemble each other: so many are worth one that was drawn by itself. With 3,
@@ -183,6 +187,8 @@ class MomentSum:
     how the rows were cut into batches makes no difference, bit for bit. Of ``H`` only strips that
     reach from the diagonal to the right are computed and kept, which saves almost half.
 
+    Rows may count for more or less than one; the means are then ``Σ s x̂ x̂ᵀ / Σ s``.
+
     Beside the sums, memory is needed for 1024 rows, twice that with ``cross``.
 
     :param width: elements of a row.
@@ -224,6 +230,7 @@ class MomentSum:
         self._cross = self._zeros(square, torch.float64) if cross else None
         self._peak = torch.zeros(groups, width, dtype=dtype, device=self.device)
         self._powers = torch.zeros(2, groups, dtype=torch.float64)  # Σ (Σ x̂²)², Σ Σ x̂⁴
+        self._mass = torch.zeros(2, groups, dtype=torch.float64)  # Σ s, Σ s²
         self._blocks: Tensor | None = None  # [1 or 2, groups, rows, width]: x̂, then e
         self._filled = 0
         self.tokens = 0
@@ -234,12 +241,16 @@ class MomentSum:
         return self._peak[0].clone() if self.groups == 1 else self._peak.clone()
 
     @torch.no_grad()
-    def add(self, rows: Tensor, float_rows: Tensor | None = None) -> None:
+    def add(
+        self, rows: Tensor, float_rows: Tensor | None = None, weights: Tensor | None = None
+    ) -> None:
         """Add rows. After an error the sum is of no use any more.
 
         :param rows: ``x̂ [groups, tokens, in]``, of any floating dtype.
         :param float_rows: ``x``, the same rows in the float stream, given if and only if ``cross``.
-        :raises ValueError: the shape is wrong, or a row holds NaN or infinity.
+        :param weights: Weight of each row, ``s ≥ 0 [groups, tokens]``, 1 on average or of
+            that order; None if all count alike.
+        :raises ValueError: a shape is wrong, or a row holds NaN or infinity.
         """
         for given in (rows,) if self._cross is None else (rows, float_rows):
             shape = None if given is None else list(given.shape)
@@ -250,14 +261,28 @@ class MomentSum:
                 )
         if self._cross is None and float_rows is not None:
             raise ValueError("float_rows are for sums built with cross=True, got them without")
+        if weights is not None and weights.shape != rows.shape[:2]:
+            raise ValueError(
+                f"weights must be {list(rows.shape[:2])}, one for each row, "
+                f"got {list(weights.shape)}"
+            )
         begin = 0
         while begin < rows.shape[1]:
             end = min(begin + _BLOCK - self._filled, rows.shape[1])
-            self._fill(rows[:, begin:end], None if float_rows is None else float_rows[:, begin:end])
+            self._fill(
+                rows[:, begin:end],
+                None if float_rows is None else float_rows[:, begin:end],
+                None if weights is None else weights[:, begin:end],
+            )
             begin = end
         self.tokens += rows.shape[1]
+        if weights is None:
+            self._mass += rows.shape[1]
+        else:
+            shares = weights.to(self._mass)
+            self._mass += torch.stack([shares.sum(1), shares.square().sum(1)])
 
-    def _fill(self, rows: Tensor, float_rows: Tensor | None) -> None:
+    def _fill(self, rows: Tensor, float_rows: Tensor | None, weights: Tensor | None) -> None:
         """Copy at most as many rows as the block still takes, and multiply it when it is full."""
         if self._blocks is None:
             shape = (1 if self._cross is None else 2, self.groups, _BLOCK, self.width)
@@ -273,6 +298,8 @@ class MomentSum:
             error = float_rows.to(self.device, wide) - rows.to(self.device, wide)
             self._blocks[1, :, place] = error
             _largest(self._blocks[1, :, place], " of the float stream")
+        if weights is not None:
+            self._blocks[:, :, place] *= weights.to(block).sqrt()[..., None]
         self._filled += rows.shape[1]
         if self._filled == _BLOCK:
             self._multiply()
@@ -315,12 +342,13 @@ class MomentSum:
             second[:, place.start :, place] = mean.mT
             if cross is not None and self._cross is not None:
                 cross[:, place] = self._mean(self._cross[:, place])
-        powers = self._powers / self.tokens
+        total, squares = self._mass
+        powers, worth = self._powers / squares, float((total.square() / squares).min())
         if self.groups == 1:
             second, cross = second[0], None if cross is None else cross[0]
             powers = powers[:, 0]
-        noise = Noise.of(second, max(1, int(self.tokens / _ALIKE)), powers)
-        return SecondMoment(second, cross, self.tokens, float(self._peak.max()), noise)
+        noise = Noise.of(second, max(1, int(worth / _ALIKE)), powers)
+        return SecondMoment(second, cross, self.tokens, float(self._peak.max()), noise, worth)
 
     def _mean(self, sums: Tensor) -> Tensor:
         if not torch.isfinite(sums.sum()):
@@ -329,7 +357,7 @@ class MomentSum:
                 f"inputs must be small enough to be squared in {self.dtype}, got values up to "
                 f"{largest:.3g}; look for the layer upstream that overflows"
             )
-        return sums / self.tokens
+        return sums / self._mass[0].to(sums.device)[:, None, None]
 
     def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if self.storage == "mapped":
@@ -347,7 +375,8 @@ def sum_moments(
     *,
     dtype: torch.dtype,
     mapped_dir: str | Path | None = None,
-    also: Iterable[Callable[[Tensor, Tensor], None]] = (),
+    also: Iterable[NoteRows] = (),
+    weights: Iterator[Tensor] | None = None,
 ) -> MomentSum | None:
     """Sum the second moments of a layer's inputs, with ``C`` where both streams are given.
 
@@ -356,7 +385,11 @@ def sum_moments(
     :param layer: Linear layer or convolution that reads them.
     :param dtype: Type of the products; the sums are in float64.
     :param mapped_dir: Folder for sums that do not fit in memory.
-    :param also: Functions that are given the rows of both streams too, the same if there is one.
+    :param also: Functions that are given the rows of both streams too, the same if there is one,
+        and with ``weights`` how much each counts.
+    :param weights: Weights of rows, for each input with any, ``[groups, ...]`` with the leading
+        dimensions of a linear layer's input, ``[groups, images, *output]`` for a convolution; None
+        if all count alike.
     :returns: the sums; None if there was no input.
     :raises ValueError: an input holds NaN or infinity.
     """
@@ -366,6 +399,11 @@ def sum_moments(
         first = original if quantized is None else quantized
         assert first is not None
         both = quantized is not None and original is not None
+        shares: Tensor | None = None
+        if weights is not None and first.numel():
+            shares = next(weights)
+            shares = (shares if mask is None else shares[:, mask.to(shares.device)]).flatten(1)
+        done = 0
         chunks = geometry.chunks(first, mask)
         pairs: Iterable[tuple[Tensor, Tensor | None]] = ((rows, None) for rows in chunks)
         if both and original is not None:
@@ -380,9 +418,12 @@ def sum_moments(
                     dtype=dtype,
                     mapped_dir=mapped_dir,
                 )
-            total.add(rows, float_rows)
+            own = None if shares is None else shares[:, done : done + rows.shape[1]]
+            done += rows.shape[1]
+            total.add(rows, float_rows, own)
+            counts = () if own is None else (own,)
             for note in also:
-                note(rows, rows if float_rows is None else float_rows)
+                note(rows, rows if float_rows is None else float_rows, *counts)
     return total
 
 

@@ -129,6 +129,21 @@ class Points(Protocol):
         :raises TransformRefused: An ONNX graph has operators that PyTorch cannot compute.
         """
 
+    def seeing_outputs(
+        self,
+        layers: Sequence[str],
+        see: Callable[[str, int, Tensor], Tensor],
+        forward_fn: ForwardFn | None = None,
+    ) -> AbstractContextManager[Run]:
+        """Open a context with a function that runs the float model, differentiable.
+
+        Outputs of layers go through a function of the layer's name, the number of the operation of
+        those that apply its weight, and the output. A repeated block of a torch model is computed
+        again on the way back, and the function called again with it.
+
+        :raises TransformRefused: An ONNX graph has operators that PyTorch cannot compute.
+        """
+
     def running(
         self, names: Collection[str], forward_fn: ForwardFn | None = None
     ) -> AbstractContextManager[Run]:

@@ -101,6 +101,7 @@ class AdaRound(Solver[AdaRoundParams]):
                 behind.inputs,
                 behind.targets,
                 behind.activation,
+                counts=behind.counts,
                 start=self._start(problem, grid),
                 num_iterations=params.num_iterations,
                 batch=params.batch_size,
@@ -117,14 +118,19 @@ class _Behind:
     def __init__(self, problem: Problem, samples: SampleSum) -> None:
         self.activation = samples.activation
         self.inputs = samples.inputs.to(problem.weight)  # [groups, n, in]
+        self.counts = samples.weights  # [groups, n]
         self.bias = problem.bias
         self.targets = self._outputs(problem.weight, samples.originals.to(problem.weight))
 
     def errors(self, values: Tensor) -> Tensor:
         """Return mean squared errors of all rows ``[out]``, of quantized values ``[out, in]``."""
         outputs = self._outputs(values.to(self.inputs), self.inputs)
-        difference = self.activation(outputs) - self.activation(self.targets)
-        return difference.square().mean(0)
+        squares = (self.activation(outputs) - self.activation(self.targets)).square()
+        if self.counts is not None:
+            groups = len(self.counts)
+            grouped = squares.unflatten(1, (groups, -1))  # [n, groups, out / groups]
+            squares = (grouped * self.counts.T.to(squares)[..., None]).flatten(1)
+        return squares.mean(0)
 
     def _outputs(self, weight: Tensor, inputs: Tensor) -> Tensor:
         """Return the outputs ``[n, out]`` before the ReLU."""

@@ -75,6 +75,8 @@ class LayerReport(UnitReport):
     :param rows_nearest: Output rows for which plain rounding was better and was kept.
     :param rows: Output rows.
     :param tokens: Rows of input that the losses are taken over.
+    :param effective_tokens: Rows that would tell as much if each counted alike: fewer with
+        ``token_weights``.
     :param inputs: Inputs of an output row.
     :param storage: Place of its second moments: ``"memory"``, or ``"mapped"`` files where they
         would not fit.
@@ -90,13 +92,14 @@ class LayerReport(UnitReport):
     rows_nearest: int
     rows: int
     tokens: int
+    effective_tokens: float
     inputs: int
     storage: str
 
     @property
     def is_short_of_tokens(self) -> bool:
         """True if so few tokens came that what was decided may fit these alone."""
-        return is_short(self.tokens, self.inputs) and self.rows_nearest < self.rows
+        return is_short(self.effective_tokens, self.inputs) and self.rows_nearest < self.rows
 
     @property
     def sqnr_db(self) -> float:
@@ -135,23 +138,31 @@ class LayerwiseReport(Report):
         lines = [f"{self.technique}: errors of the layers' outputs, as shares of their signal"]
         lines += [f"{head}  grid", *rows, f"{self.seconds:.1f} s in all"]
         if short := [layer for layer in self.layers if layer.is_short_of_tokens]:
-            least = min(short, key=lambda layer: layer.tokens / layer.inputs)
+            least = min(short, key=lambda layer: layer.effective_tokens / layer.inputs)
             enough = max(TOKENS_AN_INPUT * layer.inputs for layer in short)
             lines.append(
                 f"too few tokens for {len(short)} of {len(self.layers)} layers: {least.name} has "
-                f"{least.inputs} inputs and saw {least.tokens} tokens; give at least {enough}, "
+                f"{least.inputs} inputs and saw {_tokens(least)} tokens; give at least {enough}, "
                 "or other text may fare worse than with plain rounding"
             )
-        few = [x for x in self.layers if x.tokens < x.inputs and x.rows_nearest == x.rows]
+        few = [x for x in self.layers if x.effective_tokens < x.inputs]
         lines += [
-            f"plain rounding, for want of tokens: {x.name} has {x.inputs} inputs and saw {x.tokens}"
+            f"plain rounding, for want of tokens: {x.name} has {x.inputs} inputs and saw "
+            f"{_tokens(x)}"
             for x in few
+            if x.rows_nearest == x.rows
         ]
         lines += [f"left alone: {name}: {why}" for name, why in self.skipped.items()]
         mapped = [layer.name for layer in self.layers if layer.storage == "mapped"]
         if mapped:
             lines.append(f"second moments in mapped files, for want of memory: {', '.join(mapped)}")
         return "\n".join(lines)
+
+
+def _tokens(layer: LayerReport) -> str:
+    """Return the number of tokens that a layer saw, and what they are worth if that is less."""
+    worth = int(layer.effective_tokens)
+    return f"{layer.tokens}" + (f" (worth {worth})" if worth < layer.tokens else "")
 
 
 @dataclass(frozen=True, kw_only=True)

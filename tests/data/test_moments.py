@@ -210,6 +210,50 @@ def test_sums_against_the_loop(groups, width, normal):
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("groups", [1, 3])
+def test_weighted_sums_against_the_loop(groups, normal):
+    seen, original = normal(groups, 29, 7), normal(groups, 29, 7)
+    weights = normal(groups, 29).square()
+    total = MomentSum(7, groups, cross=True, dtype=torch.float64)
+    for part in (slice(0, 12), slice(12, None)):
+        total.add(seen[:, part], original[:, part], weights[:, part])
+    moment = total.result(torch.float64)
+    expected = [moments_by_loop(*each) for each in zip(seen, original, weights, strict=True)]
+    second, cross = (torch.stack(kind) for kind in zip(*expected, strict=True))
+    torch.testing.assert_close(moment.second.view_as(second), second, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(moment.cross.view_as(cross), cross, rtol=1e-12, atol=1e-13)
+    worth = (weights.sum(1).square() / weights.square().sum(1)).min()
+    assert moment.tokens == 29 and moment.effective_tokens == pytest.approx(float(worth))
+    assert torch.equal(total.peak.view(groups, 7), seen.abs().amax(1))  # as they came
+
+
+@pytest.mark.usefixtures("small")
+def test_rows_that_count_alike_or_not_at_all(normal):
+    """All 1: the same bits. 0: as if the row had not come, in the shares of noise too."""
+    seen = (normal(1, 40, 7) + 2 * normal(1, 40, 1)) * torch.linspace(0.5, 3, 7)
+    original = seen + 0.1 * normal(1, 40, 7)
+
+    def moment(rows, floats, weights):
+        total = MomentSum(7, cross=True, dtype=torch.float64)
+        total.add(rows, floats, weights)
+        return total.result(torch.float64)
+
+    plain, alike = (moment(seen, original, s) for s in (None, torch.ones(1, 40)))
+    assert torch.equal(plain.second, alike.second) and torch.equal(plain.cross, alike.cross)
+    assert torch.equal(plain.noise.products, alike.noise.products)
+    assert plain.effective_tokens == alike.effective_tokens == 40
+    odd = torch.arange(40)[None] % 2
+    half, alone = moment(seen, original, 2 * odd), moment(seen[:, 1::2], original[:, 1::2], None)
+    assert half.tokens == 40 and half.effective_tokens == alone.effective_tokens == 20
+    torch.testing.assert_close(half.second, alone.second, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(half.cross, alone.cross, rtol=1e-12, atol=1e-13)
+    for kind in ("products", "squares"):
+        own, other = (getattr(each.noise, kind) for each in (half, alone))
+        torch.testing.assert_close(own, other, rtol=1e-9, atol=0)
+        assert own > getattr(plain.noise, kind)
+
+
+@pytest.mark.usefixtures("small")
 def test_batches_make_no_difference(normal):
     """The same rows in other batches: the same bits, also when the result was asked before."""
     rows = normal(1, 40, 7, dtype=torch.float32)
@@ -360,6 +404,8 @@ def test_rows_of_another_shape():
         MomentSum(3, cross=True).add(torch.ones(1, 5, 3))
     with pytest.raises(ValueError, match="cross=True, got them without"):
         MomentSum(3).add(torch.ones(1, 5, 3), torch.ones(1, 5, 3))
+    with pytest.raises(ValueError, match=r"weights must be \[1, 5\].*got \[5\]"):
+        MomentSum(3).add(torch.ones(1, 5, 3), None, torch.ones(5))
 
 
 def test_later_changes_of_the_rows_do_not_count():

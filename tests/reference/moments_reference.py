@@ -34,18 +34,22 @@ def conv_rows_by_loop(module: nn.Conv2d, x: Tensor) -> Tensor:
     return torch.tensor(groups, dtype=torch.float64)
 
 
-def moments_by_loop(rows: Tensor, float_rows: Tensor) -> tuple[Tensor, Tensor]:
-    """``Σ x̂ x̂ᵀ`` and ``Σ x̂ (x − x̂)ᵀ`` over tokens, divided by their number, in float64.
+def moments_by_loop(
+    rows: Tensor, float_rows: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``Σ s x̂ x̂ᵀ`` and ``Σ s x̂ (x − x̂)ᵀ`` over tokens, divided by ``Σ s``, in float64.
 
     :param rows: ``[tokens, in]``.
     :param float_rows: the same.
+    :param weights: ``s [tokens]``, None for 1.
     """
     second = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
     cross = torch.zeros_like(second)
-    for seen, original in zip(rows.double(), float_rows.double(), strict=True):
-        second += torch.outer(seen, seen)
-        cross += torch.outer(seen, original - seen)
-    return second / len(rows), cross / len(rows)
+    weights = torch.ones(len(rows)) if weights is None else weights
+    for seen, original, weight in zip(rows.double(), float_rows.double(), weights, strict=True):
+        second += weight * torch.outer(seen, seen)
+        cross += weight * torch.outer(seen, original - seen)
+    return second / weights.sum(), cross / weights.sum()
 
 
 def _sides(module: nn.Conv2d, dimension: int) -> tuple[int, int]:

@@ -85,6 +85,24 @@ class OnnxPoints(Points):
 
         yield self._run_watched(own)
 
+    @contextmanager
+    def seeing_outputs(
+        self,
+        layers: Sequence[str],
+        see: Callable[[str, int, Tensor], Tensor],
+        forward_fn: ForwardFn | None = None,
+    ) -> Iterator[Run]:
+        places = {
+            use.output: (name, number)
+            for name in layers
+            for number, use in enumerate(self._whole.layers[name].uses)
+        }
+
+        def own(name: str, tensor: Tensor) -> Tensor:
+            return see(*places[name], tensor) if name in places else tensor
+
+        yield self._run_watched(own)
+
     def _run_watched(self, see: Callable[[str, Tensor], Tensor]) -> Run:
         model = _Watched(self._whole.graph, self._output, see)
 

@@ -73,6 +73,27 @@ class TorchPoints(Points):
             yield run
 
     @contextmanager
+    def seeing_outputs(
+        self,
+        layers: Sequence[str],
+        see: Callable[[str, int, Tensor], Tensor],
+        forward_fn: ForwardFn | None = None,
+    ) -> Iterator[Run]:
+        model = self.sim.model
+        passing = {quantizer: _passing for _, quantizer in named_quantizers(model)}
+
+        def run(batch: Any) -> Tensor:
+            return first_output(call_model(model, batch, forward_fn))
+
+        with replaced_quantizers(passing), evaluating(model), ExitStack() as stack:
+            for name in layers:
+                hook = partial(_seen_output, partial(see, name, 0))
+                stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
+            for block in find_stack(model, layers):
+                stack.enter_context(_recomputed(model.get_submodule(block)))
+            yield run
+
+    @contextmanager
     def running(self, names: Collection[str], forward_fn: ForwardFn | None = None) -> Iterator[Run]:
         def look(name: str, tensor: Tensor, quantize: Callable[[Tensor], Tensor]) -> Tensor:
             return quantize(tensor) if name in names else tensor
@@ -195,6 +216,10 @@ def _point(place: str, quantizer: Any) -> Point:
 
 def _passing(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _seen_output(see: Callable[[Tensor], Tensor], _: nn.Module, args: Any, output: Any) -> Tensor:
+    return see(output)
 
 
 def _instead(compute: Callable[[], Tensor], tensor: Tensor) -> Tensor:

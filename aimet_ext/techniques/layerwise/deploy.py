@@ -238,16 +238,23 @@ class UpstreamError:
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         self._rows, self._sum, self._chunks = 0, 0.0, 0
+        self._mass = 0.0
 
-    def add(self, rows: Tensor, originals: Tensor) -> None:
-        """Take in rows of both streams, ``[groups, n, in]``; the same object if there is one."""
+    def add(self, rows: Tensor, originals: Tensor, weights: Tensor | None = None) -> None:
+        """Take in rows of both streams, ``[groups, n, in]``; the same object if there is one.
+
+        :param weights: Weight of each row, ``[groups, n]``; None if all count alike.
+        """
         step = 1 if self._rows < _ALL_ROWS else _EVERY
         self._rows += rows.shape[1]
+        self._mass += rows.shape[1] if weights is None else float(weights.mean(0).sum())
         if originals is rows or not rows.shape[1]:
             return
         taken = slice(self._chunks % min(step, rows.shape[1]), None, step)
         self._chunks += step > 1
         lost = originals[:, taken].to(self._weight) - rows[:, taken].to(self._weight)
+        if weights is not None:
+            lost *= weights[:, taken].to(lost).sqrt()[..., None]
         grouped = self._weight.view(len(lost), -1, lost.shape[2])  # [groups, out / groups, in]
         power = float((lost @ grouped.mT).square().sum(dtype=torch.float64))
         self._sum += power * rows.shape[1] / lost.shape[1]
@@ -255,7 +262,7 @@ class UpstreamError:
     @property
     def mean(self) -> float:
         """Mean over rows, summed over the outputs."""
-        return self._sum / max(1, self._rows)
+        return self._sum / (self._mass or 1)
 
 
 class SampleSum:
@@ -275,12 +282,14 @@ class SampleSum:
         self._keys = torch.empty(0, dtype=torch.float64)
         self._rows: Tensor | None = None
         self._originals: Tensor | None = None
+        self._weights: Tensor | None = None
 
-    def add(self, rows: Tensor, originals: Tensor) -> None:
+    def add(self, rows: Tensor, originals: Tensor, weights: Tensor | None = None) -> None:
         """Take in rows of both streams.
 
         :param rows: Rows of the quantized stream, ``[groups, n, in]``.
         :param originals: Rows of the float stream; the same object where there is only one stream.
+        :param weights: Weight of each row, ``[groups, n]``; None if all count alike.
         """
         one = originals is rows
         keys = torch.rand(rows.shape[1], dtype=torch.float64, generator=self._generator)
@@ -288,6 +297,8 @@ class SampleSum:
         chosen = keys.topk(min(self.count, len(keys))).indices.sort().values
         self._rows = _pick(self._rows, rows, chosen)
         self._originals = self._rows if one else _pick(self._originals, originals, chosen)
+        if weights is not None:
+            self._weights = _pick(self._weights, weights, chosen)
         self._keys = keys[chosen]
 
     @property
@@ -301,6 +312,14 @@ class SampleSum:
         """The same rows in the float stream."""
         assert self._originals is not None
         return self._originals
+
+    @property
+    def weights(self) -> Tensor | None:
+        """Weights of these rows, 1 on average, ``[groups, n]``; None if all count alike."""
+        if self._weights is None:
+            return None
+        mean = self._weights.mean(1, keepdim=True)
+        return torch.where(mean > 0, self._weights / mean, 1.0)
 
 
 def _pick(kept: Tensor | None, new: Tensor, chosen: Tensor) -> Tensor:

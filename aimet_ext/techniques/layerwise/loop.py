@@ -38,6 +38,7 @@ from aimet_ext.techniques.layerwise.deploy import (
     UpstreamError,
     deploy,
 )
+from aimet_ext.techniques.layerwise.token_weights import TokenWeights
 from aimet_ext.techniques.report import LayerReport, LayerwiseReport, Report, UnitReport
 from aimet_ext.techniques.session import (
     OnGrids,
@@ -193,6 +194,7 @@ class LayerwiseRun:
     :param others: Quantized weights that are not decided, which are on their grids meanwhile.
     :param keep: Function to call with a layer's name before the layer is changed.
     :param cost: Cost of the walk, once it is done.
+    :param token_weights: Weights of the tokens, None if all count alike.
     """
 
     adaptor: SimAdaptor
@@ -202,6 +204,7 @@ class LayerwiseRun:
     options: RunOptions
     keep: Callable[[str], None]
     cost: dict[str, Any] = field(default_factory=dict)
+    token_weights: TokenWeights | None = None
 
     report_class: ClassVar[type[UnitReport]] = LayerReport
 
@@ -240,22 +243,30 @@ class LayerwiseRun:
         return self.adaptor.batches(dataloader, opaque=self.options.forward_fn is not None)
 
     def _walk(self, batches: Sequence[Any]) -> Walk:
-        aimet, adaptor = self.solver.aimet_stream, self.adaptor
+        aimet, adaptor, options = self.solver.aimet_stream, self.adaptor, self.options
+        if self.solver.params.token_weights == "loss":
+            self.token_weights = TokenWeights(
+                adaptor,
+                list(self.quantizers),
+                batches,
+                options.forward_fn,
+                progress=options.progress,
+            )
         others = {
             name: quantizer
             for name, quantizer in self.others.items()
             if not aimet or adaptor.counts_as_weight(name)
         }
         effective = OnGrids(others, free_blocks=aimet)
-        with self.adaptor.disabled_quantizers(), torch.no_grad():
-            return self.adaptor.walk(
+        with adaptor.disabled_quantizers(), torch.no_grad():
+            return adaptor.walk(
                 batches,
                 list(self.quantizers),
                 streams=_STREAMS[self.solver.params.inp_symmetry],
                 effective=effective,
-                forward_fn=self.options.forward_fn,
-                cache_dir=self.options.cache_dir,
-                device=self.options.device,
+                forward_fn=options.forward_fn,
+                cache_dir=options.cache_dir,
+                device=options.device,
             )
 
     def _next(self, stages: Iterator[Stage]) -> Stage | None:
@@ -353,6 +364,7 @@ class LayerwiseRun:
             rows_nearest=outcome.rows_nearest if tokens else rows,
             rows=rows,
             tokens=tokens,
+            effective_tokens=problem.moment.effective_tokens,
             inputs=inputs,
             storage=storage,
             seconds=0.0,
@@ -387,6 +399,7 @@ class LayerwiseRun:
                 dtype=torch.promote_types(layer.weight.dtype, torch.float32),
                 mapped_dir=self.options.cache_dir,
                 also=[*(s.add for s in samples.values()), *(u.add for u in upstream.values())],
+                weights=None if self.token_weights is None else self.token_weights.of(stage.layers),
             )
             if self._is_routed(stage.layers[0]) and (total is None or not total.tokens):
                 width = layer.weight.shape[1]
