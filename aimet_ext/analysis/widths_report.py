@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 from collections import Counter
@@ -173,17 +174,33 @@ class WidthsReport:
         replace_file(path, json.dumps(self.to_dict(), indent=2).encode())
 
     def plot(self, path: str | Path) -> None:
-        """Draw the divergence over the average bits to an SVG file, logarithmic.
+        """Draw the divergence over the average bits, logarithmic: one point for each budget.
 
-        :raises ValueError: The path does not end in ``.svg``.
+        :param path: ``.svg`` for the drawing alone, or ``.html`` for a page with it, the table and
+            the numbers, which needs no other file.
+        :raises ValueError: The path ends in neither.
         """
-        if Path(path).suffix.lower() != ".svg":
-            raise ValueError(f"path must end in .svg, the form that is drawn, got {path}")
+        kind = Path(path).suffix.lower()
+        if kind not in (".svg", ".html"):
+            raise ValueError(
+                f"path must end in .svg or .html, the forms that are drawn, got {path}"
+            )
         marks = [
             *((name, *point, "#1f77b4") for name, point in self.uniform().items()),
             (ASSIGNED, self.average_bits, self.kl, "#d62728"),
+            ("measured", self.average_bits, self.measured, "#2ca02c"),
         ]
-        replace_file(path, _drawing(self.curve, marks).encode())
+        drawing = _drawing(self.curve, marks)
+        replace_file(path, (drawing if kind == ".svg" else self._page(drawing)).encode())
+
+    def _page(self, drawing: str) -> str:
+        """Return a page with the drawing and the table of :meth:`__str__`."""
+        title = f"{self.average_bits:.4f} bits a weight, KL {self.measured:.4g} nats"
+        return (
+            f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+            f'</head>\n<body style="font-family: sans-serif">\n<h1>{title}</h1>\n{drawing}'
+            f"<pre>{html.escape(str(self))}</pre>\n</body></html>\n"
+        )
 
 
 def _drawing(
@@ -218,12 +235,18 @@ def _drawing(
         parts.append(f'<text x="{x:.1f}" y="{top + high + 18}" text-anchor="middle">{bits}</text>')
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in curve))
     parts.append(f'<polyline points="{line}" fill="none" stroke="#444" stroke-width="1.5"/>')
+    parts += [
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="#444"><title>{bits:.4f} bits, KL {kl:.3g}'
+        "</title></circle>"
+        for bits, kl in curve
+        for x, y in [place(bits, kl)]
+    ]
     for name, own, kl, color in marks:
         x, y = place(own, kl)
         side = -1 if name == ASSIGNED else 1  # of the mark, where the name stands
         parts.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>'
             f'<text x="{x + side * 7:.1f}" y="{y - side * 7 + 2:.1f}" fill="{color}" '
-            f'text-anchor="{"start" if side > 0 else "end"}">{name}</text>'
+            f'text-anchor="{"start" if side > 0 else "end"}">{html.escape(name)}</text>'
         )
     return "\n".join([*parts, "</svg>", ""])

@@ -69,13 +69,17 @@ def assign_widths(
     batch_size: BatchSize = 4,
     plot: Annotated[
         Path | None,
-        typer.Option(dir_okay=False, help="Draw the divergence over the bits to this .svg file."),
+        typer.Option(
+            dir_okay=False,
+            help="Draw the divergence over the bits to this .svg file, or with all numbers to this "
+            ".html page.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Choose widths of layers that keep the outputs nearest within a budget; write a recipe."""
-    if plot is not None and plot.suffix.lower() != ".svg":
-        raise typer.BadParameter(f"a file that ends in .svg is required, got {plot}")
+    if plot is not None and plot.suffix.lower() not in (".svg", ".html"):
+        raise typer.BadParameter(f"a file that ends in .svg or .html is required, got {plot}")
     with stdout_for_results():
         from aimet_ext.cli import jobs
 
