@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from aimet_ext.grids.blockwise import set_blockwise as set_blockwise
     from aimet_ext.grids.blockwise import set_lpbq as set_lpbq
     from aimet_ext.grids.create import create_sim as create_sim
+    from aimet_ext.grids.widths import set_widths as set_widths
     from aimet_ext.linting.lint import lint as lint
     from aimet_ext.models.huggingface import prepare_model as prepare_model
     from aimet_ext.models.kv_cache import TokenCache as TokenCache
@@ -108,6 +109,7 @@ _HOMES = {
         "files.ledger": ("Ledger",),
         "files.scales": ("load_scales",),
         "grids.blockwise": ("GridReport", "set_blockwise", "set_lpbq"),
+        "grids.widths": ("set_widths",),
         "grids.create": ("create_sim",),
         "linting.lint": ("lint",),
         "models.huggingface": ("prepare_model",),

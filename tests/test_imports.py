@@ -119,11 +119,24 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "analysis.widths": (
         {
-            *("analysis", "recipes", "sim.protocol", "sim.points"),
-            *("sim.torch.setup", "sim.torch.unknown"),
-            *("walk", "models", "data", "files", "core", "config"),
+            *("analysis", "recipes", "sim.protocol", "grids.widths", "data", "core", "config"),
         },
-        {"torch", "tqdm", "pydantic"},
+        {"torch"},
+    ),
+    "analysis.model_weights": (
+        {
+            *("analysis", "sim.protocol", "sim.points", "sim.torch.setup", "sim.torch.unknown"),
+            *("walk", "models", "data", "core", "config"),
+        },
+        {"torch"},
+    ),
+    "analysis.graph_weights": (
+        {"analysis", "sim.protocol", "sim.points", "grids.onnx_layers", "data", "core", "config"},
+        {"torch"},
+    ),
+    "analysis.weight_costs": (
+        {"analysis", "sim.points", "data", "config"},
+        {"torch", "tqdm"},
     ),
     "analysis.widths_report": (
         {"recipes", "files", "config"},

@@ -10,38 +10,39 @@ outputs are in the sum. Errors of different layers are taken as independent, so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 from tqdm import tqdm
 
 from aimet_ext.analysis.divergence import Reference, counted_rows, row_mask
+from aimet_ext.config import LPBQ, QSpec
 from aimet_ext.data.batches import as_tensors, tensors_in
 from aimet_ext.sim.points import Run
-from aimet_ext.walk.hooks import layer_input
 
 _DRAWS = 8  # of outcomes for each batch
 _CLASSES = 256  # of a row that are compared one by one
+_SCALE_BITS = 16  # of a float scale, as it is stored for a device
 
 
 @dataclass(eq=False)
 class Unit:
     """A weight, and the layers that have it.
 
-    :param names: Names of the layers in the checkpoint.
+    :param names: Names of the layers in the checkpoint, or of an ONNX graph's.
+    :param layers: Modules of these layers.
     :param bits: Bits at each choice, scales included.
-    :param quantizers: AIMET's quantizer of each choice.
+    :param quantizers: What rounds the weight at each choice.
     """
 
     names: list[str]
-    layers: list[nn.Linear]
+    layers: list[Any]
     bits: list[int]
-    quantizers: list[Any]
+    quantizers: list[Callable[[Tensor], Tensor]]
     reached: bool = False
     dots: list[Tensor] = field(default_factory=list)
     squares: Tensor | None = None
@@ -49,7 +50,8 @@ class Unit:
     @property
     def weight(self) -> Tensor:
         """The weight, shape [out, in]."""
-        return self.layers[0].weight.detach()
+        found: Tensor = self.layers[0].weight.detach()
+        return found
 
     @property
     def count(self) -> int:
@@ -59,29 +61,20 @@ class Unit:
     @torch.no_grad()
     def error(self, number: int) -> Tensor:
         """Return what a choice adds to the weight, shape [out, in]."""
-        quantized: Tensor = self.quantizers[number](self.weight)
+        quantized = self.quantizers[number](self.weight)
         return quantized.as_subclass(Tensor) - self.weight
 
     @torch.no_grad()
-    def meet(self, x: Tensor, gradient: Tensor, apart: bool) -> None:
-        """Add the products of a call's gradient with the error of each choice.
+    def meet(self, gradients: Iterable[Tensor]) -> None:
+        """Add the products of a call's gradients with the error of each choice.
 
-        :param x: Input, shape [..., in].
-        :param gradient: Gradient at the output, shape [..., out].
-        :param apart: True if the first dimension is that of the samples, False for one sample.
+        :param gradients: That of each sample, or their sum, in the weight, shape [out, in] each.
         """
-        count = len(x) if apart else 1
-        x, gradient = (
-            x.reshape(count, -1, x.shape[-1]),
-            gradient.reshape(count, -1, gradient.shape[-1]),
-        )
         errors = [self.error(number) for number in range(len(self.quantizers))]
-        found = []
-        for own, slope in zip(x, gradient, strict=True):
-            whole = slope.T @ own  # [out, in]
-            found.append(
-                torch.stack([(whole * error).sum(dtype=torch.float64) for error in errors])
-            )
+        found = [
+            torch.stack([(own * error).sum(dtype=torch.float64) for error in errors])
+            for own in gradients
+        ]
         self.dots.append(torch.stack(found))  # [samples, choices]
 
     def close(self) -> None:
@@ -101,58 +94,78 @@ class Unit:
         return [float(each) / 2 / max(rows, 1) for each in self.squares]
 
 
-class Fisher:
-    """Backward passes of the likelihood of outcomes that are drawn from the float model."""
+class Subject(Protocol):
+    """A float model whose weights get widths."""
 
-    def __init__(self, units: Sequence[Unit], batches: Sequence[Any], run: Run, model: Any) -> None:
-        self.units, self.batches, self.forward, self.model = units, batches, run, model
-        self.samples: int | None = None  # in a batch, None if it does not tell
-        self.dims = 0  # of the outputs
+    @property
+    def batches(self) -> Sequence[Any]:
+        """Batches that it is run on."""
+
+    @property
+    def mask_model(self) -> Any:
+        """Torch module that takes positional arguments, to tell which one is the mask."""
+
+    def units(
+        self, specs: Sequence[QSpec], left_out: Callable[[Sequence[str]], set[str]]
+    ) -> list[Unit]:
+        """Return the weights that get one of these specs.
+
+        :param left_out: Takes the names of all linear layers, returns those that stay out.
+        """
+
+    def watched(self, fisher: Fisher) -> AbstractContextManager[Run]:
+        """Open a context with a run whose gradients meet the units of a :class:`Fisher`."""
+
+    def changed(self, numbers: Numbers) -> AbstractContextManager[Run]:
+        """Open a context with a run of the model with some weights rounded by their choices."""
+
+
+#: Weights with the number of a choice for each.
+Numbers: TypeAlias = Sequence[tuple[Unit, int]]
+
+
+def stored_bits(spec: QSpec, weight: Tensor, cells: int) -> int:
+    """Return the bits of a weight ``[out, in]`` with its scales and offsets.
+
+    :param cells: Ranges of the grid.
+    """
+    scales = cells * _SCALE_BITS
+    if isinstance(spec.granularity, LPBQ):
+        scales = cells * spec.granularity.scale_bits + len(weight) * _SCALE_BITS
+    offsets = 0 if spec.symmetric else cells * spec.bitwidth
+    return weight.numel() * spec.bitwidth + scales + offsets
+
+
+class Fisher:
+    """Backward passes of the likelihood of outcomes that are drawn from the float model.
+
+    :param root: Scalar 0 on which everything that is to have a gradient hangs.
+    :param samples: Samples in the batch of now, None if it does not tell.
+    :param dims: Dimensions of the outputs.
+    """
+
+    def __init__(self, units: Sequence[Unit], subject: Subject) -> None:
+        self.units, self.subject = units, subject
+        self.samples: int | None = None
+        self.dims = 0
         self.root = torch.zeros((), requires_grad=True)
 
     def run(self, progress: bool) -> int:
         """Sum up the squares of all units; return the number of rows."""
         generator = torch.Generator().manual_seed(0)
         rows = 0
-        with ExitStack() as hooks, torch.enable_grad():
-            for unit in self.units:
-                hook = self._hook(unit)
-                for layer in unit.layers:
-                    hooks.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
-            for batch in tqdm(self.batches, "gradients", disable=not progress):
+        with self.subject.watched(self) as forward, torch.enable_grad():
+            for batch in tqdm(self.subject.batches, "gradients", disable=not progress):
                 sizes = {len(t) for t in tensors_in(as_tensors(batch)) if t.dim()}
                 self.samples = sizes.pop() if len(sizes) == 1 else None
-                rows += self._add(batch, generator)
+                rows += self._add(forward, batch, generator)
         return rows
 
-    def _hook(self, unit: Unit) -> Callable[..., Tensor]:
-        def after(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor:
-            x = layer_input(args, kwargs).detach().as_subclass(Tensor)
-            unit.reached = unit.reached or x.numel() > 0
-            version = x._version
-            # A new tensor, which what follows may change in place; and one with a gradient in the
-            # first layers too.
-            moved: Tensor = output.as_subclass(Tensor) + self.root.to(output)
-
-            def meet(slope: Tensor) -> None:
-                if x._version != version:
-                    raise ValueError(
-                        f"{unit.names[0]}: an input that stays as it is is required, but what "
-                        "follows the layer changes it in place; compute out of place there"
-                    )
-                # Tokens of several samples may stand in one dimension, as before experts.
-                apart = x.dim() >= self.dims and len(x) == self.samples
-                unit.meet(x, slope, apart)
-
-            moved.register_hook(meet)
-            return moved
-
-        return after
-
-    def _add(self, batch: Any, generator: torch.Generator) -> int:
-        logits = self.forward(batch)
+    def _add(self, forward: Run, batch: Any, generator: torch.Generator) -> int:
+        logits = forward(batch)
         self.dims = logits.dim()
-        found = counted_rows(logits, row_mask(batch, logits, self.model)).log_softmax(-1)
+        mask = row_mask(batch, logits, self.subject.mask_model)
+        found = counted_rows(logits, mask).log_softmax(-1)
         chances = found.detach().exp().cpu()
         if not found.requires_grad or not len(found):
             return len(found)
@@ -168,37 +181,20 @@ class Fisher:
 def divergences(
     together: Sequence[Sequence[Unit]],
     choices: Sequence[Sequence[int]],
-    batches: Sequence[Any],
-    run: Run,
-    model: Any,
+    subject: Subject,
     progress: bool,
 ) -> list[float]:
     """Measure the mean divergence of the outputs in nats with weights rounded to nearest.
 
     :param together: Weights in groups.
     :param choices: Numbers of the groups' choices, each of which is measured.
-    :param model: Torch module that takes positional arguments, to tell which one is the mask.
     """
     found = []
     with torch.no_grad():
-        reference = Reference(run, batches, model, top_k=_CLASSES)
+        with subject.changed(()) as run:
+            reference = Reference(run, subject.batches, subject.mask_model, top_k=_CLASSES)
         for numbers in tqdm(choices, "measure", disable=not progress):
-            with ExitStack() as hooks:
-                for group, number in zip(together, numbers, strict=True):
-                    for unit in group:
-                        added = _adding(unit.error(number))
-                        for layer in unit.layers:
-                            handle = layer.register_forward_hook(added, with_kwargs=True)
-                            hooks.callback(handle.remove)
+            pairs = zip(together, numbers, strict=True)
+            with subject.changed([(u, number) for group, number in pairs for u in group]) as run:
                 found.append(reference.divergence(run))
     return found
-
-
-def _adding(error: Tensor) -> Callable[..., Tensor]:
-    """Return a hook that adds the output of a weight's error."""
-
-    def after(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor:
-        moved: Tensor = output.as_subclass(Tensor)
-        return moved + functional.linear(layer_input(args, kwargs), error)
-
-    return after

@@ -6,28 +6,24 @@ import logging
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
-from aimet_ext.analysis.weight_costs import Fisher, Unit, divergences
+from aimet_ext.analysis.weight_costs import Fisher, Subject, Unit, divergences
 from aimet_ext.analysis.widths_report import LayerWidths, WidthsReport, label
-from aimet_ext.config import LPBQ, Blockwise, Granularity, OnIndivisible, QSpec, fit_blocks
-from aimet_ext.core.interrupts import uninterrupted
+from aimet_ext.config import OnIndivisible, QSpec
 from aimet_ext.core.knapsack import Items, Option, cheapest, hull_curve
-from aimet_ext.data.batches import ForwardFn, call_model, iterate_batches
+from aimet_ext.data.batches import ForwardFn
 from aimet_ext.errors import require, some
-from aimet_ext.models.hidden import expose_weights
-from aimet_ext.models.huggingface import causal_lm, original_name, prepare_model
-from aimet_ext.sim.points import Run, first_output
+from aimet_ext.grids.widths import parse_choice
 from aimet_ext.sim.protocol import adapt
-from aimet_ext.walk.hooks import evaluating
 
 _log = logging.getLogger(__name__)
-_SCALE_BITS = 16  # of a float scale, as it is stored for a device
 _UNITS = {"bits": 0, "bytes": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 Group = str | Sequence[str]
@@ -58,8 +54,8 @@ def assign_widths(
     data never reach are left out, which is logged.
 
     :param model: Causal LM of transformers or a module that returns logits ``[..., classes]``, as
-        :func:`create_sim` takes them, or a ``QuantizationSimModel`` of aimet_torch, whose float
-        model is looked at. It is left as it is.
+        :func:`create_sim` takes them, or a ``QuantizationSimModel`` of aimet_torch or aimet_onnx,
+        whose float model is looked at. It is left as it is.
     :param dataloader: Batches as for the techniques; 16 windows of text are enough. Each row of a
         batch is one sample of the estimate.
     :param budget: Average bits of a weight, a number or ``"4.5 bits"``; or ``"300 MB"``, in bytes,
@@ -80,21 +76,22 @@ def assign_widths(
         divergence at other budgets.
     :raises ValueError: A budget below the smallest choices, a choice that does not fit a layer, a
         pattern that fits none, outputs that are no logits, or unusable data.
-    :raises TypeError: Something without a torch model, such as a simulation of aimet_onnx.
-    :raises MissingExtraError: aimet-torch is not installed.
+    :raises TypeError: Something without a model in it.
+    :raises TransformRefused: An ONNX graph has operators that PyTorch cannot compute.
+    :raises MissingExtraError: aimet-torch is not installed, and a torch model is given.
 
     >>> report = aimet_ext.assign_widths(model, batches, 4.5, ["int4", "int8"])
     >>> sim = aimet_ext.create_sim(model, batches[0], overrides=report.overrides)
+    >>> aimet_ext.set_widths(onnx_sim, report)
     """
-    require("aimet_torch", "torch")
     started = time.perf_counter()
     specs = _specs(choices, on_indivisible)
-    with _float_model(model, dataloader, forward_fn) as (module, batches, run):
-        groups_of_units = _grouped(_units(module, specs, modules_to_exclude), groups, module)
+    with _subject(model, dataloader, forward_fn) as subject:
+        units = subject.units(list(specs.values()), partial(_left_out, modules_to_exclude))
+        groups_of_units = _grouped(units, groups)
         _capacity(budget, groups_of_units)  # before any work
         units = [unit for group in groups_of_units for unit in group]
-        model_of_masks = None if forward_fn else module
-        rows = Fisher(units, batches, run, model_of_masks).run(progress)
+        rows = Fisher(units, subject).run(progress)
         if left := [unit.names[0] for unit in units if not unit.reached]:
             _log.warning("data never reach %s: no width is assigned", some(left))
         together = [[unit for unit in group if unit.reached] for group in groups_of_units]
@@ -103,7 +100,7 @@ def assign_widths(
             raise ValueError("a linear layer that the data reach is required, got none")
         items = _items(together, rows)
         best = candidates(items, _capacity(budget, together))
-        measured = divergences(together, best, batches, run, model_of_masks, progress)
+        measured = divergences(together, best, subject, progress)
     number = min(range(len(best)), key=measured.__getitem__)
     chosen = {
         id(unit): at for group, at in zip(together, best[number], strict=True) for unit in group
@@ -166,24 +163,6 @@ def _items(together: Sequence[Sequence[Unit]], rows: int) -> list[list[Option]]:
 # ---- what is asked for --------------------------------------------------------------------------
 
 
-def parse_choice(text: str, on_indivisible: OnIndivisible = "error") -> QSpec:
-    """Read ``"int4"``, ``"uint4"``, ``"int4:64"`` (blockwise) or ``"int4:lpbq64"``.
-
-    :raises ValueError: the text is not of that form.
-    """
-    width, colon, block = text.partition(":")
-    if not colon:
-        return QSpec.parse(text, on_indivisible=on_indivisible)
-    found = re.fullmatch(r"(lpbq)?(\d+)", block)
-    if found is None:
-        raise ValueError(
-            f'a choice such as "int4", "int4:64" or "int4:lpbq64" is required, got {text!r}'
-        )
-    size = int(found[2])
-    shape: Granularity = LPBQ(block_size=size) if found[1] else Blockwise(size)
-    return QSpec.parse(width, granularity=shape, on_indivisible=on_indivisible)
-
-
 def _specs(choices: Sequence[QSpec | str], on_indivisible: OnIndivisible) -> dict[str, QSpec]:
     """Return the choices by their names."""
     if isinstance(choices, str | QSpec):
@@ -234,123 +213,65 @@ def _capacity(budget: float | str, together: Sequence[Sequence[Unit]]) -> int:
 
 
 @contextmanager
-def _float_model(
-    model: Any, dataloader: Any, forward_fn: ForwardFn | None
-) -> Iterator[tuple[nn.Module, Sequence[Any], Run]]:
-    """Open a context with a module that computes in float, its batches, and a run of it."""
-    with ExitStack() as stack:
-        if isinstance(model, nn.Module):
-            from aimet_ext.sim.torch.unknown import is_registered
+def _subject(model: Any, dataloader: Any, forward_fn: ForwardFn | None) -> Iterator[Subject]:
+    """Open a context with the float weights of what is given."""
+    if isinstance(model, nn.Module):
+        require("aimet_torch", "torch")
+        from aimet_ext.analysis.model_weights import weights_of_module
 
-            given = hasattr(model, "get_output_embeddings")
-            module = expose_weights(prepare_model(model) if given else model, is_registered)
-            batches = list(iterate_batches(dataloader, opaque=forward_fn is not None))
-            if not batches:
-                raise ValueError("dataloader must give at least one batch, it gave none")
-            stack.enter_context(evaluating(module))
-            stack.enter_context(_without_gradients(module))
-        else:
-            adaptor = adapt(model)
-            if adaptor.framework != "torch":
-                raise TypeError(
-                    "a torch model or a simulation of aimet_torch is required, got one of "
-                    "aimet_onnx; assign widths to the torch model, and export to ONNX the "
-                    "simulation that create_sim(overrides=report.overrides) builds"
-                )
-            runs = adaptor.ledger.runs if adaptor.ledger else []
-            if rounded := [run for run in runs if run.rounds]:
-                raise ValueError(
-                    f"float weights are required, but {rounded[0].technique} rounded those of this "
-                    "simulation; assign widths before that, or to the original model"
-                )
-            batches = adaptor.batches(dataloader, opaque=forward_fn is not None)
-            stack.enter_context(adaptor.preserved_state())
-            module = adaptor.model.eval().requires_grad_(False)
-            stack.enter_context(adaptor.disabled_quantizers())
-        yield module, batches, lambda b: first_output(call_model(module, b, forward_fn))
+        with weights_of_module(model, dataloader, forward_fn) as found:
+            yield found
+        return
+    adaptor = adapt(model)
+    runs = adaptor.ledger.runs if adaptor.ledger else []
+    if rounded := [run for run in runs if run.rounds]:
+        raise ValueError(
+            f"float weights are required, but {rounded[0].technique} rounded those of this "
+            "simulation; assign widths before that, or to the original model"
+        )
+    if adaptor.framework == "torch":
+        from aimet_ext.analysis.model_weights import weights_of_sim
 
+        with weights_of_sim(adaptor, dataloader, forward_fn) as found:
+            yield found
+    else:
+        from aimet_ext.analysis.graph_weights import weights_of_graph
 
-@contextmanager
-def _without_gradients(module: nn.Module) -> Iterator[None]:
-    wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        with uninterrupted():
-            for parameter in wanted:
-                parameter.requires_grad_(True)
+        with weights_of_graph(adaptor, dataloader, forward_fn) as in_graph:
+            yield in_graph
 
 
 # ---- layers -------------------------------------------------------------------------------------
 
 
-def _units(module: nn.Module, specs: Mapping[str, QSpec], excluded: Sequence[str]) -> list[Unit]:
-    """Return the weights that get a width.
+def _left_out(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
+    """Return the names that fit a pattern.
 
-    :raises ValueError: a pattern that fits none, or a block size that does not divide.
+    :raises ValueError: a pattern that fits none.
     """
-    from aimet_ext.sim.torch.setup import minmax_quantizer_for
-
-    layers = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
-    patterns = [excluded] if isinstance(excluded, str) else excluded
-    for pattern in patterns:
-        if not (fitting := [name for name in layers if _fits(name, pattern, module)]):
-            raise _fits_none("modules_to_exclude", pattern, layers, module)
-        layers = {name: layer for name, layer in layers.items() if name not in fitting}
-    language_model = causal_lm(module)
-    output = None if language_model is None else language_model.get_output_embeddings()
-    lookups = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    layers = {
-        name: layer
-        for name, layer in layers.items()
-        if layer is not output and id(layer.weight) not in lookups
-    }
-    plans = [fit_blocks(layers, dict.fromkeys(layers, spec)).specs for spec in specs.values()]
-    units: dict[int, Unit] = {}
-    for name, layer in layers.items():
-        if (known := units.get(id(layer.weight))) is not None:
-            known.names.append(original_name(name, module))
-            known.layers.append(layer)
-            continue
-        own = [spec for plan in plans if (spec := plan[name]) is not None]
-        quantizers: list[Any] = [minmax_quantizer_for(spec, layer.weight) for spec in own]
-        cells = [math.prod(quantizer.shape) for quantizer in quantizers]
-        units[id(layer.weight)] = Unit(
-            names=[original_name(name, module)],
-            layers=[layer],
-            bits=[stored_bits(s, layer.weight, n) for s, n in zip(own, cells, strict=True)],
-            quantizers=quantizers,
-        )
-    return list(units.values())
+    found: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        own = {name for name in names if fnmatchcase(name, pattern)}
+        if not own:
+            raise _fits_none("modules_to_exclude", pattern, names)
+        found |= own
+    return found
 
 
-def stored_bits(spec: QSpec, weight: Tensor, cells: int) -> int:
-    """Return the bits of a weight ``[out, in]`` with its scales and offsets.
-
-    :param cells: Ranges of the grid.
-    """
-    scales = cells * _SCALE_BITS
-    if isinstance(spec.granularity, LPBQ):
-        scales = cells * spec.granularity.scale_bits + len(weight) * _SCALE_BITS
-    offsets = 0 if spec.symmetric else cells * spec.bitwidth
-    return weight.numel() * spec.bitwidth + scales + offsets
-
-
-def _grouped(units: Sequence[Unit], groups: Sequence[Group], module: nn.Module) -> list[list[Unit]]:
+def _grouped(units: Sequence[Unit], groups: Sequence[Group]) -> list[list[Unit]]:
     """Return the units that get one choice together.
 
     :raises ValueError: a group that fits no layer.
     """
     place = {id(unit): [unit] for unit in units}
     for group in groups:
-        for each in _members(units, group, module):
+        for each in _members(units, group):
             merged = list(dict.fromkeys(u for unit in each for u in place[id(unit)]))
             place.update((id(unit), merged) for unit in merged)
     return list({id(each): each for each in place.values()}.values())
 
 
-def _members(units: Sequence[Unit], group: Group, module: nn.Module) -> list[list[Unit]]:
+def _members(units: Sequence[Unit], group: Group) -> list[list[Unit]]:
     found: dict[str, list[Unit]] = {}
     for unit in units:
         for name in unit.names:
@@ -360,16 +281,12 @@ def _members(units: Sequence[Unit], group: Group, module: nn.Module) -> list[lis
             elif not isinstance(group, str) and last in group:
                 found.setdefault(parent, []).append(unit)
     if not found:
-        raise _fits_none("groups", group, [name for unit in units for name in unit.names], module)
+        raise _fits_none("groups", group, [name for unit in units for name in unit.names])
     return list(found.values())
 
 
-def _fits(name: str, pattern: str, module: nn.Module) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(original_name(name, module), pattern)
-
-
-def _fits_none(place: str, pattern: Any, names: Any, module: nn.Module) -> ValueError:
+def _fits_none(place: str, pattern: Any, names: Sequence[str]) -> ValueError:
     return ValueError(
         f"{place}: a pattern that fits a linear layer is required, {pattern!r} fits none; names "
-        f"look like {original_name(next(iter(names), ''), module)!r}"
+        f"look like {next(iter(names), '')!r}"
     )

@@ -63,7 +63,7 @@ class OnnxTable(LayerTable):
                 names += [self.graph.nodes[n].name for n in (use.node, use.add) if n is not None]
             for node in self.nodes.get(layer.weight, ()):
                 names += [node.name, *bodies.get(node.domain, ())]
-            names += [_SUFFIX.sub("", long) for long in names]
+            names += [without_type(long) for long in names]
             names += [long.strip("/").replace("/", ".") for long in names]
             found[name] = tuple(dict.fromkeys(filter(None, names)))
         return found
@@ -119,8 +119,8 @@ class OnnxTable(LayerTable):
         return pattern in self.aliases[name]
 
     def ends_with_name(self, pattern: str, name: str) -> bool:
-        ends = {re.split(r"[/.]", _SUFFIX.sub("", alias))[-1] for alias in self.aliases[name]}
-        return _SUFFIX.sub("", pattern).endswith(tuple(end for end in ends if end))
+        ends = {re.split(r"[/.]", without_type(alias))[-1] for alias in self.aliases[name]}
+        return without_type(pattern).endswith(tuple(end for end in ends if end))
 
     def is_frozen(self, name: str) -> bool:
         return is_frozen(self.quantizers[name])
@@ -149,6 +149,11 @@ class OnnxTable(LayerTable):
             )
         put_grids(self.sim, plan.specs, undo)
         return {}
+
+
+def without_type(name: str) -> str:
+    """Return a name without the type at its end: ``/a/b`` of ``/a/b/MatMul``."""
+    return _SUFFIX.sub("", name)
 
 
 def output_layers(graph: OnnxGraph, layers: Mapping[str, OnnxLayer]) -> set[str]:

@@ -16,7 +16,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Union
 
 from aimet_ext.errors import require
 
@@ -48,6 +48,7 @@ from aimet_ext.integrations.olive_techniques import (  # noqa: E402
     steps_of,
     with_defaults,
 )
+from aimet_ext.integrations.olive_widths import apply_widths, check_widths  # noqa: E402
 from aimet_ext.registry import load  # noqa: E402
 from aimet_ext.sim.onnx.build import build_with  # noqa: E402
 from aimet_ext.sim.onnx.files import name_nodes, qdq_model  # noqa: E402
@@ -90,6 +91,10 @@ class AimetQuantization(shipped.AimetQuantization):
 
     :param bias: ``"int32"``, ``"float"``, or ``"auto"``: int32 where the target is Qualcomm's
         runtime, which computes wrong with float biases of quantized layers.
+    :param widths: grids of single layers: ``{"budget": 4.5, "choices": ["int4", "int8"]}`` for
+        those that :func:`aimet_ext.assign_widths` chooses, with its other settings;
+        ``{"overrides": {"*.down_proj": "int8"}}``; or the path of a file that the report of
+        :func:`aimet_ext.assign_widths` saved. They are set before the first technique.
     :param save_encodings: write the float model, its encodings in AIMET's formats, learnt scales
         and reports beside the QDQ model; :func:`aimet_ext.load` makes the simulation of the folder
         again.
@@ -103,6 +108,11 @@ class AimetQuantization(shipped.AimetQuantization):
                 type_=Bias,
                 default_value=Bias.AUTO,
                 description="How the QDQ model holds biases: auto, float or int32.",
+            ),
+            "widths": PassConfigParam(
+                type_=Union[str, dict, None],  # noqa: UP007 - Olive reads these
+                default_value=None,
+                description="Grids of single layers: a budget, overrides or a file.",
             ),
             "save_encodings": PassConfigParam(
                 type_=bool,
@@ -141,10 +151,15 @@ class AimetQuantization(shipped.AimetQuantization):
                 check_techniques(value)
             return value
 
+        def check_own_widths(value: Any) -> Any:
+            check_widths(value)
+            return value
+
         # Olive builds the configs of all passes before it runs the first one.
         return {
             **super()._validators(),
             "check_techniques": field_validator("techniques", mode="after")(check),
+            "check_widths": field_validator("widths", mode="after")(check_own_widths),
         }
 
     @classmethod
@@ -154,6 +169,7 @@ class AimetQuantization(shipped.AimetQuantization):
         :raises ValueError: it is wrong. Olive would prune the model and end without one.
         """
         check_techniques(config.techniques or ())
+        check_widths(config.widths, config.techniques or ())
         if not super().validate_config(config, accelerator_spec):
             raise ValueError(
                 f"{PASS} needs precision int4, int8 or int16, activation_type uint8, uint16 or "
@@ -173,6 +189,7 @@ class AimetQuantization(shipped.AimetQuantization):
         with tempfile.TemporaryDirectory(prefix="olive_tmp") as folder:
             calibration = _Batches(config.data_config, model)
             sim = _simulation(model, settings, folder, next(iter(calibration)))
+            apply_widths(sim, settings["widths"], calibration)
             techniques = with_defaults(settings["techniques"] or ())
             load(_CHECK)(adapt(sim), steps_of(techniques))
             for technique in _with_references(sim, techniques, calibration, model):

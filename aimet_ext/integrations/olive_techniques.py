@@ -129,6 +129,12 @@ def with_defaults(techniques: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
     return found
 
 
+def keep_report(sim: Any, name: str, report: Any) -> None:
+    """Leave a report at a simulation, for :func:`reports_of`."""
+    logger.info("%s:\n%s", name, report)
+    setattr(sim, _REPORTS, [*getattr(sim, _REPORTS, ()), (name, report)])
+
+
 def reports_of(sim: Any) -> list[dict[str, Any]]:
     """Return the reports of techniques, in order: plain values, and a summary for people."""
     found = []
@@ -199,8 +205,7 @@ class OliveTechnique:
         defaults = {} if "preset" in arguments else self.row.olive_defaults
         settings = {**defaults, **_plain(arguments)}
         report = load(self.row.function)(sim, data_config, progress=False, **settings)
-        logger.info("%s:\n%s", self.name, report)
-        setattr(sim, _REPORTS, [*getattr(sim, _REPORTS, ()), (self.name, report)])
+        keep_report(sim, self.name, report)
         return sim
 
 

@@ -345,14 +345,94 @@ def test_a_grid_without_a_form_in_recipes_is_said(tiny_model: Any) -> None:
         _ = report.recipe
 
 
-def test_a_simulation_of_onnx_is_refused_with_the_way(monkeypatch: Any) -> None:
+@pytest.fixture
+def exported(tiny_model: Any) -> Any:
+    """From a model to simulations of its graph, in 8 bits."""
     pytest.importorskip("aimet_onnx")
     from onnx_models import exported_module
     from onnx_sims import build_sim
 
-    graph = exported_module(torch.nn.Linear(4, 2), (torch.ones(1, 4),), ["x"], ["y"], None)
-    with pytest.raises(TypeError, match=r"aimet_onnx; assign widths to the torch model"):
-        assign_widths(build_sim(graph, QSpec(), None, "htp_v81"), [{"x": torch.ones(1, 4)}], 5)
+    def of(model: Any) -> Any:
+        prepared = aimet_ext.prepare_model(model, mask_value=-100.0)
+        graph = exported_module(prepared, (IDS[:1],), ["input_ids"], ["logits"], None)
+        return build_sim(graph, QSpec(bitwidth=8), None)
+
+    return of
+
+
+def test_a_graph_gets_the_widths_of_its_model(
+    tiny_model: Any, exported: Any, tmp_path: Path
+) -> None:
+    """Batches of one sample: gradients are the same, so are costs, and so are choices."""
+    from onnx_pairs import state_of
+
+    model = tiny_model("llama", num_hidden_layers=2)
+    model.lm_head.weight.data *= 8
+    options = {"groups": [("gate_proj", "up_proj")], "modules_to_exclude": ["*.1.*.o_proj"]}
+    choices = ["int3", "int4:16", QSpec(bitwidth=5, symmetric=False), "int6:lpbq32"]
+    rows = IDS.split(1)
+    expected = assign_widths(model, rows, 4.8, choices, progress=False, **options)
+    sim = exported(model)
+    before = state_of(sim)
+    feeds = [{"input_ids": ids.numpy()} for ids in rows]
+    found = assign_widths(sim, feeds, 4.8, choices, progress=False, **options)
+    assert state_of(sim) == before
+    assert [(x.choice, x.bits) for x in found.layers] == [
+        (x.choice, x.bits) for x in expected.layers
+    ]
+    for one, other in zip(found.layers, expected.layers, strict=True):
+        assert one.names[0].endswith(other.names[0])
+        assert list(one.kl.values()) == pytest.approx(list(other.kl.values()), rel=0.02)
+    assert found.measured == pytest.approx(expected.measured, rel=1e-3)
+    # The widths of either, and those of a file, are set by name.
+    expected.save(tmp_path / "widths.json")
+    grids = []
+    for given in (found, expected, tmp_path / "widths.json"):
+        made = exported(model)
+        report = aimet_ext.set_widths(made, given)
+        assert len(report.specs) == 13
+        grids.append({n: q.spec() for n, q in adapt(made).weight_quantizers().items()})
+    assert grids[0] == grids[1] == grids[2]
+    assert len(set(map(str, grids[0].values()))) > 2
+    assert {spec.bitwidth for name, spec in grids[0].items() if "lm_head" in name} == {8}
+
+
+def test_widths_are_set_in_a_torch_simulation(tiny_model: Any) -> None:
+    model = tiny_model("llama", num_hidden_layers=1)
+    specs = {"*.q_proj": "int3:16", "model.layers.0.mlp.up_proj": None, "*.mlp.*": QSpec()}
+    sim = aimet_ext.create_sim(model, IDS, activations=None)
+    aimet_ext.set_widths(sim, specs, modules_to_exclude=["*.down_proj"])
+    overrides = {"*.q_proj": QSpec(bitwidth=3, granularity=Blockwise(16)), "*.up_proj": None}
+    built = aimet_ext.create_sim(model, IDS, activations=None, overrides=overrides)
+    found, expected = (
+        {n: q.spec() for n, q in adapt(each).weight_quantizers().items()} for each in (sim, built)
+    )
+    assert found == expected and any(spec.bitwidth == 3 for spec in found.values())
+
+
+@pytest.mark.parametrize(
+    ("widths", "kind", "message"),
+    [
+        ({"*.nothing": "int4"}, ValueError, r"'\*\.nothing' fits none"),
+        ({"*.q_proj": "four"}, ValueError, 'a width such as "int4"'),
+        ({"*.q_proj": "int4:48"}, ValueError, "block size that divides"),
+        ({"*.q_proj": 4}, TypeError, "overrides must map patterns to QSpec"),
+        (["int4"], TypeError, "widths must be a mapping .*got list"),
+    ],
+)
+def test_wrong_widths_are_said(tiny_model: Any, widths: Any, kind: Any, message: str) -> None:
+    sim = aimet_ext.create_sim(tiny_model("llama", num_hidden_layers=1), IDS, activations=None)
+    before = {n: q.spec() for n, q in adapt(sim).weight_quantizers().items()}
+    with pytest.raises(kind, match=message):
+        aimet_ext.set_widths(sim, widths)
+    assert {n: q.spec() for n, q in adapt(sim).weight_quantizers().items()} == before
+
+
+def test_another_file_is_no_file_of_widths(tiny_model: Any, tmp_path: Path) -> None:
+    sim = aimet_ext.create_sim(tiny_model("llama", num_hidden_layers=1), IDS, activations=None)
+    (tmp_path / "other.json").write_text("{}", "utf-8")
+    with pytest.raises(ValueError, match=r"other\.json: a file that the report of assign_widths"):
+        aimet_ext.set_widths(sim, tmp_path / "other.json")
 
 
 def test_the_command_writes_a_recipe(tmp_path: Path) -> None:
