@@ -624,6 +624,10 @@ class DWQParams(WeightParams):
     :param max_bitwidth: Bits above which a layer is left alone.
     """
 
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "fast": {"num_iterations": 32, "evaluations": 4},
+    }
+
     num_iterations: Annotated[int, Field(ge=1)] = 100
     norm_gains: bool = True
     learning_rate: Positive = 1e-3
