@@ -462,14 +462,15 @@ class GPTQParams(LayerwiseParams):
 class AdaRoundParams(LayerwiseParams):
     """Settings of :func:`aimet_ext.apply_adaround`.
 
-    :param num_iterations: Steps for each layer, at most.
+    :param num_iterations: Sweeps over the codes of each layer, at most; behind a ReLU, eight steps
+        of gradient descent count as one.
     :param start: Start of the relaxed codes: GPTQ's rounding, which they improve, or the weight
         itself.
     :param momentum: Share of a step that goes on in the next; None for the best value
         measured, with and without samples.
-    :param learning_rate: Length of a step, 1 for the inverse of the largest curvature.
-    :param batch_size: Samples of a step, for layers that a ReLU follows; all others take the
-        gradient over all tokens at once.
+    :param learning_rate: Length of a step, 1 for the best one measured.
+    :param batch_size: Samples of a step, for layers that a ReLU follows; all others are judged on
+        all tokens at once.
     :param samples: Inputs that are kept for a layer that a ReLU follows.
     :param activation_aware: Judge a layer that a ReLU follows behind the ReLU.
     :param search_ranges: Choose ranges first, where no earlier technique froze them: for every row
@@ -479,11 +480,12 @@ class AdaRoundParams(LayerwiseParams):
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "fast": {"num_iterations": 100, "refine_sweeps": 2},
+        "fast": {"num_iterations": 12, "refine_sweeps": 2},
+        "best": {"num_iterations": 128},
     }
 
     inp_symmetry: InputSymmetry = "asym"
-    num_iterations: Annotated[int, Field(ge=1)] = 300
+    num_iterations: Annotated[int, Field(ge=1)] = 40
     start: Literal["gptq", "weight"] = "gptq"
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
     learning_rate: Positive = 1.0

@@ -1,6 +1,6 @@
 """Adaptive rounding (after arXiv 2004.10568): all roundings of a layer decided together.
 
-The codes of a weight are relaxed to real numbers ``q`` and follow the gradient of
+The codes of a weight are relaxed to real numbers ``q`` that lower
 
     ½ L(q) / (curvature · step²) + strength · ½ Σ h (1 − h),   h = q − ⌊q⌋,
 
@@ -10,6 +10,10 @@ one and the same threshold: at strength 1 the sum is concave in each code, so th
 choose, whatever the layer. Three things differ from the paper, each for a lower error in fewer
 steps: the strength is annealed, not β; ``q`` itself moves, not a parameter behind a sigmoid; and a
 code may pass through a grid point, where the paper only rounds up or down.
+
+On second moments the sum is lowered column after column, each at its exact minimum: coordinate
+descent whose rounding is soft at first, and hard at last. Behind an activation, by gradients of
+minibatches.
 """
 
 from __future__ import annotations
@@ -20,11 +24,15 @@ import torch
 from torch import Tensor
 
 from aimet_ext.core.affine import Grid
-from aimet_ext.core.columns import Columns
+from aimet_ext.core.columns import Columns, column_blocks
 from aimet_ext.core.objective import best_rows
 
-# Codes that are worked on at a time: small enough for the processor's cache.
-_AT_ONCE = 2**15
+# Columns between two large matrix products, and columns that move at once: one at a time would gain
+# little, and take many small operations.
+_BLOCK, _TOGETHER = 128, 8
+# Length of the step of columns that move at once, in inverses of their largest curvature.
+_STRETCH = 1.4
+_HARD = 1 - 1e-3  # strength from which on soft rounding stays as it is
 _POWER_STEPS = 30
 
 
@@ -35,42 +43,31 @@ def adaround(
     second: Tensor,
     pull: Tensor | None = None,
     *,
-    num_iterations: int = 500,
+    num_iterations: int = 40,
     start: Tensor | None = None,
-    start_strength: float | None = None,
-    momentum: float = 0.93,
+    momentum: float = 0.6,
     learning_rate: float = 1.0,
 ) -> Tensor:
-    """Anneal relaxed codes on ``E H Eᵀ − 2 E · pull``: one product with H a step, no sampling.
+    """Lower ``E H Eᵀ − 2 E · pull`` by coordinate descent with a rounding that hardens.
 
     :param weight: ``[out, in]``, float32 or float64.
     :param grid: the grid to round to, held.
     :param second: ``H [in, in]`` or ``[groups, in, in]``.
     :param pull: ``[out, in]`` or None, see :class:`~aimet_ext.core.objective.SecondMoment`.
-    :param num_iterations: steps from strength 0 to 1, at most: where no code changes any more in
-        the second half, the work is done.
+    :param num_iterations: visits of a column while the strength rises from 0 to 1, at most: it is
+        done when nothing moves. Each costs about as much as a product of the weight with H.
     :param start: integers to start from, ``[out, in]``; None to start at the weight itself.
-    :param start_strength: strength of the regulariser at first. By default 0, and 0.15 with
-        ``start``, so that what GPTQ found is improved rather than forgotten.
-    :param momentum: share of a step that goes on in the next.
-    :param learning_rate: length of a step, 1 for the inverse of the largest curvature.
+    :param momentum: share of a visit's move that is added before the next one.
+    :param learning_rate: length of a step, 1 for the best one measured.
     :returns: integers ``[out, in]``: for every row the best of the result, ``start`` and plain
         rounding.
     :raises ValueError: H does not fit the weight.
     """
     problem = Columns.of(weight, grid, second, pull)
     first = None if start is None else problem.transposed(start)
-    strengths = _strengths(num_iterations, first, start_strength)
-    rate = learning_rate / _largest_curvature(problem)  # [groups, 1, 1]
-    scaled = problem.second / problem.diagonal
-    codes = torch.empty_like(problem.ideal)
-    for at in _parts(codes):
-        ideal, step = problem.ideal[at], problem.step[at]
-        constant = None if problem.pull is None else problem.pull[at] / problem.diagonal[at[0]]
-        gradient = _QuadraticGradient(scaled[at[0]], ideal, step, constant)
-        begin = _begin(problem, first)[at]
-        relaxed = _Relaxed(begin, problem.grid.qmin, problem.grid.qmax)
-        codes[at] = _anneal(relaxed, gradient, strengths, rate[at[0]], momentum)
+    strengths = _strengths(num_iterations, 0.0)
+    descent = _SoftDescent(problem, _begin(problem, first), learning_rate)
+    codes = descent.run(strengths, momentum)
     return problem.rows(best_rows(_candidates(problem, first, codes), problem.errors))
 
 
@@ -127,9 +124,81 @@ def adaround_samples(
         return samples.gradient(codes, next(batches)).div_(scale)
 
     relaxed = _Relaxed(_begin(problem, first), problem.grid.qmin, problem.grid.qmax)
-    strengths = _strengths(num_iterations, first, start_strength)
+    if start_strength is None:
+        start_strength = 0.0 if first is None else 0.15
+    strengths = _strengths(num_iterations, start_strength)
     codes = _anneal(relaxed, gradient, strengths, rate, momentum)
     return problem.rows(best_rows(_candidates(problem, first, codes), samples.errors))
+
+
+class _SoftDescent:
+    """Coordinate descent on codes that are rounded softly.
+
+    A few columns move at once, by a step that suits their correlation: ``rate``, the inverse of
+    the largest curvature among them, and stretched, but not beyond a column's own minimum. With
+    ``k = rate · strength`` the sum's part of a code is least, within the gap of ``wish``, at
+
+        ⌊wish⌋ + clamp((wish − ⌊wish⌋ − k / 2) / (1 − k), 0, 1),   wish = q − rate · slope.
+
+    :param begin: codes to start from, ``[groups, in, rows]``.
+    """
+
+    def __init__(self, problem: Columns, begin: Tensor, learning_rate: float) -> None:
+        self._rate = learning_rate * _rates(problem)  # [groups, in, 1]
+        rate = self._rate / problem.diagonal
+        self._scaled = problem.second * rate
+        pull = problem.pull
+        self._constant = None if pull is None else problem.in_units(pull) * rate
+        self._ideal = problem.ideal
+        self._step = None if problem.is_even else problem.step
+        self._limits = problem.grid.qmin, problem.grid.qmax
+        self._codes = begin.clamp(*self._limits)
+
+    def run(self, strengths: list[float], momentum: float) -> Tensor:
+        """Return the codes after all sweeps, or as soon as none moves."""
+        codes = self._codes
+        before, error = codes.clone(), torch.empty_like(codes)
+        for strength in strengths:
+            ahead = torch.lerp(before, codes, 1 + momentum)
+            before.copy_(codes)
+            # Up to the ends of a gap; what is on the grid stays.
+            torch.clamp(ahead, codes.floor(), codes.ceil(), out=codes)
+            torch.sub(codes, self._ideal, out=error)
+            if self._step is not None:
+                error.mul_(self._step)
+            self._sweep(error, strength)
+            if torch.equal(codes, before):
+                break
+        return codes.round_()
+
+    def _sweep(self, error: Tensor, strength: float) -> None:
+        """Visit every column once."""
+        keep = (self._rate * strength).clamp_(max=_HARD)
+        gain = (1 - keep).reciprocal_()
+        loss = keep.mul_(gain).mul_(-0.5)
+        for at in column_blocks(error.shape[1], _BLOCK):
+            slope = torch.bmm(self._scaled[:, at], error)  # rate · slope, [groups, block, rows]
+            if self._constant is not None:
+                slope -= self._constant[:, at]
+            coupling, moves = self._scaled[:, at, at], torch.empty_like(slope)
+            codes, step = self._codes[:, at], None if self._step is None else self._step[:, at]
+            for few in column_blocks(slope.shape[1], _TOGETHER):
+                wish, code, move = slope[:, few], codes[:, few], moves[:, few]
+                if few.start:
+                    past = slice(0, few.start)
+                    wish += torch.bmm(coupling[:, few, past], moves[:, past])
+                if step is not None:
+                    wish.div_(step[:, few])
+                torch.sub(code, wish, out=wish)
+                floor = wish.floor()
+                wish -= floor
+                torch.addcmul(loss[:, at][:, few], wish, gain[:, at][:, few], out=wish)
+                wish.clamp_(0, 1).add_(floor).clamp_(*self._limits)
+                torch.sub(wish, code, out=move)
+                code.copy_(wish)
+                if step is not None:
+                    move.mul_(step[:, few])
+            error[:, at] += moves
 
 
 class _Relaxed:
@@ -168,30 +237,6 @@ class _Relaxed:
         self._next.clamp_(self._qmin, self._qmax)
         torch.sub(self._next, codes, out=velocity)
         self.codes, self._next = self._next, codes
-
-
-class _QuadraticGradient:
-    """Slope of ``½ (E H Eᵀ − 2 E · pull) / (H_jj step²)`` by code."""
-
-    def __init__(self, scaled: Tensor, ideal: Tensor, step: Tensor, pull: Tensor | None) -> None:
-        self._scaled = scaled.contiguous()  # H_ji / H_jj
-        self._ideal = ideal.contiguous()
-        self._varies = step.shape[1] > 1  # else it cancels
-        self._step = step.contiguous()
-        self._constant = None if pull is None else (pull / step).contiguous()
-        self._error = torch.empty_like(self._ideal)
-        self._slope = torch.empty_like(self._ideal)
-
-    def __call__(self, codes: Tensor) -> Tensor:
-        torch.sub(codes, self._ideal, out=self._error)
-        if self._varies:
-            self._error.mul_(self._step)
-        torch.bmm(self._scaled, self._error, out=self._slope)
-        if self._varies:
-            self._slope.div_(self._step)
-        if self._constant is not None:
-            self._slope.sub_(self._constant)
-        return self._slope
 
 
 class _Samples:
@@ -301,17 +346,20 @@ def _anneal(
     return relaxed.codes.round()
 
 
-def _strengths(count: int, first: Tensor | None, begin: float | None) -> list[float]:
+def _strengths(count: int, begin: float) -> list[float]:
     if count < 1:
         raise ValueError(f"num_iterations: at least 1 is required, got {count}")
-    begin = (0.0 if first is None else 0.15) if begin is None else begin
     return [begin + (1 - begin) * (index + 1) / count for index in range(count)]
 
 
-def _largest_curvature(problem: Columns) -> Tensor:
-    """Return the largest eigenvalue of ``H_ij / sqrt(H_ii H_jj)`` of every group."""
-    root = problem.diagonal.rsqrt()
-    return _largest_eigenvalue(lambda v: root * torch.bmm(problem.second, root * v), root)
+def _rates(problem: Columns) -> Tensor:
+    """Return the step of each column, in inverses of its curvature, ``[groups, in, 1]``."""
+    rates, root = torch.empty_like(problem.diagonal), problem.diagonal.rsqrt()
+    for few in column_blocks(rates.shape[1], _TOGETHER):
+        own = problem.second[:, few, few] * root[:, few] * root[:, few].mT  # correlations
+        largest = torch.linalg.eigvalsh(own)[:, -1:, None]
+        rates[:, few] = _STRETCH / largest.clamp_min(_STRETCH)
+    return rates
 
 
 def _largest_eigenvalue(product: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
@@ -326,16 +374,6 @@ def _largest_eigenvalue(product: Callable[[Tensor], Tensor], like: Tensor) -> Te
         vector = product(vector / norm)
         norm = vector.norm(dim=1, keepdim=True).clamp_min(1e-3)
     return norm.clamp_min(1.0)
-
-
-def _parts(codes: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Yield parts of about as many codes as fit the cache: rows of one group, or whole groups."""
-    groups, width, rows = codes.shape
-    some_groups = max(1, _AT_ONCE // (width * rows))
-    some_rows = max(64, _AT_ONCE // width)
-    for group in range(0, groups, some_groups):
-        for row in range(0, rows, some_rows):
-            yield slice(group, group + some_groups), slice(None), slice(row, row + some_rows)
 
 
 def _minibatches(count: int, batch: int, generator: torch.Generator | None) -> Iterator[Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from aimet_ext.config import AdaRoundParams
 from aimet_ext.core.adaround import adaround, adaround_samples
 from aimet_ext.core.affine import Grid
+from aimet_ext.core.columns import Factor
 from aimet_ext.core.gptq import coordinate_descent, gptq
 from aimet_ext.core.range_search import best_ranges, rounding_ranges
 from aimet_ext.techniques.call import Call, technique
@@ -22,8 +23,11 @@ from aimet_ext.techniques.layerwise.loop import Solver, run_layerwise
 from aimet_ext.techniques.report import LayerwiseReport
 from aimet_ext.walk.hooks import Activation
 
-# Settings of the rounding at the start.
-_DAMPING, _BEAMS = 1e-3, 32
+_DAMPING = 1e-3  # of the rounding at the start
+# Beams of it in layers that are not wider, where they gain most and cost little, and behind a ReLU,
+# from where minibatches lead less far.
+_BEAMS, _NARROW = 32, 256
+_MINIBATCHES = 8  # that count as one iteration behind a ReLU
 
 
 class AdaRound(Solver[AdaRoundParams]):
@@ -41,10 +45,13 @@ class AdaRound(Solver[AdaRoundParams]):
         scale = offset = None
         if self.params.search_ranges and problem.frozen is None:
             row_wise = problem.layout.is_row_wise(problem.weight)
-            search = rounding_ranges if row_wise else best_ranges
-            scale, offset = search(
-                problem.weight, problem.layout, problem.moment.second, problem.pull
-            )
+            moment = problem.moment
+            what = problem.weight, problem.layout, moment.second, problem.pull
+            if row_wise:
+                factor = moment.once("adaround, ranges", lambda: Factor.of(moment.second))
+                scale, offset = rounding_ranges(*what, factor=factor)
+            else:
+                scale, offset = best_ranges(*what)
         if problem.samples is None or problem.moment.is_short:
             return Decision(scale=scale, offset=offset, codes=self._by_moments(problem))
         behind = _Behind(problem, problem.samples)
@@ -60,17 +67,19 @@ class AdaRound(Solver[AdaRoundParams]):
         momentum = {} if params.momentum is None else {"momentum": params.momentum}
         return {"learning_rate": params.learning_rate, **momentum}
 
-    def _start(self, problem: Problem, grid: Grid) -> Tensor | None:
+    def _start(self, problem: Problem, grid: Grid, beams: int) -> Tensor | None:
         """Return the rounding at the start, which relaxation misses where H is near singular."""
         if self.params.start == "weight":
             return None
-        second, pull = problem.moment.second, problem.pull
-        return gptq(
-            problem.weight, grid, second, pull, damping=_DAMPING, act_order=True, beams=_BEAMS
+        moment = problem.moment
+        factor = moment.once(
+            "adaround, start", lambda: Factor.of(moment.second, _DAMPING, act_order=True)
         )
+        return gptq(problem.weight, grid, moment.second, problem.pull, beams=beams, factor=factor)
 
     def _by_moments(self, problem: Problem) -> Callable[[Grid], Tensor]:
         params, second, pull = self.params, problem.moment.second, problem.pull
+        beams = _BEAMS if problem.weight.shape[1] <= _NARROW else 1
 
         def codes(grid: Grid) -> Tensor:
             learnt = adaround(
@@ -78,7 +87,7 @@ class AdaRound(Solver[AdaRoundParams]):
                 grid,
                 second,
                 pull,
-                start=self._start(problem, grid),
+                start=self._start(problem, grid, beams),
                 num_iterations=params.num_iterations,
                 **self._pace(),
             )
@@ -102,8 +111,8 @@ class AdaRound(Solver[AdaRoundParams]):
                 behind.targets,
                 behind.activation,
                 counts=behind.counts,
-                start=self._start(problem, grid),
-                num_iterations=params.num_iterations,
+                start=self._start(problem, grid, _BEAMS),
+                num_iterations=_MINIBATCHES * params.num_iterations,
                 batch=params.batch_size,
                 **self._pace(),
                 generator=torch.Generator().manual_seed(params.seed),
@@ -150,17 +159,19 @@ def apply_adaround(call: Call[AdaRoundParams]) -> LayerwiseReport:
         + \lambda \textstyle\sum h (1 - h),
         \quad E = s q - W, \; h = q - \lfloor q \rfloor
 
-    while ``λ`` rises until every code ``q`` is whole. The gradient is exact over all tokens, which
-    second moments ``H = Σ x̂ x̂ᵀ`` give at the cost of one product with ``H``. The regulariser is
-    the paper's with exponent 2, annealed by its weight, and a code may move on to a further grid
-    point; both found lower errors in fewer steps. The result is improved by coordinate descent on
-    the same objective (``refine_sweeps``). A layer that a ReLU follows is judged behind the ReLU,
-    on samples of its inputs. Any grid will do, blockwise and LPBQ included.
+    while ``λ`` rises until every code ``q`` is whole, by coordinate descent: a few codes at a time
+    take the best values for their row, between grid points at first. The error is exact over all
+    tokens, which second moments ``H = Σ x̂ x̂ᵀ`` give at the cost of one product with ``H`` for all
+    codes. The regulariser is the paper's with exponent 2, annealed by its weight, and a code may
+    move on to a further grid point; both found lower errors in fewer steps. The result is improved
+    by coordinate descent on the error alone (``refine_sweeps``). A layer
+    that a ReLU follows is judged behind the ReLU, on samples of its inputs. Any grid will do,
+    blockwise and LPBQ included.
 
     Unlike AIMET's, which returns a new model and a JSON file, this changes ``sim``: weights are on
     their grids afterwards. A row for which plain rounding is better keeps plain rounding.
 
-    :param num_iterations: Optimizer steps for each layer, at most: a layer at which nothing moves
-        any more is done.
+    :param num_iterations: Sweeps over the codes of each layer, at most: a layer at which nothing
+        moves any more is done.
     """
     return run_layerwise(call, AdaRound)

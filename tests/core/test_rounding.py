@@ -6,12 +6,17 @@ import dataclasses
 
 import pytest
 import torch
-from rounding_reference import anneal_by_loop, descend_by_loop, gptq_by_loop, tree_by_loop
+from rounding_reference import (
+    anneal_by_loop,
+    descend_by_loop,
+    gptq_by_loop,
+    soften_by_loop,
+    tree_by_loop,
+)
 from torch import Tensor
 
 from aimet_ext.core.adaround import (
     _anneal,
-    _QuadraticGradient,
     _Relaxed,
     adaround,
     adaround_samples,
@@ -185,6 +190,16 @@ def test_a_sweep_moves_every_code_to_its_minimiser(case, with_pull, block):
     assert not torch.equal(codes, start)
 
 
+def test_soft_descent_moves_by_the_stated_rules(case):
+    p, grid = case
+    codes = adaround(p.weight, grid, p.second, p.pull, num_iterations=12, momentum=0.6)
+    expected = soften_by_loop(p.weight, grid, p.second, p.pull, 12, 0.6)
+    near = quantize(p.weight, grid)
+    better = errors(p, grid, expected, p.pull) < errors(p, grid, near, p.pull)
+    assert torch.equal(codes, torch.where(better[:, None], expected, near))
+    assert better.sum() > OUT / 2
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_relaxed_codes_move_by_the_stated_rules(momentum):
     p = problem(5, out=1)
@@ -192,9 +207,11 @@ def test_relaxed_codes_move_by_the_stated_rules(momentum):
     ideal = 2 * p.weight
     start = ideal.clone()
     start[0, :4] = start[0, :4].round()
-    gradient = _QuadraticGradient(
-        (p.second / p.second.diagonal()[:, None])[None], ideal.T[None], torch.ones(1, 1, 1), None
-    )
+    scaled = p.second / p.second.diagonal()[:, None]
+
+    def gradient(codes: Tensor) -> Tensor:
+        return scaled @ (codes - ideal.T)
+
     relaxed = _Relaxed(start.T[None].clone(), -3, 3)
     for strength in strengths:
         relaxed.step(
@@ -289,13 +306,10 @@ def test_adaround_stops_when_nothing_moves():
     p = problem(10, out=1)
     grid = per_channel(p.weight)
     calls = []
-    gradient = _QuadraticGradient(
-        torch.eye(IN, dtype=torch.float64)[None], p.weight.T[None], torch.ones(1, 1, 1), None
-    )
 
     def counted(codes: Tensor) -> Tensor:
         calls.append(1)
-        return gradient(codes)
+        return codes - p.weight.T
 
     relaxed = _Relaxed(p.weight.T[None].round(), grid.qmin, grid.qmax)
     codes = _anneal(relaxed, counted, [1.0] * 1000, torch.tensor(1.0), 0.9)

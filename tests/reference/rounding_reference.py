@@ -162,6 +162,50 @@ def anneal_by_loop(
     return codes
 
 
+def soften_by_loop(
+    weight: Tensor, grid: Grid, second: Tensor, pull: Tensor, sweeps: int, momentum: float
+) -> Tensor:
+    """Codes of all rows, from the weight itself, as the rules of soft descent are stated.
+
+    Eight columns move at once, by the gradient before any of them has moved.
+    """
+    rows, width = weight.shape
+    result = torch.zeros_like(weight)
+    for row in range(rows):
+        cells = [[cell(v, weight, row, j) for j in range(width)] for v in (grid.scale, grid.offset)]
+        scale, zero = cells[0], [offset + grid.zero_point_shift for offset in cells[1]]
+        ideal = [float(weight[row, j]) / scale[j] - zero[j] for j in range(width)]
+        codes = [min(max(code, grid.qmin), grid.qmax) for code in ideal]
+        before = list(codes)
+        for sweep in range(sweeps):
+            ahead = [
+                code + momentum * (code - old) for code, old in zip(codes, before, strict=True)
+            ]
+            before = codes
+            codes = [
+                min(max(new, math.floor(code)), math.ceil(code))
+                for new, code in zip(ahead, codes, strict=True)
+            ]
+            for first in range(0, width, 8):
+                few = range(first, min(first + 8, width))
+                own = second[few.start : few.stop, few.start : few.stop]
+                root = own.diagonal().sqrt()
+                largest = float(torch.linalg.eigvalsh(own / root / root[:, None])[-1])
+                rate = min(1.0, 1.4 / largest)
+                keep = min(rate * (sweep + 1) / sweeps, 0.999)
+                error = [(codes[i] - ideal[i]) * scale[i] for i in range(width)]
+                for j in few:
+                    slope = sum(float(second[j, i]) * error[i] for i in range(width))
+                    slope = (slope - float(pull[row, j])) / float(second[j, j]) / scale[j]
+                    wish = codes[j] - rate * slope
+                    floor = math.floor(wish)
+                    share = (wish - floor - keep / 2) / (1 - keep)
+                    code = floor + min(max(share, 0.0), 1.0)
+                    codes[j] = min(max(code, grid.qmin), grid.qmax)
+        result[row] = torch.tensor([float(round(code)) for code in codes])
+    return result
+
+
 def nearest_by_loop(weight: Tensor, grid: Grid) -> Tensor:
     """Plain rounding of ``[out, in]``, element by element."""
     values = weight.clone()
