@@ -122,8 +122,9 @@ def attended_tokens(attention: Tensor, shape: tuple[int, int]) -> Tensor | None:
     everything so that their softmax is not empty: queries that look into the future are left out
     (the last one never does).
 
-    :param attention: ``[batch or 1, heads or 1, seq, seq]``, bool (True: attends) or added to the
-        scores (large negative: does not), or ``[batch, seq]`` (nonzero: real).
+    :param attention: ``[batch or 1, heads or 1, seq, seq]``, bool (True: attends, or the other way
+        round if more than half of the future is True) or added to the scores (large negative: does
+        not), or ``[batch, seq]`` (nonzero: real).
     :param shape: batch and seq.
     :return: bool ``[batch, seq]``, or None for a mask of another shape.
     """
@@ -135,7 +136,10 @@ def attended_tokens(attention: Tensor, shape: tuple[int, int]) -> Tensor | None:
     if attention.is_floating_point():
         lowest = attention.amin()
         attention = attention > lowest / 2 if lowest < 0 else torch.ones_like(attention).bool()
-    allowed = attention.bool().any(1)  # [batch or 1, query, key]
+    elif 4 * int((attention != 0).triu(1).sum()) > attention[..., 0, 0].numel() * seq * (seq - 1):
+        attention = attention == 0
+    attention = attention.bool()
+    allowed = attention.any(1)  # [batch or 1, query, key]
     usual = ~allowed.triu(1).any(-1)  # [batch or 1, query]
     return (allowed & usual[:, :, None]).any(1).expand(batch, seq)
 

@@ -207,7 +207,8 @@ def _left_float(sim: QuantizationSimModel, plan: WeightPlan, allowed: float) -> 
     """
     from aimet_ext.sim.torch.unknown import float_matrices
 
-    sizes = float_matrices(sim.model, plan.specs)
+    meant = [name for name, spec in plan.specs.items() if spec is None]
+    sizes = float_matrices(sim.model, meant)
     if not sizes:
         return []
     values = adapt(sim).float_parameters("").values()
@@ -216,9 +217,10 @@ def _left_float(sim: QuantizationSimModel, plan: WeightPlan, allowed: float) -> 
     if share > allowed:
         raise ValueError(
             f"at most {allowed:.1%} of the numbers in the model's matrices may stay float, but "
-            f"modules with {share:.1%} of them are of no class that can be quantized: "
-            f"{some(names)}; compute with nn.Linear there, register their classes with "
-            f"AIMET's QuantizationMixin.implements, or allow it with allow_float={share + 5e-3:.2f}"
+            f"modules with {share:.1%} of them are of no class that can be quantized, or other "
+            f"code reads their weights: {some(names)}; compute with nn.Linear there, register "
+            "their classes with AIMET's QuantizationMixin.implements, or allow it with "
+            f"allow_float={share + 5e-3:.2f}"
         )
     said = "%.2f %% of the numbers in the model's matrices stay float: %s"
     _logger.warning(said, 100 * share, some(names))

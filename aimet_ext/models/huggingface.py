@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from aimet_ext.models.exportable import Exportable
+from aimet_ext.models.masks import MaskCalls
 from aimet_ext.models.rotary import RotaryTables
 
 _ATTENTION = ("eager", "sdpa")
-_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 class PreparedCausalLM(nn.Module):
@@ -32,6 +34,7 @@ class PreparedCausalLM(nn.Module):
         super().__init__()
         self.model = model
         self.mask_value = mask_value
+        self._masks = MaskCalls(model)
         self._tables = RotaryTables(model, None if mask_value is None else context_length(model))
 
     @property
@@ -54,30 +57,25 @@ class PreparedCausalLM(nn.Module):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # [batch, seq]
-        masks = self._masks(attention_mask)
+        # Half of the lowest number: a score added to it must stay finite in float16 too.
+        lowest = self.mask_value or torch.finfo(self.model.dtype).min / 2
         exporting = torch.onnx.is_in_onnx_export() or torch.compiler.is_compiling()
-        with self._tables.looked_up(self.model) if exporting else nullcontext():
+        with (
+            self._exported() if exporting else nullcontext(),
+            self._masks.answered(lambda mask: mask.added(lowest)),
+        ):
             return self.model(
                 input_ids=input_ids,
-                attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+                attention_mask=attention_mask,
                 position_ids=positions,
                 use_cache=False,
             ).logits
 
-    def _masks(self, attention_mask: Tensor) -> dict[str, Tensor]:
-        """Return the terms added to the scores, ``[batch, 1, seq, seq]``, by type of layer."""
-        order = torch.arange(attention_mask.shape[-1], device=attention_mask.device)
-        distance = order[:, None] - order[None, :]  # [query, key]
-        allowed = (distance >= 0) & attention_mask.bool()[:, None, None, :]
-        masks = {}
-        for layer_type, window in attention_windows(self.config).items():
-            inside = allowed if window is None else allowed & (distance < window)
-            # Half of the lowest number: a score added to it must stay finite in float16 too.
-            lowest = self.mask_value or torch.finfo(self.model.dtype).min / 2
-            masks[layer_type] = torch.zeros(
-                (), dtype=self.model.dtype, device=inside.device
-            ).masked_fill(~inside, lowest)
-        return masks
+    @contextmanager
+    def _exported(self) -> Iterator[None]:
+        """Return a context for what exporters can write, and for what grids can hold."""
+        with Exportable(), self._tables.looked_up(self.model):
+            yield
 
     def check_input(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         """Refuse what :meth:`forward` cannot take; nothing is computed.
@@ -140,7 +138,6 @@ def prepare_model(model: nn.Module, *, mask_value: float | None = None) -> nn.Mo
             f"attn_implementation must be one of {_ATTENTION} to be traced, got {kind!r}; "
             'call model.set_attn_implementation("sdpa") first'
         )
-    attention_windows(model.config)
     return PreparedCausalLM(model, mask_value)
 
 
@@ -205,21 +202,3 @@ def _is_causal_lm(module: nn.Module) -> bool:
         and not getattr(module.config, "is_encoder_decoder", False)
         and module.get_output_embeddings() is not None
     )
-
-
-def attention_windows(config: Any) -> dict[str, int | None]:
-    """Return how many tokens a query sees, itself included, by type of layer; None: all.
-
-    One entry where all layers are alike, which is handed to the model as one mask.
-    """
-    config = config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    types = set(getattr(config, "layer_types", None) or ())
-    if types - set(_LAYER_TYPES):
-        raise ValueError(
-            f"layers of the types {_LAYER_TYPES} can be prepared, got {sorted(types)}; "
-            "wrap such a model by hand in a module that returns logits"
-        )
-    if not types:
-        return {_LAYER_TYPES[0]: window}
-    return {kind: window if kind == _LAYER_TYPES[1] else None for kind in sorted(types)}

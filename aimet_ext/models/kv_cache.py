@@ -20,14 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aimet_ext.models.exportable import Exportable
 from aimet_ext.models.huggingface import (
     PreparedCausalLM,
-    attention_windows,
     causal_lm,
     checkpoint_prefix,
 )
 from aimet_ext.models.huggingface import context_length as own_context
-from aimet_ext.models.rotary import is_changing, rotary_modules, rotary_table
+from aimet_ext.models.masks import Answer, MaskAsked, MaskCalls
+from aimet_ext.models.rotary import RotaryTable, is_changing, rotary_modules, rotary_table
 from aimet_ext.walk.hooks import replaced_forward
 
 Sizes = tuple[tuple[int, int], ...]
@@ -113,13 +114,21 @@ class CachedCausalLM(nn.Module):
             )
         self.model = model
         self.mask_value = module.mask_value if isinstance(module, PreparedCausalLM) else None
-        self._layer_types = _checked_layer_types(module, context_length)
+        limit = own_context(module)
+        if context_length < 1 or (limit is not None and context_length > limit):
+            raise ValueError(
+                f"context_length must be in 1 ... {limit}, the model's own context, got "
+                f"{context_length}"
+            )
+        self._masks = MaskCalls(model)
         self._rotary = _checked_rotary(model)
-        self.shape = CacheShape(context_length, *self._probe())
+        self.shape = CacheShape(context_length, *self._probe(context_length))
+        self._complex: list[bool] = []
         for number, module in enumerate(self._rotary):
-            cos, sin = rotary_table(module, context_length, self.model.dtype)
-            self.register_buffer(f"cos_{number}", cos, persistent=False)  # [context, width]
-            self.register_buffer(f"sin_{number}", sin, persistent=False)  # [context, width]
+            table = rotary_table(module, context_length, self.model.dtype)
+            self.register_buffer(f"cos_{number}", table.cos, persistent=False)  # [context, width]
+            self.register_buffer(f"sin_{number}", table.sin, persistent=False)  # [context, width]
+            self._complex.append(table.is_complex)
 
     @property
     def config(self) -> Any:
@@ -142,31 +151,55 @@ class CachedCausalLM(nn.Module):
         cache = _Cache(past)
         with ExitStack() as stack:
             for number, module in enumerate(self._rotary):
-                tables = (getattr(self, f"{part}_{number}") for part in ("cos", "sin"))
-                found = [nn.functional.embedding(position_ids, table) for table in tables]
-                stack.enter_context(replaced_forward(module, partial(tuple, found)))
+                cos, sin = (getattr(self, f"{part}_{number}") for part in ("cos", "sin"))
+                table = RotaryTable(cos, sin, self._complex[number])
+                stack.enter_context(replaced_forward(module, partial(table.rows, position_ids)))
+            if any(self._complex):
+                stack.enter_context(Exportable())
             logits = self._logits(input_ids, attention_mask, position_ids, cache)
         return (logits, *(tensor for pair in cache.present.values() for tensor in pair))
 
-    def _logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: _Cache) -> Tensor:
-        masks = dict.fromkeys(self._layer_types, mask)
-        logits: Tensor = self.model(
-            input_ids=ids,
-            attention_mask=masks if len(masks) > 1 else mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=False,
-        ).logits
+    def _logits(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        cache: _Cache,
+        answer: Answer = lambda asked: asked.padding,
+    ) -> Tensor:
+        with self._masks.answered(answer):
+            logits: Tensor = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=False,
+            ).logits
         return logits
 
     @torch.no_grad()
-    def _probe(self) -> tuple[Sizes, Sizes]:
-        """Run one token and see what is put into the cache: heads and widths of each layer."""
+    def _probe(self, context: int) -> tuple[Sizes, Sizes]:
+        """Run one token and see what is put into the cache: heads and widths of each layer.
+
+        :raises ValueError: a layer does not see the whole context, or keeps no keys and values.
+        """
         device = next(self.model.parameters()).device
         zero = torch.zeros(1, 1, dtype=torch.long, device=device)
         mask = torch.zeros(1, 1, 1, 1, dtype=self.model.dtype, device=device)
         cache = _Cache(())
-        self._logits(zero, mask, zero, cache)
+        windows: set[int] = set()
+
+        def answer(asked: MaskAsked) -> Tensor:
+            windows.update(size for size in (asked.window, asked.chunk) if size is not None)
+            return mask
+
+        self._logits(zero, mask, zero, cache, answer)
+        if windows and min(windows) < context:
+            raise ValueError(
+                f"layers that look back on the whole context of {context} tokens are required, but "
+                f"there are layers with a window of {min(windows)}; give a context_length of at "
+                "most that"
+            )
         layers = self.config.get_text_config().num_hidden_layers
         if sorted(cache.present) != list(range(layers)):
             raise ValueError(
@@ -341,27 +374,6 @@ def seen_keys(module: nn.Module, see: Callable[[int, Tensor], Tensor]) -> Iterat
         yield
     finally:
         handle.remove()
-
-
-def _checked_layer_types(module: nn.Module, context: int) -> tuple[str, ...]:
-    """Return the types of layers, each of which sees the whole context.
-
-    :raises ValueError: one does not.
-    """
-    limit = own_context(module)
-    if context < 1 or (limit is not None and context > limit):
-        raise ValueError(
-            f"context_length must be in 1 ... {limit}, the model's own context, got {context}"
-        )
-    model = causal_lm(module)
-    windows = attention_windows(model.config) if model is not None else {}
-    short = [window for window in windows.values() if window and window < context]
-    if short:
-        raise ValueError(
-            f"layers that look back on the whole context of {context} tokens are required, but "
-            f"there are layers with a window of {min(short)}; give a context_length of at most that"
-        )
-    return tuple(windows)
 
 
 def _checked_rotary(model: nn.Module) -> list[nn.Module]:

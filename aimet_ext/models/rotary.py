@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,12 +18,38 @@ import torch
 from torch import Tensor, nn
 
 from aimet_ext.core.hadamard import hadamard
+from aimet_ext.models.exportable import as_pairs
 
 _CHANGING = ("dynamic", "longrope")
 _ARGUMENTS = ("x", "position_ids")
 _LONGEST = 1 << 17  # positions; what is longer would be larger than many a model
 
-Table = tuple[Tensor, Tensor]
+
+@dataclass(frozen=True)
+class RotaryTable:
+    """Cosine and sine of each position.
+
+    :param cos: ``[context, width]``.
+    :param sin: ``[context, width]``.
+    :param is_complex: True if the module returns both as one complex number.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    is_complex: bool
+
+    def rows(self, positions: Tensor) -> Any:
+        """Return what the module does for positions ``[batch, seq]``.
+
+        In place of complex numbers these are pairs for code in
+        :class:`~aimet_ext.models.exportable.Exportable`.
+        """
+        cos, sin = (nn.functional.embedding(positions, table) for table in (self.cos, self.sin))
+        return as_pairs(cos, sin) if self.is_complex else (cos, sin)
+
+    def to(self, like: Tensor) -> RotaryTable:
+        """Return the table in the dtype of a tensor, and on its device."""
+        return replace(self, cos=self.cos.to(like), sin=self.sin.to(like))
 
 
 def rotary_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -62,16 +89,18 @@ def _head_width(config: Any) -> int | None:
 
 
 @torch.no_grad()
-def rotary_table(module: nn.Module, context: int, dtype: torch.dtype, *further: Any) -> Table:
-    """Return the cosine and sine of each position, ``[context, width]``.
+def rotary_table(module: nn.Module, context: int, dtype: torch.dtype, *further: Any) -> RotaryTable:
+    """Return the cosine and sine of each position of a context.
 
     :param dtype: Type of the hidden states.
     :param further: Arguments of the module after ``x`` and ``position_ids``.
     """
     device = next(module.buffers()).device
     positions = torch.arange(context, device=device)[None]
-    cos, sin = module(torch.zeros(1, 1, 1, dtype=dtype, device=device), positions, *further)
-    return cos[0].clone(), sin[0].clone()
+    found = module(torch.zeros(1, 1, 1, dtype=dtype, device=device), positions, *further)
+    is_complex = isinstance(found, Tensor)
+    cos, sin = (found.real, found.imag) if is_complex else found
+    return RotaryTable(cos[0].clone(), sin[0].clone(), is_complex)
 
 
 def is_changing(module: nn.Module) -> bool:
@@ -88,7 +117,7 @@ class RotaryTables:
     """
 
     def __init__(self, model: Any, context: int | None) -> None:
-        self._tables: dict[str, dict[tuple[Any, ...], Table]] = {}
+        self._tables: dict[str, dict[tuple[Any, ...], RotaryTable]] = {}
         if context is None or context > _LONGEST:
             return
         types = getattr(model.config.get_text_config(), "layer_types", None) or ()
@@ -120,11 +149,10 @@ class RotaryTables:
 
 
 def _look_up(
-    tables: Mapping[tuple[Any, ...], Table], _: nn.Module, args: Any, kwargs: Any, output: Any
-) -> Table:
+    tables: Mapping[tuple[Any, ...], RotaryTable], _: nn.Module, args: Any, kwargs: Any, output: Any
+) -> Any:
     """Return the rows of a table in place of a rotary embedding's output."""
     given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
     further = (*args[2:], *(v for name, v in kwargs.items() if name not in _ARGUMENTS))
     x, positions = (given[name] for name in _ARGUMENTS)
-    cos, sin = (nn.functional.embedding(positions, table.to(x)) for table in tables[further])
-    return cos, sin
+    return tables[further].to(x).rows(positions)

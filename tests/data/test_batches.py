@@ -164,6 +164,13 @@ def test_real_tokens_from_the_mask_a_block_received(fill, rescue):
     assert torch.equal(attended_tokens(attention, (3, 4)), real)
 
 
+def test_a_mask_of_what_is_hidden():
+    """Some libraries hand their blocks True for what a query does not see."""
+    seen = torch.ones(3, 3).tril().bool() & MASK.bool()[:, None, None, :]
+    found = attended_tokens(~seen, (2, 3))
+    assert torch.equal(found, MASK.bool()) and torch.equal(found, attended_tokens(seen, (2, 3)))
+
+
 def test_masks_that_say_nothing():
     """No padding: all tokens are real. Another shape: unknown. Two dimensions: as they are."""
     assert attended_tokens(torch.zeros(1, 1, 3, 3), (2, 3)).all()

@@ -85,6 +85,54 @@ def test_techniques_and_the_export_take_the_sim(build, family, tmp_path):
             torch.testing.assert_close(logits(stored), logits(sim.model), rtol=1e-4, atol=1e-4)
 
 
+DELTA = {
+    "layer_types": ["linear_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+LATENT = {
+    "kv_lora_rank": 32,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "first_k_dense_replace": 1,
+}
+SCAN = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "attn_layer_indices": []}
+# Rotary embeddings in complex numbers; a short convolution and a delta rule, whose code reads the
+# weight of a convolution; a state space model.
+STATES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "deepseek_v2": (
+        {**LATENT, "num_key_value_heads": 4, "v_head_dim": 16, "head_dim": 8},
+        [],
+    ),
+    "lfm2": (
+        {"layer_types": ["conv"], "block_auto_adjust_ff_dim": False},
+        ["model.layers.0.conv.conv.weight"],
+    ),
+    "qwen3_5_text": (DELTA, ["model.layers.0.linear_attn.conv1d.weight"]),
+    "bamba": (SCAN, ["model.layers.0.mamba.conv1d.weight"]),
+}
+
+
+@pytest.mark.parametrize("family", STATES)
+def test_layers_that_keep_a_state_are_exported(tiny_model, family, tmp_path):
+    """What code beside a layer reads stays float, is said, and stands in nobody's way."""
+    pytest.importorskip("onnx")
+    settings, left = STATES[family]
+    model = tiny_model(family, **{"num_hidden_layers": 1, **settings})
+    sim = create_sim(model, IDS)
+    assert sim.aimet_ext_settings["left_float"] == left
+    report = aimet_ext.apply_gptq(sim, [IDS], progress=False)
+    assert {layer.name for layer in report.layers} == {
+        name for name, module in sim.model.named_modules() if isinstance(module, nn.Linear)
+    }
+    sim.compute_encodings(logits)
+    aimet_ext.export(sim, tmp_path / "out", "m", IDS)  # compared in onnxruntime
+    assert torch.equal(logits(aimet_ext.load(tmp_path / "out").model), logits(sim.model))
+
+
 def test_rows_of_conv1d_are_outputs_of_the_linear_layer(build):
     model = build("gpt2")
     sim = create_sim(model, IDS, activations=None)

@@ -14,6 +14,7 @@ from aimet_torch import QuantizationSimModel
 from aimet_torch.nn import BaseQuantizationMixin
 from aimet_torch.quantization.affine import GroupedBlockQuantizeDequantize, QuantizeDequantize
 from aimet_torch.quantization.base import QuantizerBase
+from aimet_torch.quantization.tensor import QuantizedTensorBase
 from torch import Tensor, nn
 
 from aimet_ext.config import LPBQ, PerTensor, QSpec
@@ -25,6 +26,18 @@ from aimet_ext.walk.routing import RoutedLayers
 
 # Bits of what has no spec: gains of norms, which NPUs take in 8 bits beside activations of 8.
 _GAIN_BITS, _NARROW = 16, 8
+
+
+_new_empty = QuantizedTensorBase.new_empty
+
+
+def _new_empty_of_sizes(self: QuantizedTensorBase, *size: Any, **settings: Any) -> Tensor:
+    """Take a size as torch's own method does, as one argument or as several; AIMET's takes one."""
+    sizes = (size if len(size) > 1 else size[0]) if size else settings.pop("size")
+    return _new_empty(self, sizes, **settings)
+
+
+QuantizedTensorBase.new_empty = _new_empty_of_sizes
 
 
 def build_sim(
@@ -56,7 +69,7 @@ def build_sim(
         quiet(),
         all_tokens(model),
         every_module(),
-        unknown_modules(model, dummy_input),
+        unknown_modules(model, dummy_input) as uncalled,
     ):
         sim = QuantizationSimModel(
             model,
@@ -67,6 +80,9 @@ def build_sim(
             config_file=config_file,
         )
     _settle_attention(sim)
+    for name in uncalled:
+        _remove_quantizers(sim.model.get_submodule(name))
+    weights = {name: spec for name, spec in weights.items() if name not in uncalled}
     _set_activations(sim, activations)
     _share_ranges(sim)
     _set_weights(sim, weights, keep_others=activations is not None, ranges=ranges)
@@ -148,10 +164,22 @@ def _settle_attention(sim: QuantizationSimModel) -> None:
                 held[key] = None
         for module in attention.children():
             if isinstance(module, BaseQuantizationMixin) and module not in called:
-                slots: Any
-                for slots in (module.input_quantizers, module.output_quantizers):
-                    for number in range(len(slots)):
-                        slots[number] = None
+                _leave_activations(module)
+
+
+def _remove_quantizers(module: Any) -> None:
+    """Leave the inputs, outputs and parameters of a module float."""
+    if isinstance(module, BaseQuantizationMixin):
+        _leave_activations(module)
+        for key in module.param_quantizers:
+            module.param_quantizers[key] = None
+
+
+def _leave_activations(module: Any) -> None:
+    """Leave the inputs and outputs of a module float."""
+    for slots in (module.input_quantizers, module.output_quantizers):
+        for number in range(len(slots)):
+            slots[number] = None
 
 
 def _share_ranges(sim: QuantizationSimModel) -> None:

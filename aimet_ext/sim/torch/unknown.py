@@ -19,8 +19,11 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @contextmanager
-def unknown_modules(model: nn.Module, dummy_input: Any) -> Iterator[None]:
+def unknown_modules(model: nn.Module, dummy_input: Any) -> Iterator[set[str]]:
     """Open a context in which AIMET builds a simulation of any model.
+
+    Gives the names of the modules that are not called. Code elsewhere may read their weights, where
+    nothing would quantize them, and their activations would never have a range.
 
     AIMET refuses modules without children whose class it does not know. Here those that make one
     tensor of one tensor (norms, activations, linear layers and convolutions of one's own), and
@@ -31,12 +34,14 @@ def unknown_modules(model: nn.Module, dummy_input: Any) -> Iterator[None]:
     :param dummy_input: Input that shows what the modules take and return.
     """
     ignoring = QuantizationMixin._ignore_unknown_modules
-    kinds = [] if ignoring else _quantizable(model, dummy_input)
+    kinds, uncalled = _watch(model, dummy_input)
+    if ignoring:
+        kinds = []
     try:
         QuantizationMixin.ignore_unknown_modules(True)
         for kind in kinds:
             QuantizationMixin.implements(kind)(_quantized(kind))
-        yield
+        yield uncalled
     finally:
         QuantizationMixin.ignore_unknown_modules(ignoring)
         for kind in kinds:
@@ -48,14 +53,14 @@ def is_registered(module: nn.Module) -> bool:
     return type(module) in QuantizationMixin.cls_to_qcls
 
 
-def float_matrices(model: nn.Module, planned: Collection[str]) -> dict[str, int]:
+def float_matrices(model: nn.Module, meant: Collection[str]) -> dict[str, int]:
     """Return the matrices of a simulation that no quantizer takes and nobody asked to leave float.
 
     A parameter counts as a matrix if two of its dimensions are larger than 1. Modules that AIMET
     was told to ignore are left out.
 
     :param model: ``sim.model``.
-    :param planned: Names of the layers whose weight has a spec, or was to be left float.
+    :param meant: Names of the layers whose weight was to be left float.
     :returns: number of elements by name of parameter.
     """
     found: dict[int, tuple[str, int]] = {}
@@ -66,7 +71,7 @@ def float_matrices(model: nn.Module, planned: Collection[str]) -> dict[str, int]
         quantizers = dict(getattr(module, "param_quantizers", {}))
         for key, value in module.named_parameters(name, recurse=False):
             own = key.rpartition(".")[2]
-            if quantizers.get(own) is not None or name in planned or isinstance(module, _Unknown):
+            if quantizers.get(own) is not None or name in meant or isinstance(module, _Unknown):
                 taken.add(id(value))
             elif sum(side > 1 for side in value.shape) > 1 and not _ignored(module):
                 found[id(value)] = key, value.numel()
@@ -102,16 +107,22 @@ def _quantized(kind: Any) -> type[_Unknown]:
 
 
 @torch.no_grad()
-def _quantizable(model: nn.Module, dummy_input: Any) -> list[Any]:
-    """Return the unknown classes that can have quantizers for input, parameters and output."""
-    unknown = [
-        module
-        for module in model.modules()
-        if not is_registered(module) and not any(True for _ in module.children())
-    ]
+def _watch(model: nn.Module, dummy_input: Any) -> tuple[list[Any], set[str]]:
+    """Return the unknown classes that can have quantizers for input, parameters and output.
+
+    :returns: these, and the names of modules that were not called.
+    """
+    leaves = {n: m for n, m in model.named_modules() if not any(True for _ in m.children())}
     fitting: dict[type[Any], bool] = {}
+    called: set[nn.Module] = set()
+    for attention in model.modules():
+        if isinstance(attention, nn.MultiheadAttention):
+            called.update(attention.modules())  # whose weights it reads quantized
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        called.add(module)
+        if is_registered(module):
+            return
         fits = isinstance(output, Tensor) and output.is_floating_point()
         if fits and not isinstance(module, nn.Embedding):
             given = tensors_in((*args, kwargs))
@@ -123,15 +134,15 @@ def _quantizable(model: nn.Module, dummy_input: Any) -> list[Any]:
             )
         fitting[type(module)] = fits and fitting.get(type(module), True)
 
-    hooks = [m.register_forward_hook(note, with_kwargs=True) for m in unknown]
+    hooks = [m.register_forward_hook(note, with_kwargs=True) for m in leaves.values()]
     try:
-        if hooks:
-            with evaluating(model):
-                call_model(model, dummy_input)
+        with evaluating(model):
+            call_model(model, dummy_input)
     finally:
         for hook in hooks:
             hook.remove()
-    return [kind for kind, fits in fitting.items() if fits]
+    uncalled = {name for name, module in leaves.items() if module not in called}
+    return [kind for kind, fits in fitting.items() if fits], uncalled
 
 
 def _ignored(module: nn.Module) -> bool:
