@@ -58,9 +58,9 @@ if TYPE_CHECKING:
     from aimet_ext.grids.create import create_sim as create_sim
     from aimet_ext.grids.widths import set_widths as set_widths
     from aimet_ext.linting.lint import lint as lint
+    from aimet_ext.models.description import TopologyDescription as TopologyDescription
     from aimet_ext.models.huggingface import prepare_model as prepare_model
     from aimet_ext.models.kv_cache import TokenCache as TokenCache
-    from aimet_ext.models.topology import TopologyDescription as TopologyDescription
     from aimet_ext.recipes.recipe import Recipe as Recipe
     from aimet_ext.recipes.recipe import read_recipe as read_recipe
     from aimet_ext.recipes.recipe import recipe_names as recipe_names
@@ -114,7 +114,7 @@ _HOMES = {
         "linting.lint": ("lint",),
         "models.huggingface": ("prepare_model",),
         "models.kv_cache": ("TokenCache",),
-        "models.topology": ("TopologyDescription",),
+        "models.description": ("TopologyDescription",),
         "recipes.recipe": ("Recipe", "read_recipe", "recipe_names"),
         "techniques.omniquant": ("OmniQuantReport",),
         "techniques.report": (

@@ -35,8 +35,8 @@ class Side:
     :param axis: ``"out"`` for output rows (weight rows and bias; of a norm its gain and bias),
         ``"in"`` for input columns.
     :param power: the multiplier is ``scale**power``.
-    :param index: long ``[covered]``: the scale entry of each covered row or column; None for the
-        identity.
+    :param index: long ``[covered]``: the scale entry of each covered row or column, -1 for one that
+        stays as it is; None for the identity.
     :param rows: start and stop of the covered rows or columns; None for all of them.
     :param gain_offset: 1.0 for a norm that multiplies by ``1 + weight``, else 0.
     """
@@ -71,7 +71,10 @@ def expand(side: Side, scale: Tensor, width: int) -> Tensor:
     :raises ValueError: the side does not cover what it says it covers.
     """
     start, stop = side.rows or (0, width)
-    values = scale if side.index is None else scale[side.index.to(scale.device)]
+    values = scale
+    if side.index is not None:
+        index = side.index.to(scale.device)
+        values = torch.where(index < 0, 1, scale[index.clamp_min(0)])
     if not 0 <= start <= stop <= width or len(values) != stop - start:
         raise ValueError(
             f"{side.module}: one multiplier for each of rows {start} to {stop} of {width} "

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def plan_widening(adaptor: SimAdaptor, plan: WeightPlan, parameters: _Parameters
         for name, own in parameters.items()
         if name not in plan.specs and "weight" in own
     }
-    every, multiple = plan_padding(model, plan, sizes)
+    every, multiple = plan_padding(model, plan, sizes, find=partial(adaptor.find_blocks, None))
     blocks = [block for block in every if mlp_layers(model, block)[1].in_features % multiple]
     parts = [part for block in blocks for part in _parts(model, block, multiple)]
     names = sorted({part.layer for part in parts})
@@ -117,23 +118,30 @@ def plan_widening(adaptor: SimAdaptor, plan: WeightPlan, parameters: _Parameters
 
 
 def plan_padding(
-    model: nn.Module, plan: WeightPlan, block_sizes: Mapping[str, int] | None = None
+    model: nn.Module,
+    plan: WeightPlan,
+    block_sizes: Mapping[str, int] | None = None,
+    *,
+    find: Callable[[], Sequence[BlockTopology]] | None = None,
 ) -> tuple[tuple[BlockTopology, ...], int]:
     """Check that MLPs can be padded so that the block sizes of a plan divide their inner widths.
 
     :param block_sizes: Block sizes of layers outside the plan, by name.
+    :param find: Function that finds the decoder blocks, None for that of models.
     :returns: all decoder blocks, and the number of which each inner width becomes a multiple.
     :raises ValueError: a layer to be padded is not what leads out of an MLP.
     :raises TypeError: a layer of an MLP is no linear layer.
     """
     try:
-        blocks = tuple(find_blocks(model))
+        blocks = tuple(find_blocks(model) if find is None else find())
     except ValueError as error:
         raise ValueError(
             'on_indivisible="pad" needs decoder blocks whose MLPs can be widened, for '
             f"{', '.join(plan.pad)}, but {error}"
         ) from error
-    inner = [f"{block.name}.{block.stages[-1][0]}" for block in blocks]
+    for block in blocks:
+        mlp_layers(model, block)
+    inner = [_outer(block) for block in blocks]
     others = sorted(set(plan.pad) - set(inner))
     if others:
         raise ValueError(
@@ -141,8 +149,6 @@ def plan_padding(
             f'layers read something else: {", ".join(others)}; give them "per_channel" or a block '
             "size that divides"
         )
-    for block in blocks:
-        mlp_layers(model, block)
     planned = {name: spec.block_size for name, spec in plan.specs.items() if spec is not None}
     sizes = {**(block_sizes or {}), **planned}
     return blocks, math.lcm(*(sizes.get(name) or 1 for name in inner))
@@ -176,7 +182,13 @@ def _parts(model: nn.Module, block: BlockTopology, multiple: int) -> Iterator[_P
     for name, fused in rows.items():
         for parameter in ("weight", "bias"):
             yield _Part(name, parameter, fused, extra)
-    yield _Part(f"{block.name}.{block.stages[-1][0]}", "weight", 0, extra)
+    yield _Part(_outer(block), "weight", 0, extra)
+
+
+def _outer(block: BlockTopology) -> str:
+    """Return the full name of the layer that leads out of a block's MLP, which it has."""
+    assert block.mlp is not None
+    return f"{block.name}.{block.mlp[1]}"
 
 
 def _check_weights(model: nn.Module, names: Iterable[str]) -> None:

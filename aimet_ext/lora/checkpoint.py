@@ -17,11 +17,17 @@ from aimet_ext.files.tensors import hash_tensors
 from aimet_ext.models.folders import weight_files
 from aimet_ext.models.huggingface import causal_lm, checkpoint_prefix
 from aimet_ext.models.padding import pad_rows
-from aimet_ext.models.topology import FAMILIES
 
 # What peft puts into the names of a model's own parameters, and names of parameters of its own.
 _AROUND = re.compile(r"\.(token_adapter\.)?(base_layer|original_module)\.")
 _OF_PEFT = (".lora_", ".token_adapter.", ".modules_to_save.")
+# Families by what their norms add to a weight: files of weights do not say it.
+_GAIN_OFFSETS: Mapping[float, frozenset[str]] = {
+    0.0: frozenset(
+        ("gpt2", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3", "stablelm", "starcoder2")
+    ),
+    1.0: frozenset(("gemma", "gemma2", "gemma3", "nemotron")),
+}
 _DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -209,11 +215,8 @@ def _from_module(module: nn.Module) -> Checkpoint:
 
 
 def _gain_offset(classes: Sequence[str], model_type: str | None) -> float | None:
-    blocks = {name.removesuffix("ForCausalLM") + "DecoderLayer" for name in classes}
-    for family in FAMILIES:
-        if family.block_class in blocks or family.name == model_type:
-            return family.gain_offset
-    return None
+    stems = {name.removesuffix("ForCausalLM").lower() for name in classes} | {model_type}
+    return next((offset for offset, known in _GAIN_OFFSETS.items() if stems & known), None)
 
 
 def _known(name: str, checkpoint: Checkpoint) -> str:

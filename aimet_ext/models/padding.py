@@ -18,17 +18,22 @@ def mlp_layers(model: nn.Module, block: BlockTopology) -> tuple[dict[str, int], 
     """Return the layers of a block that the inner width of its MLP is a dimension of.
 
     :param model: holds the block.
-    :param block: its topology; the last two stages are what goes in and out of the MLP.
+    :param block: its topology.
     :returns: by full name of a layer that leads in, how many projections are fused in its rows;
         and the layer that leads out.
+    :raises ValueError: the block does not have one MLP.
     :raises TypeError: a layer is no linear layer.
     """
-    down = _linear(model, block, block.stages[-1][0])
+    if block.mlp is None:
+        raise ValueError(
+            f"{block.name}: one MLP is required whose layers hold their inner channels in order, "
+            'to be padded; use on_indivisible="per_channel" or a block size that divides'
+        )
+    inner, outer = block.mlp
+    down = _linear(model, block, outer)
     fused = {}
-    for name in block.stages[-2]:
+    for name in inner:
         layer = _linear(model, block, name)
-        if layer.out_features % down.in_features:
-            continue  # a router: it reads the same input, and is no part of the inner width
         fused[f"{block.name}.{name}"] = layer.out_features // down.in_features
     return fused, down
 
@@ -38,7 +43,7 @@ def pad_mlp(model: nn.Module, block: BlockTopology, multiple: int) -> int:
     """Widen the MLP of a block, in place, to the next multiple of a block size.
 
     :param model: holds the block.
-    :param block: its topology; the last two stages are what goes in and out of the MLP.
+    :param block: its topology.
     :param multiple: the inner width becomes the smallest multiple of this that holds it.
     :returns: the new inner width.
     :raises TypeError: a layer is no linear layer; nothing is changed.

@@ -91,7 +91,7 @@ def read_norms(block: BlockTopology) -> tuple[ReadNorm, ...]:
 
 def writers(block: BlockTopology) -> tuple[str, ...]:
     """Return the layers of a block whose outputs are added to the hidden states."""
-    return (*block.stages[1], *block.stages[-1])
+    return block.writers or (*block.stages[1], *block.stages[-1])
 
 
 def value_pair(block: BlockTopology) -> ScalePair:

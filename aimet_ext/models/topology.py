@@ -1,25 +1,47 @@
-"""Decoder blocks and their scale pairs, as names, found by family tables or a description.
+"""Decoder blocks and their scale pairs, as names, found by watching a model run.
 
-Works on a Hugging Face model, on a wrapper around it, and on the model of a simulation: only names,
-class names of the blocks and the shapes of weights are read.
+Works on a Hugging Face model, on a wrapper around it, and on the model of a simulation whose
+quantizers are off: what modules are called, and of which classes, does not matter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import logging
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from aimet_ext.core.equivalence import PairKind, ScalePair, Side
-from aimet_ext.models.families import FAMILIES as FAMILIES
-from aimet_ext.models.families import TopologyDescription as TopologyDescription
-from aimet_ext.walk.routing import RoutedLayers
+from aimet_ext.core.equivalence import PairKind, ScalePair
+from aimet_ext.data.batches import call_model
+from aimet_ext.data.moments import Geometry
+from aimet_ext.models.description import (
+    TopologyDescription,
+    UnavailableError,
+    candidate_pairs,
+    described_blocks,
+    query_pair,
+)
+from aimet_ext.models.proof import probe_batch, probe_inputs
+from aimet_ext.models.scaled_run import ScaledRun
+from aimet_ext.models.structure import ACTIVATED, Structure, peers
+from aimet_ext.walk.blocks import find_stack
+from aimet_ext.walk.hooks import evaluating, first_calls, layer_order
+from aimet_ext.walk.routing import is_routed
 from aimet_ext.walk.stream import nearest_config
 
-Shapes = Mapping[str, tuple[int, ...]]
+LOGGER = logging.getLogger(__name__)
+_ABSENT: Mapping[PairKind, str] = {
+    "norm_qkv": "no norm with gains is read by layers alone that lead into attention",
+    "v_o": "no channels of a layer reach another one across tokens as they are",
+    "norm_mlp": "no norm with gains is read by layers alone that lead into an MLP",
+    "up_down": "no channels of a layer reach another one within a token as they are",
+}
 
 
 @dataclass(frozen=True)
@@ -28,13 +50,17 @@ class BlockTopology:
 
     :param name: Name of the block in the model passed in, for example ``"model.layers.0"``.
     :param linears: linear layers in dependency order, relative to the block.
-    :param stages: the same, grouped: (q, k, v), (o,), (gate, up), (down,).
+    :param stages: the same, grouped by what they read: (q, k, v), (o,), (gate, up), (down,).
     :param pairs: candidate scale pairs; each is to be proved before it is used.
-    :param unavailable: kinds of pairs that this block cannot have, with the reason.
+    :param unavailable: kinds of pairs that this block cannot have, or not all of, with the reason.
     :param aliases: full names of layers in the simulation, by name in the block, where they have
         others there.
     :param head_dim: width of a head, None if unknown.
     :param between: norms between a layer and the hidden states that it is added to.
+    :param writers: layers whose outputs are added to the hidden states; those of the second and
+        the last stage if empty.
+    :param mlp: layers that lead into the inner channels of the block's one MLP, and the layer that
+        leads out; None if there is none, or several, or their channels are in another order.
     """
 
     name: str
@@ -45,37 +71,46 @@ class BlockTopology:
     aliases: Mapping[str, str] = field(default_factory=dict)
     head_dim: int | None = None
     between: tuple[str, ...] = ()
+    writers: tuple[str, ...] = ()
+    mlp: tuple[tuple[str, ...], str] | None = None
 
 
 def find_blocks(
-    model: nn.Module, description: TopologyDescription | None = None
+    model: nn.Module,
+    description: TopologyDescription | None = None,
+    run: Callable[[], object] | None = None,
 ) -> list[BlockTopology]:
     """Return the decoder blocks of a model, in order.
 
-    :param description: table of an architecture that no family table knows.
-    :raises ValueError: no block has a known class, or a block differs from its table; all
-        differences are listed.
+    The blocks are the largest stack of modules in an ``nn.ModuleList`` that hold linear layers. One
+    of each structure is run, on what the model calls it with, to find its pairs. Where that fails
+    there are none.
+
+    :param description: description to go by, in place of what is found.
+    :param run: function that runs the model on a batch; None for one of random ids.
+    :raises ValueError: there is no stack of blocks, blocks differ from the description, or they
+        receive fewer than 8 tokens.
     """
-    tables = FAMILIES if description is None else (description,)
-    by_class = {table.block_class: table for table in tables}
-    found: list[tuple[str, nn.Module, TopologyDescription]] = []
-    for name, module in model.named_modules():
-        known = [by_class[c.__name__] for c in type(module).__mro__ if c.__name__ in by_class]
-        if known:
-            found.append((name, module, known[0]))
-    if not found:
-        raise ValueError(_unknown(model, tables))
-    problems = [
-        f"{name} (table {table.name!r}): {problem}"
-        for name, block, table in found
-        for problem in _mismatches(block, table)
-    ]
-    if problems:
-        raise ValueError(
-            "blocks differ from the table of their family; pass a TopologyDescription of this "
-            f"model. Differences: {'; '.join(problems)}"
-        )
-    return [_block_topology(model, name, block, table) for name, block, table in found]
+    if description is not None:
+        found = described_blocks(model, description)
+        return [_described(model, name, block, description) for name, block in found]
+    names = _stack(model)
+    kinds: dict[Any, list[str]] = {}
+    for name in names:
+        kinds.setdefault(_form(model.get_submodule(name)), []).append(name)
+    shared = _shared_parameters(model)
+    by_name: dict[str, BlockTopology] = {}
+    firsts = [own[0] for own in kinds.values()]
+    try:
+        calls = _calls(model, firsts, run)
+    except Exception as error:  # noqa: BLE001  (of the batch: a walk of the model says more)
+        reason = f"in a run of the model, {type(error).__name__}: {error}"
+        return [_unwatched(model, name, reason) for name in names]
+    for first, own in zip(firsts, kinds.values(), strict=True):
+        found_block = _find(model, first, *calls[first])
+        for name in own:
+            by_name[name] = _with_own_parameters(model, replace(found_block, name=name), shared)
+    return [by_name[name] for name in names]
 
 
 def select_pairs(block: BlockTopology, kinds: Collection[PairKind]) -> tuple[ScalePair, ...]:
@@ -83,288 +118,223 @@ def select_pairs(block: BlockTopology, kinds: Collection[PairKind]) -> tuple[Sca
     return tuple(pair for pair in block.pairs if pair.kind in kinds)
 
 
-def _weight(block: nn.Module, name: str) -> Tensor | None:
-    """Return the weight of a module of the block, None if there is no such module or weight."""
-    module: Any = block
-    for part in name.split("."):
-        module = getattr(module, part, None)
-    weight = getattr(module, "weight", None)
-    return weight if isinstance(weight, Tensor) else None
+# ---- by a description ---------------------------------------------------------------------------
 
 
-def _mismatches(block: nn.Module, table: TopologyDescription) -> list[str]:
-    """Return everything in which a block differs from a table."""
-    linears = [layer for stage in table.stages for layer in stage]
-    norms = (table.attention_norm, table.mlp_norm)
-    named = (*linears, *norms, *table.qk_norms, *table.others)
-    weights = {name: _weight(block, name) for name in dict.fromkeys(named)}
-    missing = {name for name, weight in weights.items() if weight is None}
-    present = {
-        name.rpartition(".")[0] for name, _ in block.named_parameters() if name.endswith(".weight")
-    }
-    problems = [f"{name} with a weight is missing" for name in weights if name in missing]
-    problems += [f"{name} is in the block and not in the table" for name in present - set(named)]
-    if not missing:
-        problems += _shape_mismatches(
-            {name: tuple(weight.shape) for name, weight in weights.items() if weight is not None},
-            table,
-        )
-    return sorted(problems)
-
-
-def _shape_mismatches(
-    shapes: Mapping[str, tuple[int, ...]], table: TopologyDescription
-) -> Iterator[str]:
-    """Yield layers that are no matrices, and neighbours whose widths do not fit."""
-    linears = [layer for stage in table.stages for layer in stage]
-    odd = [n for n in linears if len(shapes[n]) < 2 or any(side != 1 for side in shapes[n][2:])]
-    for name in odd:
-        yield f"{name} must have a weight [out, in], got {list(shapes[name])}"
-    if odd:
-        return
-    for norm, readers in (
-        (table.attention_norm, table.attention_inputs),
-        (table.mlp_norm, table.mlp_inputs),
-    ):
-        for reader in readers:
-            if shapes[norm] != shapes[reader][1:2]:
-                yield f"{reader} reads {shapes[reader][1]} channels of {norm} {list(shapes[norm])}"
-    inner = shapes[table.down][1]
-    for name in {name for name in (table.gate, table.up) if name is not None}:
-        rows = inner * (table.gate, table.up).count(name)
-        if shapes[name][0] != rows:
-            yield f"{name} must have {rows} rows for {table.down}, got {shapes[name][0]}"
-
-
-def _unknown(model: nn.Module, tables: tuple[TopologyDescription, ...]) -> str:
-    """Describe what a model without any known block has instead, against the nearest table."""
-    who = f"no decoder block of {type(model).__name__} is known"
-    known = ", ".join(table.block_class for table in tables)
-    stacks = [
-        (len(module), name, module[0])
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and not isinstance(module, RoutedLayers)
-        and len({type(child) for child in module}) == 1
-    ]
-    advice = "Pass a TopologyDescription that names the block's class and modules"
-    if not stacks:
-        return f"{who}: a block of class {known} is required, there is no stack of blocks. {advice}"
-    count, name, block = max(stacks, key=lambda stack: stack[0])
-    problems, nearest = min(
-        ((_mismatches(block, table), table.name) for table in tables), key=lambda pair: len(pair[0])
-    )
-    return (
-        f"{who}: {name} holds {count} of class {type(block).__name__}, known are {known}. "
-        f"Against the nearest table, {nearest!r}: {'; '.join(problems) or 'all modules fit'}. "
-        f"{advice}"
-    )
-
-
-def _block_topology(
+def _described(
     model: nn.Module, name: str, block: nn.Module, table: TopologyDescription
 ) -> BlockTopology:
-    """Return stages and candidate pairs of a block that fits its table."""
+    """Return stages and candidate pairs of a block that fits its description."""
     linears = tuple(layer for stage in table.stages for layer in stage)
     shapes = {
         layer: tuple(block.get_parameter(f"{layer}.weight").shape)
         for layer in (*linears, table.attention_norm, table.mlp_norm)
     }
-    config = nearest_config(model, f"{name}.{table.o}".lstrip("."), "num_attention_heads")
-    attention = block.get_submodule(table.o.rpartition(".")[0])
-    head_dim = table.head_dim or getattr(attention, "head_dim", None)
+    config, head_dim = _heads(model, name, table.o)
+    head_dim = table.head_dim or head_dim
+    pairs, unavailable = candidate_pairs(table, shapes, head_dim, config)
+    inner = tuple(dict.fromkeys(n for n in (table.gate, table.up) if n is not None))
+    return BlockTopology(
+        name,
+        linears,
+        table.stages,
+        pairs,
+        unavailable,
+        head_dim=head_dim,
+        between=table.others,
+        writers=(table.o, table.down),
+        mlp=(inner, table.down),
+    )
+
+
+def _heads(model: nn.Module, name: str, output: str) -> tuple[Any, int | None]:
+    """Return the config that states heads, and their width, as far as they are known.
+
+    :param name: Name of the block.
+    :param output: Output projection of its attention.
+    """
+    full = f"{name}.{output}".lstrip(".")
+    config = nearest_config(model, full, "num_attention_heads")
+    head_dim = getattr(model.get_submodule(full.rpartition(".")[0]), "head_dim", None)
     if head_dim is None and config is not None:
         head_dim = getattr(config, "head_dim", None)
         head_dim = head_dim or config.hidden_size // config.num_attention_heads
-    pairs, unavailable = candidate_pairs(table, shapes, head_dim, config)
-    return BlockTopology(
-        name, linears, table.stages, pairs, unavailable, head_dim=head_dim, between=table.others
-    )
+    return config, head_dim
 
 
-# ---- candidate pairs ----------------------------------------------------------------------------
+# ---- by what is seen ----------------------------------------------------------------------------
 
 
-class _UnavailableError(Exception):
-    """A kind of pair that a block cannot have; the message is the reason."""
+def _stack(model: nn.Module) -> list[str]:
+    """Return the names of the decoder blocks.
 
-
-def candidate_pairs(
-    table: TopologyDescription, shapes: Shapes, head_dim: int | None, config: Any
-) -> tuple[tuple[ScalePair, ...], dict[str, str]]:
-    """Return candidate pairs of a block, and the kinds it cannot have with the reasons.
-
-    :param shapes: Shapes of the weights of the table's linear layers and of the two norms.
-    :param head_dim: channels of an attention head, None if unknown.
-    :param config: object that may state head counts and rotary settings, or None.
+    :raises ValueError: there are none.
     """
-    makers: dict[PairKind, Callable[[], ScalePair]] = {
-        "norm_qkv": lambda: _norm_pair(
-            "norm_qkv", table.attention_norm, table.attention_inputs, table, shapes
-        ),
-        "v_o": lambda: _value_pair(table, shapes, head_dim, config),
-        "norm_mlp": lambda: _norm_pair("norm_mlp", table.mlp_norm, table.mlp_inputs, table, shapes),
-        "up_down": lambda: _up_pair(table, shapes),
-        "q_k": lambda: _query_pair(table, shapes, head_dim, config),
-    }
-    pairs: list[ScalePair] = []
-    unavailable: dict[str, str] = {}
-    for kind, make in makers.items():
-        try:
-            pairs.append(make())
-        except _UnavailableError as reason:
-            unavailable[kind] = str(reason)
-    return tuple(pairs), unavailable
-
-
-def _norm_pair(
-    kind: Literal["norm_qkv", "norm_mlp"],
-    norm: str,
-    readers: tuple[str, ...],
-    table: TopologyDescription,
-    shapes: Shapes,
-) -> ScalePair:
-    producer = Side(module=norm, axis="out", power=-1, gain_offset=table.gain_offset)
-    return ScalePair(
-        name=_name([norm], readers),
-        kind=kind,
-        size=shapes[norm][0],
-        sides=(producer, *(Side(module=name, axis="in", power=1) for name in readers)),
-    )
-
-
-def _up_pair(table: TopologyDescription, shapes: Shapes) -> ScalePair:
-    if table.gate is None:
-        raise _UnavailableError(
-            f"{table.up} goes through the activation, which does not commute with a scale"
+    layers = [name for name, module in model.named_modules() if _is_linear(module)]
+    names = find_stack(model, layers)
+    inside = tuple(f"{name}." for name in names)
+    if 2 * sum(layer.startswith(inside) for layer in layers) <= len(layers):
+        names = find_stack(model, layers, mixed=True) or names
+    if not names:
+        raise ValueError(
+            f"no decoder block of {type(model).__name__} is known: a torch.nn.ModuleList of blocks "
+            "with linear layers is required, there is no stack of blocks; pass a "
+            "TopologyDescription of blocks that stand elsewhere"
         )
-    inner = shapes[table.down][1]
-    roles = {"gate": (table.gate, inner), "up": (table.up, inner)}
-    return ScalePair(
-        name=_name([table.up], [table.down]),
-        kind="up_down",
-        size=inner,
-        sides=(
-            Side(module=table.up, axis="out", power=-1, rows=_rows("up", roles, shapes)),
-            Side(module=table.down, axis="in", power=1),
-        ),
-    )
+    return names
 
 
-def _value_pair(
-    table: TopologyDescription, shapes: Shapes, head_dim: int | None, config: Any
-) -> ScalePair:
-    """Pair each value head with the output columns of all query heads that share it."""
-    d, groups, roles = _heads(table, shapes, head_dim, config)
-    size = roles["v"][1]
-    return ScalePair(
-        name=_name([table.v], [table.o]),
-        kind="v_o",
-        size=size,
-        sides=(
-            Side(module=table.v, axis="out", power=-1, rows=_rows("v", roles, shapes)),
-            Side(
-                module=table.o,
-                axis="in",
-                power=1,
-                index=_repeat_heads(torch.arange(size).view(-1, d), groups),
-            ),
-        ),
+def _is_linear(module: nn.Module) -> bool:
+    """Return True for a linear layer, or a convolution that is one."""
+    try:
+        geometry = Geometry.of(module)
+    except TypeError:
+        return False
+    return geometry.groups == 1 and all(side == 1 for side in geometry.kernel_size)
+
+
+def _form(block: nn.Module) -> Any:
+    """Return what blocks of one structure have in common."""
+    modules = [(name, type(module)) for name, module in block.named_modules()]
+    return (*modules, *((name, tuple(p.shape)) for name, p in block.named_parameters()))
+
+
+def _shared_parameters(model: nn.Module) -> set[int]:
+    """Return the identities of parameters that several modules have."""
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    return {number for number, count in owners.items() if count > 1} - {id(None)}
+
+
+def _with_own_parameters(model: nn.Module, block: BlockTopology, shared: set[int]) -> BlockTopology:
+    """Return a block without pairs of parameters that other modules have too."""
+    if not shared:
+        return block
+    module, unavailable, pairs = model.get_submodule(block.name), dict(block.unavailable), []
+    for pair in block.pairs:
+        parameters = (
+            (side.module, p)
+            for side in pair.sides
+            for p in module.get_submodule(side.module).parameters(recurse=False)
+        )
+        others = sorted({name for name, p in parameters if id(p) in shared})
+        if others:
+            unavailable[pair.kind] = f"{', '.join(others)} shares parameters with other modules"
+        else:
+            pairs.append(pair)
+    return replace(block, pairs=tuple(pairs), unavailable=unavailable)
+
+
+def _calls(
+    model: nn.Module, names: Sequence[str], run: Callable[[], object] | None
+) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Return the arguments of some blocks in a run of the model.
+
+    :raises ValueError: a block is not called.
+    """
+    if run is None:
+        run = partial(call_model, model, probe_batch(model))
+    with evaluating(model), torch.no_grad():
+        calls = first_calls([model.get_submodule(name) for name in names], run)
+    if len(calls) < len(names):
+        raise ValueError(f"all of {', '.join(names)} must be called, {len(calls)} are")
+    return dict(zip(names, calls, strict=True))
+
+
+def _unwatched(
+    model: nn.Module, name: str, reason: str, run: Callable[[], object] | None = None
+) -> BlockTopology:
+    """Return the layers of a block in the order of their calls, or else of their names.
+
+    :param run: Function that runs the block.
+    """
+    block = model.get_submodule(name)
+    layers = [n for n, module in block.named_modules() if n and _is_linear(module)]
+    stages: list[tuple[str, ...]] = [(n,) for n in layers]
+    if run is not None:
+        with evaluating(block):
+            stages = layer_order(block, layers, [run], f"{name}.").stages
+    kinds: list[str] = [*_ABSENT, "q_k"]
+    unavailable = dict.fromkeys(kinds, reason)
+    linears = tuple(layer for stage in stages for layer in stage)
+    return BlockTopology(name, linears, tuple(stages), (), unavailable)
+
+
+def _find(
+    model: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> BlockTopology:
+    """Return what is found in a run of a block."""
+    block = model.get_submodule(name)
+    inputs = probe_inputs(block, args, kwargs)
+    try:
+        run = ScaledRun(block, (), inputs)
+        if any(any(peers(run.called, layer)) for layer in run.uncalled):  # as experts are
+            run = ScaledRun(block, (), probe_inputs(block, args, kwargs, length=sys.maxsize))
+        structure = Structure(run)
+    except Exception as error:  # noqa: BLE001  (the block is code of any kind)
+        reason = f"its parts cannot be run one by one: {type(error).__name__}: {error}"
+        LOGGER.warning("no scale pairs are found in %s, %s", name, reason)
+        return _unwatched(model, name, reason, partial(block, **inputs))
+    own = [n for n, module in block.named_modules() if n and _is_linear(module)]
+    layers = [n for n in own if n in run.called]
+    layers += [n for n in run.uncalled if n in own and any(peers(layers, n))]
+    stages = structure.stages(layers, [n for n in layers if is_routed(block, n)])
+    pairs, unavailable = list(structure.pairs), dict[str, str]()
+    kinds = {pair.kind for pair in pairs}
+    for kind, absent in _ABSENT.items():
+        if kind in structure.lost:
+            unavailable[kind] = "; ".join(structure.lost[kind])
+        elif kind not in kinds:
+            inner = [names[-1] for names in structure.mlps.values()]
+            activated = kind == "up_down" and inner
+            unavailable[kind] = ACTIVATED.format(", ".join(inner)) if activated else absent
+    head_dim = None
+    values = next((pair for pair in pairs if pair.kind == "v_o"), None)
+    if values is None:
+        unavailable["q_k"] = f"values must be known first: {unavailable['v_o']}"
+    else:
+        config, head_dim = _heads(model, name, values.sides[-1].module)
+        try:
+            pairs.append(_query_pair(structure, values, head_dim, config))
+        except UnavailableError as reason:
+            unavailable["q_k"] = str(reason)
+    mlps = list(structure.mlps.items())
+    return BlockTopology(
+        name,
+        tuple(layer for stage in stages for layer in stage),
+        stages,
+        tuple(pairs),
+        unavailable,
+        head_dim=head_dim,
+        between=structure.between,
+        writers=structure.writers,
+        mlp=(mlps[0][1], mlps[0][0]) if len(mlps) == 1 else None,
     )
 
 
 def _query_pair(
-    table: TopologyDescription, shapes: Shapes, head_dim: int | None, config: Any
+    structure: Structure, values: ScalePair, head_dim: int | None, config: Any
 ) -> ScalePair:
-    """Pair queries with keys; channels i and i + d/2 are rotated together and share a scale."""
-    if table.qk_norms:
-        raise _UnavailableError(
-            f"{', '.join(table.qk_norms)} would normalise the scale away or break it"
+    """Return the pair of queries and keys that reach a layer beside the values.
+
+    :param values: The pair of values and output projection.
+    :raises UnavailableError: they are not whole layers, or rows one after another.
+    """
+    value, output = values.sides[0], values.sides[-1].module
+    reached = structure.readings[output].reached_by
+    seen = structure.run.seen
+    norms = tuple(name for name in reached if seen[name].is_norm)
+    order = [name for name in seen if name in reached and not seen[name].is_norm]
+    weights = {name: seen[name].module.get_parameter("weight") for name in (*order, output)}
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    start, stop = value.rows or (0, shapes[value.module][0])
+    beside = [name for name in order if name != value.module or stop - start < len(reached[name])]
+    table = TopologyDescription(name="", block_class="", v=value.module, o=output, qk_norms=norms)
+    if beside == [value.module] and stop == shapes[value.module][0] and value.index is None:
+        return query_pair(replace(table, q=beside[0], k=beside[0]), shapes, head_dim, config)
+    if len(beside) != 2 or value.module in beside:
+        raise UnavailableError(
+            "queries and keys must be layers of their own, or rows before those of the values, "
+            f"what reaches {output} are rows of {', '.join(order)}"
         )
-    d, groups, roles = _heads(table, shapes, head_dim, config)
-    rotated = _rotated_share(config)
-    if rotated != 1 or d % 2:
-        raise _UnavailableError(
-            f"rotary embeddings must turn all of an even head_dim, got {rotated:g} of {d}"
-        )
-    size = roles["k"][1] // 2
-    tied = torch.arange(size).view(-1, d // 2).repeat(1, 2)  # [kv_heads, head_dim]
-    query, key = _rows("q", roles, shapes), _rows("k", roles, shapes)
-    return ScalePair(
-        name=f"{_name([table.q], [table.k])} (rotary pairs tied)",
-        kind="q_k",
-        size=size,
-        sides=(
-            Side(
-                module=table.q, axis="out", power=1, index=_repeat_heads(tied, groups), rows=query
-            ),
-            Side(module=table.k, axis="out", power=-1, index=tied.flatten(), rows=key),
-        ),
-    )
-
-
-def _heads(
-    table: TopologyDescription, shapes: Shapes, head_dim: int | None, config: Any
-) -> tuple[int, int, dict[str, tuple[str, int]]]:
-    """Return head width, query heads per value head, ``{role: (module, rows)}`` of q, k, v."""
-    if not isinstance(head_dim, int):
-        raise _UnavailableError(
-            "head_dim is neither on the attention module nor in a config; "
-            "pass a TopologyDescription with head_dim"
-        )
-    query = shapes[table.o][1]
-    query_rows = query if table.q == table.v else 0
-    sharing = (table.k, table.v).count(table.v)
-    value = (shapes[table.v][0] - query_rows) // sharing
-    heads = (query // head_dim, value // head_dim)
-    stated = (
-        getattr(config, "num_attention_heads", None) or heads[0],
-        getattr(config, "num_key_value_heads", None) or heads[1],
-    )
-    whole = heads == stated and (heads[0] * head_dim, heads[1] * head_dim) == (query, value)
-    if not whole or value <= 0 or query % value:
-        raise _UnavailableError(
-            f"{table.o} reads {query} channels and {table.v} has {shapes[table.v][0]} rows, which "
-            f"does not fit {stated[0]} query and {stated[1]} key-value heads of {head_dim}"
-        )
-    roles = {"q": (table.q, query), "k": (table.k, value), "v": (table.v, value)}
-    return head_dim, query // value, roles
-
-
-def _repeat_heads(index: Tensor, groups: int) -> Tensor:
-    """Scale entries ``[kv_heads, head_dim]`` for query heads, flat: whole heads are repeated."""
-    return index.repeat_interleave(groups, dim=0).flatten()  # [kv_heads * groups * head_dim]
-
-
-def _rows(
-    role: str, roles: Mapping[str, tuple[str, int]], shapes: Shapes
-) -> tuple[int, int] | None:
-    """Start and stop of a role's rows in its module; None where it has the module for itself."""
-    module = roles[role][0]
-    widths = {name: width for name, (other, width) in roles.items() if other == module}
-    if sum(widths.values()) != shapes[module][0]:
-        parts = " + ".join(f"{width} ({name})" for name, width in widths.items())
-        raise _UnavailableError(
-            f"{module} must have {parts} rows, got {shapes[module][0]} (gated attention?)"
-        )
-    if len(widths) == 1:
-        return None
-    ahead = list(widths)[: list(widths).index(role)]
-    start = sum(widths[name] for name in ahead)
-    return start, start + widths[role]
-
-
-def _rotated_share(config: Any) -> float:
-    """Return the smallest share of a head's channels that a config rotates; 1 if not given."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    # one set of parameters, or one for each type of layer
-    sets = [parameters, *(entry for entry in parameters.values() if isinstance(entry, Mapping))]
-    shares = [entry.get("partial_rotary_factor") for entry in sets]
-    shares.append(getattr(config, "partial_rotary_factor", None))
-    return min((float(share) for share in shares if share is not None), default=1.0)
-
-
-def _name(producers: Iterable[str], readers: Iterable[str]) -> str:
-    """Return ``"input_layernorm->q_proj,k_proj,v_proj"``."""
-    short = [",".join(n.rpartition(".")[2] for n in names) for names in (producers, readers)]
-    return "->".join(short)
+    query, key = sorted(beside, key=lambda name: -shapes[name][0])
+    return query_pair(replace(table, q=query, k=key), shapes, head_dim, config)

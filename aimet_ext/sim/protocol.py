@@ -16,8 +16,9 @@ from aimet_ext.config import LPBQ, Blockwise, Granularity, PerChannel, PerTensor
 from aimet_ext.core.affine import Grid
 from aimet_ext.core.clipping import GridLayout
 from aimet_ext.data.batches import ForwardFn
+from aimet_ext.models.description import TopologyDescription
 from aimet_ext.models.residual import ResidualEnds, Survey
-from aimet_ext.models.topology import BlockTopology, TopologyDescription
+from aimet_ext.models.topology import BlockTopology
 from aimet_ext.sim.points import Points, Range
 from aimet_ext.walk.passes import BlockPass, WalkOptions
 from aimet_ext.walk.walk import Streams, Walk
@@ -361,8 +362,13 @@ class CalibrationWalks(Protocol):
 class Blocks(Protocol):
     """The decoder blocks of a simulation."""
 
-    def find_blocks(self, description: TopologyDescription | None) -> list[BlockTopology]:
-        """Find the decoder blocks, see :func:`aimet_ext.models.topology.find_blocks`."""
+    def find_blocks(
+        self, description: TopologyDescription | None, run: Callable[[], object] | None = None
+    ) -> list[BlockTopology]:
+        """Find the decoder blocks, see :func:`aimet_ext.models.topology.find_blocks`.
+
+        :param run: Function that runs the model on a batch; a graph is looked at without one.
+        """
 
     def check_rotary(self) -> None:
         """Refuse a model whose queries and keys cannot be rotated when it runs.

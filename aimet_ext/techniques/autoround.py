@@ -17,7 +17,7 @@ from aimet_ext.config import AutoRoundParams, GPTQParams
 from aimet_ext.core.affine import settled
 from aimet_ext.core.autoround import LearnableRounding
 from aimet_ext.core.objective import trimmed
-from aimet_ext.models.topology import TopologyDescription
+from aimet_ext.models.description import TopologyDescription
 from aimet_ext.techniques.blockwise.block import Block, BlockState, Choice, Params
 from aimet_ext.techniques.blockwise.loop import BlockSolver, run_blockwise
 from aimet_ext.techniques.blockwise.minibatches import minibatches
@@ -241,11 +241,11 @@ def apply_autoround(
         from there after a crash and ends bit-identical on the same machine and versions.
     :param modules_to_exclude: Full names of layers to leave alone; of an ONNX model, names of
         nodes too.
-    :param topology: Names of the modules in a block, for a model of an unknown family.
+    :param topology: Names of the modules in a block, in place of what is found in a run of it.
     :returns: Losses of plain rounding, of GPTQ's rounding and as deployed, SQNR, seconds and memory
         of each block.
-    :raises ValueError: Unusable data, an unknown architecture, layers without weight quantizers,
-        weights that hold NaN or are rounded already, the same technique twice.
+    :raises ValueError: Unusable data, a model without decoder blocks, layers without weight
+        quantizers, weights that hold NaN or are rounded already, the same technique twice.
     :raises TransformRefused: A block of an ONNX model has operators that PyTorch cannot compute;
         all are named.
 

@@ -13,7 +13,7 @@ import torch
 
 from aimet_ext.config import AWQParams
 from aimet_ext.core.equivalence import PairKind
-from aimet_ext.models.topology import TopologyDescription
+from aimet_ext.models.description import TopologyDescription
 from aimet_ext.techniques.blockwise.block import Block, BlockState, Choice
 from aimet_ext.techniques.blockwise.loop import BlockSolver, run_blockwise
 from aimet_ext.techniques.blockwise.search import BlockSearch
@@ -91,13 +91,13 @@ def apply_awq(
         from there after a crash.
     :param modules_to_exclude: Full names of layers to leave alone; of an ONNX model, names of
         nodes too.
-    :param topology: Names of the modules in a block, for a model of an unknown family.
+    :param topology: Names of the modules in a block, in place of what is found in a run of it.
     :param aimet_keys: Write AIMET's own ``{module}.prev`` and ``{module}.foll`` as well.
     :returns: Losses before and after, of plain rounding, SQNR, seconds and memory of each block.
-    :raises ValueError: Unusable data, an unknown architecture, layers without or with frozen
+    :raises ValueError: Unusable data, a model without decoder blocks, layers without or with frozen
         weight quantizers, weights that hold NaN or are rounded already, the same technique twice.
-    :raises TransformRefused: A scale pair changes the float function of this model, or a block of
-        an ONNX model has operators that PyTorch cannot compute; all are named.
+    :raises TransformRefused: Folded scales change the float function of a block, or one of an ONNX
+        model has operators that PyTorch cannot compute; all are named.
 
     >>> report = apply_awq(sim, batches, num_grid=20)
     >>> sim.compute_encodings(run_calibration)

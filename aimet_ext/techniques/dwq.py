@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,13 +25,13 @@ from tqdm.auto import tqdm
 from aimet_ext.analysis.divergence import Reference
 from aimet_ext.config import DWQParams
 from aimet_ext.core.divergence import Divergence
-from aimet_ext.data.batches import tensors_in
+from aimet_ext.data.batches import call_model, tensors_in
 from aimet_ext.evaluation.divergence import reference_for
 from aimet_ext.files.folders import replace_folder
 from aimet_ext.files.manifest import write_manifest
 from aimet_ext.files.scales import write_scales
 from aimet_ext.files.tensors import Checkpoints
-from aimet_ext.models.topology import TopologyDescription
+from aimet_ext.models.description import TopologyDescription
 from aimet_ext.sim.points import Run
 from aimet_ext.sim.protocol import SimAdaptor, adapt, calibrated, moved_ranges
 from aimet_ext.techniques.call import Call, technique
@@ -292,8 +293,8 @@ def apply_dwq(
     :param device: Without effect: the model runs where it is.
     :param reference: The float model, or what :func:`aimet_ext.float_logits` kept of it for these
         batches. A rounded simulation has no float weights any more, so it must be given.
-    :param topology: Names of the modules in a block, for a model of an unknown family; tells which
-        layers read a norm.
+    :param topology: Names of the modules in a block, which tell what layers read a norm, in place
+        of what is found in a run of it.
     :returns: Divergences before and after, and of each evaluation.
     :raises ValueError: Unusable data, no reference or that of other batches, no layer with rounded
         weights, the same technique twice.
@@ -337,7 +338,8 @@ def _polish(
         rounds=True,
         rounded=True,
     )
-    norms = adaptor.norm_gains(blocks_of(adaptor, topology)) if params.norm_gains else []
+    run = partial(call_model, adaptor.model, reference.batches[0], options.forward_fn)
+    norms = adaptor.norm_gains(blocks_of(adaptor, topology, run)) if params.norm_gains else []
     modules = [*choice.decided, *(norm.module for norm in norms)]
     ledger = open_ledger(adaptor, name, modules, rounded=True)
     with undo_on_failure(adaptor, options.cache_dir) as keep:

@@ -14,7 +14,8 @@ from aimet_ext.core.affine import short_scale
 from aimet_ext.core.polish import FrozenCodes
 from aimet_ext.data.batches import ForwardFn
 from aimet_ext.files.ledger import Axis, Ledger
-from aimet_ext.models.topology import BlockTopology, TopologyDescription
+from aimet_ext.models.description import TopologyDescription
+from aimet_ext.models.topology import BlockTopology
 from aimet_ext.sim.points import NormGain, Run
 from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer
 
@@ -22,10 +23,17 @@ _KINDS = ("norm_qkv", "norm_mlp")
 Logs = dict[str, Tensor]
 
 
-def blocks_of(adaptor: SimAdaptor, topology: TopologyDescription | None) -> list[BlockTopology]:
-    """Return the decoder blocks of a model, none where it has no known ones."""
+def blocks_of(
+    adaptor: SimAdaptor,
+    topology: TopologyDescription | None,
+    run: Callable[[], object] | None = None,
+) -> list[BlockTopology]:
+    """Return the decoder blocks of a model, none where it has no known ones.
+
+    :param run: Function that runs the model on a batch.
+    """
     try:
-        return adaptor.find_blocks(topology)
+        return adaptor.find_blocks(topology, run)
     except ValueError:
         if topology is not None:
             raise

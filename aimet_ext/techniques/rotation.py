@@ -7,7 +7,7 @@ R1 and R2 are SpinQuant's, arXiv 2405.16406.
 from __future__ import annotations
 
 from aimet_ext.config import RotationParams
-from aimet_ext.models.topology import TopologyDescription
+from aimet_ext.models.description import TopologyDescription
 from aimet_ext.sim.protocol import adapt
 from aimet_ext.techniques.call import Call, technique
 from aimet_ext.techniques.report import RotationReport
@@ -47,11 +47,11 @@ def apply_rotation(
     :param modules_to_exclude: Must be left out: a rotation turns all layers at once.
     :param output_path: Folder for the rotations (``scales.safetensors``, see :func:`load_scales`)
         and the report. A folder that this package wrote is replaced, another one refused.
-    :param topology: Names of the modules in a block, for a model of an unknown family.
+    :param topology: Names of the modules in a block, in place of what is found in a run of it.
     :returns: Kinds of the rotations, the proofs, and the encodings that were reset.
-    :raises ValueError: Unusable data, an unknown architecture, frozen or rounded weights, weights
-        that hold NaN, the same technique twice; ``r3`` for a model without a rotary embedding,
-        or fitted without data.
+    :raises ValueError: Unusable data, a model without decoder blocks, frozen or rounded weights,
+        weights that hold NaN, the same technique twice; ``r3`` for a model without a rotary
+        embedding, or fitted without data.
     :raises TransformRefused: The model cannot have a rotation that was asked for; the reason is
         named, such as a norm between a layer and the hidden states.
 

@@ -6,7 +6,7 @@ Liu et al., "SpinQuant: LLM Quantization with Learned Rotations", arXiv 2405.164
 from __future__ import annotations
 
 from aimet_ext.config import RotationParams, SpinQuantParams
-from aimet_ext.models.topology import TopologyDescription
+from aimet_ext.models.description import TopologyDescription
 from aimet_ext.techniques.call import Call, technique
 from aimet_ext.techniques.report import RotationReport
 from aimet_ext.techniques.rotating.learn import learn
@@ -48,11 +48,11 @@ def apply_spinquant(
     :param checkpoint_dir: Folder for a checkpoint at each evaluation, which replaces the one
         before. The same call goes on from there after a crash and ends bit-identical on the same
         machine and versions.
-    :param topology: Names of the modules in a block, for a model of an unknown family.
+    :param topology: Names of the modules in a block, in place of what is found in a run of it.
     :returns: Kinds of the rotations, what they are worth, the proofs, and the encodings that were
         reset.
-    :raises ValueError: Unusable data, an unknown architecture, frozen or rounded weights, weights
-        that hold NaN, nothing that is quantized, the same technique twice.
+    :raises ValueError: Unusable data, a model without decoder blocks, frozen or rounded weights,
+        weights that hold NaN, nothing that is quantized, the same technique twice.
     :raises TransformRefused: The model cannot have a rotation that was asked for.
 
     >>> report = apply_spinquant(sim, batches, num_iterations=100)

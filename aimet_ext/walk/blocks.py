@@ -28,15 +28,19 @@ from aimet_ext.walk.walk import RerunWalk, Stage, Streams, stream_names
 Weights = Mapping[str, Tensor]
 
 
-def find_stack(model: nn.Module, layers: Sequence[str]) -> list[str]:
+def find_stack(model: nn.Module, layers: Sequence[str], *, mixed: bool = False) -> list[str]:
     """Return the names of the repeated blocks that hold most of these layers, in order.
 
     Blocks are the children of one ``nn.ModuleList`` and of one class. Without any: an empty list.
+
+    :param mixed: True to take blocks of several classes too.
     """
     best: list[str] = []
     most = 0
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len({type(child) for child in module}) != 1:
+        if not isinstance(module, nn.ModuleList):
+            continue
+        if not mixed and len({type(child) for child in module}) != 1:
             continue
         blocks = [f"{name}.{key}".lstrip(".") for key, _ in module.named_children()]
         held = [sum(layer.startswith(f"{block}.") for layer in layers) for block in blocks]

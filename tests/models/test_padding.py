@@ -31,7 +31,8 @@ def test_function_is_unchanged(fused):
     torch.manual_seed(0)
     model = nn.ModuleDict({"block": Mlp(fused)}).double()
     inputs = ("gate_up", "router") if fused else ("gate", "up", "router")
-    topology = BlockTopology("block", (*inputs, "down"), (inputs, ("down",)), ())
+    mlp = tuple(name for name in inputs if name != "router"), "down"
+    topology = BlockTopology("block", (*inputs, "down"), (inputs, ("down",)), (), mlp=mlp)
     x = torch.randn(5, 8, dtype=torch.float64)
     expected = model["block"](x)
     assert pad_mlp(model, topology, 16) == 16
@@ -43,6 +44,7 @@ def test_function_is_unchanged(fused):
 
 def test_other_layers_are_named():
     model = nn.ModuleDict({"block": nn.ModuleDict({"up": nn.Linear(4, 6), "down": nn.Identity()})})
-    topology = BlockTopology("block", ("up", "down"), (("up",), ("down",)), ())
+    mlp = ("up",), "down"
+    topology = BlockTopology("block", ("up", "down"), (("up",), ("down",)), (), mlp=mlp)
     with pytest.raises(TypeError, match=r"block\.down: a torch\.nn\.Linear is required.*Identity"):
         pad_mlp(model, topology, 4)

@@ -129,6 +129,8 @@ def test_casts_become_float64():
             nn.functional.softmax(x, dim=-1, dtype=torch.float32),
             torch.softmax(x, -1, torch.float32),
             x.mean(dtype=torch.float32),
+            torch.tensor(torch.finfo(x.dtype).min),
+            torch.full((2,), torch.finfo(x.dtype).min),
         ]
     assert {result.dtype for result in results} == {torch.float64}
     assert x.float().dtype is torch.float32

@@ -2,9 +2,13 @@ import dataclasses
 
 import pytest
 import torch
+from families_reference import FAMILIES
 from torch import nn
 
-from aimet_ext.models.topology import FAMILIES, TopologyDescription, find_blocks, select_pairs
+from aimet_ext.models.description import TopologyDescription
+from aimet_ext.models.topology import find_blocks, select_pairs
+
+LLAMA = FAMILIES[0]
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj")
@@ -37,6 +41,9 @@ def test_wrapper_prefixes_the_names(tiny_llama):
             super().__init__()
             self.inner = tiny_llama
 
+        def forward(self, ids):
+            return self.inner(input_ids=ids, use_cache=False).logits
+
     assert [b.name for b in find_blocks(Wrapper())] == [
         "inner.model.layers.0",
         "inner.model.layers.1",
@@ -44,7 +51,7 @@ def test_wrapper_prefixes_the_names(tiny_llama):
 
 
 def test_a_block_by_itself_has_the_empty_name(tiny_llama):
-    (block,) = find_blocks(tiny_llama.model.layers[0])
+    (block,) = find_blocks(tiny_llama.model.layers[0], LLAMA)
     assert block.name == ""
     assert pair(block, "v_o").size == 32
 
@@ -87,7 +94,7 @@ def test_gemma_norms_multiply_by_one_plus_weight(tiny_model):
 def test_sizes_come_from_the_weights_where_there_is_no_config(tiny_llama):
     block = tiny_llama.model.layers[0]
     del block.self_attn.config
-    assert pair(find_blocks(block)[0], "v_o").size == 32
+    assert pair(find_blocks(block, LLAMA)[0], "v_o").size == 32
 
 
 # ---- unavailable pairs ---------------------------------------------------------------------------
@@ -115,7 +122,7 @@ def test_partial_rotary_in_the_parameters_of_a_layer_type(tiny_llama):
 def test_unknown_head_width_is_said(tiny_llama):
     block = tiny_llama.model.layers[0]
     del block.self_attn.config, block.self_attn.head_dim
-    (found,) = find_blocks(block)
+    (found,) = find_blocks(block, LLAMA)
     assert set(found.unavailable) == {"v_o", "q_k"}
     assert "head_dim is neither on the attention" in found.unavailable["v_o"]
     description = TopologyDescription(name="own", block_class="LlamaDecoderLayer", head_dim=16)
@@ -124,7 +131,7 @@ def test_unknown_head_width_is_said(tiny_llama):
 
 def test_heads_that_contradict_the_config_are_refused(tiny_llama):
     tiny_llama.config.num_key_value_heads = 4
-    reason = find_blocks(tiny_llama)[0].unavailable["v_o"]
+    reason = find_blocks(tiny_llama, LLAMA)[0].unavailable["v_o"]
     assert "does not fit 4 query and 4 key-value heads of 16" in reason
 
 
@@ -132,7 +139,7 @@ def test_gated_attention_keeps_the_value_pair_only(tiny_llama):
     """A query projection with twice the rows holds a gate: it is not scaled as a query."""
     for layer in tiny_llama.model.layers:
         layer.self_attn.q_proj = nn.Linear(64, 128, bias=False)
-    block = find_blocks(tiny_llama)[0]
+    block = find_blocks(tiny_llama, LLAMA)[0]
     assert set(block.unavailable) == {"q_k"}
     assert "self_attn.q_proj must have 64 (q) rows, got 128" in block.unavailable["q_k"]
 
@@ -182,28 +189,32 @@ def test_every_mismatch_is_listed_at_once(tiny_llama):
     second.mlp.up_proj = nn.Linear(64, 100)
     second.mlp.gate_proj = nn.Conv2d(64, 128, 3)
     with pytest.raises(ValueError) as error:
-        find_blocks(tiny_llama)
+        find_blocks(tiny_llama, LLAMA)
     text = str(error.value)
-    assert "model.layers.0 (table 'llama'): self_attn.v_proj with a weight is missing" in text
-    assert "model.layers.0 (table 'llama'): self_attn.extra is in the block and not in" in text
-    assert "model.layers.1 (table 'llama'): mlp.gate_proj must have a weight [out, in]" in text
+    assert "model.layers.0 (description 'llama'): self_attn.v_proj with a weight is missing" in text
+    assert (
+        "model.layers.0 (description 'llama'): self_attn.extra is in the block and not in" in text
+    )
+    assert (
+        "model.layers.1 (description 'llama'): mlp.gate_proj must have a weight [out, in]" in text
+    )
     second.mlp.gate_proj = nn.Linear(32, 128)
     with pytest.raises(ValueError) as error:
-        find_blocks(tiny_llama)
+        find_blocks(tiny_llama, LLAMA)
     text = str(error.value)
     assert "mlp.gate_proj reads 32 channels of post_attention_layernorm [64]" in text
     assert "mlp.up_proj must have 128 rows for mlp.down_proj, got 100" in text
 
 
-def test_an_unknown_architecture_is_compared_with_the_nearest_table(tiny_model):
+def test_a_description_of_another_class_is_compared_with_what_is_there(tiny_model):
     with pytest.raises(ValueError) as error:
-        find_blocks(tiny_model("olmo2"))
+        find_blocks(tiny_model("olmo2"), LLAMA)
     text = str(error.value)
+    assert "is of class LlamaDecoderLayer" in text
     assert "model.layers holds 2 of class Olmo2DecoderLayer" in text
-    assert all(table.block_class in text for table in FAMILIES)
     assert "input_layernorm with a weight is missing" in text
     assert "post_feedforward_layernorm is in the block and not in the table" in text
-    assert "TopologyDescription" in text
+    assert "description 'llama'" in text
 
 
 def test_a_module_without_blocks_is_an_error():
@@ -211,18 +222,15 @@ def test_a_module_without_blocks_is_an_error():
         find_blocks(nn.Linear(2, 2))
 
 
-def test_a_description_takes_the_place_of_the_tables(tiny_model):
+def test_a_description_takes_the_place_of_what_is_found(tiny_model):
     model = tiny_model("granite")
     with pytest.raises(ValueError, match="all modules fit"):
-        find_blocks(model)
-    description = dataclasses.replace(FAMILIES[0], block_class="GraniteDecoderLayer")
-    assert len(find_blocks(model, description)) == 2
-    with pytest.raises(ValueError, match="Qwen2DecoderLayer, known are GraniteDecoderLayer"):
+        find_blocks(model, LLAMA)
+    description = dataclasses.replace(LLAMA, block_class="GraniteDecoderLayer", gain_offset=2.0)
+    for block in find_blocks(model, description):
+        assert pair(block, "norm_qkv").sides[0].gain_offset == 2.0
+    with pytest.raises(ValueError, match="of class Qwen2DecoderLayer"):
         find_blocks(tiny_model("qwen2"), description)
-
-
-def test_table_class_names_are_unique():
-    assert len({table.block_class for table in FAMILIES}) == len(FAMILIES)
 
 
 def test_indices_cover_their_modules(tiny_model):

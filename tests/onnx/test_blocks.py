@@ -16,12 +16,12 @@ onnx_models = pytest.importorskip("onnx_models")
 from onnx import numpy_helper  # noqa: E402
 
 from aimet_ext.errors import TransformRefused  # noqa: E402
+from aimet_ext.models.description import TopologyDescription  # noqa: E402
 from aimet_ext.models.proof import (  # noqa: E402
     probe,
     probe_inputs,
     prove_pairs,
 )
-from aimet_ext.models.topology import TopologyDescription  # noqa: E402
 from aimet_ext.onnx.blocks.find import (  # noqa: E402
     argument_names,
     capture_blocks,

@@ -11,7 +11,8 @@ from onnx import NodeProto
 from torch import Tensor
 
 from aimet_ext.data.batches import token_mask
-from aimet_ext.models.topology import BlockTopology, TopologyDescription
+from aimet_ext.models.description import TopologyDescription
+from aimet_ext.models.topology import BlockTopology
 from aimet_ext.onnx.blocks.flow import Flow, Norm, SharedVector
 from aimet_ext.onnx.blocks.roles import (
     MismatchError,

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from onnx import NodeProto
 
 from aimet_ext.core.equivalence import ScalePair
-from aimet_ext.models.topology import BlockTopology, TopologyDescription, candidate_pairs
+from aimet_ext.models.description import TopologyDescription, candidate_pairs
+from aimet_ext.models.topology import BlockTopology
 from aimet_ext.onnx.blocks.flow import ATTENTION, Flow, Norm, SharedVector
 from aimet_ext.onnx.index import attribute
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from aimet_ext.data.batches import ForwardFn
 from aimet_ext.data.feeds import named_batches
+from aimet_ext.models.description import TopologyDescription
 from aimet_ext.models.residual import ResidualEnds, Survey
-from aimet_ext.models.topology import BlockTopology, TopologyDescription
+from aimet_ext.models.topology import BlockTopology
 from aimet_ext.onnx.graph import OnnxGraph
 from aimet_ext.onnx.layers import (
     FoundLayers,
@@ -285,7 +286,9 @@ class OnnxSim(OnnxPoints, SimAdaptor):
             device=options.get("device"),
         )
 
-    def find_blocks(self, description: TopologyDescription | None) -> list[BlockTopology]:
+    def find_blocks(
+        self, description: TopologyDescription | None, run: Callable[[], object] | None = None
+    ) -> list[BlockTopology]:
         from aimet_ext.sim.onnx.blocks import add_blocks
 
         return add_blocks(self, description)

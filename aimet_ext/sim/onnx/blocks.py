@@ -14,7 +14,8 @@ from onnx import NodeProto, TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from aimet_ext.core.affine import fake_quantize
-from aimet_ext.models.topology import BlockTopology, TopologyDescription
+from aimet_ext.models.description import TopologyDescription
+from aimet_ext.models.topology import BlockTopology
 from aimet_ext.onnx.blocks.find import (
     BlockPlan,
     argument_names,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from aimet_ext.models.description import TopologyDescription
 from aimet_ext.models.residual import ReadNorm, ResidualEnds, Survey
-from aimet_ext.models.topology import TopologyDescription
 from aimet_ext.onnx.blocks.ends import (
     EndModule,
     OnnxEnds,

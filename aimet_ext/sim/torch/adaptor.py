@@ -17,9 +17,11 @@ from aimet_ext.core.affine import Grid, fake_quantize, minmax_range, scale_offse
 from aimet_ext.core.interrupts import uninterrupted
 from aimet_ext.data.batches import ForwardFn, iterate_batches
 from aimet_ext.files.tensors import of_parameter, parameter_quantizer
+from aimet_ext.models.description import TopologyDescription
+from aimet_ext.models.proof import probe_batch
 from aimet_ext.models.residual import ResidualEnds, Survey
 from aimet_ext.models.rotary import check_rotary
-from aimet_ext.models.topology import BlockTopology, TopologyDescription, find_blocks
+from aimet_ext.models.topology import BlockTopology, find_blocks
 from aimet_ext.sim.facts import SimFacts
 from aimet_ext.sim.protocol import Range, SimAdaptor
 from aimet_ext.sim.torch import residual
@@ -258,8 +260,11 @@ class TorchSim(TorchPoints, SimAdaptor):
                 return BlockWalk(self.model, blocks, batches, layers, kinds=kinds, **settings)
         return walk_graph(self.model, batches, layers, leaves=self.sim.qmodules(), **settings)
 
-    def find_blocks(self, description: TopologyDescription | None) -> list[BlockTopology]:
-        return find_blocks(self.model, description)
+    def find_blocks(
+        self, description: TopologyDescription | None, run: Callable[[], object] | None = None
+    ) -> list[BlockTopology]:
+        with self.disabled_quantizers():
+            return find_blocks(self.model, description, run)
 
     def check_rotary(self) -> None:
         check_rotary(self.model)
@@ -288,7 +293,7 @@ class TorchSim(TorchPoints, SimAdaptor):
         return residual.logits_behind(self, blocks, forward_fn)
 
     def probe_batch(self) -> Any:
-        return residual.probe_batch(self.model)
+        return probe_batch(self.model)
 
     def block_pass(
         self,

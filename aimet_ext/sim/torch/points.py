@@ -262,9 +262,12 @@ def norm_gains(model: nn.Module, blocks: Sequence[BlockTopology]) -> list[NormGa
         if weight is None or weight.dim() != 1 or "norm" not in type(module).__name__.lower():
             continue
         readers: tuple[str, ...] = ()
+        added = offset
         if name in known:
             block, pair = known[name]
-            readers = tuple(f"{block.name}.{side.module}" for side in pair.sides[1:])
+            added = pair.sides[0].gain_offset
+            if all(side.index is None for side in pair.sides):
+                readers = tuple(f"{block.name}.{side.module}" for side in pair.sides[1:])
         elif blocks and not name.startswith(inside):
             outside = ((n, m) for n, m in model.named_modules() if not n.startswith(inside))
             readers = tuple(
@@ -276,7 +279,7 @@ def norm_gains(model: nn.Module, blocks: Sequence[BlockTopology]) -> list[NormGa
             )
         keys = [key for key in ("weight", "bias") if module._parameters.get(key) is not None]
         names = {key: f"{name}.{key}" for key in keys}
-        found.append(NormGain(module=name, part=name, names=names, offset=offset, readers=readers))
+        found.append(NormGain(module=name, part=name, names=names, offset=added, readers=readers))
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from aimet_ext.core.interrupts import uninterrupted
-from aimet_ext.data.batches import ForwardFn, call_model, module_device
+from aimet_ext.data.batches import ForwardFn, call_model
 from aimet_ext.models.proof import float64_casts
 from aimet_ext.models.residual import (
     ResidualEnds,
@@ -25,12 +24,9 @@ from aimet_ext.models.residual import (
 )
 from aimet_ext.models.topology import BlockTopology
 from aimet_ext.walk.hooks import evaluating, run_batch
-from aimet_ext.walk.stream import nearest_config
 
 if TYPE_CHECKING:
     from aimet_ext.sim.torch.adaptor import TorchSim
-
-_BATCH, _LENGTH = 2, 16
 
 
 @contextmanager
@@ -89,33 +85,6 @@ def shared_outside(
             outside.sort(key=lambda name: not isinstance(model.get_submodule(name), nn.Embedding))
             groups[id(model.get_submodule(outside[0]).weight)] = outside
     return list(groups.values())
-
-
-def probe_batch(model: nn.Module) -> Any:
-    """Return two short sequences of random ids, the second one padded where the model has masks.
-
-    :raises ValueError: the model looks up no ids in a table.
-    """
-    getter = getattr(getattr(model, "model", model), "get_input_embeddings", None)
-    table = getter() if callable(getter) else None
-    if not isinstance(table, nn.Embedding):
-        tables = (module for module in model.modules() if isinstance(module, nn.Embedding))
-        table = next(tables, None)
-    if table is None:
-        raise ValueError(
-            "dataloader must be given for a model without a table of embeddings, got none"
-        )
-    generator = torch.Generator().manual_seed(0)
-    config = nearest_config(model, "?", "max_position_embeddings")
-    length = min(_LENGTH, getattr(config, "max_position_embeddings", _LENGTH))
-    ids = torch.randint(0, table.num_embeddings, (_BATCH, length), generator=generator)
-    ids = ids.to(module_device(model))
-    taken = inspect.signature(model.forward).parameters
-    if "attention_mask" not in taken or "input_ids" not in taken:
-        return (ids,)
-    mask = torch.ones_like(ids)
-    mask[1, length - length // 4 :] = 0
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def survey(adaptor: TorchSim, batches: Sequence[Any], forward_fn: ForwardFn | None) -> Survey:

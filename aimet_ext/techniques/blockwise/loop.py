@@ -6,11 +6,13 @@ Each block is decided, deployed and compared with plain rounding before the next
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
@@ -20,6 +22,7 @@ from tqdm import tqdm
 from aimet_ext.config import TechniqueParams
 from aimet_ext.core.clipping import shares_of
 from aimet_ext.core.equivalence import PairKind, ScalePair
+from aimet_ext.data.batches import call_model
 from aimet_ext.data.cache import TensorCache
 from aimet_ext.files.folders import replace_folder
 from aimet_ext.files.ledger import Ledger
@@ -27,8 +30,9 @@ from aimet_ext.files.manifest import write_manifest
 from aimet_ext.files.scales import check_aimet_keys, write_scales
 from aimet_ext.files.starts import write_clips
 from aimet_ext.files.tensors import Checkpoints
-from aimet_ext.models.proof import probe, probe_inputs, prove_pairs
-from aimet_ext.models.topology import BlockTopology, TopologyDescription, select_pairs
+from aimet_ext.models.description import TopologyDescription
+from aimet_ext.models.proof import PairFailure, failing_pairs, probe, probe_inputs
+from aimet_ext.models.topology import BlockTopology, select_pairs
 from aimet_ext.sim.protocol import (
     SimAdaptor,
     WeightQuantizer,
@@ -51,6 +55,7 @@ from aimet_ext.techniques.session import (
 from aimet_ext.walk.passes import BlockPass
 from aimet_ext.walk.streamed import StreamedBlock
 
+LOGGER = logging.getLogger(__name__)
 P = TypeVar("P", bound=TechniqueParams)
 
 
@@ -136,13 +141,15 @@ def run_blockwise(
 ) -> BlockwiseReport:
     """Apply a block-wise technique to a simulation, or leave it as it was.
 
-    :param topology: Names of the modules in a block, for a model of an unknown family.
+    :param topology: Names of the modules in a block, in place of what is found in a run of it.
     :param aimet_keys: True to write AIMET's names of scales as well.
     """
     solver, options = solver_class(call.params, call.row.name), call.options
     adaptor = adapt(call.sim)
+    batches = adaptor.batches(call.dataloader, opaque=options.forward_fn is not None)
+    first = partial(call_model, adaptor.model, batches[0], options.forward_fn)
     with adaptor.own_parameters(solver.pairs, topology):
-        blocks = adaptor.find_blocks(topology)
+        blocks = adaptor.find_blocks(topology, first)
         quantizers = layers_to_quantize(
             adaptor,
             blocks,
@@ -159,7 +166,7 @@ def run_blockwise(
         with undo_on_failure(adaptor, options.cache_dir) as keep:
             adaptor.ledger = ledger = copy.deepcopy(ledger)
             run = BlockwiseRun(adaptor, blocks, quantizers, solver, options, keep)
-            reports = run.all_blocks(call.dataloader)
+            reports = run.all_blocks(batches)
             rounds, settings = call.row.rounds, solver.params.to_dict()
             ledger.log_run(solver.technique, layers, rounds=rounds, settings=settings)
             report = BlockwiseReport(
@@ -212,11 +219,14 @@ class BlockwiseRun:
     keep: Callable[[str], None]
     refused: dict[str, str] = field(default_factory=dict)
 
-    def all_blocks(self, dataloader: Iterable[Any]) -> list[BlockReport]:
-        """Decide every block in order."""
+    def all_blocks(self, batches: Sequence[Any]) -> list[BlockReport]:
+        """Decide every block in order.
+
+        :param batches: Result of :meth:`SimAdaptor.batches`.
+        """
         self.adaptor.model.eval().requires_grad_(False)
         with ExitStack() as stack:
-            streams = stack.enter_context(closing(self._open(dataloader)))
+            streams = stack.enter_context(closing(self._open(batches)))
             floats, solver = streams.flows["float"], self.solver
             checkpoints = stack.enter_context(
                 open_checkpoints(
@@ -248,10 +258,9 @@ class BlockwiseRun:
                 reports.append(self._block(number, data, checkpoints, bar))
             return reports
 
-    def _open(self, dataloader: Iterable[Any]) -> BlockPass:
+    def _open(self, batches: Sequence[Any]) -> BlockPass:
         """Return the first block's inputs in the float model and with quantized weights."""
         options, adaptor = self.options, self.adaptor
-        batches = adaptor.batches(dataloader, opaque=options.forward_fn is not None)
         names = [block.name for block in self.blocks]
         inside = tuple(f"{name}." for name in names)
         every = {**adaptor.weight_quantizers(), **adaptor.other_quantizers()}
@@ -357,7 +366,8 @@ class BlockwiseRun:
             data.look(layers)
             call = data.flows["float"].select(0)
             tokens = probe_inputs(data.module, call.args, call.kwargs)
-            prove_pairs(probe(data.module, (), tokens), params, pairs, where=name)
+            failures = failing_pairs(probe(data.module, (), tokens), params, pairs)
+        pairs = self._without(name, pairs, failures)
         return Block(
             number=number,
             count=len(self.blocks),
@@ -373,6 +383,18 @@ class BlockwiseRun:
             trim=self.solver.trim,
             quantize_activations=self.solver.quantize_activations,
         )
+
+    def _without(
+        self, name: str, pairs: Sequence[ScalePair], failures: Sequence[PairFailure]
+    ) -> tuple[ScalePair, ...]:
+        """Return the pairs of a block that hold; those that do not are noted."""
+        for failure in failures:
+            kind, reason = failure.pair.kind, f"{name}: {failure}"
+            LOGGER.warning("a scale pair is left out, it changes the float function: %s", reason)
+            before = self.refused.get(kind)
+            self.refused[kind] = reason if before is None else f"{before}; {reason}"
+        lost = [failure.pair for failure in failures]
+        return tuple(pair for pair in pairs if pair not in lost)
 
     def _pairs(self, topology: BlockTopology, layers: set[str]) -> tuple[ScalePair, ...]:
         """Return the pairs of the kinds asked for that fit and touch no excluded layer."""

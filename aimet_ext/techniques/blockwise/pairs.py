@@ -82,9 +82,9 @@ def read_pairs(block: Block, layers: Sequence[str]) -> list[ReadPair]:
             if side.axis == "in" and side.module in layers:
                 weight = block.weight(side.module)
                 width = weight.shape[1]
-                if side.rows is not None and side.rows != (0, width):
-                    break
                 index = torch.arange(width) if side.index is None else side.index
+                if len(index) != width or bool((index < 0).any()):
+                    break  # it reads some columns of them alone
                 indices[side.module] = index.to(weight.device)
         else:
             first = next(iter(indices.values()), None)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -16,10 +17,12 @@ from tqdm import tqdm
 from aimet_ext.config import RotationParams, TechniqueParams
 from aimet_ext.core.hadamard import Rotation, rotation
 from aimet_ext.core.key_maps import KeyMap
+from aimet_ext.data.batches import call_model
 from aimet_ext.errors import TransformRefused
 from aimet_ext.files.folders import replace_folder
 from aimet_ext.files.manifest import write_manifest
 from aimet_ext.files.scales import write_scales
+from aimet_ext.models.description import TopologyDescription
 from aimet_ext.models.proof import BOUNDS, float64_casts, probe, probe_inputs
 from aimet_ext.models.residual import (
     ResidualEnds,
@@ -27,7 +30,7 @@ from aimet_ext.models.residual import (
     read_norms,
     value_pair,
 )
-from aimet_ext.models.topology import BlockTopology, TopologyDescription
+from aimet_ext.models.topology import BlockTopology
 from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer, adapt, moved_ranges
 from aimet_ext.techniques.call import Call
 from aimet_ext.techniques.report import RotatedPart, RotationReport
@@ -317,8 +320,9 @@ def run_rotation(
     kinds = [*(("norm_qkv", "norm_mlp") if r1 else ()), *(("v_o",) if r2 else ())]
     ends_of_own = adaptor.own_ends(topology) if r1 else nullcontext()
     with adaptor.own_parameters(kinds, topology), ends_of_own:
-        blocks = adaptor.find_blocks(topology)
         batches = _batches(adaptor, call)
+        first = partial(call_model, adaptor.model, batches[0], options.forward_fn)
+        blocks = adaptor.find_blocks(topology, first)
         refused = _refused_heads(blocks) if r2 else {}
         if "r2" in refused and not r1:
             raise TransformRefused(refused["r2"])
