@@ -76,6 +76,7 @@ class ScaledRun:
     written: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        self._paused: str | None = None
         weighted = {
             name: module
             for name, module in self.block.named_modules()
@@ -83,8 +84,9 @@ class ScaledRun:
         }
         with ExitStack() as hooks:
             for name, module in weighted.items():
-                hook = partial(self._note, name)
-                hooks.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+                before, after = partial(self._before, name), partial(self._note, name)
+                hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+                hooks.callback(module.register_forward_hook(after, with_kwargs=True).remove)
             with torch.enable_grad():
                 leaving = self._run()
         self.leaving = [tensor.detach().clone() for tensor in leaving]
@@ -165,10 +167,19 @@ class ScaledRun:
             leaving = self._run()
         return inputs, [tensor.clone() for tensor in leaving]
 
+    def _before(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        new = name not in self.called and torch.is_grad_enabled()
+        if new and _maps(module._parameters["weight"], _first(args, kwargs)):
+            self._paused = name  # what a layer returns is taken as a constant
+            torch.set_grad_enabled(False)
+
     def _note(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if name in self.called:
             self.repeated.add(name)
             return None
+        if name == self._paused:
+            self._paused = None
+            torch.set_grad_enabled(True)
         x, weight = _first(args, kwargs), module._parameters["weight"]
         assert weight is not None
         call = args, dict(kwargs)
@@ -180,7 +191,7 @@ class ScaledRun:
         if weight.dim() == 1 and isinstance(output, Tensor) and output.shape[-1:] == weight.shape:
             seen = self.seen[name] = Seen(name, module, x, output.detach(), call, True)
             return self._scale(seen, output)
-        if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        if not _maps(weight, x):
             return None
         output = map_tensors(Tensor.detach, output)
         seen = self.seen[name] = Seen(name, module, x, output, call, False)
@@ -251,6 +262,13 @@ class ScaledRun:
 
 def _first(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+
+
+def _maps(weight: Tensor | None, x: Tensor | None) -> bool:
+    """Return True if a weight is a matrix for the last dimension of an input."""
+    if weight is None or x is None or weight.dim() != 2:
+        return False
+    return x.is_floating_point() and x.shape[-1] == weight.shape[1]
 
 
 def _is_matrix(module: Any) -> bool:

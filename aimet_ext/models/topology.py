@@ -75,10 +75,21 @@ class BlockTopology:
     mlp: tuple[tuple[str, ...], str] | None = None
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Return True for a linear layer, or a convolution that is one."""
+    try:
+        geometry = Geometry.of(module)
+    except TypeError:
+        return False
+    return geometry.groups == 1 and all(side == 1 for side in geometry.kernel_size)
+
+
 def find_blocks(
     model: nn.Module,
     description: TopologyDescription | None = None,
     run: Callable[[], object] | None = None,
+    *,
+    is_layer: Callable[[nn.Module], bool] = is_linear,
 ) -> list[BlockTopology]:
     """Return the decoder blocks of a model, in order.
 
@@ -88,6 +99,8 @@ def find_blocks(
 
     :param description: description to go by, in place of what is found.
     :param run: function that runs the model on a batch; None for one of random ids.
+    :param is_layer: function that tells which linear layers are among those of a block; others,
+        such as routers, are in pairs alone.
     :raises ValueError: there is no stack of blocks, blocks differ from the description, or they
         receive fewer than 8 tokens.
     """
@@ -105,9 +118,9 @@ def find_blocks(
         calls = _calls(model, firsts, run)
     except Exception as error:  # noqa: BLE001  (of the batch: a walk of the model says more)
         reason = f"in a run of the model, {type(error).__name__}: {error}"
-        return [_unwatched(model, name, reason) for name in names]
+        return [_unwatched(model, name, reason, is_layer) for name in names]
     for first, own in zip(firsts, kinds.values(), strict=True):
-        found_block = _find(model, first, *calls[first])
+        found_block = _find(model, first, *calls[first], is_layer)
         for name in own:
             by_name[name] = _with_own_parameters(model, replace(found_block, name=name), shared)
     return [by_name[name] for name in names]
@@ -170,7 +183,7 @@ def _stack(model: nn.Module) -> list[str]:
 
     :raises ValueError: there are none.
     """
-    layers = [name for name, module in model.named_modules() if _is_linear(module)]
+    layers = [name for name, module in model.named_modules() if is_linear(module)]
     names = find_stack(model, layers)
     inside = tuple(f"{name}." for name in names)
     if 2 * sum(layer.startswith(inside) for layer in layers) <= len(layers):
@@ -182,15 +195,6 @@ def _stack(model: nn.Module) -> list[str]:
             "TopologyDescription of blocks that stand elsewhere"
         )
     return names
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Return True for a linear layer, or a convolution that is one."""
-    try:
-        geometry = Geometry.of(module)
-    except TypeError:
-        return False
-    return geometry.groups == 1 and all(side == 1 for side in geometry.kernel_size)
 
 
 def _form(block: nn.Module) -> Any:
@@ -241,14 +245,20 @@ def _calls(
 
 
 def _unwatched(
-    model: nn.Module, name: str, reason: str, run: Callable[[], object] | None = None
+    model: nn.Module,
+    name: str,
+    reason: str,
+    is_layer: Callable[[nn.Module], bool],
+    run: Callable[[], object] | None = None,
 ) -> BlockTopology:
     """Return the layers of a block in the order of their calls, or else of their names.
 
     :param run: Function that runs the block.
     """
     block = model.get_submodule(name)
-    layers = [n for n, module in block.named_modules() if n and _is_linear(module)]
+    layers = [
+        n for n, module in block.named_modules() if n and is_linear(module) and is_layer(module)
+    ]
     stages: list[tuple[str, ...]] = [(n,) for n in layers]
     if run is not None:
         with evaluating(block):
@@ -260,7 +270,11 @@ def _unwatched(
 
 
 def _find(
-    model: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module,
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    is_layer: Callable[[nn.Module], bool],
 ) -> BlockTopology:
     """Return what is found in a run of a block."""
     block = model.get_submodule(name)
@@ -273,8 +287,8 @@ def _find(
     except Exception as error:  # noqa: BLE001  (the block is code of any kind)
         reason = f"its parts cannot be run one by one: {type(error).__name__}: {error}"
         LOGGER.warning("no scale pairs are found in %s, %s", name, reason)
-        return _unwatched(model, name, reason, partial(block, **inputs))
-    own = [n for n, module in block.named_modules() if n and _is_linear(module)]
+        return _unwatched(model, name, reason, is_layer, partial(block, **inputs))
+    own = [n for n, module in block.named_modules() if n and is_linear(module) and is_layer(module)]
     layers = [n for n in own if n in run.called]
     layers += [n for n in run.uncalled if n in own and any(peers(layers, n))]
     stages = structure.stages(layers, [n for n in layers if is_routed(block, n)])

@@ -188,6 +188,7 @@ class LayerOrder:
     :param activations: ReLU that alone reads a layer's output, by layer.
     :param parts: Children of the module whose output is their last layer's output, with that layer
         and a function from its output to the child's.
+    :param idle: Layers of experts that no token is sent to.
     :param returns: Function from the first tensor of the module's output to the whole output.
     """
 
@@ -195,6 +196,7 @@ class LayerOrder:
     stages: list[tuple[str, ...]] = field(default_factory=list)
     activations: dict[str, Activation] = field(default_factory=dict)
     parts: dict[str, tuple[str, Wrap]] = field(default_factory=dict)
+    idle: list[str] = field(default_factory=list)
     returns: Wrap = field(default=lambda tensor: tensor)
 
 
@@ -240,7 +242,8 @@ def layer_order(
         left = [name for name in layers if name not in order]
         if lost := [f"{prefix}{name}" for name in left if not is_routed(module, name)]:
             raise uncalled(lost)
-        order.update(dict.fromkeys(left))  # experts: no token is sent to them
+        order.update(dict.fromkeys(left))
+        found.idle = left
     partners = [watch.partners(geometry) for watch in watches]
     stages: dict[Any, list[str]] = {}
     for name in order:

@@ -264,7 +264,8 @@ class TorchSim(TorchPoints, SimAdaptor):
         self, description: TopologyDescription | None, run: Callable[[], object] | None = None
     ) -> list[BlockTopology]:
         with self.disabled_quantizers():
-            return find_blocks(self.model, description, run)
+            # A class that AIMET does not know, as a router's, has no quantizers.
+            return find_blocks(self.model, description, run, is_layer=_is_quantized)
 
     def check_rotary(self) -> None:
         check_rotary(self.model)
@@ -435,3 +436,7 @@ def _widen(ranges: dict[str, Range], name: str, tensor: Tensor) -> None:
     if tensor.numel():
         low, high = ranges.get(name, (float("inf"), -float("inf")))
         ranges[name] = (min(low, float(tensor.min())), max(high, float(tensor.max())))
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    return isinstance(module, BaseQuantizationMixin)

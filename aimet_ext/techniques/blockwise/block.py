@@ -360,9 +360,9 @@ class Block:
             if name in self.params:
                 parameter.copy_(changed.get(name, self.params[name]))
         self.adaptor.commit(self.name)
-        for layer in self.layers:
-            if layer not in state.grids:
-                self.quantizers[layer].calibrate()
+        for layer, quantizer in self.quantizers.items():
+            if layer not in state.grids and not quantizer.frozen:
+                quantizer.calibrate()
         self.calibrate(self.state_params(state))
         for name, bounds in self.ranges.items() if state.grids else ():
             if not self.points[name].frozen:

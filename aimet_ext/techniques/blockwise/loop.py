@@ -294,7 +294,7 @@ class BlockwiseRun:
         with self.adaptor.disabled_quantizers(data.name):
             targets = data.outputs("float", notes)
         with targets:
-            block = self._prepare(number, data, targets, [each for _, each in inputs])
+            block = self._prepare(number, data, targets, inputs)
             if checkpoints is not None and resumed:
                 with checkpoints.resuming(number) as saved:
                     report = resume(block, self.solver.technique, *saved)
@@ -350,7 +350,7 @@ class BlockwiseRun:
         number: int,
         data: StreamedBlock,
         targets: TensorCache,
-        inputs: Sequence[StageInputs],
+        inputs: Sequence[tuple[Sequence[str], StageInputs]],
     ) -> Block:
         """Return the block as an optimisation problem, its scale pairs proved."""
         adaptor, name, topology = self.adaptor, data.name, self.blocks[number]
@@ -363,22 +363,28 @@ class BlockwiseRun:
         layers = [layer for layer in topology.linears if f"{name}.{layer}" in self.quantizers]
         pairs = self._pairs(topology, set(layers))
         with adaptor.disabled_quantizers(name):
-            data.look(layers)
+            idle = data.look(layers).idle
             call = data.flows["float"].select(0)
             tokens = probe_inputs(data.module, call.args, call.kwargs)
             failures = failing_pairs(probe(data.module, (), tokens), params, pairs)
         pairs = self._without(name, pairs, failures)
+        stages = [stage for stage in self._stages(number) if not set(stage) & set(idle)]
+        if idle:
+            LOGGER.warning(
+                "no token of the batches is sent to %s, which keep plain rounding",
+                ", ".join(f"{name}.{layer}" for layer in idle),
+            )
         return Block(
             number=number,
             count=len(self.blocks),
             data=data,
-            stages=self._stages(number),
+            stages=stages,
             quantizers={layer: self.quantizers[f"{name}.{layer}"] for layer in layers},
             pairs=pairs,
             params=params,
             targets=targets,
             adaptor=adaptor,
-            inputs=inputs,
+            inputs=[each for stage, each in inputs if list(stage) in stages],
             judged=self.solver.judged,
             trim=self.solver.trim,
             quantize_activations=self.solver.quantize_activations,

@@ -307,7 +307,9 @@ def _row_importance(block: Block) -> dict[str, Tensor]:
 
         return block.module.get_submodule(layer).register_forward_hook(hook)
 
-    totals = {layer: block.weight(layer).new_zeros(()) for layer in block.layers}
+    totals = {
+        layer: block.weight(layer).new_zeros(len(block.weight(layer))) for layer in block.layers
+    }
     generator = torch.Generator().manual_seed(0)
     hooks = [keep(layer) for layer in block.layers]
     try:

@@ -1,0 +1,95 @@
+"""Block-wise techniques on decoder blocks that no table ever knew."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import aimet_ext
+from aimet_ext.sim.protocol import adapt
+
+pytest.importorskip("aimet_torch")
+
+BRIEF = {"num_iterations": 4, "progress": False}
+EXPERTS = {
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 1,
+}
+PARALLEL = {"num_key_value_heads": 2, "num_hidden_layers": 1}
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[Tensor]:
+    """Four batches of ids, [2, 24]."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 128, (2, 24), generator=generator) for _ in range(4)]
+
+
+def simulated(model: Any, batches: Any) -> Any:
+    return aimet_ext.create_sim(model, batches[0], activations=None)
+
+
+@pytest.mark.parametrize(
+    "apply", [aimet_ext.apply_awq, aimet_ext.apply_smoothquant, aimet_ext.apply_omniquant]
+)
+def test_experts_are_rescaled_with_their_router(tiny_model: Any, batches: Any, apply: Any) -> None:
+    """The float function stays; experts' layers, their norm and the router have new weights."""
+    model = tiny_model("mixtral", **EXPERTS)
+    sim = simulated(model, batches)
+    before = {name: value.clone() for name, value in sim.model.named_parameters()}
+    brief = BRIEF if apply is aimet_ext.apply_omniquant else {"progress": False}
+    report = apply(sim, batches, **brief)
+    assert not report.refused_pairs
+    with adapt(sim).disabled_quantizers(), torch.no_grad():
+        float_logits = model(input_ids=batches[-1], use_cache=False).logits
+        if apply is not aimet_ext.apply_omniquant or report.blocks[0].kept != "nearest":
+            changed = {n for n, v in sim.model.named_parameters() if not torch.equal(v, before[n])}
+            assert {"gate", "post_attention_layernorm"} <= {name.split(".")[-2] for name in changed}
+        change = (sim.model(batches[-1]) - float_logits).abs().max() / float_logits.abs().max()
+    assert change <= 1e-5
+    assert sum(block.loss_after for block in report.blocks) > 0
+
+
+def test_experts_without_tokens_keep_plain_rounding(
+    tiny_model: Any, batches: Any, caplog: Any
+) -> None:
+    model = tiny_model("mixtral", **EXPERTS)
+    with torch.no_grad():
+        router = model.model.layers[0].mlp.gate
+        router.weight[:2] = router.weight[:1] * torch.tensor([[90.0], [-90.0]])
+        router.weight[5] = router.weight[2:5].mean(0)  # never the best of these
+    sim = simulated(model, batches)
+    with caplog.at_level(logging.WARNING):
+        for apply in (aimet_ext.apply_omniquant, aimet_ext.apply_autoround):
+            apply(simulated(model, batches), batches[:1], **BRIEF)
+    assert "no token of the batches is sent to" in caplog.text
+    assert "layers.0.mlp.experts.down_proj.5" in caplog.text
+    report = aimet_ext.apply_awq(sim, batches[:1], progress=False)
+    assert all(block.loss_after <= block.loss_nearest for block in report.blocks)
+
+
+def test_parallel_attention_and_mlp(tiny_model: Any, batches: Any) -> None:
+    """One norm that both read; the two that are left out are named."""
+    sim = simulated(tiny_model("cohere", **PARALLEL), batches)
+    report = aimet_ext.apply_omniquant(sim, batches, **BRIEF)
+    assert set(report.refused_pairs) == {"norm_mlp"}
+    assert all(block.loss_after < block.loss_nearest for block in report.blocks)
+
+
+def test_a_pair_that_does_not_hold_is_left_out(tiny_model: Any, batches: Any, caplog: Any) -> None:
+    """Cohere's rotary embeddings turn neighbours: scales tied over half a head are none."""
+    sim = simulated(tiny_model("cohere", **PARALLEL), batches)
+    with caplog.at_level(logging.WARNING):
+        report = aimet_ext.apply_omniquant(sim, batches, pairs=("v_o", "q_k"), **BRIEF)
+    assert set(report.refused_pairs) == {"q_k"}
+    reason = report.refused_pairs["q_k"]
+    assert reason.startswith("model.model.layers.0: q_proj->k_proj")
+    assert "max|change|" in reason
+    assert reason in caplog.text
+    assert all(block.loss_after < block.loss_nearest for block in report.blocks)
