@@ -131,7 +131,7 @@ class Structure:
         if seen.is_norm and gain_offset(run, seen) is None:
             return f"{name} does not multiply by its weight, or by a constant more"
         unseen = {other for reader in readers for other in peers(run.uncalled, reader)}
-        if unseen:
+        if unseen and not any(peers(run.uncalled, name)):  # else each has its own
             return (
                 f"{', '.join(sorted(unseen))} received no token when {name} was looked at; "
                 "longer sequences may reach all"

@@ -10,6 +10,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -101,8 +102,7 @@ def find_blocks(
     :param run: function that runs the model on a batch; None for one of random ids.
     :param is_layer: function that tells which linear layers are among those of a block; others,
         such as routers, are in pairs alone.
-    :raises ValueError: there is no stack of blocks, blocks differ from the description, or they
-        receive fewer than 8 tokens.
+    :raises ValueError: there is no stack of blocks, or they differ from the description.
     """
     if description is not None:
         found = described_blocks(model, description)
@@ -262,11 +262,25 @@ def _unwatched(
     stages: list[tuple[str, ...]] = [(n,) for n in layers]
     if run is not None:
         with evaluating(block):
-            stages = layer_order(block, layers, [run], f"{name}.").stages
+            once = _called_once(block, layers, run)
+            stages = layer_order(block, once, [run], f"{name}.").stages
     kinds: list[str] = [*_ABSENT, "q_k"]
     unavailable = dict.fromkeys(kinds, reason)
     linears = tuple(layer for stage in stages for layer in stage)
     return BlockTopology(name, linears, tuple(stages), (), unavailable)
+
+
+def _called_once(block: nn.Module, layers: Sequence[str], run: Callable[[], object]) -> list[str]:
+    """Return those of a block's layers that are called once in a run."""
+    calls: Counter[str] = Counter()
+    with ExitStack() as hooks, torch.no_grad():
+        for layer in layers:
+            hook = block.get_submodule(layer).register_forward_hook(
+                lambda *_, layer=layer: calls.update([layer])
+            )
+            hooks.callback(hook.remove)
+        run()
+    return [layer for layer in layers if calls[layer] == 1]
 
 
 def _find(
@@ -278,16 +292,15 @@ def _find(
 ) -> BlockTopology:
     """Return what is found in a run of a block."""
     block = model.get_submodule(name)
-    inputs = probe_inputs(block, args, kwargs)
     try:
-        run = ScaledRun(block, (), inputs)
+        run = ScaledRun(block, (), probe_inputs(block, args, kwargs))
         if any(any(peers(run.called, layer)) for layer in run.uncalled):  # as experts are
             run = ScaledRun(block, (), probe_inputs(block, args, kwargs, length=sys.maxsize))
         structure = Structure(run)
     except Exception as error:  # noqa: BLE001  (the block is code of any kind)
         reason = f"its parts cannot be run one by one: {type(error).__name__}: {error}"
         LOGGER.warning("no scale pairs are found in %s, %s", name, reason)
-        return _unwatched(model, name, reason, is_layer, partial(block, **inputs))
+        return _unwatched(model, name, reason, is_layer, partial(block, *args, **kwargs))
     own = [n for n, module in block.named_modules() if n and is_linear(module) and is_layer(module)]
     layers = [n for n in own if n in run.called]
     layers += [n for n in run.uncalled if n in own and any(peers(layers, n))]

@@ -342,6 +342,7 @@ def test_experts_that_no_token_reached_are_no_silent_readers():
     (block, _) = blocks_of(model)
     assert "mlp.each.2.a" in block.unavailable["norm_mlp"]
     assert not select_pairs(block, ["norm_mlp"])
+    assert len(select_pairs(block, ["up_down"])) == 2
     assert "mlp.each.2.a" in block.linears
 
 
@@ -366,6 +367,10 @@ def test_parameters_of_several_modules_are_scaled_by_nobody():
 
 def test_a_block_that_cannot_be_looked_at_is_no_error():
     class Strange(Block):
+        def __init__(self, *parts):
+            super().__init__(*parts)
+            self.never = nn.Linear(WIDTH, WIDTH)
+
         def forward(self, x):
             return torch.from_numpy(super().forward(x).numpy())  # no gradient gets through
 
