@@ -17,7 +17,6 @@ from tqdm import tqdm
 from aimet_ext.config import RotationParams, TechniqueParams
 from aimet_ext.core.hadamard import Rotation, rotation
 from aimet_ext.core.key_maps import KeyMap
-from aimet_ext.data.batches import call_model
 from aimet_ext.errors import TransformRefused
 from aimet_ext.files.folders import replace_folder
 from aimet_ext.files.manifest import write_manifest
@@ -36,6 +35,7 @@ from aimet_ext.techniques.call import Call
 from aimet_ext.techniques.report import RotatedPart, RotationReport
 from aimet_ext.techniques.rotating.fold import Folded, Rotations, fold_block, fold_ends
 from aimet_ext.techniques.session import RunOptions, layers_to_turn, open_ledger, undo_on_failure
+from aimet_ext.walk.hooks import run_batch
 from aimet_ext.walk.streamed import StreamedBlock
 
 P = TypeVar("P", bound=TechniqueParams)
@@ -321,7 +321,7 @@ def run_rotation(
     ends_of_own = adaptor.own_ends(topology) if r1 else nullcontext()
     with adaptor.own_parameters(kinds, topology), ends_of_own:
         batches = _batches(adaptor, call)
-        first = partial(call_model, adaptor.model, batches[0], options.forward_fn)
+        first = partial(run_batch, adaptor.model, batches[0], 0, options.forward_fn)
         blocks = adaptor.find_blocks(topology, first)
         refused = _refused_heads(blocks) if r2 else {}
         if "r2" in refused and not r1:
