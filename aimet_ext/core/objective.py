@@ -47,22 +47,41 @@ class Noise:
         :param powers: Means of ``(Σ x²)²`` and of ``Σ x⁴`` over rows, ``[2]`` or ``[2, groups]``;
             those of rows that count ``s`` each are weighted by ``s²``.
         """
-        diagonal = second.diagonal(dim1=-2, dim2=-1).double()  # [..., in]
-        alive = diagonal > 0
-        mean = diagonal.sum(-1) / alive.sum(-1).clamp_min(1)
-        spread = ((diagonal - mean[..., None]) * alive).square().sum(-1)
-        own = diagonal.square().sum(-1)
-        beside = torch.linalg.vector_norm(second, dim=(-2, -1), dtype=torch.float64).square() - own
+        own = second.diagonal(dim1=-2, dim2=-1).double().square().sum(-1)
+        beside, spread = _inner(second, second)
         norms, fourth = powers.double().to(second.device)
         variance = torch.stack([norms - fourth - beside, fourth - own])
         variance = variance / (tokens - 1) if tokens > 1 else variance + torch.inf
+        shares = (variance / torch.stack([beside, spread])).nan_to_num(1.0, 1.0).clamp(0, 1)
+        return cls.within(second, shares.square() * (1 + _FAINT) / (shares + _FAINT))
+
+    @classmethod
+    def within(cls, second: Tensor, shares: Tensor) -> Noise:
+        """Return shares ``[2, ...]`` within what can be taken out of a moment."""
         # Not all: what was seen has to be told from the rest, in this precision.
         most = 1 - torch.finfo(second.dtype).eps ** 0.5
-        shares = (variance / torch.stack([beside, spread])).nan_to_num(1.0, 1.0)
-        shares = shares.clamp(0, 1)
-        shares = shares.square() * (1 + _FAINT) / (shares + _FAINT)
         products, squares = shares.clamp(0, most)  # float64: what is left may be small
         return cls(products, squares)
+
+
+def _inner(one: Tensor, other: Tensor) -> Tensor:
+    """Return inner products of two moments, ``[2, ...]``, in float64.
+
+    The first is that beside the diagonals, the second that of the diagonals' deviations from their
+    means over inputs that are not always 0.
+    """
+    squares = []
+    for second in (one, other):
+        diagonal = second.diagonal(dim1=-2, dim2=-1).double()  # [..., in]
+        alive = diagonal > 0
+        mean = diagonal.sum(-1) / alive.sum(-1).clamp_min(1)
+        squares.append((diagonal, (diagonal - mean[..., None]) * alive))
+    (own, spread), (others, spreads) = squares
+    if one is other:
+        every = torch.linalg.vector_norm(one, dim=(-2, -1), dtype=torch.float64).square()
+    else:
+        every = (one * other).sum((-2, -1), dtype=torch.float64)
+    return torch.stack([every - (own * others).sum(-1), (spread * spreads).sum(-1)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +116,7 @@ class SecondMoment:
     :param peak: largest magnitude of an input; 0 if it is not known.
     :param noise: shares of noise, None if they are not known.
     :param worth: number of tokens that would tell as much if each counted alike; None for all.
+    :param leaned: share of another moment in it, see :meth:`leaning`.
     """
 
     second: Tensor
@@ -105,6 +125,7 @@ class SecondMoment:
     peak: float = 0.0
     noise: Noise | None = None
     worth: float | None = None
+    leaned: float = 0.0
     _seen: _Seen | None = None
     _known: dict[str, Any] = field(default_factory=dict)
 
@@ -113,6 +134,21 @@ class SecondMoment:
         if name not in self._known:
             self._known[name] = make()
         return self._known[name]
+
+    @classmethod
+    def of_none(cls, width: int, dtype: torch.dtype, like: Tensor) -> SecondMoment:
+        """Return the moment of no tokens, of inputs of a width, where ``like`` is."""
+        return cls(torch.zeros(width, width, dtype=dtype, device=like.device), None, 0)
+
+    @property
+    def is_known(self) -> bool:
+        """True if there were tokens to tell it, of its own or of those that it leans on."""
+        return self.tokens > 0 or self.leaned > 0
+
+    @property
+    def is_noisy(self) -> bool:
+        """True if noise in it is not faint."""
+        return not self.tokens or self.noise is None or bool((self.noise.products > _FAINT).any())
 
     @property
     def is_short(self) -> bool:
@@ -123,6 +159,56 @@ class SecondMoment:
     def effective_tokens(self) -> float:
         """Number of tokens that would tell as much if each counted alike."""
         return self.tokens if self.worth is None else self.worth
+
+    def leaning(self, pool: SecondMoment, among: float) -> SecondMoment:
+        """Return the mean of this moment and another one that has the least noise for its tokens.
+
+        Of all ``a H + b P`` beside the diagonal, that of the least expected squared error is taken.
+        ``H`` and ``P`` are in the result in the proportion ``a : b``, and ``1 - a - b`` is the
+        share of noise, or more if both have more. With few tokens ``P`` decides, as far as ``H``
+        resembles it; with many nothing changes. The number of tokens stays.
+
+        :param pool: ``P`` of many tokens of a like kind, of the same shape ``[in, in]``.
+        :param among: Number of the tokens that those of ``P`` were drawn from, this one's among
+            them.
+        """
+        leaned, noise = 1.0, pool.noise
+        assert noise is not None
+        if self.tokens:
+            own, both = _inner(self.second, self.second), _inner(self.second, pool.second)
+            theirs = _inner(pool.second, pool.second)
+            assert self.noise is not None
+            known = 1 - torch.stack([self.noise.products, self.noise.squares]).to(own)
+            both -= min(1.0, self.tokens / among) * (1 - known) * own  # the same noise in both
+            # Expected products with what H is to be: H's own lacks its noise, P's is as it is.
+            kept = (known * own * theirs - both.square())[0].clamp_min(0)
+            given = ((1 - known) * own * both)[0].clamp_min(0)
+            leaned = float((given / (kept + given)).nan_to_num(0.0))
+            if not leaned:
+                return self
+            rest = 1 - leaned
+            size = rest**2 * own + 2 * rest * leaned * both + leaned**2 * theirs
+            met = rest * known * own + leaned * both
+            # At least as if noise were the same in both; squares lose no more than products.
+            other = torch.stack([noise.products, noise.squares]).to(own)
+            shares = 1 - (met / size).nan_to_num(0.0)
+            shares = torch.maximum(shares, rest * (1 - known) + leaned * other)
+            noise = Noise.within(self.second, torch.minimum(shares, shares[0]))
+        cross, rest = self.cross, 1 - leaned
+        if pool.cross is not None:
+            cross = leaned * pool.cross + (0 if cross is None else rest * cross)
+        worth = leaned**2 / pool.effective_tokens
+        worth += rest**2 / self.effective_tokens if self.tokens else 0
+        return replace(
+            self,
+            second=rest * self.second + leaned * pool.second,
+            cross=cross,
+            peak=max(self.peak, pool.peak),
+            noise=noise,
+            worth=1 / worth,
+            leaned=leaned,
+            _known={},
+        )
 
     def shrunk(self, strength: float = 1.0) -> SecondMoment:
         """Return the moment to decide by, in place of this one: less noise, by what is known of it.

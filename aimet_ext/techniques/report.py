@@ -13,6 +13,8 @@ from pydantic.dataclasses import dataclass
 from aimet_ext.core.objective import TOKENS_AN_INPUT, is_short, sqnr_db
 from aimet_ext.files.folders import replace_file
 
+_LITTLE = 0.005  # share below which an expert decided by itself
+
 U = TypeVar("U", bound="UnitReport")
 
 
@@ -76,7 +78,9 @@ class LayerReport(UnitReport):
     :param rows: Output rows.
     :param tokens: Rows of input that the losses are taken over.
     :param effective_tokens: Rows that would tell as much if each counted alike: fewer with
-        ``token_weights``.
+        ``token_weights``, more for an expert that leans on the tokens of all.
+    :param leaned: Share of the tokens of all experts in what decided one's layer, and in its
+        losses; 0 for other layers.
     :param inputs: Inputs of an output row.
     :param storage: Place of its second moments: ``"memory"``, or ``"mapped"`` files where they
         would not fit.
@@ -95,6 +99,7 @@ class LayerReport(UnitReport):
     effective_tokens: float
     inputs: int
     storage: str
+    leaned: float = 0.0
 
     @property
     def is_short_of_tokens(self) -> bool:
@@ -151,6 +156,12 @@ class LayerwiseReport(Report):
             f"{_tokens(x)}"
             for x in few
             if x.rows_nearest == x.rows
+        ]
+        lines += [
+            f"leans on the tokens of all experts: {x.name} saw {x.tokens}, and by {x.leaned:.0%} "
+            "all decided"
+            for x in self.layers
+            if x.leaned >= _LITTLE
         ]
         lines += [f"left alone: {name}: {why}" for name, why in self.skipped.items()]
         mapped = [layer.name for layer in self.layers if layer.storage == "mapped"]

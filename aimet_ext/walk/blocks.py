@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from aimet_ext.data.batches import call_model, module_device
+from aimet_ext.walk.experts import Inputs
 from aimet_ext.walk.hooks import (
     LayerOrder,
     checked_weight,
@@ -22,7 +23,7 @@ from aimet_ext.walk.hooks import (
     swapped_weights,
 )
 from aimet_ext.walk.passes import BlockPass, WalkOptions, open_pass
-from aimet_ext.walk.streamed import Inputs, StreamedBlock, no_tokens, stage_inputs
+from aimet_ext.walk.streamed import StreamedBlock, no_tokens, stage_inputs
 from aimet_ext.walk.walk import RerunWalk, Stage, Streams, stream_names
 
 Weights = Mapping[str, Tensor]
@@ -174,7 +175,7 @@ class BlockWalk:
             for names in found.stages:
                 relus = {f"{prefix}{n}": r for n, r in found.activations.items() if n in names}
                 full = tuple(f"{prefix}{name}" for name in names)
-                yield Stage(full, relus, partial(block.inputs, names))
+                yield Stage(full, relus, partial(block.inputs, names), block.pool(names))
             if after or block.name != self.blocks[-1]:
                 for stream in block.flows:
                     block.advance(stream)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
@@ -13,10 +13,14 @@ from torch.func import functional_call
 
 from aimet_ext.data.batches import module_device
 from aimet_ext.walk.hooks import first_call, seen_input
-from aimet_ext.walk.routing import is_routed, tokens_of
+from aimet_ext.walk.routing import RoutedLayers, is_routed, tokens_of
 
 # Hidden states [tokens, width], experts [tokens, k], weights [tokens, k].
 Call: TypeAlias = tuple[Tensor, Tensor, Tensor]
+
+# Input in the quantized and in the float stream (None if not asked for), and which tokens count:
+# bool of the input's leading dimensions, None for all.
+Inputs: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 _NOBODY = -1
 
@@ -50,7 +54,11 @@ class Routed:
 
     @torch.no_grad()
     def inputs(
-        self, root: nn.Module, calls: Mapping[str, Call], params: Mapping[str, Mapping[str, Tensor]]
+        self,
+        root: nn.Module,
+        calls: Mapping[str, Call],
+        params: Mapping[str, Mapping[str, Tensor]],
+        sent: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return the layer's input by stream, nothing if no token goes there.
 
@@ -60,18 +68,44 @@ class Routed:
         :param root: Module in which the layer was looked for.
         :param calls: Arguments of the experts' module by stream.
         :param params: Parameters in place of the root's own, by stream.
+        :param sent: Tokens to send there, bool ``[tokens]``, in place of those of the first stream.
         """
         chosen = _chosen(calls)
-        alone = chosen.masked_fill(chosen != self.expert, _NOBODY)
+        if sent is None:
+            alone = chosen.masked_fill(chosen != self.expert, _NOBODY)
+        else:
+            alone = torch.where(sent, self.expert, _NOBODY)[:, None]
         experts, layer = root.get_submodule(self.module), root.get_submodule(self.layer)
         found = {}
         for stream, (hidden, _, weights) in calls.items():
             prefix, given = f"{self.module}.", params[stream]
             own = {n.removeprefix(prefix): p for n, p in given.items() if n.startswith(prefix)}
-            run = partial(functional_call, experts, own, (hidden, alone, weights))
+            shares = weights if sent is None else weights[:, :1]
+            run = partial(functional_call, experts, own, (hidden, alone, shares))
             seen = seen_input([layer], run)
             if seen is not None:
                 found[stream] = seen
+        return found
+
+    def tokens(self, root: nn.Module, calls: Mapping[str, Call], mask: Tensor | None) -> Tensor:
+        """Return which tokens count and are sent to any expert in the first stream, ``[tokens]``.
+
+        :param mask: Mask of the batch, bool ``[batch, seq]``.
+        """
+        chosen, count = _chosen(calls), len(self._list(root))
+        sent = ((chosen >= 0) & (chosen < count)).any(-1)
+        if mask is not None and mask.numel() == len(sent):
+            sent &= mask.flatten().to(sent.device)
+        return sent
+
+    def reads_hidden(self, root: nn.Module) -> bool:
+        """Return True if it reads the tokens themselves, as its like of all experts do."""
+        lists = [m for m in root.get_submodule(self.module).children() if type(m) is RoutedLayers]
+        return lists[0] is self._list(root)
+
+    def _list(self, root: nn.Module) -> RoutedLayers:
+        found = root.get_submodule(self.layer.rpartition(".")[0])
+        assert isinstance(found, RoutedLayers)
         return found
 
     def mask(self, calls: Mapping[str, Call], mask: Tensor | None) -> Tensor | None:
@@ -84,6 +118,29 @@ class Routed:
         if mask is None or mask.numel() != len(chosen):
             return None
         return mask.flatten().to(chosen.device)[tokens_of(self.expert, chosen)[1]]
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """Tokens of all experts of a module, sent to one of them: what it gets on other text.
+
+    :param inputs: Function that returns the number of these tokens, without padding, and a new
+        iterator over the inputs that the layers of a stage would have, batch by batch. It takes the
+        number of tokens that is enough: from many more, every so many are taken.
+    :param shared: Name for stages to which the same inputs come; None if there is no other.
+    """
+
+    inputs: Callable[[int], tuple[int, Iterator[Inputs]]]
+    shared: str | None
+
+
+def every_so_many(sent: Tensor, passed: int, step: int) -> Tensor:
+    """Return which of the tokens that count to keep, one in ``step``, however cut into batches.
+
+    :param sent: bool ``[tokens]``.
+    :param passed: Number of those in the batches before.
+    """
+    return sent & ((sent.cumsum(0) - 1 + passed) % step == 0)
 
 
 def _chosen(calls: Mapping[str, Call]) -> Tensor:

@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from aimet_ext.data.cache import TensorCache, ValueCache
 from aimet_ext.data.moments import Geometry
-from aimet_ext.walk.experts import Call, Routed, routed
+from aimet_ext.walk.experts import Call, Inputs, Pool, Routed, every_so_many, routed
 from aimet_ext.walk.hooks import (
     LayerOrder,
     checked_weight,
@@ -29,10 +29,7 @@ from aimet_ext.walk.stream import BlockStream
 
 Weights = Mapping[str, Tensor]
 
-# Input in the quantized and in the float stream (None if not asked for), and which tokens count:
-# bool of the input's leading dimensions, None for all.
 NoteInput: TypeAlias = Callable[[Tensor, Tensor | None], None]
-Inputs: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 @dataclass
@@ -175,7 +172,7 @@ class StreamedBlock:
             if expert is None:
                 seen = {stream: self._seen(stream, index, layers[0]) for stream in wanted}
             else:
-                calls = {stream: self._call(expert, stream, index) for stream in wanted}
+                calls = self._all_calls(expert, wanted, index)
                 seen = expert.inputs(self.module, calls, self._params)
                 mask = expert.mask(calls, mask)
             found = {stream: no_tokens(module, seen.get(stream)) for stream in wanted}
@@ -184,6 +181,42 @@ class StreamedBlock:
                     if index == len(cache) and stream in found:
                         cache.append(found[stream])
             yield stage_inputs(f"{self.name}.{layers[0]}", module, index, found, mask)
+
+    def pool(self, layers: Sequence[str], streams: Sequence[str] = ()) -> Pool | None:
+        """Return the tokens of all experts, sent to the one whose layers these are.
+
+        None if they are no expert's.
+        """
+        expert = routed(self.module, layers[0])
+        if expert is None:
+            return None
+        shared = expert.module if expert.reads_hidden(self.module) else None
+        return Pool(partial(self._pooled, expert, streams or tuple(self.flows)), shared)
+
+    def _pooled(
+        self, expert: Routed, streams: Sequence[str], enough: int
+    ) -> tuple[int, Iterator[Inputs]]:
+        sent = [
+            expert.tokens(self.module, self._all_calls(expert, streams, i), self._flow.mask(i))
+            for i in range(len(self))
+        ]
+        total = sum(int(each.sum()) for each in sent)
+        return total, self._every_so_many(expert, streams, sent, max(1, total // enough))
+
+    def _every_so_many(
+        self, expert: Routed, streams: Sequence[str], sent: Sequence[Tensor], step: int
+    ) -> Iterator[Inputs]:
+        """Yield an expert's inputs for one in ``step`` of the tokens ``sent``, by batch."""
+        layer, passed = self.module.get_submodule(expert.layer), 0
+        for index, each in enumerate(sent):
+            taken, passed = every_so_many(each, passed, step), passed + int(each.sum())
+            calls = self._all_calls(expert, streams, index)
+            seen = expert.inputs(self.module, calls, self._params, taken)
+            found = {stream: no_tokens(layer, seen.get(stream)) for stream in streams}
+            yield found.get("quantized"), found.get("float"), None
+
+    def _all_calls(self, expert: Routed, streams: Sequence[str], index: int) -> dict[str, Call]:
+        return {stream: self._call(expert, stream, index) for stream in streams}
 
     def _seen(self, stream: str, index: int, layer: str) -> Tensor | None:
         """Return what a layer reads in a batch; None if it is not called."""

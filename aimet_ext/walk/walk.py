@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from aimet_ext.data.batches import ForwardFn, map_tensors, module_device, token_mask
 from aimet_ext.data.cache import StoredBatches, keep_batches
-from aimet_ext.walk.experts import Call, Routed, routed
+from aimet_ext.walk.experts import Call, Inputs, Pool, Routed, routed
 from aimet_ext.walk.hooks import (
     Activation,
     LayerOrder,
@@ -27,7 +27,7 @@ from aimet_ext.walk.hooks import (
     seen_input,
     swapped_weights,
 )
-from aimet_ext.walk.streamed import Inputs, stage_inputs
+from aimet_ext.walk.streamed import stage_inputs
 
 Streams: TypeAlias = Literal["quantized", "float", "both"]
 
@@ -45,11 +45,13 @@ class Stage:
     :param activations: The ReLU that alone reads a layer's output, by layer, where there is one.
     :param batches: Function that returns a new iterator over the layers' input, batch by batch;
         it is computed anew at each call.
+    :param pool: Tokens of all experts, if the layers are one's.
     """
 
     layers: tuple[str, ...]
     activations: Mapping[str, Activation]
     batches: Callable[[], Iterator[Inputs]]
+    pool: Pool | None = None
 
 
 class Walk(Protocol):

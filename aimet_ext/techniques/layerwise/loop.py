@@ -22,9 +22,7 @@ from tqdm.auto import tqdm
 
 from aimet_ext.config import WeightParams
 from aimet_ext.core.affine import quantize
-from aimet_ext.core.objective import SecondMoment
 from aimet_ext.data.batches import seen_arguments, tensors_in
-from aimet_ext.data.moments import sum_moments
 from aimet_ext.files.folders import replace_folder
 from aimet_ext.files.manifest import write_manifest
 from aimet_ext.files.tensors import Checkpoints
@@ -35,9 +33,9 @@ from aimet_ext.techniques.layerwise.deploy import (
     Outcome,
     Problem,
     SampleSum,
-    UpstreamError,
     deploy,
 )
+from aimet_ext.techniques.layerwise.evidence import Evidence, Seen
 from aimet_ext.techniques.layerwise.token_weights import TokenWeights
 from aimet_ext.techniques.report import LayerReport, LayerwiseReport, Report, UnitReport
 from aimet_ext.techniques.session import (
@@ -48,8 +46,7 @@ from aimet_ext.techniques.session import (
     open_ledger,
     undo_on_failure,
 )
-from aimet_ext.walk.hooks import Activation, uncalled
-from aimet_ext.walk.routing import is_routed
+from aimet_ext.walk.hooks import Activation
 from aimet_ext.walk.walk import Stage, Streams, Walk
 
 P = TypeVar("P", bound=WeightParams)
@@ -168,22 +165,6 @@ def run_on_layers(
                 report.save(place / "report.json")
                 write_manifest(place, "report", techniques=list(ledger.techniques))
     return report
-
-
-@dataclass(frozen=True, eq=False)
-class Seen:
-    """Evidence of a stage's input.
-
-    :param moment: Second moment.
-    :param storage: Place of it while it was summed, see :class:`LayerReport`; empty without data.
-    :param samples: Inputs of layers that a ReLU follows, where the technique asks for them.
-    :param upstream: Cost of upstream errors for layers that compensate them.
-    """
-
-    moment: SecondMoment
-    storage: str = ""
-    samples: Mapping[str, SampleSum] = field(default_factory=dict)
-    upstream: Mapping[str, UpstreamError] = field(default_factory=dict)
 
 
 @dataclass
@@ -338,10 +319,10 @@ class LayerwiseRun:
                 seen.moment,
                 seen.samples.get(layer),
                 self.input_steps,
-                seen.upstream[layer].mean if layer in seen.upstream else 0.0,
+                seen.upstream.get(layer, 0.0),
             )
             with torch.no_grad():
-                decide = self.solver.decide if seen.moment.tokens else self._without_tokens
+                decide = self.solver.decide if seen.moment.is_known else self._without_tokens
                 outcome = deploy(problem, quantizer, decide)
             report = self._report(problem, quantizer, outcome, seen.storage)
             seconds = gathering + time.perf_counter() - started
@@ -361,69 +342,36 @@ class LayerwiseRun:
             loss_nearest=outcome.nearest,
             loss_after=outcome.after,
             signal=outcome.signal,
-            rows_nearest=outcome.rows_nearest if tokens else rows,
+            rows_nearest=outcome.rows_nearest if problem.moment.is_known else rows,
             rows=rows,
             tokens=tokens,
+            leaned=problem.moment.leaned,
             effective_tokens=problem.moment.effective_tokens,
             inputs=inputs,
             storage=storage,
             seconds=0.0,
         )
 
-    def _is_routed(self, layer: str) -> bool:
-        """Return True if a layer is an expert's."""
-        return self.adaptor.framework == "torch" and is_routed(self.adaptor.model, layer)
-
     def _without_tokens(self, problem: Problem) -> Decision:
-        """Leave an expert that no token is sent to to plain rounding."""
+        """Leave a layer that no token is sent to to plain rounding."""
         codes = partial(quantize, problem.stored) if self.solver.rounds else None
         return Decision(codes=codes)
 
     def _gather(self, stage: Stage) -> Seen:
-        params = self.solver.params
-        layer: Any = self.adaptor.model.get_submodule(stage.layers[0])
-        dtype = self._dtype(layer.weight)
-        samples = {
-            name: kept
-            for name, activation in stage.activations.items()
-            if (kept := self.solver.samples(activation)) is not None
-        }
-        upstream: dict[str, UpstreamError] = {}
-        if params.inp_symmetry == "asym":
-            weights = {name: self.quantizers[name].weight.detach() for name in stage.layers}
-            upstream = {name: UpstreamError(each.flatten(1)) for name, each in weights.items()}
-        try:
-            total = sum_moments(
-                stage.batches(),
-                layer,
-                dtype=torch.promote_types(layer.weight.dtype, torch.float32),
-                mapped_dir=self.options.cache_dir,
-                also=[*(s.add for s in samples.values()), *(u.add for u in upstream.values())],
-                weights=None if self.token_weights is None else self.token_weights.of(stage.layers),
-            )
-            if self._is_routed(stage.layers[0]) and (total is None or not total.tokens):
-                width = layer.weight.shape[1]
-                second = torch.zeros(width, width, dtype=dtype, device=layer.weight.device)
-                return Seen(SecondMoment(second, None, 0), "memory")
-            moment = None if total is None else total.result(dtype)
-        except ValueError as error:
-            raise ValueError(f"{', '.join(stage.layers)}: {error}") from error
-        if total is None or moment is None:
-            raise uncalled(stage.layers)
-        if not self.solver.aimet_stream:  # ours alone
-            moment = moment.shrunk(params.asym_strength)
-        return Seen(moment, total.storage, samples, upstream)
+        return self._evidence.gather(stage)
 
-    def _dtype(self, weight: Tensor) -> torch.dtype:
-        """Return the dtype of moments and roundings.
-
-        A rounding is a chain of choices, and one that goes the other way moves all after it. In
-        float64 the moments of one model run by two frameworks are near enough to each other that
-        the choices are the same. Other devices than processors are slow at it, or lack it.
-        """
-        device = self.options.device or weight.device
-        wide = self.solver.rounds and torch.device(device).type == "cpu"
-        return torch.float64 if wide else torch.promote_types(weight.dtype, torch.float32)
+    @cached_property
+    def _evidence(self) -> Evidence:
+        return Evidence(
+            model=self.adaptor.model,
+            quantizers=self.quantizers,
+            params=self.solver.params,
+            samples=self.solver.samples,
+            wide=self.solver.rounds,
+            believes=self.solver.aimet_stream,
+            options=self.options,
+            token_weights=self.token_weights,
+        )
 
     def _save(
         self,

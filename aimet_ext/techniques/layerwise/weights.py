@@ -18,7 +18,8 @@ from aimet_ext.core.objective import SecondMoment
 from aimet_ext.sim.protocol import WeightQuantizer
 from aimet_ext.techniques.call import Call
 from aimet_ext.techniques.layerwise.deploy import Decision, Outcome, Problem
-from aimet_ext.techniques.layerwise.loop import LayerwiseRun, Seen, Solver, run_on_layers
+from aimet_ext.techniques.layerwise.evidence import Seen
+from aimet_ext.techniques.layerwise.loop import LayerwiseRun, Solver, run_on_layers
 from aimet_ext.techniques.report import UnitReport, WeightReport, WeightsReport
 from aimet_ext.walk.walk import Stage
 
