@@ -24,13 +24,16 @@ def are_packed(module: nn.Module) -> bool:
 
     That is told from its parameters, ``gate_up_proj`` or ``up_proj`` and ``down_proj``, of three
     dimensions with the experts first, and from its ``forward``, which takes hidden states, chosen
-    experts and their weights.
+    experts and their weights, or hidden states that stand there once for each expert.
     """
     packed: list[Any] = [getattr(module, name, None) for name in (_up_name(module), _DOWN)]
     if not all(isinstance(p, nn.Parameter) and p.dim() == 3 for p in packed):
         return False
-    arguments = inspect.signature(type(module).forward).parameters
-    return len(arguments) == 4 and packed[0].shape[0] == packed[1].shape[0]
+    return _arguments(module) in (1, 3) and packed[0].shape[0] == packed[1].shape[0]
+
+
+def _arguments(module: nn.Module) -> int:
+    return len(inspect.signature(type(module).forward).parameters) - 1
 
 
 def _up_name(module: nn.Module) -> str:
@@ -103,6 +106,37 @@ class SplitExperts(nn.Module):
         return own.post_expert_norm(output) if hasattr(self, "post_expert_norm") else output
 
 
+class GroupedExperts(SplitExperts):
+    """Experts whose module is called with all tokens for each of them, as those of Llama 4.
+
+    Tokens of other experts are zeros there, and so is what comes of them.
+    """
+
+    def forward(
+        self, hidden: Tensor, chosen: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor:
+        """Return what each expert makes of its tokens.
+
+        :param hidden: ``[experts * tokens, width]``, expert by expert.
+        :param chosen: number of the expert of each row, ``[experts * tokens, 1]``, another number
+            for none; None where the rows tell.
+        :param weights: weights of the rows, likewise.
+        """
+        if self.dense or torch.jit.is_tracing():
+            grouped = hidden.view(self.count, -1, hidden.shape[-1])
+            return torch.cat([self.expert(number, grouped[number]) for number in range(self.count)])
+        if chosen is None or weights is None:
+            hidden, chosen, weights = self.routing(hidden)
+        return super().forward(hidden, chosen, weights)
+
+    def routing(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the call of the other form, in which a row goes to one expert or to none."""
+        owner = torch.arange(self.count, device=hidden.device)
+        owner = owner.repeat_interleave(len(hidden) // self.count)
+        chosen = torch.where(hidden.any(-1), owner, -1)[:, None]
+        return hidden, chosen, torch.ones_like(chosen, dtype=hidden.dtype)
+
+
 @contextmanager
 def all_tokens(model: nn.Module) -> Iterator[None]:
     """Return a context in which every expert is called, whatever tokens are sent to it."""
@@ -144,8 +178,9 @@ def split_experts(experts: Any) -> SplitExperts | str:
     :returns: the experts as layers; or, if they compute something else, how far off they are.
     """
     try:
-        split = SplitExperts(experts)
-        inputs = _tokens(split)
+        grouped = _arguments(experts) == 1
+        split = GroupedExperts(experts) if grouped else SplitExperts(experts)
+        inputs = _groups(split) if grouped else _tokens(split)
         with evaluating(experts), evaluating(split), torch.no_grad():
             expected = experts(*inputs)
             change = float((split(*inputs) - expected).abs().max() / expected.abs().max())
@@ -155,6 +190,16 @@ def split_experts(experts: Any) -> SplitExperts | str:
     if change <= bound:
         return split
     return f"as linear layers they are off by {change:.1e} of their output, allowed is {bound:.0e}"
+
+
+def _groups(split: SplitExperts) -> tuple[Tensor]:
+    """Return tokens for each expert, of which the second half is another's."""
+    layer: Any = split.layers_up[0]
+    hidden = torch.randn(
+        split.count, 4, layer.in_features, generator=torch.Generator().manual_seed(0)
+    )
+    hidden[:, 2:] = 0
+    return (hidden.flatten(0, 1).to(layer.weight),)
 
 
 def _tokens(split: SplitExperts) -> tuple[Tensor, Tensor, Tensor]:

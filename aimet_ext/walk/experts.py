@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from aimet_ext.data.batches import module_device
 from aimet_ext.walk.hooks import first_call, seen_input
-from aimet_ext.walk.routing import RoutedLayers, is_routed, tokens_of
+from aimet_ext.walk.routing import RoutedLayers, is_grouped, is_routed, tokens_of
 
 # Hidden states [tokens, width], experts [tokens, k], weights [tokens, k].
 Call: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -49,7 +49,10 @@ class Routed:
         if found is None:
             chosen = torch.empty(0, 1, dtype=torch.long, device=module_device(experts))
             return chosen.float(), chosen, chosen.float()
-        hidden, chosen, weights = (*found[0], *found[1].values())
+        given = (*found[0], *found[1].values())
+        if is_grouped(experts) and len(given) == 1:
+            return experts.routing(*given)  # type: ignore[operator]
+        hidden, chosen, weights = given
         return hidden, chosen, weights
 
     @torch.no_grad()
@@ -77,7 +80,11 @@ class Routed:
             alone = torch.where(sent, self.expert, _NOBODY)[:, None]
         experts, layer = root.get_submodule(self.module), root.get_submodule(self.layer)
         found = {}
-        for stream, (hidden, _, weights) in calls.items():
+        for stream, (hidden, own_chosen, weights) in calls.items():
+            if is_grouped(experts):
+                # What another stream does not send there is zeros: it counts without an error.
+                lacking = (own_chosen < 0) & (chosen >= 0)
+                hidden = torch.where(lacking, next(iter(calls.values()))[0], hidden)
             prefix, given = f"{self.module}.", params[stream]
             own = {n.removeprefix(prefix): p for n, p in given.items() if n.startswith(prefix)}
             shares = weights if sent is None else weights[:, :1]
@@ -94,9 +101,8 @@ class Routed:
         """
         chosen, count = _chosen(calls), len(self._list(root))
         sent = ((chosen >= 0) & (chosen < count)).any(-1)
-        if mask is not None and mask.numel() == len(sent):
-            sent &= mask.flatten().to(sent.device)
-        return sent
+        real = self._real(root, chosen, mask)
+        return sent if real is None else sent & real
 
     def reads_hidden(self, root: nn.Module) -> bool:
         """Return True if it reads the tokens themselves, as its like of all experts do."""
@@ -108,16 +114,25 @@ class Routed:
         assert isinstance(found, RoutedLayers)
         return found
 
-    def mask(self, calls: Mapping[str, Call], mask: Tensor | None) -> Tensor | None:
+    def mask(
+        self, root: nn.Module, calls: Mapping[str, Call], mask: Tensor | None
+    ) -> Tensor | None:
         """Return which of the expert's tokens count, None for all.
 
         :param calls: Arguments of the experts' module by stream.
         :param mask: Mask of the batch, bool ``[batch, seq]``.
         """
         chosen = _chosen(calls)
+        real = self._real(root, chosen, mask)
+        return None if real is None else real[tokens_of(self.expert, chosen)[1]]
+
+    def _real(self, root: nn.Module, chosen: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Return which rows of ``chosen`` are of tokens that count, None for all."""
+        if mask is not None and is_grouped(root.get_submodule(self.module)):
+            mask = mask.expand(len(chosen) // mask.numel(), *mask.shape)
         if mask is None or mask.numel() != len(chosen):
             return None
-        return mask.flatten().to(chosen.device)[tokens_of(self.expert, chosen)[1]]
+        return mask.flatten().to(chosen.device)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,9 @@ class RoutedLayers(nn.ModuleList):
     return. An expert reads its tokens in the order of :func:`tokens_of`. A number in ``chosen``
     that is no expert's stands for none.
 
+    A module that is called with the tokens of each expert, one group behind the other and zeros for
+    those of others, has a method ``routing`` from that to the call above; see :func:`is_grouped`.
+
     :param layers: Layers in the order of the experts.
     :param transposed: True if the checkpoint stores their weights as ``[in, out]``.
     """
@@ -34,3 +37,8 @@ def tokens_of(expert: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
 def is_routed(root: nn.Module, layer: str) -> bool:
     """Return True if a layer of a module is an expert's."""
     return isinstance(root.get_submodule(layer.rpartition(".")[0]), RoutedLayers)
+
+
+def is_grouped(module: nn.Module) -> bool:
+    """Return True if a module of experts is called with hidden states once for each expert."""
+    return callable(getattr(module, "routing", None))

@@ -174,7 +174,7 @@ class StreamedBlock:
             else:
                 calls = self._all_calls(expert, wanted, index)
                 seen = expert.inputs(self.module, calls, self._params)
-                mask = expert.mask(calls, mask)
+                mask = expert.mask(self.module, calls, mask)
             found = {stream: no_tokens(module, seen.get(stream)) for stream in wanted}
             if kept is not None:
                 for stream, cache in kept.kept.items():

@@ -364,7 +364,7 @@ class RerunWalk(ModelWalk):
 
     def _mask(self, batch: int) -> Tensor | None:
         mask = super()._mask(batch)
-        return mask if self._expert is None else self._expert.mask(self._sent, mask)
+        return mask if self._expert is None else self._expert.mask(self._model, self._sent, mask)
 
     @torch.no_grad()
     def _run(self, number: int, weights: Mapping[str, Tensor]) -> Any:

@@ -152,6 +152,34 @@ def test_experts_are_exported_and_loaded(moe_sim, tmp_path):
     torch.testing.assert_close(mask, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_experts_that_are_called_in_groups(tiny_model, tmp_path):
+    """Those of Llama 4: their tokens alone count, without padding, in both streams."""
+    one_expert = {"num_experts_per_tok": 1, "interleave_moe_layer_step": 1}
+    model = tiny_model(
+        "llama4_text",
+        **{**MOE, **one_expert, "intermediate_size_mlp": 48, "attention_chunk_size": 16},
+    )
+    sim = aimet_ext.create_sim(model, IDS[:2], activations=None)
+    assert all("router" in name for name in sim.aimet_ext_settings["left_float"])
+    with remove_all_quantizers(sim.model):
+        expected = run(sim, IDS)
+    plain = (run(sim, IDS) - expected).norm()
+    mask = torch.ones_like(IDS)
+    mask[:, :5] = 0
+    batches = [{"input_ids": IDS, "attention_mask": mask}]
+    report = aimet_ext.apply_gptq(sim, batches, inp_symmetry="asym", progress=False)
+    layers = {layer.name: layer for layer in report.layers if "experts" in layer.name}
+    for part in ("gate_up_proj", "down_proj"):
+        assert sum(x.tokens for n, x in layers.items() if part in n) == int(mask.sum())
+    assert (run(sim, IDS) - expected).norm() < 0.9 * plain
+    aimet_ext.export(sim, tmp_path / "out", "model", IDS)
+    assert torch.equal(run(aimet_ext.load(tmp_path / "out"), IDS), run(sim, IDS))
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {n: v.shape for n, v in stored.items()} == {
+        n: v.shape for n, v in model.state_dict().items()
+    }
+
+
 # ---- attention -----------------------------------------------------------------------------------
 
 

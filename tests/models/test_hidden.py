@@ -31,6 +31,13 @@ FAMILIES = {
         "v_head_dim": 16,
         "num_key_value_heads": 4,
     },
+    "llama4_text": {  # called with the tokens of each expert
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 48,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 16,
+    },
 }
 IDS = torch.arange(18).reshape(2, 9) * 5 % 128
 
@@ -69,10 +76,13 @@ def test_a_model_that_hides_nothing_is_not_copied(tiny_llama):
     assert packings(tiny_llama) == []
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_all_experts_on_all_tokens_give_the_same(tiny_model, dtype):
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("mixtral", torch.float32), ("mixtral", torch.bfloat16), ("llama4_text", torch.float32)],
+)
+def test_all_experts_on_all_tokens_give_the_same(tiny_model, family, dtype):
     """Graphs are traced in that form, as no shape in it depends on the data."""
-    model = tiny_model("mixtral", **{**SMALL, **FAMILIES["mixtral"]}).to(dtype)
+    model = tiny_model(family, **{**SMALL, **FAMILIES[family]}).to(dtype)
     exposed = expose_weights(model, known)
     expected = logits(exposed)
     with all_tokens(exposed):

@@ -161,3 +161,64 @@ def test_calls_of_experts_are_kept(model):
     walk.close()
     # For each block: a look, the first layer, the experts' call; and the way on to the next one.
     assert walk.cost["block_calls"] <= 2 * 4
+
+
+class Groups(Experts):
+    """The same experts, called with the tokens of each."""
+
+    def forward(self, hidden, chosen=None, weights=None):
+        if chosen is None:
+            hidden, chosen, weights = self.routing(hidden)
+        return super().forward(hidden, chosen, weights)
+
+    def routing(self, hidden):
+        owner = torch.arange(COUNT).repeat_interleave(len(hidden) // COUNT)
+        chosen = torch.where(hidden.any(-1), owner, -1)[:, None]
+        return hidden, chosen, torch.ones_like(chosen).to(hidden)
+
+
+class Grouped(Block):
+    def __init__(self):
+        super().__init__()
+        self.experts = Groups()
+
+    def forward(self, x, attention_mask=None):
+        x = x + self.mix(x)
+        flat = x.flatten(0, 1)
+        chosen = self.router(flat).argmax(-1)
+        groups = [flat * (chosen == number)[:, None] for number in range(COUNT)]
+        made = self.experts(torch.cat(groups)).unflatten(0, (COUNT, -1)).sum(0)
+        return x + made.view_as(x)
+
+
+@pytest.mark.parametrize("kind", [BlockWalk, RerunWalk])
+def test_tokens_of_experts_in_groups(kind):
+    """Where the float stream sends a token elsewhere, it counts without an error of inputs."""
+    torch.manual_seed(0)
+    model = Model().double().eval()
+    model.layers = nn.ModuleList(Grouped() for _ in range(2)).double()
+    original, quantized = copy.deepcopy(model), copy.deepcopy(model)
+    batches = [{"x": X, "attention_mask": MASK}]
+    walk = walk_of(kind, model, layers_of(model), batches, streams="both")
+    elsewhere = 0
+    for stage in walk.stages():
+        ((own, plain, mask),) = stage.batches()
+        if stage.layers[0].endswith(("up.0", "up.1", "up.2")) and "layers.1" in stage.layers[0]:
+            number = int(stage.layers[0][-1])
+            rows, others = (
+                reached(m, 1)[0].unflatten(0, (COUNT, -1))[number] for m in (quantized, original)
+            )
+            sent = rows.any(-1)
+            torch.testing.assert_close(own, rows[sent], rtol=1e-12, atol=1e-12)
+            known = others.any(-1)[sent]
+            torch.testing.assert_close(plain[known], others[sent][known], rtol=1e-12, atol=1e-12)
+            assert torch.equal(plain[~known], own[~known])
+            assert torch.equal(mask, MASK.flatten().bool()[sent])
+            elsewhere += int((~known).sum())
+        for layer in stage.layers:
+            rounded = (model.get_submodule(layer).weight.detach() * 4).round() / 4
+            walk.hold(layer)
+            walk.decide(layer, rounded)
+            quantized.get_submodule(layer).weight.data = rounded
+    walk.close()
+    assert elsewhere  # the case is of use
