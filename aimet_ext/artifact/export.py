@@ -262,7 +262,8 @@ def _rebuild(folder: Path, settings: _Settings, manifest: dict[str, Any]) -> Any
     model = _model(folder, settings, manifest["model"]["loads_in_transformers"])
     sample = torch.arange(8)[None] % model.config.get_text_config().vocab_size  # [1, 8]
     module = prepare_model(model, mask_value=settings.create_sim.get("mask_value"))
-    sim = create_sim(module, sample, **arguments_from_settings(settings.create_sim))
+    arguments = arguments_from_settings(settings.create_sim)
+    sim = create_sim(module, sample, **arguments, in_place=True)
     adapt(sim).settings = settings.create_sim
     return sim
 

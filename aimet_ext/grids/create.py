@@ -41,12 +41,13 @@ def create_sim(
     overrides: Mapping[str, QSpec | None] | None = None,
     config_file: str | Path | Mapping[str, Any] | None = None,
     allow_float: float = 0.05,
+    in_place: bool = False,
 ) -> QuantizationSimModel:
     """Build a ``QuantizationSimModel`` of a causal LM, with the settings of an edge LLM.
 
-    The model is copied, in its own dtype; the original is not touched. Weights have ranges at the
-    end (those of plain rounding), activations have none: run ``sim.compute_encodings`` for them,
-    after the techniques of this package.
+    The model is copied, in its own dtype, and the original is not touched, unless ``in_place``.
+    Weights have ranges at the end (those of plain rounding), activations have none: run
+    ``sim.compute_encodings`` for them, after the techniques of this package.
 
     Any architecture is taken. In the copy, modules that compute ``x @ weight + bias``, such as
     GPT-2's ``Conv1D``, are ``nn.Linear``. Modules of classes that AIMET does not know get
@@ -78,6 +79,12 @@ def create_sim(
         are quantized at all. None is ``"htp_v79"``: what the NPU of a phone computes.
     :param allow_float: Largest share of the numbers in the model's matrices, from 0 to 1, that may
         stay float because their modules cannot be quantized. A smaller share is logged.
+    :param in_place: Make the simulation of the model itself, so that the weights are in memory
+        once. The model is the simulation's from then on, also after an error, and computes with
+        quantizers: what compares with the float model, such as ``reference`` of
+        :func:`aimet_ext.apply_dwq`, needs it loaded again, or its outputs from before
+        (:func:`aimet_ext.float_logits`). A model with hidden weights (see above) is copied all the
+        same; drop your own.
     :returns: the simulation. ``sim.aimet_ext_settings`` holds these settings as JSON values.
     :raises TypeError: no causal LM, or a sample that holds no ids.
     :raises ValueError: ids longer than the context, a pattern that fits no layer, a block size
@@ -110,13 +117,13 @@ def create_sim(
     if plan.pad:
         from aimet_ext.grids.widening import pad_mlps
 
-        module = copy.deepcopy(module) if module is given else module
+        module = copy.deepcopy(module) if module is given and not in_place else module
         padded = pad_mlps(module, plan)
     if isinstance(activations, int):
         activations = QSpec(bitwidth=activations, symmetric=False)
     config = _config(config_file)
     dummy_input = _dummy_input(sample_input_ids, module)
-    in_place = module is not given
+    in_place |= module is not given  # a copy already
     sim = build_sim(module, dummy_input, plan.specs, activations, config, in_place=in_place)
     left = _left_float(sim, plan, 1.0 if weights is None else allow_float)
     adapt(sim).settings = {

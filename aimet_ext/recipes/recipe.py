@@ -230,7 +230,7 @@ class Recipe:
                 raise ValueError(f"techniques: {name}: {_first(error)}") from None
         return found
 
-    def create_sim(self, model: Any, sample_input_ids: Any) -> Any:
+    def create_sim(self, model: Any, sample_input_ids: Any, *, in_place: bool = False) -> Any:
         """Build the simulation of a model on the grids of the recipe.
 
         The parameters are those of :func:`aimet_ext.create_sim`.
@@ -244,6 +244,7 @@ class Recipe:
             lm_head=self.lm_head.spec(),
             activations=Grid(width=self.activations).spec(),
             overrides={name: grid.spec() for name, grid in self.overrides.items()},
+            in_place=in_place,
         )
 
     def apply(

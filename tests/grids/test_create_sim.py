@@ -291,3 +291,22 @@ def test_a_module_of_ones_own_and_a_sample_as_mapping(tiny_llama, ids, tmp_path)
     sim = create_sim(tiny_llama, {"input_ids": ids}, config_file=path)
     assert sim.aimet_ext_settings["config_file"] == config
     assert not adapt(sim).activation_quantizers()
+
+
+def test_in_place_it_is_the_model_itself(tiny_model, ids):
+    copied = create_sim(tiny_model("llama"), ids)
+    model = tiny_model("llama")
+    weights = {name: (value, value.clone()) for name, value in model.named_parameters()}
+    sim = create_sim(model, ids, in_place=True)
+    assert sim.model.model is model
+    for name, (value, was) in weights.items():
+        assert sim.model.model.get_parameter(name) is value and torch.equal(value, was)
+    assert adapt(sim).settings == adapt(copied).settings
+    assert torch.equal(calibrated(sim, ids).model(ids), calibrated(copied, ids).model(ids))
+
+
+def test_in_place_padding_widens_the_model_itself(tiny_model, ids):
+    spec = QSpec(bitwidth=4, granularity=Blockwise(32), on_indivisible="pad")
+    model = tiny_model("llama", intermediate_size=40)
+    sim = create_sim(model, ids, weights=spec, in_place=True)
+    assert sim.model.model is model and model.model.layers[0].mlp.down_proj.in_features == 64
