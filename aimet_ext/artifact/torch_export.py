@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aimet_ext.artifact.check_export import exporter_errors
 from aimet_ext.artifact.export import write_model, write_quantizers
-from aimet_ext.core.affine import fake_quantize
-from aimet_ext.data.batches import as_tensors, call_arguments, module_device
+from aimet_ext.artifact.inputs import Inputs, positional_inputs
+from aimet_ext.core.affine import Grid, fake_quantize
 from aimet_ext.errors import MissingExtraError
 from aimet_ext.files.encodings import Layout, entries, load_encodings, to_grid, to_version_1
 from aimet_ext.files.folders import write_json
 from aimet_ext.files.manifest import SETTINGS
 from aimet_ext.files.progress import step
 from aimet_ext.integrity.stored import StoredGraph, hash_values
-from aimet_ext.models.huggingface import PreparedCausalLM, causal_lm, checkpoint_prefix
-from aimet_ext.onnx.reading import read_model
+from aimet_ext.models.huggingface import causal_lm, checkpoint_prefix
+from aimet_ext.onnx.apart import WeightsApart
+from aimet_ext.onnx.reading import read_model, read_outline
 from aimet_ext.onnx.rewrite.rotate import rotate_queries_and_keys
 from aimet_ext.onnx.session import open_session
 from aimet_ext.sim.protocol import SimAdaptor
@@ -33,6 +34,8 @@ from aimet_ext.sim.torch.state import LayerParameter, quantized_parameters, unse
 
 # Largest deviation of onnxruntime from the float model, relative to its largest logit.
 _TOLERANCE = 1e-4
+# Values of a weight that are quantized at a time.
+_PIECE = 1 << 22
 
 CHECKPOINT = "checkpoint"
 
@@ -112,29 +115,6 @@ def _check_onnx(file: OnnxFile, adaptor: TorchSim, inputs: Inputs) -> dict[str, 
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Inputs that a model is traced with: positional arguments, and the names of the tensors.
-
-    :param args: None stands for an optional argument that is left out.
-    """
-
-    args: tuple[Any, ...]
-    names: tuple[str, ...]
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors by their names in the ONNX file."""
-        found = (value for value in self.args if isinstance(value, Tensor))
-        return dict(zip(self.names, found, strict=True))
-
-    def in_float32(self) -> Inputs:
-        """Return the inputs as a model in float32 takes them."""
-        floating = (isinstance(v, Tensor) and v.is_floating_point() for v in self.args)
-        args = (v.float() if real else v for v, real in zip(self.args, floating, strict=True))
-        return Inputs(tuple(args), self.names)
-
-
-@dataclass(frozen=True)
 class Place:
     """Place of a quantized parameter in the ONNX file.
 
@@ -145,44 +125,6 @@ class Place:
     tensor: str
     transposed: bool
     layout: Layout
-
-
-def positional_inputs(model: nn.Module, dummy_input: Any) -> Inputs:
-    """Return a dummy input as the model's positional arguments, on the model's device.
-
-    :param dummy_input: tensor, tuple or list of positional arguments, or mapping of keyword
-        arguments; ``labels`` are left out.
-    :raises TypeError: it is none of these, does not fit ``model.forward``, or gives by keyword what
-        has no place among the positional arguments.
-    """
-    sample = as_tensors(dummy_input)
-    if not isinstance(sample, Tensor | tuple | list | Mapping):
-        raise TypeError(
-            "dummy_input must be a tensor, a tuple of positional arguments or a mapping of keyword "
-            f"arguments, got {type(dummy_input).__name__}"
-        )
-    given, named = call_arguments(sample)
-    signature = inspect.signature(model.forward)
-    bound = signature.bind(*given, **named)
-    last = list(bound.arguments)[-1]
-    bound.apply_defaults()
-    order = list(bound.arguments)
-    values: dict[str, Any] = {}
-    for name in order[: order.index(last) + 1]:
-        value, kind = bound.arguments[name], signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_POSITIONAL:
-            values.update({f"{name}_{place}": item for place, item in enumerate(value)})
-        elif kind is inspect.Parameter.VAR_KEYWORD:
-            raise TypeError(
-                "dummy_input must give the arguments that an ONNX file has by position, but "
-                f"{type(model).__name__}.forward takes {', '.join(value)} by keyword only; pass a "
-                "tuple of tensors"
-            )
-        else:
-            values[name] = value
-    device = module_device(model)
-    args = tuple(v.to(device) if isinstance(v, Tensor) else v for v in values.values())
-    return Inputs(args, tuple(name for name, v in values.items() if isinstance(v, Tensor)))
 
 
 @contextlib.contextmanager
@@ -223,26 +165,23 @@ def write_onnx(
     """
     path = folder / f"{prefix}.onnx"
     newer, older = folder / f"{prefix}.2.0.0.encodings", folder / f"{prefix}.encodings"
-    adaptor = TorchSim(sim)
-    try:
+    adaptor, apart = TorchSim(sim), WeightsApart()
+    with exporter_errors(sim.model):
         adaptor.write_graph(
             path,
             inputs.args,
+            apart,
             input_names=list(inputs.names),
             output_names=list(output_names),
             opset_version=opset_version,
             dynamic_axes=dict(dynamic_axes) if dynamic_axes else None,
         )
-    except (RuntimeError, AssertionError) as error:
-        what = next(iter(str(error).splitlines()), type(error).__name__)
-        raise RuntimeError(
-            f"torch's exporter cannot write the model: {what}{_hint(sim.model)}"
-        ) from error
     older.rename(newer)
     if adaptor.ledger is not None and adaptor.ledger.rotates_keys:
         model = read_model(path, external=False)
         rotate_queries_and_keys(model, adaptor.ledger.key_maps)
         path.write_bytes(model.SerializeToString())
+    apart.write(path)
 
     file = OnnxFile(path)
     document = load_encodings(newer)
@@ -347,9 +286,30 @@ class OnnxFile(StoredGraph):
         value = self.value(place.tensor)
         assert value is not None, place
         grid = to_grid(encoded[place.tensor], place.layout)
-        quantized = fake_quantize(torch.from_numpy(value.copy()), grid)
-        quantized = quantized.T if place.transposed else quantized
-        return float((quantized - expected).abs().max())
+        weight = torch.from_numpy(value if value.flags.writeable else value.copy())
+        expected = expected.T if place.transposed else expected
+        pieces = _pieces(weight, expected, grid)
+        return max(float((fake_quantize(w, g) - e).abs().max()) for w, e, g in pieces)
+
+
+def _pieces(value: Tensor, expected: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Tensor, Grid]]:
+    """Yield parts of a weight with the same parts of another one and of the grid."""
+    cells = (1,) * (value.dim() - grid.scale.dim()) + tuple(grid.scale.shape)
+    whole = [n in (1, size) for n, size in zip(cells, value.shape, strict=True)]
+    if value.numel() <= _PIECE or True not in whole:
+        yield value, expected, grid
+        return
+    axis = whole.index(True)
+    step = max(1, _PIECE * value.shape[axis] // value.numel())
+
+    def cut(tensor: Tensor, start: int) -> Tensor:
+        one = tensor.dim() < value.dim() or tensor.shape[axis] == 1
+        return tensor if one else tensor.narrow(axis, start, min(step, tensor.shape[axis] - start))
+
+    for start in range(0, value.shape[axis], step):
+        scale, offset = cut(grid.scale, start), cut(grid.offset, start)
+        part = cut(value, start).contiguous()
+        yield part, cut(expected, start), replace(grid, scale=scale, offset=offset)
 
 
 def run_onnx(path: Path, inputs: Inputs, further: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -357,7 +317,10 @@ def run_onnx(path: Path, inputs: Inputs, further: Mapping[str, Tensor] | None = 
 
     :param further: Inputs by name beside those of the model.
     """
-    session = open_session(path)
+    # Weights are mapped from the file: neither parsed, nor copied, nor packed for speed.
+    mapped = {"session.disable_prepacking": "1"}
+    outline = read_outline(path).SerializeToString()
+    session = open_session(outline, folder=path.parent, entries=mapped)
     wanted = {value.name for value in session.get_inputs()}
     given = {name: tensor for name, tensor in inputs.tensors.items() if name in wanted}
     feed = {name: t.cpu().numpy() for name, t in {**given, **(further or {})}.items()}
@@ -383,16 +346,6 @@ def check_output(adaptor: SimAdaptor, inputs: Inputs, output: Tensor, who: str) 
             f"but deviates by {deviation:.3g}"
         )
     return deviation
-
-
-def _hint(model: nn.Module) -> str:
-    """Return what to do about a model of transformers that was not prepared for the exporter."""
-    if causal_lm(model) is None or any(isinstance(m, PreparedCausalLM) for m in model.modules()):
-        return ""
-    return (
-        "; for a model of transformers build the simulation with create_sim, or around "
-        "prepare_model(model), which leaves out the library's own masks"
-    )
 
 
 def _hash(tensor: Tensor) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 from aimet_ext.core.affine import Grid, lpbq_scale, scale_offset, to_blocks
 from aimet_ext.files.encodings import Layout, is_float, to_grid
 from aimet_ext.onnx.index import GraphIndex, attribute, elements
-from aimet_ext.onnx.reading import read_model
+from aimet_ext.onnx.reading import read_outline
 
 Array = np.ndarray[Any, Any]
 _RELATIVE = 1e-6
@@ -48,7 +48,7 @@ def as_in_graph(tensor: Tensor) -> Array:
 
 
 class StoredGraph:
-    """The graph of an ONNX file, without its external data, which is read tensor by tensor.
+    """The graph of an ONNX file, without its large values, which are read tensor by tensor.
 
     :param path: path of the file.
     :raises CorruptFileError: it is no ONNX file.
@@ -56,7 +56,7 @@ class StoredGraph:
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.name
-        self.index = GraphIndex(read_model(path, external=False).graph)
+        self.index = GraphIndex(read_outline(path).graph)
         self.constants = self.index.stored
         self._hashes: dict[str, str | None] = {}
 
@@ -71,10 +71,7 @@ class StoredGraph:
         None if there is no such constant, or some of it is missing on disk.
         """
         if name in self.constants:
-            folder = str(self.path.parent)
-            if name in self.incomplete:
-                return None
-            return np.asarray(onnx.numpy_helper.to_array(self.constants[name], base_dir=folder))
+            return None if name in self.incomplete else self._stored(self.constants[name])
         node = self.index.node(name)
         if node is None or node.op_type not in ("Identity", "DequantizeLinear"):
             return None
@@ -83,6 +80,17 @@ class StoredGraph:
         if len(values) < len(inputs):
             return None
         return values[0] if node.op_type == "Identity" else _dequantized(node, values)
+
+    def _stored(self, proto: TensorProto) -> Array:
+        if proto.data_location == TensorProto.EXTERNAL and proto.data_type not in _PACKED:
+            fields = {entry.key: entry.value for entry in proto.external_data}
+            kind = onnx.helper.tensor_dtype_to_np_dtype(proto.data_type)
+            path, start = self.path.parent / fields["location"], int(fields.get("offset", 0))
+            values = np.fromfile(path, np.uint8, _bytes(proto), offset=start)  # in memory once
+            return values.view(kind).reshape(tuple(proto.dims))
+        own = TensorProto()
+        own.CopyFrom(proto)  # onnx leaves what it reads in the one that it is given
+        return np.asarray(onnx.numpy_helper.to_array(own, base_dir=str(self.path.parent)))
 
     def hash(self, name: str) -> str | None:
         """Return the hash of :meth:`value`, see :func:`hash_values`."""

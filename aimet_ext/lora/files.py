@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aimet_ext.artifact.export import load as load_base
 from aimet_ext.artifact.export import read_quantizers
-from aimet_ext.artifact.torch_export import positional_inputs
+from aimet_ext.artifact.inputs import positional_inputs
 from aimet_ext.errors import CorruptFileError, require
 from aimet_ext.files.folders import check_output, replace_folder
 from aimet_ext.files.manifest import MANIFEST, WEIGHTS, hash_file, read_manifest, write_manifest

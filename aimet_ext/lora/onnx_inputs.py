@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from aimet_ext.artifact.inputs import Inputs
 from aimet_ext.artifact.torch_export import (
-    Inputs,
     OnnxFile,
     check_output,
     float32_model,

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from aimet_ext.artifact.export import export, load
+from aimet_ext.artifact.inputs import Inputs
 from aimet_ext.artifact.kv.check import check_float, check_quantized
 from aimet_ext.artifact.kv.run import KIND, QDQ, CacheFiles, share_weights
-from aimet_ext.artifact.torch_export import Inputs, float32_model, write_onnx
+from aimet_ext.artifact.torch_export import float32_model, write_onnx
 from aimet_ext.data.batches import iterate_batches, token_ids
 from aimet_ext.files.folders import replace_folder
 from aimet_ext.files.manifest import write_manifest

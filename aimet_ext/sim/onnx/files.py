@@ -22,11 +22,10 @@ from aimet_onnx.quantsim import encodings_to_onnx_qdq
 from aimet_ext.onnx.index import stored_values
 from aimet_ext.onnx.reading import read_external, read_model
 from aimet_ext.onnx.values import put_bytes
+from aimet_ext.onnx.writing import EXTERNAL_LIMIT
 from aimet_ext.sim.onnx.quantizers import rounds_to_integers
 from aimet_ext.sim.onnx.state import enabled_quantizers, layer_biases, outside, quantize_constant
 
-# Bytes of weights from which they are written beside the model: protobuf ends at 2 GiB.
-EXTERNAL_LIMIT = 2**31 - 2**27
 _WIDTHS = (4, 8, 16, 32)
 
 

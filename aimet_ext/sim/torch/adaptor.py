@@ -25,7 +25,7 @@ from aimet_ext.models.topology import BlockTopology, find_blocks
 from aimet_ext.sim.facts import SimFacts
 from aimet_ext.sim.protocol import Range, SimAdaptor
 from aimet_ext.sim.torch import residual
-from aimet_ext.sim.torch.graph import write_graph
+from aimet_ext.sim.torch.graph import Apart, write_graph
 from aimet_ext.sim.torch.points import TorchPoints, replaced_quantizers
 from aimet_ext.sim.torch.quantizers import TorchWeightQuantizer
 from aimet_ext.sim.torch.state import (
@@ -358,17 +358,18 @@ class TorchSim(TorchPoints, SimAdaptor):
 
         return read_facts(self)
 
-    def write_graph(self, path: Path, args: tuple[Any, ...], **options: Any) -> None:
-        """Write an ONNX file of the float weights, and encodings 2.0.0 beside it.
+    def write_graph(self, path: Path, args: tuple[Any, ...], apart: Apart, **options: Any) -> None:
+        """Write an ONNX file without the large weights, and encodings 2.0.0 beside it.
 
         AIMET's exporter rounds the weights that it writes unless its own method for that is set
         aside: a reader that quantizes the file's weights gets the simulation's values.
 
         :param path: Path of the ONNX file; the encodings file has the ending ``.encodings``.
         :param args: Positional arguments to trace with.
+        :param apart: Receiver of the large weights.
         :param options: Arguments of ``torch.onnx.export``.
         """
-        write_graph(self.sim, path, args, options)
+        write_graph(self.sim, path, args, apart, options)
 
     def encoding_settings(self) -> dict[str, Any]:
         """Return the settings of the simulation that encodings 1.0.0 hold."""

@@ -2,28 +2,72 @@
 
 from __future__ import annotations
 
+import io
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import aimet_torch.onnx
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from aimet_ext.walk.hooks import evaluating
 
 _SETTINGS = {"encoding_version": "2.0.0", "export_int32_bias": False, "dynamo": False}
 
 
-def write_graph(sim: Any, path: Path, args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+class Apart(Protocol):
+    """Receiver of the weights of a graph, see :class:`aimet_ext.onnx.apart.WeightsApart`."""
+
+    def serialize(
+        self, export: Callable[..., Any], graph: Any, params: Mapping[str, Any], *options: Any
+    ) -> tuple[bytes, Any, Any, Any]:
+        """Do the work of ``torch._C.Graph._export_onnx``."""
+
+    def fold_transposes(self, model: Any, folder: Any = None) -> dict[str, str]:
+        """Do the work of ``aimet_torch.onnx._fold_linear_weight_transpose``."""
+
+
+def write_graph(
+    sim: Any, path: Path, args: tuple[Any, ...], apart: Apart, options: Mapping[str, Any]
+) -> None:
     """See :meth:`aimet_ext.sim.torch.adaptor.TorchSim.write_graph`."""
     sim._apply_qdq_to_model_parameters = lambda model: nullcontext()
     try:
-        with warnings.catch_warnings(), _SpeltOut():
+        with warnings.catch_warnings(), _SpeltOut(), _handed_to(apart):
             warnings.simplefilter("ignore")  # torch.onnx and tracing, about past and future
             sim.onnx.export(args, str(path), **_SETTINGS, **options)
     finally:
         del sim._apply_qdq_to_model_parameters
+
+
+def try_graph(model: nn.Module, args: tuple[Any, ...], apart: Apart, opset_version: int) -> None:
+    """Let torch's exporter make the graph of a float model, as :func:`write_graph` does it.
+
+    :param args: Positional arguments to trace with.
+    """
+    with warnings.catch_warnings(), _SpeltOut(), _handed_to(apart), evaluating(model):
+        warnings.simplefilter("ignore")
+        file: Any = io.BytesIO()
+        torch.onnx.export(model, args, file, opset_version=opset_version, dynamo=False)
+
+
+@contextmanager
+def _handed_to(apart: Apart) -> Iterator[None]:
+    """Let the exporters hand over the weights; neither has a way to ask for that."""
+    graph: Any = torch._C.Graph
+    export = graph._export_onnx
+    fold = aimet_torch.onnx._fold_linear_weight_transpose
+    graph._export_onnx = lambda *given: apart.serialize(export, *given)
+    aimet_torch.onnx._fold_linear_weight_transpose = apart.fold_transposes
+    try:
+        yield
+    finally:
+        graph._export_onnx = export
+        aimet_torch.onnx._fold_linear_weight_transpose = fold
 
 
 class _SpeltOut(TorchFunctionMode):
