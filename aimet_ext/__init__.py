@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from aimet_ext.analysis.widths import assign_widths as assign_widths
     from aimet_ext.analysis.widths_report import LayerWidths as LayerWidths
     from aimet_ext.analysis.widths_report import WidthsReport as WidthsReport
+    from aimet_ext.artifact.check_export import check_export as check_export
     from aimet_ext.artifact.export import export as export
     from aimet_ext.artifact.export import load as load
     from aimet_ext.artifact.kv.export import export_with_cache as export_with_cache
@@ -98,6 +99,7 @@ _HOMES = {
         "analysis.report": ("AnalysisReport", "QuantizerReport"),
         "analysis.widths": ("assign_widths",),
         "analysis.widths_report": ("LayerWidths", "WidthsReport"),
+        "artifact.check_export": ("check_export",),
         "artifact.export": ("export", "load"),
         "artifact.kv.export": ("export_with_cache",),
         "artifact.kv.run": ("CacheGraphs", "load_cache_graphs"),

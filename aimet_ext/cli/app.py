@@ -178,6 +178,13 @@ def quantize(
     hf_checkpoint: Annotated[
         bool, typer.Option("--hf-checkpoint", help="Also write a checkpoint of the rounded values.")
     ] = False,
+    check_export: Annotated[
+        bool,
+        typer.Option(
+            "--check-export/--no-check-export",
+            help="Export the float model before anything else, to find out whether that works.",
+        ),
+    ] = True,
     checkpoint_dir: Annotated[
         Path | None, typer.Option(file_okay=False, help="Keep finished work here, to resume.")
     ] = None,
@@ -197,6 +204,7 @@ def quantize(
             output,
             recipe=plan,
             hf_checkpoint=hf_checkpoint,
+            check_export=check_export,
             checkpoint_dir=checkpoint_dir,
             cache_dir=cache_dir,
         )

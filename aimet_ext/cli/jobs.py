@@ -13,6 +13,7 @@ import aimet_ext
 from aimet_ext.errors import require
 from aimet_ext.files.folders import check_output, replace_folder, write_json
 from aimet_ext.files.manifest import is_export, relist_files
+from aimet_ext.registry import TECHNIQUES
 from aimet_ext.sim.protocol import adapt
 
 if TYPE_CHECKING:
@@ -59,10 +60,13 @@ def quantize(
     *,
     recipe: Recipe,
     hf_checkpoint: bool,
+    check_export: bool = True,
     **folders: Any,
 ) -> Quantized:
     """Quantize a model folder and export the result to another, with the recipe.
 
+    :param check_export: Export the float model before the techniques run, to find out whether the
+        result can be exported.
     :param folders: ``checkpoint_dir``, ``cache_dir``.
     """
     start = time.perf_counter()
@@ -76,11 +80,17 @@ def quantize(
     _check_ids(model_dir, model, [*batches, *held_out])
     quality: dict[str, Any] = {"float": aimet_ext.evaluate_perplexity(model, held_out)}
     reference = aimet_ext.float_logits(model, held_out)
-    sim = recipe.create_sim(model, batches[0])
+    # The float model is needed again by techniques that compare with it, and by no others.
+    in_place = not any(TECHNIQUES[name].reference for name in recipe.params())
+    sim = recipe.create_sim(model, batches[0], in_place=in_place)
+    float_model = None if in_place else model
+    del model
+    if check_export:
+        _check_export(sim, batches[0])
     with adapt(sim).disabled_quantizers(weights=False):
         quality["rounding"] = aimet_ext.evaluate_perplexity(sim, held_out)
         divergences = {"rounding": aimet_ext.evaluate_divergence(sim, held_out, reference)}
-    reports = recipe.apply(sim, batches, reference=model, **folders)
+    reports = recipe.apply(sim, batches, reference=float_model, **folders)
     sim.compute_encodings(partial(_run, batches=batches))  # what is still open
     quality["quantized"] = aimet_ext.evaluate_perplexity(sim, held_out)
     divergences["quantized"] = aimet_ext.evaluate_divergence(sim, held_out, reference)
@@ -95,6 +105,16 @@ def quantize(
         write_json(folder / REPORTS / "quality.json", quality)
         relist_files(folder)
     return Quantized(reports, quality, list_files(output), time.perf_counter() - start)
+
+
+def _check_export(sim: Any, ids: Tensor) -> None:
+    try:
+        aimet_ext.check_export(sim, ids)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{error}. Nothing was quantized: the result could not be exported; "
+            "--no-check-export quantizes all the same"
+        ) from error
 
 
 def _held_out(
