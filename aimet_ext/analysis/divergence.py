@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aimet_ext.core.divergence import Divergence, TopProbabilities
-from aimet_ext.data.batches import as_tensors, tensors_in, token_ids, token_mask
+from aimet_ext.data.batches import as_tensors, output_mask, tensors_in, token_ids
 from aimet_ext.files.tensors import hash_tensors
 from aimet_ext.sim.points import Run
 
@@ -91,7 +91,7 @@ def row_mask(batch: Any, logits: Tensor, model: Any = None) -> Tensor | None:
             "outputs [..., classes] of two classes at least are required, which are "
             f"compared as probabilities, got a tensor of shape {list(logits.shape)}"
         )
-    mask = token_mask(batch, model)
+    mask = output_mask(batch, model)
     fits = mask is not None and mask.shape == logits.shape[:-1]
     return mask.to(logits.device) if fits and mask is not None else None
 

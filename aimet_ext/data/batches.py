@@ -14,6 +14,7 @@ from torch import Tensor, nn
 ForwardFn = Callable[[nn.Module, Any], Any]
 
 _IDS, _MASK = "input_ids", "attention_mask"
+TARGET_IDS, TARGET_MASK = "decoder_input_ids", "decoder_attention_mask"
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -98,21 +99,35 @@ def token_ids(batch: Any) -> Tensor | None:
     return ids if is_ids else None
 
 
-def token_mask(batch: Any, model: nn.Module | None = None) -> Tensor | None:
+def token_mask(batch: Any, model: nn.Module | None = None, kind: str = _MASK) -> Tensor | None:
     """Return which tokens of a batch or feed are real, by its 2-D ``attention_mask``.
 
     :param model: module that takes the batch's positional arguments, to tell which one is the
         mask; None if a ``forward_fn`` decides that.
+    :param kind: Name of the mask, :data:`TARGET_MASK` for what an encoder-decoder writes.
     :return: bool ``[batch, seq]``, or None where the batch does not say.
     """
-    named: Mapping[str, Any] = batch if isinstance(batch, Mapping) else {}
+    mask = as_tensors(_named(batch, model).get(kind))
+    return mask != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def output_mask(batch: Any, model: nn.Module | None = None) -> Tensor | None:
+    """Return which tokens of a model's output are real, the decoder's if there is one.
+
+    See :func:`token_mask`.
+    """
+    writes_another = TARGET_IDS in _named(batch, model)
+    return token_mask(batch, model, TARGET_MASK if writes_another else _MASK)
+
+
+def _named(batch: Any, model: nn.Module | None) -> Mapping[str, Any]:
+    """Return the values of a batch by their names, as far as these are known."""
     if model is not None and isinstance(batch, tuple | list):
         try:
-            named = inspect.signature(model.forward).bind_partial(*batch).arguments
+            return inspect.signature(model.forward).bind_partial(*batch).arguments
         except TypeError:  # too many arguments: calling the model says so better
-            named = {}
-    mask = as_tensors(named.get(_MASK))
-    return mask != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
+            return {}
+    return batch if isinstance(batch, Mapping) else {}
 
 
 def attended_tokens(attention: Tensor, shape: tuple[int, int]) -> Tensor | None:

@@ -1,8 +1,9 @@
-"""A simulation of a causal language model in one call, and the grid of each of its weights."""
+"""A simulation of a language model in one call, and the grid of each of its weights."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -12,12 +13,24 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from aimet_ext.config import PerTensor, QSpec, WeightPlan, fit_blocks
-from aimet_ext.data.batches import as_tensors, map_tensors, module_device
+from aimet_ext.data.batches import (
+    TARGET_IDS,
+    as_tensors,
+    call_arguments,
+    map_tensors,
+    module_device,
+)
 from aimet_ext.errors import require, some
 from aimet_ext.files.reading import read_json
 from aimet_ext.grids.patterns import LAYERS
+from aimet_ext.models.encoder_decoder import PreparedEncoderDecoder
 from aimet_ext.models.hidden import expose_weights
-from aimet_ext.models.huggingface import PreparedCausalLM, causal_lm, original_name, prepare_model
+from aimet_ext.models.huggingface import (
+    PreparedCausalLM,
+    language_model,
+    original_name,
+    prepare_model,
+)
 from aimet_ext.sim.protocol import adapt
 
 if TYPE_CHECKING:
@@ -43,7 +56,7 @@ def create_sim(
     allow_float: float = 0.05,
     in_place: bool = False,
 ) -> QuantizationSimModel:
-    """Build a ``QuantizationSimModel`` of a causal LM, with the settings of an edge LLM.
+    """Build a ``QuantizationSimModel`` of a language model, with the settings of an edge LLM.
 
     The model is copied, in its own dtype, and the original is not touched, unless ``in_place``.
     Weights have ranges at the end (those of plain rounding), activations have none: run
@@ -59,11 +72,14 @@ def create_sim(
     a block share the quantizers of their outputs, and ``nn.MultiheadAttention`` has ``q_proj``,
     ``k_proj`` and ``v_proj``. Exports hold the weights under the names of the checkpoint.
 
-    :param model: Causal LM of transformers, what :func:`prepare_model` made of one, or a module of
-        your own that returns logits and can be traced. The first is prepared here; where
+    :param model: Causal LM or encoder-decoder (T5, BART, Whisper) of transformers, what
+        :func:`prepare_model` made of one, or a module of your own that returns logits and can be
+        traced. A model of transformers is prepared here; where
         activations are quantized, with a ``mask_value`` of -100, which their grids can hold.
     :param sample_input_ids: Ids ``[batch, seq]`` to trace with; also a mapping with ``input_ids``,
-        or a tuple of the arguments that a module of your own takes.
+        or a tuple of the arguments that a module of your own takes. Of an encoder-decoder, a
+        mapping or tuple of what the prepared model takes; what it leaves out, such as masks, gets
+        no quantizers.
     :param weights: Spec of linear layers and convolutions inside the blocks; None leaves them
         float.
     :param lm_head: Spec of the output layer.
@@ -86,7 +102,7 @@ def create_sim(
         (:func:`aimet_ext.float_logits`). A model with hidden weights (see above) is copied all the
         same; drop your own.
     :returns: the simulation. ``sim.aimet_ext_settings`` holds these settings as JSON values.
-    :raises TypeError: no causal LM, or a sample that holds no ids.
+    :raises TypeError: no language model, or a sample that holds no ids.
     :raises ValueError: ids longer than the context, a pattern that fits no layer, a block size
         that does not divide, two specs for one shared weight, or a larger share of matrices than
         ``allow_float`` that cannot be quantized.
@@ -134,7 +150,7 @@ def create_sim(
         "per_channel_instead": list(plan.per_channel_instead),
         "padded_mlp_widths": padded,
         "left_float": left,
-        "mask_value": module.mask_value if isinstance(module, PreparedCausalLM) else None,
+        "mask_value": getattr(module, "mask_value", None),
     }
     return sim
 
@@ -155,8 +171,8 @@ def plan_weights(
         whose spec says ``on_indivisible="error"``, or two specs for one shared weight.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LAYERS)}
-    language_model = causal_lm(model)
-    output = None if language_model is None else language_model.get_output_embeddings()
+    inside = language_model(model)
+    output = None if inside is None else inside.get_output_embeddings()
     specs: dict[str, QSpec | None] = {}
     for name, layer in layers.items():
         if layer is output:
@@ -182,10 +198,9 @@ def fits(name: str, pattern: str, model: nn.Module) -> bool:
 
 def _embedding(module: nn.Module, lm_head: QSpec | None) -> QSpec | None:
     """Return the spec of an embedding for ``embedding="auto"``."""
-    language_model = causal_lm(module)
-    if language_model is not None:
-        output = language_model.get_output_embeddings()
-        lookup = language_model.get_input_embeddings()
+    inside = language_model(module)
+    if inside is not None:
+        output, lookup = inside.get_output_embeddings(), inside.get_input_embeddings()
         if output is not None and output.weight is lookup.weight:
             return lm_head
     bits = _W8.bitwidth if lm_head is None else lm_head.bitwidth
@@ -267,6 +282,8 @@ def _config(config: str | Path | Mapping[str, Any] | None) -> str | dict[str, An
 
 
 def _dummy_input(sample: Any, module: nn.Module) -> Any:
+    if isinstance(module, PreparedEncoderDecoder):
+        return _arguments(sample, module)
     sample = as_tensors(sample.get("input_ids") if isinstance(sample, Mapping) else sample)
     if not isinstance(sample, Tensor | tuple | list):
         raise TypeError(
@@ -277,3 +294,24 @@ def _dummy_input(sample: Any, module: nn.Module) -> Any:
         module.check_input(*(sample if isinstance(sample, tuple | list) else (sample,)))
     device = module_device(module)
     return map_tensors(lambda tensor: tensor.to(device), sample)
+
+
+def _arguments(sample: Any, module: PreparedEncoderDecoder) -> tuple[Any, ...]:
+    """Return the positional arguments of an encoder-decoder to trace it with."""
+    names = list(inspect.signature(module.forward).parameters)
+    args, kwargs = call_arguments(as_tensors(sample))
+    given, fault = {}, "no decoder_input_ids"
+    try:
+        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    except TypeError as error:
+        fault = str(error)
+    if given.get(TARGET_IDS) is None:
+        raise TypeError(
+            f"sample_input_ids must be a mapping or tuple of {', '.join(names)} for an "
+            f"encoder-decoder (masks may be left out), got {type(sample).__name__}: {fault}"
+        )
+    device = module_device(module)
+    values = [given.get(name) for name in names]
+    while values[-1] is None:
+        values.pop()
+    return tuple(map_tensors(lambda tensor: tensor.to(device), values))

@@ -1,16 +1,17 @@
-"""Causal language models of Hugging Face as modules that a quantization simulation can trace."""
+"""Language models of Hugging Face as modules that a quantization simulation can trace."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from aimet_ext.models.encoder_decoder import PREPARED, PreparedEncoderDecoder
 from aimet_ext.models.exportable import Exportable
 from aimet_ext.models.masks import MaskCalls
 from aimet_ext.models.rotary import RotaryTables
@@ -103,20 +104,23 @@ class PreparedCausalLM(nn.Module):
 
 
 def prepare_model(model: nn.Module, *, mask_value: float | None = None) -> nn.Module:
-    """Wrap a causal LM of transformers in a module that ``QuantizationSimModel`` can trace.
+    """Wrap a language model of transformers in a module that ``QuantizationSimModel`` can trace.
 
-    It is called as ``module(input_ids, attention_mask=None)`` and returns logits
-    ``[batch, seq, vocab]``, for any batch and any length up to the context. The model is wrapped
+    A causal LM is called as ``module(input_ids, attention_mask=None)`` and returns logits
+    ``[batch, seq, vocab]``, for any batch and any length up to the context. An encoder-decoder is
+    called with ``input_ids, attention_mask, decoder_input_ids, decoder_attention_mask``, one that
+    reads sounds with ``input_features, decoder_input_ids, decoder_attention_mask``, and returns the
+    decoder's logits; masks may be left out. The model is wrapped
     as it is, in its own dtype and on its own device; what is prepared already comes back as it is.
 
-    :param model: causal LM of transformers.
+    :param model: causal LM or encoder-decoder of transformers.
     :param mask_value: negative number that is added to the scores of masked tokens; None is half of
         the dtype's lowest number. Give about -100 for an ONNX graph whose activations are to be
         quantized to integers: their grid has to hold it, and with the lowest number it holds
         nothing else. The graph then holds tables of the cosine and sine of all positions up to
         131,072 as well, where the angles depend on the position alone: a grid of angles has steps
         of a whole radian at 8 bits and 256 tokens.
-    :raises TypeError: ``model`` is no causal LM of transformers.
+    :raises TypeError: ``model`` is neither.
     :raises ValueError: an attention that cannot be traced, or a ``mask_value`` of 0 or more.
 
     >>> prepared = prepare_model(AutoModelForCausalLM.from_pretrained(folder))
@@ -124,13 +128,15 @@ def prepare_model(model: nn.Module, *, mask_value: float | None = None) -> nn.Mo
     """
     if mask_value is not None and not -math.inf < mask_value < 0:
         raise ValueError(f"mask_value must be a negative number, such as -100, got {mask_value}")
-    if isinstance(model, PreparedCausalLM):
-        return model if mask_value is None else PreparedCausalLM(model.model, mask_value)
-    if not isinstance(model, PreTrainedModel) or not _is_causal_lm(model):
+    if isinstance(model, PreparedCausalLM | PreparedEncoderDecoder):
+        return model if mask_value is None else type(model)(model.model, mask_value)
+    reads = getattr(model, "main_input_name", "")
+    if not _is_language_model(model) or (_writes_another(model) and reads not in PREPARED):
         raise TypeError(
-            "a causal language model of transformers is required "
-            f"(AutoModelForCausalLM.from_pretrained), got {type(model).__name__}; a module of your "
-            "own that returns logits can be given to QuantizationSimModel directly"
+            "a causal language model of transformers (AutoModelForCausalLM.from_pretrained) is "
+            f"required, or an encoder-decoder that reads {' or '.join(PREPARED)}, got "
+            f"{type(model).__name__}; a module of your own that returns logits can be given to "
+            "QuantizationSimModel directly"
         )
     kind = getattr(model.config, "_attn_implementation", "eager")
     if kind not in _ATTENTION:
@@ -138,6 +144,8 @@ def prepare_model(model: nn.Module, *, mask_value: float | None = None) -> nn.Mo
             f"attn_implementation must be one of {_ATTENTION} to be traced, got {kind!r}; "
             'call model.set_attn_implementation("sdpa") first'
         )
+    if _writes_another(model):
+        return PREPARED[reads](model, mask_value)
     return PreparedCausalLM(model, mask_value)
 
 
@@ -163,6 +171,12 @@ def check_token_ids(model: PreTrainedModel, *batches: Tensor) -> None:
 
 def causal_lm(module: nn.Module) -> PreTrainedModel | None:
     """Return the Hugging Face causal LM inside a module, prepared, wrapped by hand or bare."""
+    found = language_model(module)
+    return None if found is None or _writes_another(found) else found
+
+
+def language_model(module: nn.Module) -> PreTrainedModel | None:
+    """Return the Hugging Face causal LM or encoder-decoder inside a module; None without one."""
     return _find(module)[1]
 
 
@@ -191,14 +205,15 @@ def context_length(module: nn.Module) -> int | None:
 
 def _find(module: nn.Module) -> tuple[str, PreTrainedModel | None]:
     for name, child in module.named_modules():
-        if _is_causal_lm(child):
+        if _is_language_model(child):
             return name, child
     return "", None
 
 
-def _is_causal_lm(module: nn.Module) -> bool:
-    return (
-        isinstance(module, PreTrainedModel)
-        and not getattr(module.config, "is_encoder_decoder", False)
-        and module.get_output_embeddings() is not None
-    )
+def _is_language_model(module: nn.Module) -> TypeGuard[PreTrainedModel]:
+    return isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None
+
+
+def _writes_another(model: nn.Module) -> bool:
+    """Return True if a model reads one sequence and writes another."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))

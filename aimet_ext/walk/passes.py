@@ -14,7 +14,8 @@ from torch import nn
 
 from aimet_ext.data.batches import ForwardFn, call_model
 from aimet_ext.walk.hooks import on_device, swapped_weights
-from aimet_ext.walk.stream import BlockStream, capture_block_inputs
+from aimet_ext.walk.sides import Sides
+from aimet_ext.walk.stream import BlockStream, Within, capture_block_inputs
 from aimet_ext.walk.streamed import StreamedBlock, Weights
 from aimet_ext.walk.wiring import NotInSequence, block_kinds
 
@@ -25,11 +26,13 @@ class WalkOptions(TypedDict, total=False):
     :param forward_fn: Function called as ``forward_fn(model, batch)`` in place of the model itself.
     :param cache_dir: Folder for memory-mapped caches; None keeps them in RAM.
     :param device: Device for the block or the inputs that are worked on.
+    :param sides: Whose tokens layers and blocks read, of an encoder-decoder.
     """
 
     forward_fn: ForwardFn | None
     cache_dir: str | Path | None
     device: torch.device | str | None
+    sides: Sides | None
 
 
 @dataclass(eq=False)
@@ -76,21 +79,26 @@ class BlockPass:
 
 
 def capture_streams(
-    capture: Callable[[Weights], BlockStream], weights: Mapping[str, Weights]
+    capture: Callable[[str, Weights], BlockStream],
+    weights: Mapping[str, Weights],
+    *,
+    alike: bool = True,
 ) -> dict[str, BlockStream]:
     """Return the inputs of the first block by stream.
 
-    :param capture: Function that captures them, with weights in place of the model's by layer.
+    :param capture: Function that captures those of a stream, with weights in place of the model's
+        by layer.
     :param weights: Those weights by stream.
+    :param alike: False if streams with the model's own weights differ all the same.
     """
     flows: dict[str, BlockStream] = {}
     try:
         for stream, own in weights.items():
             first = next(iter(flows.values()), None)
-            if first is not None and not any(weights.values()):
+            if first is not None and alike and not any(weights.values()):
                 flows[stream] = first.fork()
                 continue
-            flows[stream] = capture(own)
+            flows[stream] = capture(stream, own)
             if first is not None:
                 flows[stream].share_arguments(first)
     except BaseException:
@@ -106,6 +114,7 @@ def open_pass(
     batches: Sequence[Any],
     weights: Mapping[str, Weights],
     kinds: Sequence[int] | None = None,
+    within: Mapping[str, Within] | None = None,
     **options: Unpack[WalkOptions],
 ) -> BlockPass:
     """Capture the streams at a model's first block, after which they can pass through all.
@@ -114,6 +123,8 @@ def open_pass(
     :param weights: Weights outside the blocks that a stream does not take from the model, by
         stream and layer.
     :param kinds: Result of :func:`~aimet_ext.walk.wiring.block_kinds`, None to compute it.
+    :param within: By stream, function from the number of a batch to a context in which the model
+        runs on it.
     :raises ValueError: blocks are not called one after another, or a batch is unusable.
     """
     fault: Exception | None = None
@@ -126,11 +137,16 @@ def open_pass(
             kinds, fault = [0] * len(blocks), error
     others = [blocks[number] for number in sorted(set(kinds) - {0})]
 
-    def capture(own: Weights) -> BlockStream:
-        with swapped_weights(model, own):
-            return capture_block_inputs(model, blocks[0], batches, others=others, **options)
+    within = within or {}
 
-    flows = capture_streams(capture, weights)
+    def capture(stream: str, own: Weights) -> BlockStream:
+        own_within = within.get(stream)
+        with swapped_weights(model, own):
+            return capture_block_inputs(
+                model, blocks[0], batches, others=others, within=own_within, **options
+            )
+
+    flows = capture_streams(capture, weights, alike=not within)
     found = BlockPass(model, blocks, flows, options.get("device"), [blocks[k] for k in kinds])
     if fault is not None:  # behind the first block, so that nothing is proved
         found.close()

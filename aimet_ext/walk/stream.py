@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,14 +19,15 @@ from aimet_ext.data.batches import (
     map_leaves,
     module_device,
     token_ids,
-    token_mask,
 )
 from aimet_ext.data.cache import TensorCache
 from aimet_ext.files.tensors import hash_tensors
 from aimet_ext.walk.hooks import evaluating, first_calls, run_batch
+from aimet_ext.walk.sides import Sides
 from aimet_ext.walk.states import hidden_state, is_hidden, real_tokens
 
 BlockFn = Callable[..., Any]
+Within = Callable[[int], AbstractContextManager[Any]]
 Rows = Sequence[int] | Tensor | slice
 
 
@@ -295,6 +297,8 @@ def capture_block_inputs(
     others: Sequence[str] = (),
     cache_dir: str | Path | None = None,
     device: torch.device | str | None = None,
+    sides: Sides | None = None,
+    within: Within | None = None,
 ) -> BlockStream:
     """Capture what the first block of ``model`` receives for every batch.
 
@@ -308,6 +312,8 @@ def capture_block_inputs(
     :param others: Names of blocks of other kinds, whose arguments are captured as well.
     :param cache_dir: Folder for memory-mapped caches; None keeps them in RAM.
     :param device: Device on which the blocks will be called, the block's own if None.
+    :param sides: Whose tokens the blocks read, of an encoder-decoder.
+    :param within: Function from the number of a batch to a context in which the model runs on it.
     :raises TypeError: a batch is of a wrong type.
     :raises ValueError: there are no batches; the block is unknown or was not called; a sequence
         exceeds the context; an input holds NaN or infinity.
@@ -319,14 +325,16 @@ def capture_block_inputs(
     context = getattr(config, "max_position_embeddings", None)
     checked = iterate_batches(batches, opaque=forward_fn is not None)
     stream = BlockStream(device if device is not None else module_device(block), cache_dir)
+    sides = Sides(forward_fn=forward_fn) if sides is None else sides
     try:
         with evaluating(model), torch.no_grad():
             for number, batch in enumerate(checked):
                 if forward_fn is None:
                     _check_length(token_ids(batch), context, number)
                 run = partial(run_batch, model, batch, number, forward_fn)
-                calls = first_calls([block, *further], run)
-                given = token_mask(batch, None if forward_fn is not None else model)
+                with nullcontext() if within is None else within(number):
+                    calls = first_calls([block, *further], run)
+                given = sides.mask(batch, model, first_block_name)
                 _append(stream, block, ("", *others), calls, given, number)
                 _check_length(stream.hidden[number][..., 0], context, number)
     except BaseException:

@@ -73,6 +73,8 @@ class StreamedBlock:
         self.name = name
         self.flows = flows
         self.calls = 0
+        # Masks by the number of a batch for layers that read other tokens than the block's.
+        self.masks: dict[str, Callable[[int], Tensor | None]] = {}
         self.returns: Callable[[Tensor], Any] = lambda hidden: hidden
         self._open = True
         self._parts: list[_Part] = []
@@ -168,7 +170,7 @@ class StreamedBlock:
                     "block's stage is asked for"
                 )
             seen: Mapping[str, Tensor | None]
-            mask: Tensor | None = self._flow.mask(index)
+            mask = self.masks.get(layers[0], self._flow.mask)(index)
             if expert is None:
                 seen = {stream: self._seen(stream, index, layers[0]) for stream in wanted}
             else:

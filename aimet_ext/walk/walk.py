@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from aimet_ext.data.batches import ForwardFn, map_tensors, module_device, token_mask
+from aimet_ext.data.batches import ForwardFn, map_tensors, module_device
 from aimet_ext.data.cache import StoredBatches, keep_batches
 from aimet_ext.walk.experts import Call, Inputs, Pool, Routed, routed
 from aimet_ext.walk.hooks import (
@@ -27,6 +27,7 @@ from aimet_ext.walk.hooks import (
     seen_input,
     swapped_weights,
 )
+from aimet_ext.walk.sides import Sides
 from aimet_ext.walk.streamed import stage_inputs
 
 Streams: TypeAlias = Literal["quantized", "float", "both"]
@@ -230,7 +231,7 @@ class StagedWalk:
                         "next stage is asked for"
                     )
                 if seen := self._seen(number, batch, use):
-                    mask = self._mask(batch)
+                    mask = self._mask(batch, names[0])
                     yield stage_inputs(names[0], self._layers[names[0]], batch, seen, mask)
 
     def _uses(self, number: int) -> int:
@@ -244,8 +245,8 @@ class StagedWalk:
         """
         raise NotImplementedError
 
-    def _mask(self, batch: int) -> Tensor | None:
-        """Return which tokens of a batch count; None where it does not say."""
+    def _mask(self, batch: int, layer: str) -> Tensor | None:
+        """Return which tokens of a batch count for a layer; None where it does not say."""
         raise NotImplementedError
 
 
@@ -264,6 +265,8 @@ class ModelWalk(StagedWalk):
     :param forward_fn: Function called as ``forward_fn(model, batch)`` in place of the model itself.
     :param cache_dir: Folder for memory-mapped caches; None keeps them in RAM, on the CPU.
     :param device: Device on which the layers' inputs are handed out, the model's own if None.
+    :param sides: Result of :func:`~aimet_ext.walk.sides.find_sides`; None for a model that reads
+        one sequence.
     :raises ValueError: a layer is unknown, called twice or never, or followed by a batch norm that
         was not folded; a weight's shape is wrong; there are no batches; the model is in training.
     :raises TypeError: a layer is neither linear nor a convolution.
@@ -281,12 +284,14 @@ class ModelWalk(StagedWalk):
         forward_fn: ForwardFn | None = None,
         cache_dir: str | Path | None = None,
         device: torch.device | str | None = None,
+        sides: Sides | None = None,
     ) -> None:
         check_model(model)
         super().__init__(layers_by_name(model, layers), streams, effective)
         self._model = model
         self._fixed = layers_by_name(model, self._effective, "effective")
         self._forward_fn = forward_fn
+        self._sides = Sides(forward_fn=forward_fn) if sides is None else sides
         self._device = module_device(model) if device is None else torch.device(device)
         self._batches = keep_batches(batches, cache_dir)
 
@@ -300,8 +305,8 @@ class ModelWalk(StagedWalk):
         module = self._layers.get(layer) or self._fixed[layer]
         return checked_weight(layer, module, weight)
 
-    def _mask(self, batch: int) -> Tensor | None:
-        return token_mask(self._batches[batch], None if self._forward_fn else self._model)
+    def _mask(self, batch: int, layer: str) -> Tensor | None:
+        return self._sides.mask(self._batches[batch], self._model, layer)
 
 
 class RerunWalk(ModelWalk):
@@ -362,8 +367,8 @@ class RerunWalk(ModelWalk):
             return {}  # this batch does not reach the layers
         return {stream: found.to(self._device) for stream, found in seen.items()}
 
-    def _mask(self, batch: int) -> Tensor | None:
-        mask = super()._mask(batch)
+    def _mask(self, batch: int, layer: str) -> Tensor | None:
+        mask = super()._mask(batch, layer)
         return mask if self._expert is None else self._expert.mask(self._model, self._sent, mask)
 
     @torch.no_grad()

@@ -76,6 +76,11 @@ def _calls(model: nn.Module, blocks: Sequence[str], run: Callable[[], object]) -
         named = {f"argument {place}": value for place, value in enumerate(args)}
         named |= {f"argument {name!r}": value for name, value in kwargs.items()}
         hidden = named.pop("argument 0" if args else "argument 'hidden_states'", None)
+        if not isinstance(hidden, Tensor) or hidden.dim() != 3:
+            came = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+            raise NotInSequence(
+                f"{blocks[number]} must receive hidden states [batch, seq, hidden], got {came}"
+            )
         if output and not _same(hidden, output[-1]):
             raise NotInSequence(
                 f"{blocks[number]} must receive what {blocks[number - 1]} returns, but the model "

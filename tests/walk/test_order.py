@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from aimet_ext.walk.blocks import layers_around
+from aimet_ext.walk.blocks import Stack, layers_around
 from aimet_ext.walk.hooks import layer_order
 
 
@@ -124,7 +124,8 @@ def test_parts_that_end_with_a_layer(ending, layer):
 def test_layers_before_and_after_blocks():
     model, (batch, _) = block_reference.Plain().double().eval(), block_reference.plain_batches()
     names = ["head", "neck", "side", "stem", "gain"]
-    before, after = layers_around(model, ["blocks.0", "blocks.2"], names, [partial(model, batch)])
+    stack = Stack(("blocks.0", "blocks.2"))
+    before, [after] = layers_around(model, [stack], names, [partial(model, batch)])
     assert before == ["stem", "gain"]
     assert after.order == ["side", "neck", "head"]
     assert after.stages == [("side", "neck"), ("head",)]
@@ -132,7 +133,7 @@ def test_layers_before_and_after_blocks():
 
 
 def test_nothing_is_run_without_layers_around():
-    before, after = layers_around(nn.Linear(1, 1), ["a"], [], [pytest.fail])
+    before, [after] = layers_around(nn.Linear(1, 1), [Stack(("a",))], [], [pytest.fail])
     assert (before, after.order, after.stages) == ([], [], [])
 
 

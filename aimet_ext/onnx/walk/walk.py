@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aimet_ext.data.batches import token_mask
+from aimet_ext.data.batches import TARGET_IDS, TARGET_MASK, token_mask
 from aimet_ext.data.cache import ValueCache
 from aimet_ext.data.feeds import check_inputs
 from aimet_ext.onnx.graph import OnnxGraph, Part
@@ -86,6 +86,8 @@ class OnnxWalk(StagedWalk):
         self._common: set[str] = set()
         self._held: dict[str, set[str]] = {lane: set() for lane in lanes}
         self._stages = plan_stages(graph, layers, shells, names)
+        reached = _reached(graph, TARGET_IDS)
+        self._target = {n for s in self._stages if s.source in reached for n in s.layers}
         changed = {*names, *self._effective} if streams == "both" else None
         self._transitions = plan_transitions(graph, layers, self._stages, changed)
         self._order = LayerOrder(
@@ -232,14 +234,24 @@ class OnnxWalk(StagedWalk):
             return x
         return functional.pad(x, padding(self._all[stage.layers[0]], x.shape))
 
-    def _mask(self, batch: int) -> Tensor | None:
+    def _mask(self, batch: int, layer: str) -> Tensor | None:
         """Return which new tokens of a batch count: a mask may cover cached ones too."""
-        inputs = self._batches[batch]
-        mask = token_mask(inputs)
+        inputs, is_target = self._batches[batch], layer in self._target
+        mask = token_mask(inputs, None, TARGET_MASK) if is_target else token_mask(inputs)
         if mask is None:
             return None
-        tokens = next((inputs[n] for n in _TOKENS if n in inputs and inputs[n].dim() > 1), mask)
+        names = (TARGET_IDS,) if is_target else _TOKENS
+        tokens = next((inputs[n] for n in names if n in inputs and inputs[n].dim() > 1), mask)
         return mask[:, -tokens.shape[1] :]
+
+
+def _reached(graph: OnnxGraph, name: str) -> set[str]:
+    """Return the tensors that are computed of one, itself among them."""
+    reached = {name}
+    for node in graph.nodes:  # in the order of their execution
+        if not reached.isdisjoint(node.input):
+            reached.update(node.output)
+    return reached
 
 
 def padding(layer: OnnxLayer, shape: Sequence[int]) -> list[int]:

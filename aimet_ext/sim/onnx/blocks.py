@@ -406,7 +406,7 @@ def open_pass(
     stack = adaptor.model.get_submodule(blocks[0].rpartition(".")[0])
     assert isinstance(stack, BlockStack)
 
-    def capture(weights: Mapping[str, Tensor]) -> BlockStream:
+    def capture(_: str, weights: Mapping[str, Tensor]) -> BlockStream:
         return capture_blocks(
             stack.flow,
             list(stack.plans.values()),

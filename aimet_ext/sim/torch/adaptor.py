@@ -34,11 +34,11 @@ from aimet_ext.sim.torch.state import (
     restore_quantizer,
     uninitialize,
 )
-from aimet_ext.walk.blocks import BlockWalk, find_stack
-from aimet_ext.walk.passes import BlockPass, WalkOptions, kinds_of, open_pass
+from aimet_ext.walk.blocks import BlockWalk, find_stacks
+from aimet_ext.walk.passes import BlockPass, WalkOptions, open_pass
+from aimet_ext.walk.sides import find_sides
 from aimet_ext.walk.traced import walk_graph
 from aimet_ext.walk.walk import Streams, Walk
-from aimet_ext.walk.wiring import NotInSequence
 
 _T = TypeVar("_T")
 
@@ -249,15 +249,12 @@ class TorchSim(TorchPoints, SimAdaptor):
         **options: Unpack[WalkOptions],
     ) -> Walk:
         settings: dict[str, Any] = {"streams": streams, "effective": effective, **options}
-        if blocks := find_stack(self.model, layers):
-            try:
-                kinds = kinds_of(self.model, blocks, batches, options.get("forward_fn"))
-            except NotInSequence:
-                blocks = []  # the graph knows how data flows
-            except Exception:  # noqa: BLE001  (of the batch: the walk says more)
-                kinds = None
-            if blocks:
-                return BlockWalk(self.model, blocks, batches, layers, kinds=kinds, **settings)
+        forward_fn = options.get("forward_fn")
+        stacks = find_stacks(self.model, layers, batches, forward_fn)
+        blocks = [block for stack in stacks for block in stack.blocks]
+        settings["sides"] = find_sides(self.model, [*layers, *blocks], batches, forward_fn)
+        if stacks:
+            return BlockWalk(self.model, [], batches, layers, stacks=stacks, **settings)
         return walk_graph(self.model, batches, layers, leaves=self.sim.qmodules(), **settings)
 
     def find_blocks(

@@ -174,10 +174,11 @@ class _Reader:
         """Return the number that a prepared language model adds to masked scores, else None."""
         if "transformers" not in sys.modules:
             return None
+        from aimet_ext.models.encoder_decoder import PreparedEncoderDecoder
         from aimet_ext.models.huggingface import PreparedCausalLM
 
         for module in self.modules.values():
-            if isinstance(module, PreparedCausalLM):
+            if isinstance(module, PreparedCausalLM | PreparedEncoderDecoder):
                 return module.mask_value or torch.finfo(module.model.dtype).min / 2
         return None
 

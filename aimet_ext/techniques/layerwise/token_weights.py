@@ -20,11 +20,12 @@ from tqdm.auto import tqdm
 
 from aimet_ext.analysis.divergence import counted_rows, row_mask
 from aimet_ext.core.divergence import outcome_likelihood
-from aimet_ext.data.batches import ForwardFn, token_mask
+from aimet_ext.data.batches import ForwardFn
 from aimet_ext.data.moments import Geometry
 from aimet_ext.errors import TransformRefused
 from aimet_ext.sim.protocol import SimAdaptor
 from aimet_ext.walk.routing import is_routed
+from aimet_ext.walk.sides import Sides, find_sides
 from aimet_ext.walk.streamed import fit_mask
 
 _SEED = 0  # of the outcomes
@@ -58,6 +59,7 @@ class TokenWeights:
             if not (is_torch and is_routed(model, name))
         }
         self._model_of_masks = model if is_torch and not forward_fn else None
+        sides = find_sides(model, layers, batches, forward_fn) if is_torch else Sides()
         # By layer, for each batch and operation that applies it: [groups, *places].
         self._found: dict[str, list[Tensor]] = {name: [] for name in self._geometry}
         self._batch: dict[tuple[str, int], Tensor] = {}
@@ -72,10 +74,9 @@ class TokenWeights:
                 for batch in tqdm(batches, desc="token weights", disable=not progress):
                     self._batch.clear()
                     self._add(batch, run(batch), generator)
-                    mask = token_mask(batch, self._model_of_masks)
                     for (name, _), own in sorted(self._batch.items(), key=lambda item: item[0]):
                         self._found[name].append(own)
-                        mass[name].append(self._counted(name, own, mask))
+                        mass[name].append(self._counted(name, own, sides.mask(batch, model, name)))
         except TransformRefused as error:
             raise TransformRefused(
                 'token_weights="loss": gradients of the whole graph are required; pass '
