@@ -15,6 +15,8 @@ T = TypeVar("T")
 _TILE = 128  # columns; smaller ones save more products, and make each slower
 #: Of fewer tokens than this for each input of a layer, roundings learn more noise than signal.
 TOKENS_AN_INPUT = 4
+#: Tokens of all experts, for each input of a layer that leans on them.
+POOLED_AN_INPUT = 16
 # Noise of a smaller share than this counts by its square: it turns more codes than it is worth.
 _FAINT = 0.05
 

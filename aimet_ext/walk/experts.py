@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
@@ -149,13 +149,33 @@ class Pool:
     shared: str | None
 
 
-def every_so_many(sent: Tensor, passed: int, step: int) -> Tensor:
-    """Return which of the tokens that count to keep, one in ``step``, however cut into batches.
+def pool_of(
+    batches: int,
+    sent: Callable[[int], Tensor],
+    inputs: Callable[[int, Tensor], Mapping[str, Tensor]],
+    shared: str | None = None,
+) -> Pool:
+    """Return a pool of what comes with every so many tokens, however they are cut into batches.
 
-    :param sent: bool ``[tokens]``.
-    :param passed: Number of those in the batches before.
+    :param batches: Number of batches.
+    :param sent: Function from a batch's number to which of its tokens count, bool ``[tokens]``.
+    :param inputs: Function from that and the tokens to take, to inputs by stream.
     """
-    return sent & ((sent.cumsum(0) - 1 + passed) % step == 0)
+
+    def drawn(every: Sequence[Tensor], step: int) -> Iterator[Inputs]:
+        passed = 0
+        for index, each in enumerate(every):
+            taken = each & ((each.cumsum(0) - 1 + passed) % step == 0)
+            passed += int(each.sum())
+            if found := inputs(index, taken):
+                yield found.get("quantized"), found.get("float"), None
+
+    def read(enough: int) -> tuple[int, Iterator[Inputs]]:
+        every = [sent(index) for index in range(batches)]
+        total = sum(int(each.sum()) for each in every)
+        return total, drawn(every, max(1, total // enough))
+
+    return Pool(read, shared)
 
 
 def _chosen(calls: Mapping[str, Call]) -> Tensor:

@@ -24,7 +24,7 @@ from aimet_ext.data.batches import (
     tensors_in,
 )
 from aimet_ext.data.moments import Geometry
-from aimet_ext.walk.routing import is_routed
+from aimet_ext.walk.routing import is_sent_to
 
 Activation: TypeAlias = Callable[[Tensor], Tensor]
 Wrap: TypeAlias = Callable[[Tensor], Any]
@@ -240,7 +240,7 @@ def layer_order(
             break
     else:
         left = [name for name in layers if name not in order]
-        if lost := [f"{prefix}{name}" for name in left if not is_routed(module, name)]:
+        if lost := [f"{prefix}{name}" for name in left if not is_sent_to(module, name)]:
             raise uncalled(lost)
         order.update(dict.fromkeys(left))
         found.idle = left

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,3 +43,54 @@ def is_routed(root: nn.Module, layer: str) -> bool:
 def is_grouped(module: nn.Module) -> bool:
     """Return True if a module of experts is called with hidden states once for each expert."""
     return callable(getattr(module, "routing", None))
+
+
+def is_sent_to(root: nn.Module, layer: str) -> bool:
+    """Return True if a router sends tokens to a layer of a module, as far as structure tells."""
+    return is_routed(root, layer) or listed(root, layer) is not None
+
+
+def listed(root: nn.Module, layer: str) -> tuple[int, tuple[str, ...]] | None:
+    """Return a layer's place in a list of modules of one kind that has a router beside it.
+
+    A router is what has a matrix with a row for each of them, in the module nearest to the list.
+
+    :returns: number in the list, and names of the routers; None if there is no such list.
+    """
+    parts = layer.split(".")
+    for depth in range(len(parts) - 1, 0, -1):
+        held = ".".join(parts[:depth])
+        if (count := _siblings(root, layer, held)) < 2:
+            continue
+        for up in range(depth - 1, -1, -1):
+            holder = ".".join(parts[:up])
+            within = root.get_submodule(holder).named_modules(prefix=holder)
+            outside = [(n, m) for n, m in within if not n.startswith(f"{held}.")]
+            if found := tuple(n for n, module in outside if _outputs(module) == count):
+                return int(parts[depth]), found
+    return None
+
+
+def _outputs(module: nn.Module) -> int:
+    weight = getattr(module, "weight", None)
+    return len(weight) if isinstance(weight, Tensor) and weight.dim() == 2 else 0
+
+
+def _siblings(root: nn.Module, layer: str, held: str) -> int:
+    """Return how many modules like a layer's stand in a list with it, 0 if that is no list.
+
+    :param held: Name of the list, with which the layer's begins.
+    """
+    modules = root.get_submodule(held)
+    if not isinstance(modules, nn.ModuleList) or isinstance(modules, RoutedLayers):
+        return 0
+    own: Any = root.get_submodule(layer)
+    rest = layer.removeprefix(f"{held}.").partition(".")[2]
+    for module in modules:
+        try:
+            other: Any = module.get_submodule(rest)
+        except AttributeError:
+            return 0
+        if type(other) is not type(own) or other.weight.shape != own.weight.shape:
+            return 0
+    return len(modules) if len({type(module) for module in modules}) == 1 else 0

@@ -16,7 +16,8 @@ from torch.func import functional_call
 
 from aimet_ext.data.cache import TensorCache, ValueCache
 from aimet_ext.data.moments import Geometry
-from aimet_ext.walk.experts import Call, Inputs, Pool, Routed, every_so_many, routed
+from aimet_ext.walk.alternatives import alternative
+from aimet_ext.walk.experts import Call, Inputs, Pool, Routed, pool_of, routed
 from aimet_ext.walk.hooks import (
     LayerOrder,
     checked_weight,
@@ -161,8 +162,8 @@ class StreamedBlock:
         """
         module = self.module.get_submodule(layers[0])
         wanted = streams or tuple(self.flows)
-        kept = self._to_keep(layers, wanted)
-        expert = routed(self.module, layers[0])
+        expert, other = routed(self.module, layers[0]), alternative(self.module, layers[0])
+        kept = self._to_keep(layers, wanted) if other is None else None
         for index in range(len(self)):
             if not self._open:
                 raise RuntimeError(
@@ -171,7 +172,10 @@ class StreamedBlock:
                 )
             seen: Mapping[str, Tensor | None]
             mask = self.masks.get(layers[0], self._flow.mask)(index)
-            if expert is None:
+            if other is not None:
+                runs = self._runs(wanted, index, layers[0])
+                seen, mask = other.inputs(self.module, runs, mask)
+            elif expert is None:
                 seen = {stream: self._seen(stream, index, layers[0]) for stream in wanted}
             else:
                 calls = self._all_calls(expert, wanted, index)
@@ -189,33 +193,37 @@ class StreamedBlock:
 
         None if they are no expert's.
         """
-        expert = routed(self.module, layers[0])
+        expert, other = routed(self.module, layers[0]), alternative(self.module, layers[0])
+        streams, mask = streams or tuple(self.flows), self.masks.get(layers[0], self._flow.mask)
+        if other is not None:
+
+            def counts(index: int) -> Tensor:
+                counted = mask(index)
+                return torch.ones(0, dtype=torch.bool) if counted is None else counted.flatten()
+
+            def inputs(index: int, taken: Tensor) -> Mapping[str, Tensor]:
+                runs = self._runs(streams, index, layers[0])
+                return other.inputs_of_all(self.module, runs, mask(index), taken)
+
+            return pool_of(len(self), counts, inputs)
         if expert is None:
             return None
-        shared = expert.module if expert.reads_hidden(self.module) else None
-        return Pool(partial(self._pooled, expert, streams or tuple(self.flows)), shared)
 
-    def _pooled(
-        self, expert: Routed, streams: Sequence[str], enough: int
-    ) -> tuple[int, Iterator[Inputs]]:
-        sent = [
-            expert.tokens(self.module, self._all_calls(expert, streams, i), self._flow.mask(i))
-            for i in range(len(self))
-        ]
-        total = sum(int(each.sum()) for each in sent)
-        return total, self._every_so_many(expert, streams, sent, max(1, total // enough))
-
-    def _every_so_many(
-        self, expert: Routed, streams: Sequence[str], sent: Sequence[Tensor], step: int
-    ) -> Iterator[Inputs]:
-        """Yield an expert's inputs for one in ``step`` of the tokens ``sent``, by batch."""
-        layer, passed = self.module.get_submodule(expert.layer), 0
-        for index, each in enumerate(sent):
-            taken, passed = every_so_many(each, passed, step), passed + int(each.sum())
+        def sent(index: int) -> Tensor:
             calls = self._all_calls(expert, streams, index)
-            seen = expert.inputs(self.module, calls, self._params, taken)
-            found = {stream: no_tokens(layer, seen.get(stream)) for stream in streams}
-            yield found.get("quantized"), found.get("float"), None
+            return expert.tokens(self.module, calls, mask(index))
+
+        def sent_there(index: int, taken: Tensor) -> Mapping[str, Tensor]:
+            calls = self._all_calls(expert, streams, index)
+            return expert.inputs(self.module, calls, self._params, taken)
+
+        shared = expert.module if expert.reads_hidden(self.module) else None
+        return pool_of(len(self), sent, sent_there, shared)
+
+    def _runs(
+        self, streams: Sequence[str], index: int, layer: str
+    ) -> dict[str, Callable[[], object]]:
+        return {stream: partial(self._run, stream, index, layer) for stream in streams}
 
     def _all_calls(self, expert: Routed, streams: Sequence[str], index: int) -> dict[str, Call]:
         return {stream: self._call(expert, stream, index) for stream in streams}
@@ -234,7 +242,7 @@ class StreamedBlock:
         flow = self.flows["float"]
         self._outputs = flow.new_cache()
         for names in self._stages:
-            if routed(self.module, names[0]) is None:
+            if not self._is_sent_to(names[0]):
                 self._read[names[0]] = flow.new_cache(f"read-{len(self._read)}")
         notes: dict[str, NoteInput] = {
             name: lambda x, _, cache=cache: cache.append(x)  # type: ignore[misc]
@@ -246,6 +254,10 @@ class StreamedBlock:
             for name, cache in self._read.items():
                 if len(cache) == index:  # it was not called
                     cache.append(no_tokens(self.module.get_submodule(name)))
+
+    def _is_sent_to(self, layer: str) -> bool:
+        """Return True if a router sends tokens to a layer."""
+        return routed(self.module, layer) is not None or alternative(self.module, layer) is not None
 
     def _call(self, expert: Routed, stream: str, index: int) -> Call:
         """Return the call of an expert's module, which earlier layers decide; it is kept."""

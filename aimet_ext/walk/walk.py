@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from aimet_ext.data.batches import ForwardFn, map_tensors, module_device
 from aimet_ext.data.cache import StoredBatches, keep_batches
-from aimet_ext.walk.experts import Call, Inputs, Pool, Routed, routed
+from aimet_ext.walk.alternatives import Alternative, alternative
+from aimet_ext.walk.experts import Call, Inputs, Pool, Routed, pool_of, routed
 from aimet_ext.walk.hooks import (
     Activation,
     LayerOrder,
@@ -165,7 +166,7 @@ class StagedWalk:
             if "quantized" in self._weights:
                 self._pending = set(layers)
             relus = {n: relu for n, relu in self._order.activations.items() if n in layers}
-            yield Stage(layers, relus, partial(self._read, number))
+            yield Stage(layers, relus, partial(self._read, number), self._pool(number))
         self._current = -1
 
     def hold(self, layer: str) -> None:
@@ -249,6 +250,10 @@ class StagedWalk:
         """Return which tokens of a batch count for a layer; None where it does not say."""
         raise NotImplementedError
 
+    def _pool(self, number: int) -> Pool | None:
+        """Return what comes to a stage of tokens that are sent elsewhere, if any can be."""
+        return None
+
 
 class ModelWalk(StagedWalk):
     """Base of the walks over a torch model; see :class:`Walk`.
@@ -330,8 +335,8 @@ class RerunWalk(ModelWalk):
         super().__init__(model, batches, layers, **settings)
         self._reason = reason
         self._passes = 0
-        self._expert: Routed | None = None  # whose layer was read last
-        self._sent: Mapping[str, Call] = {}
+        self._known: dict[str, tuple[Routed | None, Alternative | None]] = {}
+        self._real: Tensor | None = None  # tokens that count of those that a router sent last
         self._load_effective(lambda name: True)
         weights = self._weights.get("quantized", {})
         passes = (partial(self._run, n, weights) for n in range(len(self._batches)))
@@ -346,30 +351,68 @@ class RerunWalk(ModelWalk):
     def _seen(self, number: int, batch: int, use: int) -> Mapping[str, Tensor]:
         names = self._order.stages[number]
         layers = [self._layers[name] for name in names]
-        self._expert = expert = routed(self._model, names[0])
-        seen: dict[str, Any] = {}
-        for stream, weights in self._weights.items():
-            run = partial(self._run, batch, weights)
-            if seen and not self._weights["quantized"]:
-                seen[stream] = seen["quantized"]  # nothing is decided yet
-            else:
-                seen[stream] = (
-                    seen_input(layers, run) if expert is None else expert.call(self._model, run)
-                )
-        if expert is not None:
-            self._sent = seen
-            params = {
-                stream: {f"{name}.weight": weight for name, weight in weights.items()}
-                for stream, weights in self._weights.items()
-            }
-            seen = expert.inputs(self._model, seen, params)
-        if any(found is None for found in seen.values()):
+        expert, other = self._places(names[0])
+        mask = self._real = super()._mask(batch, names[0])
+        seen: Any  # by stream
+        if other is not None:
+            seen, self._real = other.inputs(self._model, self._runs(batch), mask)
+        elif expert is not None:
+            calls = self._calls(expert, batch)
+            seen = expert.inputs(self._model, calls, self._params())
+            self._real = expert.mask(self._model, calls, mask)
+        else:
+            seen = self._once(batch, partial(seen_input, layers))
+        if not seen or any(found is None for found in seen.values()):
             return {}  # this batch does not reach the layers
         return {stream: found.to(self._device) for stream, found in seen.items()}
 
     def _mask(self, batch: int, layer: str) -> Tensor | None:
-        mask = super()._mask(batch, layer)
-        return mask if self._expert is None else self._expert.mask(self._model, self._sent, mask)
+        return self._real
+
+    def _pool(self, number: int) -> Pool | None:
+        (name, *_) = self._order.stages[number]
+        expert, other = self._places(name)
+        masks = partial(super()._mask, layer=name)
+
+        def sent(batch: int) -> Tensor:
+            if expert is not None:
+                return expert.tokens(self._model, self._calls(expert, batch), masks(batch))
+            mask = masks(batch)
+            return torch.ones(0, dtype=torch.bool) if mask is None else mask.flatten()
+
+        def inputs(batch: int, taken: Tensor) -> Mapping[str, Tensor]:
+            if expert is not None:
+                return expert.inputs(self._model, self._calls(expert, batch), self._params(), taken)
+            assert other is not None
+            return other.inputs_of_all(self._model, self._runs(batch), masks(batch), taken)
+
+        return None if expert is other is None else pool_of(len(self._batches), sent, inputs)
+
+    def _places(self, layer: str) -> tuple[Routed | None, Alternative | None]:
+        """Return a layer's place among experts, of either kind."""
+        if layer not in self._known:
+            self._known[layer] = routed(self._model, layer), alternative(self._model, layer)
+        return self._known[layer]
+
+    def _calls(self, expert: Routed, batch: int) -> dict[str, Call]:
+        return self._once(batch, partial(expert.call, self._model))
+
+    def _once(self, batch: int, look: Callable[[Callable[[], object]], Any]) -> dict[str, Any]:
+        """Return what a function finds in a run of each stream, of one run until they differ."""
+        found: dict[str, Any] = {}
+        for stream, run in self._runs(batch).items():
+            same = bool(found) and not self._weights["quantized"]  # nothing is decided yet
+            found[stream] = found["quantized"] if same else look(run)
+        return found
+
+    def _runs(self, batch: int) -> dict[str, Callable[[], object]]:
+        return {s: partial(self._run, batch, weights) for s, weights in self._weights.items()}
+
+    def _params(self) -> dict[str, dict[str, Tensor]]:
+        return {
+            stream: {f"{name}.weight": weight for name, weight in weights.items()}
+            for stream, weights in self._weights.items()
+        }
 
     @torch.no_grad()
     def _run(self, number: int, weights: Mapping[str, Tensor]) -> Any:

@@ -482,18 +482,6 @@ def test_a_layer_between_the_blocks_is_refused(build):
         go_through(walk_of(model, batches), model)
 
 
-def test_experts_have_no_pairs_of_inputs(build):
-    """Another token goes to an expert once the router sees other values."""
-    model, batches = build("experts")
-    walk = walk_of(model, batches, streams="both")
-    with pytest.raises(ValueError, match="must receive the same tokens"):
-        for stage in walk.stages():
-            list(stage.batches())
-            for layer in stage.layers:
-                walk.decide(layer, torch.randn_like(model.get_submodule(layer).weight))
-    walk.close()
-
-
 def test_batches_of_a_block_that_is_over_are_refused(build):
     model, batches = build("llama")
     walk = walk_of(model, batches)

@@ -22,7 +22,7 @@ from aimet_ext.files.scratch import temporary
 from aimet_ext.models.attention import every_module, own_projections
 from aimet_ext.models.experts import all_tokens
 from aimet_ext.sim.torch.unknown import unknown_modules
-from aimet_ext.walk.routing import RoutedLayers
+from aimet_ext.walk.routing import RoutedLayers, is_sent_to
 
 # Bits of what has no spec: gains of norms, which NPUs take in 8 bits beside activations of 8.
 _GAIN_BITS, _NARROW = 16, 8
@@ -80,9 +80,12 @@ def build_sim(
             config_file=config_file,
         )
     _settle_attention(sim)
+    # An expert that the dummy input does not reach is quantized like the others of its list.
+    experts = {name for name in uncalled if name in weights and is_sent_to(sim.model, name)}
     for name in uncalled:
-        _remove_quantizers(sim.model.get_submodule(name))
-    weights = {name: spec for name, spec in weights.items() if name not in uncalled}
+        _remove_quantizers(sim.model.get_submodule(name), activations_alone=name in experts)
+    dead = uncalled - experts
+    weights = {name: spec for name, spec in weights.items() if name not in dead}
     _set_activations(sim, activations)
     _share_ranges(sim)
     _set_weights(sim, weights, keep_others=activations is not None, ranges=ranges)
@@ -167,11 +170,11 @@ def _settle_attention(sim: QuantizationSimModel) -> None:
                 _leave_activations(module)
 
 
-def _remove_quantizers(module: Any) -> None:
+def _remove_quantizers(module: Any, *, activations_alone: bool) -> None:
     """Leave the inputs, outputs and parameters of a module float."""
     if isinstance(module, BaseQuantizationMixin):
         _leave_activations(module)
-        for key in module.param_quantizers:
+        for key in () if activations_alone else module.param_quantizers:
             module.param_quantizers[key] = None
 
 

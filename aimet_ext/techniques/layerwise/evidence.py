@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aimet_ext.core.objective import SecondMoment
+from aimet_ext.core.objective import POOLED_AN_INPUT, SecondMoment
 from aimet_ext.data.moments import sum_moments
 from aimet_ext.sim.protocol import WeightQuantizer
 from aimet_ext.techniques.layerwise.deploy import SampleSum, UpstreamError
@@ -18,8 +18,6 @@ from aimet_ext.techniques.session import RunOptions
 from aimet_ext.walk.experts import Pool
 from aimet_ext.walk.hooks import Activation, uncalled
 from aimet_ext.walk.walk import Stage
-
-_POOLED_AN_INPUT = 16  # tokens of all experts, for each input of a layer that leans on them
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +122,7 @@ class Evidence:
             return own, costs
         layer: Any = self.model.get_submodule(stage.layers[0])
         upstream = self._upstream(stage)
-        enough = _POOLED_AN_INPUT * layer.weight.shape[1]
+        enough = POOLED_AN_INPUT * layer.weight.shape[1]
         count, inputs = pool.inputs(enough)
         known = None if pool.shared is None else self._pools.get(pool.shared)
         if known is None:
@@ -145,7 +143,7 @@ class Evidence:
                 if quantized is not None and original is not None:
                     for each in upstream.values():
                         each.add(quantized[None], original[None])
-        moment = own.leaning(known, count)
+        moment = own.leaning(known, max(count, known.tokens))
         kept, leaned = 1 - moment.leaned, moment.leaned
         return moment, {n: kept * costs[n] + leaned * each.mean for n, each in upstream.items()}
 
