@@ -19,7 +19,7 @@ from typing import Any
 
 import peft
 import torch
-from families import FAMILIES, random_model
+from random_families import FAMILIES, random_model
 from report import bar, named, print_table
 from torch import Tensor, nn
 

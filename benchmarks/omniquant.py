@@ -40,7 +40,7 @@ from common import (
     mean,
     quiet_warnings,
 )
-from families import FAMILIES, change_by_folding, random_model
+from random_families import FAMILIES, change_by_folding, random_model
 from report import (
     ASSETS,
     HERE,
