@@ -155,4 +155,6 @@ def _look_up(
     given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
     further = (*args[2:], *(v for name, v in kwargs.items() if name not in _ARGUMENTS))
     x, positions = (given[name] for name in _ARGUMENTS)
+    if positions.dim() > 2:  # in time, height and width, which are the same in text
+        positions = positions[0]
     return tables[further].to(x).rows(positions)

@@ -86,7 +86,8 @@ def test_techniques_and_the_export_take_the_sim(build, family, tmp_path):
 
 
 DELTA = {
-    "layer_types": ["linear_attention"],
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
     "linear_key_head_dim": 16,
