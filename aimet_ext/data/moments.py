@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from aimet_ext.core.objective import Noise, SecondMoment
+from aimet_ext.core.transposed import spread_out
 from aimet_ext.data.cache import available_bytes, mapped_zeros
 
 Storage: TypeAlias = Literal["memory", "mapped"]
@@ -33,6 +34,7 @@ _BLOCK = 1024  # rows that are multiplied at a time
 _ALIKE = 3
 _STRIP = 128  # rows of H that are computed at a time
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Geometry:
         ``torch.nn.functional.pad`` takes them.
     :param padding_mode: as torch.nn.Conv2d names it.
     :param groups: groups of channels, each with inputs and outputs of its own.
+    :param spread: one number per spatial dimension of a transposed convolution, the stride of its
+        inputs among zeros, which a convolution then reads, see :mod:`aimet_ext.core.transposed`.
     """
 
     kernel_size: tuple[int, ...] = ()
@@ -58,21 +62,33 @@ class Geometry:
     padding: tuple[int, ...] = ()
     padding_mode: str = "zeros"
     groups: int = 1
+    spread: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, module: nn.Module) -> Geometry:
         """Return the geometry of a linear layer or of a convolution in one to three dimensions.
 
+        A convolution may be a transposed one.
+
         :raises TypeError: the module is neither.
         """
         if isinstance(module, nn.Linear):
             return cls()
-        if not isinstance(module, _CONVOLUTIONS):
+        if not isinstance(module, (*_CONVOLUTIONS, *TRANSPOSED)):
             raise TypeError(
                 "a layer with second moments must be nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d, "
-                f"got {type(module).__name__}; leave it out"
+                f"or nn.ConvTranspose1d to 3d, got {type(module).__name__}; leave it out"
             )
         kernel, dilation = module.kernel_size, module.dilation
+        if isinstance(module, TRANSPOSED):
+            return cls(
+                kernel_size=tuple(kernel),
+                stride=(1,) * len(kernel),
+                dilation=tuple(dilation),
+                padding=_transposed_padding(module),
+                groups=module.groups,
+                spread=tuple(module.stride),
+            )
         padding = _padding(module)
         return cls(
             kernel_size=tuple(kernel),
@@ -134,6 +150,8 @@ class Geometry:
                 f"{self.kernel_size} must be [images, channels, {spatial} dimensions], "
                 f"got {list(images.shape)}"
             )
+        if self.spread:
+            images = spread_out(images, self.spread)
         if any(self.padding):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             images = functional.pad(images, self.padding, mode=mode)
@@ -158,6 +176,14 @@ def _padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:
         sides = [(0, 0)] * len(kernel)
     else:
         sides = [(int(p), int(p)) for p in padding]
+    return tuple(amount for side in reversed(sides) for amount in side)
+
+
+def _transposed_padding(module: Any) -> tuple[int, ...]:
+    """Return what the convolution of spread inputs has in place of a transposed one's padding."""
+    reach = [d * (k - 1) for k, d in zip(module.kernel_size, module.dilation, strict=True)]
+    before = [r - p for r, p in zip(reach, module.padding, strict=True)]
+    sides = [(b, b + more) for b, more in zip(before, module.output_padding, strict=True)]
     return tuple(amount for side in reversed(sides) for amount in side)
 
 

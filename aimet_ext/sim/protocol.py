@@ -65,6 +65,10 @@ class WeightQuantizer(Protocol):
     def set_weight(self, values: Tensor) -> None:
         """Replace the weight by values of its shape."""
 
+    def stored(self, values: Tensor) -> Tensor:
+        """Return values of the weight's shape as the layer has its weight."""
+        return values
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Cells of the grid along each dimension of the weight."""

@@ -90,7 +90,7 @@ def round_layers(block: Block, asym_strength: float) -> BlockState:
             grids[layer] = grid.scale, grid.offset
             codes[layer] = decision.codes(grid)
             values = settled(codes[layer], grid, problem.stored.dtype)
-            block.data.decide(layer, values.view(quantizer.weight.shape))
+            block.data.decide(layer, quantizer.stored(values.view(quantizer.weight.shape)))
     block.data.restart()
     return BlockState({}, grids, codes)
 

@@ -115,7 +115,7 @@ class Polished:
 
         def weight(name: str) -> Callable[[], Tensor]:
             assert logs is not None
-            return lambda: self.codes[name].weight(logs[name])
+            return lambda: self.quantizers[name].stored(self.codes[name].weight(logs[name]))
 
         def gain(learnt: LearntGain, parameter: str) -> Callable[[], Tensor]:
             if logs is None:

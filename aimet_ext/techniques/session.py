@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from aimet_ext.core.affine import fake_quantize, to_blocks
 from aimet_ext.core.interrupts import uninterrupted
 from aimet_ext.data.batches import ForwardFn
+from aimet_ext.data.moments import TRANSPOSED
 from aimet_ext.files.folders import writable_folder
 from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.scratch import remove_abandoned, scratch
@@ -27,7 +28,7 @@ try:
 except ModuleNotFoundError:  # Windows
     resource = None  # type: ignore[assignment]
 
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +190,7 @@ class OnGrids(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         quantizer, grid = self.layers[name]
-        return fake_quantize(quantizer.weight.detach(), grid)
+        return quantizer.stored(fake_quantize(quantizer.weight.detach(), grid))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layers)
@@ -458,4 +459,5 @@ def _check(decided: Mapping[str, WeightQuantizer], skipped: Mapping[str, str]) -
 def _row_wise_or_whole(quantizer: WeightQuantizer) -> bool:
     shape, weight = quantizer.shape, quantizer.weight
     cells = (1,) * (weight.dim() - len(shape)) + tuple(shape)
-    return cells[0] in (1, weight.shape[0]) and all(n == 1 for n in cells[2:])
+    across = cells[1] == 1 or quantizer.layout.block_size is not None
+    return cells[0] in (1, weight.shape[0]) and across and all(n == 1 for n in cells[2:])

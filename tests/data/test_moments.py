@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
-from moments_reference import conv_rows_by_loop, moments_by_loop
+from moments_reference import conv_rows_by_loop, moments_by_loop, transposed_rows_by_columns
 from torch import nn
 
 from aimet_ext.core.objective import row_errors
+from aimet_ext.core.transposed import as_convolution
 from aimet_ext.data import moments
 from aimet_ext.data.moments import Geometry, MomentSum
 
@@ -27,6 +28,14 @@ CONVOLUTIONS = {
     "replicate": {"kernel_size": 3, "padding": 2, "padding_mode": "replicate", "groups": 2},
     "circular": {"kernel_size": 3, "padding": (1, 3), "padding_mode": "circular", "stride": 2},
     "reflect, same": {"kernel_size": 4, "padding": "same", "padding_mode": "reflect"},
+}
+TRANSPOSED = {
+    "plain": {"kernel_size": 3},
+    "stride": {"kernel_size": (4, 2), "stride": (2, 3), "padding": (1, 0)},
+    "output padding": {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1},
+    "dilation": {"kernel_size": 3, "dilation": (2, 1), "stride": (3, 2), "padding": 2},
+    "padding beyond the kernel": {"kernel_size": 1, "stride": 2, "padding": 1},
+    "groups": {"kernel_size": 3, "stride": 2, "groups": 2},
 }
 IMAGES, CHANNELS, OUT = 2, 4, 8
 
@@ -52,6 +61,22 @@ def test_rows_are_those_of_the_definition(settings, normal):
     rows = Geometry.of(module).rows(x)
     assert rows.shape[0] == module.groups
     assert torch.equal(rows, conv_rows_by_loop(module, x))
+
+
+@pytest.mark.parametrize("settings", TRANSPOSED.values(), ids=TRANSPOSED)
+def test_a_transposed_convolution_is_a_product_with_its_rows(settings, normal):
+    """Rows are what unit weights give, and rows times the weight is the layer's output."""
+    module = nn.ConvTranspose2d(CHANNELS, OUT, bias=False, **settings).double()
+    module.requires_grad_(False)
+    x = normal(IMAGES, CHANNELS, 4, 3)
+    rows = Geometry.of(module).rows(x)  # [groups, tokens, in]
+    assert torch.equal(rows, transposed_rows_by_columns(module, x))
+    matrix = as_convolution(module.weight, module.groups).flatten(1)  # [out, in]
+    product = rows @ matrix.view(module.groups, -1, matrix.shape[1]).mT
+    grouped = module(x).unflatten(1, (module.groups, -1)).movedim(2, -1).movedim(1, 0)
+    expected = grouped.flatten(1, -2)
+    torch.testing.assert_close(product, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(as_convolution(as_convolution(module.weight, 2), 2), module.weight)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -171,7 +196,7 @@ def test_equal_geometries_are_one_key():
     assert len({Geometry.of(nn.Conv2d(4, 4, 3, **settings)) for settings in different}) == 5
 
 
-@pytest.mark.parametrize("module", [nn.ConvTranspose2d(4, 4, 3), nn.Embedding(3, 4), nn.ReLU()])
+@pytest.mark.parametrize("module", [nn.LSTM(4, 4), nn.Embedding(3, 4), nn.ReLU()])
 def test_other_modules_have_no_geometry(module):
     with pytest.raises(TypeError, match=f"got {type(module).__name__}; leave it out"):
         Geometry.of(module)

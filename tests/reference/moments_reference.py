@@ -5,6 +5,10 @@ Written from the definition of the convolution in the documentation of torch.nn.
 
 from __future__ import annotations
 
+import copy
+import itertools
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -78,3 +82,23 @@ def _value(mode: str, channel: Tensor, line: int, column: int) -> float:
         else:
             places.append(-place if place < 0 else 2 * (size - 1) - place)
     return float(channel[places[0], places[1]])
+
+
+def transposed_rows_by_columns(module: Any, x: Tensor) -> Tensor:
+    """``[groups, tokens, in]`` of a transposed convolution: column ``(channel, tap)`` is what the
+    layer gives with a weight of 1 there and 0 elsewhere. Taps are in reversed order.
+    """
+    probe = copy.deepcopy(module)
+    probe.bias = None
+    inside, outside = module.in_channels // module.groups, module.out_channels // module.groups
+    taps = list(itertools.product(*(range(size) for size in module.kernel_size)))[::-1]
+    groups = []
+    for group in range(module.groups):
+        columns = []
+        for channel in range(inside):
+            for tap in taps:
+                probe.weight.zero_()
+                probe.weight[(group * inside + channel, 0, *tap)] = 1
+                columns.append(probe(x)[:, group * outside].flatten())
+        groups.append(torch.stack(columns, 1))
+    return torch.stack(groups)

@@ -27,7 +27,7 @@ from aimet_ext.sim.protocol import Range, SimAdaptor
 from aimet_ext.sim.torch import residual
 from aimet_ext.sim.torch.graph import Apart, write_graph
 from aimet_ext.sim.torch.points import TorchPoints, replaced_quantizers
-from aimet_ext.sim.torch.quantizers import TorchWeightQuantizer
+from aimet_ext.sim.torch.quantizers import TorchWeightQuantizer, weight_quantizer_of
 from aimet_ext.sim.torch.state import (
     named_quantizers,
     quantizer_state,
@@ -70,7 +70,7 @@ class TorchSim(TorchPoints, SimAdaptor):
             return None
         if "weight" not in module.param_quantizers or module.param_quantizers["weight"] is None:
             return None
-        return TorchWeightQuantizer(name, module)
+        return weight_quantizer_of(name, module)
 
     def layer_names(self) -> Iterator[str]:
         return (name for name, _ in self.sim.named_qmodules())
@@ -225,7 +225,14 @@ class TorchSim(TorchPoints, SimAdaptor):
         return name  # modules have one
 
     def unsupported_layers(self) -> dict[str, str]:
-        return {}  # what is no layer is known by its type
+        # What else is no layer is known by its type.
+        kinds: tuple[type[Any], ...] = (nn.RNNBase, nn.RNNCellBase)
+        return {
+            name: "recurrent layers are not supported"
+            for name, module in self.sim.named_qmodules()
+            if isinstance(module, kinds)
+            and any(quantizer is not None for quantizer in module.param_quantizers.values())
+        }
 
     def shared_weights(self) -> dict[str, list[str]]:
         by_weight: dict[int, list[str]] = {}

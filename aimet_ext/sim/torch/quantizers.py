@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from aimet_ext.core.affine import Grid, symmetric_offset
 from aimet_ext.core.clipping import GridLayout
+from aimet_ext.core.transposed import as_convolution
+from aimet_ext.data.moments import TRANSPOSED
 from aimet_ext.sim.protocol import WeightQuantizer
 from aimet_ext.sim.torch.state import uninitialize
 
@@ -149,6 +152,57 @@ class TorchWeightQuantizer(WeightQuantizer):
         if self.initialized:
             uninitialize(self.quantizer)
             self.quantizer.allow_overwrite(True)
+
+
+class TransposedQuantizer(TorchWeightQuantizer):
+    """The quantizer of a transposed convolution's weight, seen as that of a convolution.
+
+    See :func:`~aimet_ext.core.transposed.as_convolution`. Groups share the ranges of their output
+    channels, so that a grid by channels has rows of its own without groups only.
+    """
+
+    @property
+    def weight(self) -> Any:
+        return as_convolution(self.module.weight, self.module.groups)
+
+    @torch.no_grad()
+    def set_weight(self, values: Tensor) -> None:
+        self.module.weight.copy_(self.stored(values))
+
+    def stored(self, values: Tensor) -> Tensor:
+        return as_convolution(values, self.module.groups)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return _swapped(tuple(self.quantizer.shape))
+
+    @torch.no_grad()
+    def grid(self) -> Grid:
+        grid = super().grid()
+        shape = self.shape
+        return replace(grid, scale=grid.scale.reshape(shape), offset=grid.offset.reshape(shape))
+
+    def shaped(self, values: Tensor) -> Tensor:
+        own = super().shaped(values)  # [out, 1, …]
+        return own.reshape(tuple(self.quantizer.shape))
+
+
+def weight_quantizer_of(name: str, module: Any) -> TorchWeightQuantizer:
+    """Return the weight quantizer of AIMET's quantized layer.
+
+    :param name: name of the layer, for messages.
+    """
+    shape = tuple(module.param_quantizers["weight"].shape)
+    is_row_wise = module.param_quantizers["weight"].block_size is None and (
+        math.prod(shape) == 1 or getattr(module, "groups", 1) == 1
+    )
+    if isinstance(module, TRANSPOSED) and is_row_wise:
+        return TransposedQuantizer(name, module)
+    return TorchWeightQuantizer(name, module)
+
+
+def _swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[1], shape[0], *shape[2:]) if len(shape) > 1 else shape
 
 
 def _neighbours(x: Tensor) -> list[Tensor]:
