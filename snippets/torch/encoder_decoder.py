@@ -45,5 +45,8 @@ sim.compute_encodings(run_calibration)
 inputs = batch()
 with torch.no_grad():
     expected, found = model(**inputs).logits, sim.model(**inputs)
-print(f"error {(found - expected).square().mean() / expected.square().mean():.1%}")
+for name, logits in (("float", expected), ("quantized", found)):
+    # Perplexity of what the float model expects.
+    surprise = -(expected.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
+    print(f"{name:<10} {surprise.exp():.4f}")
 # End of [evaluation]
