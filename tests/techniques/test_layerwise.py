@@ -163,14 +163,15 @@ def test_exclusion_of_what_is_not_there(
 
 
 class Unused(nn.Module):
-    """One layer is never called."""
+    """One layer is not called after the simulation was made."""
 
     def __init__(self) -> None:
         super().__init__()
         self.used, self.unused = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.uses_both = True
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.used(x)
+        return self.used(self.unused(x) if self.uses_both else x)
 
 
 @ON_MOMENTS
@@ -178,6 +179,7 @@ class Unused(nn.Module):
 def test_a_layer_without_data_is_named(technique: Any, state_of: Any, opaque: bool) -> None:
     x = random(32, 8)
     sim = simulate(seeded(Unused), x)
+    sim.model.uses_both = False
     before = state_of(sim)
     forward_fn = (lambda model, batch: model(batch)) if opaque else None
     with pytest.raises(ValueError, match=r"unused.*never|never received data: unused"):
