@@ -448,14 +448,14 @@ class GPTQParams(LayerwiseParams):
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "fast": {"inp_symmetry": "symqt"},
-        "best": {"scale_candidates": 12, "refine_sweeps": 8},
+        "best": {"refine_sweeps": 8},
     }
 
     inp_symmetry: InputSymmetry = "asym"
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
     act_order: bool = False
     beams: Annotated[int, Field(ge=1)] = 1
-    scale_candidates: Annotated[int, Field(ge=0)] = 4
+    scale_candidates: Annotated[int, Field(ge=0)] = 12
     refine_sweeps: Annotated[int, Field(ge=0)] = 1
 
 

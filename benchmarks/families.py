@@ -232,7 +232,7 @@ class Trial:
         try:
             self.row[key] = step()
         except Exception as error:  # noqa: BLE001 - which ones come is the result
-            self.row[key] = f"{type(error).__name__}: {error}"[:400]
+            self.row[key] = _said(error)
             return False
         return True
 
@@ -286,6 +286,13 @@ class Trial:
             return torch.equal(again, sim.model(self.held_out[0]))
 
 
+def _said(error: BaseException) -> str:
+    """The first line of an error, and the last one that names another: no tracebacks."""
+    first, *more = str(error).splitlines() or [""]
+    causes = [line.strip() for line in more if "Error: " in line]
+    return " ".join([f"{type(error).__name__}: {first}", *causes[-1:]])[:400]
+
+
 def _in_own_process(family: str) -> dict[str, Any]:
     reader, writer = os.pipe()
     child = os.fork()
@@ -295,7 +302,7 @@ def _in_own_process(family: str) -> dict[str, Any]:
             with quiet():
                 row = Trial(family).run()
         except BaseException as error:  # noqa: BLE001 - reported
-            row = {"family": family, "share": f"{type(error).__name__}: {error}"[:400]}
+            row = {"family": family, "share": _said(error)}
         os.write(writer, json.dumps(row).encode())
         os._exit(0)
     os.close(writer)

@@ -32,9 +32,9 @@ def test_every_technique_has_them(row: Any) -> None:
 def test_settings_beside_a_preset_count() -> None:
     found = GPTQParams(preset="fast", refine_sweeps=5)
     assert found == GPTQParams(
-        inp_symmetry="symqt", scale_candidates=4, refine_sweeps=5
+        inp_symmetry="symqt", scale_candidates=12, refine_sweeps=5
     )  # what docs/composition.rst says
-    assert GPTQParams(preset="best", scale_candidates=3).scale_candidates == 3
+    assert GPTQParams(preset="best", refine_sweeps=3).refine_sweeps == 3
 
 
 def test_a_call_takes_one(make_sim: Any, ids: Any, monkeypatch: pytest.MonkeyPatch) -> None:
