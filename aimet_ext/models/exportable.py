@@ -1,4 +1,4 @@
-"""Operators that exporters lack, in terms of ones that they have."""
+"""Complex numbers as pairs of real ones, for exporters that have no operators for them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,11 @@ def as_pairs(real: Tensor, imaginary: Tensor) -> Tensor:
 
 
 class Exportable(TorchFunctionMode):
-    """Computes in other operators what exporters cannot write.
+    """Computes in real numbers what models write with complex ones, as some rotary embeddings.
 
-    * Complex numbers, of which some rotary embeddings are made: ``polar`` and ``view_as_complex``
-      give pairs ``[…, 2]`` of real ones, the product of two of them is that of complex numbers,
-      and ``view_as_real`` ends it. Indexing and reshaping of the axes before the last work on pairs
-      as they do on numbers.
-    * Triangular systems with a diagonal of ones, of which linear attention with a delta rule has
-      one in each chunk: matrix products.
-    * Axes of a permutation that are counted from the end, which are written as they are.
+    ``polar`` and ``view_as_complex`` give pairs ``[…, 2]`` of real ones, the product of two of them
+    is that of complex numbers, and ``view_as_real`` ends it. Indexing and reshaping of the axes
+    before the last work on pairs as they do on numbers.
     """
 
     def __torch_function__(
@@ -44,12 +40,6 @@ class Exportable(TorchFunctionMode):
             return as_pairs(size * angle.cos(), size * angle.sin())
         if func is torch.view_as_complex:
             return _marked(args[0].view(args[0].shape))
-        if func is torch.linalg.solve_triangular and further.get("unitriangular"):
-            return _unit_inverse(args[0], upper=further["upper"]) @ args[1]
-        if func in (torch.permute, torch.Tensor.permute):
-            tensor, *axes = args
-            order = axes[0] if len(axes) == 1 else axes
-            args = (tensor, tuple(axis % tensor.dim() for axis in order))
         if not any(getattr(value, _MARK, False) for value in args if isinstance(value, Tensor)):
             return func(*args, **further)
         if func is torch.view_as_real:
@@ -63,18 +53,6 @@ class Exportable(TorchFunctionMode):
 def _product(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     (a, b), (c, d) = one.unbind(-1), other.unbind(-1)
     return a * c - b * d, a * d + b * c
-
-
-def _unit_inverse(matrix: Tensor, *, upper: bool) -> Tensor:
-    """Return the inverse of ``I - N``, N strictly triangular: the finite sum of its powers."""
-    size = matrix.shape[-1]
-    power = -(matrix.triu(1) if upper else matrix.tril(-1))
-    identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
-    total, terms = identity + power, 2
-    while terms < size:  # (I + N)(I + N²)(I + N⁴)…
-        power = power @ power
-        total, terms = total @ (identity + power), 2 * terms
-    return total
 
 
 def _marked(tensor: Tensor) -> Tensor:

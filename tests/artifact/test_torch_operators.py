@@ -14,6 +14,8 @@ aimet_torch = pytest.importorskip("aimet_torch")
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")  # with it each export is compared with the model
 
+from aimet_ext.sim.torch.graph import SpeltOut  # noqa: E402
+
 IDS = torch.arange(16).reshape(2, 8) * 7 % 125 + 3
 OPERATORS = {
     "repeat_interleave": lambda x: x[..., :4].repeat_interleave(2, dim=-1) * x,
@@ -21,6 +23,10 @@ OPERATORS = {
     "diff": lambda x: torch.diff(x, n=2, dim=-1, append=x[:, :2]),
     "cumsum_of_truth_values": lambda x: (x.diff() > 0).cumsum(-1) / 4,
     "expm1": lambda x: torch.expm1(x / 4) + x.expm1(),
+    "permute": lambda x: x[None].permute(-1, 0, -2).permute((1, -1, 0))[0] + x,
+    "triangular": lambda x: torch.linalg.solve_triangular(
+        (x.T @ x) / 8, x.T, upper=False, unitriangular=True
+    ),
     "rms_norm": lambda x: nn.functional.rms_norm(x, (8,), torch.arange(1.0, 9.0)) + x,
 }
 
@@ -41,6 +47,27 @@ def test_operators_are_written_as_others(name, tmp_path):
     x = torch.randn(3, 8)
     sim = aimet_ext.create_sim(Net(OPERATORS[name]).eval(), x, activations=None)
     aimet_ext.export(sim, tmp_path / "out", "m", x)
+
+
+@pytest.mark.parametrize("upper", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 7, 64])
+def test_triangular_systems(size, upper):
+    matrix = torch.randn(2, size, size, dtype=torch.float64) / 4
+    right = torch.randn(2, size, 3, dtype=torch.float64)
+
+    def solved() -> Tensor:
+        return torch.linalg.solve_triangular(matrix, right, upper=upper, unitriangular=True)
+
+    with SpeltOut():
+        found = solved()
+    torch.testing.assert_close(found, solved(), rtol=1e-9, atol=1e-9)
+
+
+def test_permutations_that_count_from_the_end():
+    x = torch.randn(2, 3, 4)
+    with SpeltOut():
+        assert torch.equal(x.permute(0, -1, 1), x.permute(0, 2, 1))
+        assert torch.equal(torch.permute(x, (-1, 0, -2)), x.permute(2, 0, 1))
 
 
 class Wrapper(nn.Module):

@@ -1,8 +1,7 @@
-"""Operators that exporters lack, in terms of others."""
+"""Complex numbers as pairs of real ones."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -25,24 +24,3 @@ def test_rotations_in_complex_numbers():
         found = turned(x, angles)
         assert not found.is_complex()
     torch.testing.assert_close(found, turned(x, angles), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("upper", [False, True])
-@pytest.mark.parametrize("size", [1, 2, 7, 64])
-def test_triangular_systems(size, upper):
-    matrix = torch.randn(2, size, size, dtype=DOUBLE) / 4
-    right = torch.randn(2, size, 3, dtype=DOUBLE)
-
-    def solved() -> Tensor:
-        return torch.linalg.solve_triangular(matrix, right, upper=upper, unitriangular=True)
-
-    with Exportable():
-        found = solved()
-    torch.testing.assert_close(found, solved(), rtol=1e-9, atol=1e-9)
-
-
-def test_permutations_that_count_from_the_end():
-    x = torch.randn(2, 3, 4)
-    with Exportable():
-        assert torch.equal(x.permute(0, -1, 1), x.permute(0, 2, 1))
-        assert torch.equal(torch.permute(x, (-1, 0, -2)), x.permute(2, 0, 1))

@@ -37,7 +37,7 @@ def write_graph(
     """See :meth:`aimet_ext.sim.torch.adaptor.TorchSim.write_graph`."""
     sim._apply_qdq_to_model_parameters = lambda model: nullcontext()
     try:
-        with warnings.catch_warnings(), _SpeltOut(), _handed_to(apart):
+        with warnings.catch_warnings(), SpeltOut(), _handed_to(apart):
             warnings.simplefilter("ignore")  # torch.onnx and tracing, about past and future
             sim.onnx.export(args, str(path), **_SETTINGS, **options)
     finally:
@@ -49,7 +49,7 @@ def try_graph(model: nn.Module, args: tuple[Any, ...], apart: Apart, opset_versi
 
     :param args: Positional arguments to trace with.
     """
-    with warnings.catch_warnings(), _SpeltOut(), _handed_to(apart), evaluating(model):
+    with warnings.catch_warnings(), SpeltOut(), _handed_to(apart), evaluating(model):
         warnings.simplefilter("ignore")
         file: Any = io.BytesIO()
         torch.onnx.export(model, args, file, opset_version=opset_version, dynamo=False)
@@ -70,7 +70,7 @@ def _handed_to(apart: Apart) -> Iterator[None]:
         aimet_torch.onnx._fold_linear_weight_transpose = fold
 
 
-class _SpeltOut(TorchFunctionMode):
+class SpeltOut(TorchFunctionMode):
     """Computes a few operators by others that the exporter can write."""
 
     def __torch_function__(
@@ -134,6 +134,31 @@ def _expm1(x: Tensor) -> Tensor:
     return x.exp() - 1
 
 
+def _permute(x: Tensor, *dims: Any) -> Tensor:
+    """Count axes from the start; the exporter writes negative ones as they are."""
+    order = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
+    return x.permute([axis % x.dim() for axis in order])
+
+
+def _solve_triangular(
+    a: Tensor, b: Tensor, *, upper: bool, left: bool = True, unitriangular: bool = False
+) -> Any:
+    """Multiply with the inverse of ``I - N``, N strictly triangular: the finite sum of its powers.
+
+    Linear attention with a delta rule solves one such system in each chunk.
+    """
+    if not (left and unitriangular):
+        return NotImplemented
+    size = a.shape[-1]
+    power = -(a.triu(1) if upper else a.tril(-1))
+    identity = torch.eye(size, dtype=a.dtype, device=a.device)
+    total, terms = identity + power, 2
+    while terms < size:  # (I + N)(I + N²)(I + N⁴)…
+        power = power @ power
+        total, terms = total @ (identity + power), 2 * terms
+    return total @ b
+
+
 _REPLACED: Mapping[Any, Callable[..., Any]] = {
     torch.repeat_interleave: _repeat_interleave,
     torch.Tensor.repeat_interleave: _repeat_interleave,
@@ -141,6 +166,9 @@ _REPLACED: Mapping[Any, Callable[..., Any]] = {
     torch.Tensor.diff: _diff,
     torch.cumsum: _cumsum,
     torch.Tensor.cumsum: _cumsum,
+    torch.permute: _permute,
+    torch.Tensor.permute: _permute,
+    torch.linalg.solve_triangular: _solve_triangular,
     torch.expm1: _expm1,
     torch.Tensor.expm1: _expm1,
     torch.rms_norm: _rms_norm,
