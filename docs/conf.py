@@ -1,13 +1,21 @@
 """Sphinx settings; the build needs no network."""
 
+import pathlib
+import sys
+
 import aimet_ext
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent / "extensions"))
 
 project = "aimet_ext"
 author = "aimet_ext contributors"
 copyright = "2026, aimet_ext contributors"
 version = release = aimet_ext.__version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx_design"]
+extensions = ["sphinx.ext.autodoc", "sphinx_design", "mathml", "offline"]
+html_math_renderer = "mathml"
+html_static_path = ["static"]
+html_css_files = ["formulas.css"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"aimet_ext {release}"

@@ -156,7 +156,7 @@ def apply_adaround(call: Call[AdaRoundParams]) -> LayerwiseReport:
 
     .. math::
         \min_{q} \; \mathrm{tr}\, E H E^{\top} - 2 \langle E, \text{pull} \rangle
-        + \lambda \textstyle\sum h (1 - h),
+        + \lambda {\textstyle\sum} h (1 - h),
         \quad E = s q - W, \; h = q - \lfloor q \rfloor
 
     while ``λ`` rises until every code ``q`` is whole, by coordinate descent: a few codes at a time

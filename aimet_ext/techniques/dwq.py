@@ -265,7 +265,7 @@ def apply_dwq(
 
     .. math::
         \min_{s, \, g} \; \operatorname{mean}_t \;
-        \operatorname{KL}\big(p(x_t) \,\|\, p_{s, g}(x_t)\big)
+        \operatorname{KL}\bigl(p(x_t) \,\|\, p_{s, g}(x_t)\bigr)
 
     is lowered by Adam over the scales ``s`` of their grids and the gains ``g`` of the norms, both
     relative to what they were; ``p`` are the float model's probabilities. So layers

@@ -76,7 +76,7 @@ def apply_gptq(call: Call[GPTQParams]) -> LayerwiseReport:
     .. math::
         \min_{\hat w \in \text{grid}} \; (\hat w - w) H (\hat w - w)^{\top}
         - 2 (\hat w - w) \cdot \text{pull},
-        \quad H = \textstyle\sum \hat x \hat x^{\top}
+        \quad H = {\textstyle\sum} \hat x \hat x^{\top}
 
     is solved column by column through a Cholesky factor of ``H``, then improved by coordinate
     descent on the full objective (``refine_sweeps``). ``pull`` is 0 unless

@@ -61,7 +61,7 @@ def apply_seq_mse(
 
     .. math::
         \min_{\text{range}} \; \mathrm{tr}\, E H E^{\top}, \quad E = Q(W) - W,
-        \quad H = \textstyle\sum \hat x \hat x^{\top}
+        \quad H = {\textstyle\sum} \hat x \hat x^{\top}
 
     over all tokens, on what reaches the layer in the model quantized so far (``inp_symmetry``).
     The second moments ``H`` are gathered once for all layers that read one input, in one streamed

@@ -29,7 +29,7 @@ def apply_spinquant(
 
     .. math::
         \min_{R_1, R_2} \; \operatorname{mean}_t \;
-        \operatorname{KL}\big(p(x_t) \,\|\, p_{Q(W_R)}(x_t)\big)
+        \operatorname{KL}\bigl(p(x_t) \,\|\, p_{Q(W_R)}(x_t)\bigr)
 
     over orthogonal matrices, where ``p`` are the float model's probabilities of the next token and
     ``p_Q`` those with the rotated weights of the blocks rounded to nearest on their grids, and
