@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from aimet_ext.analysis.divergence import Reference
 from aimet_ext.analysis.report import AnalysisReport, QuantizerReport
 from aimet_ext.core.objective import sqnr_db
 from aimet_ext.data.batches import ForwardFn, as_tensors, tensors_in
 from aimet_ext.errors import TransformRefused, some
+from aimet_ext.progress import bar as progress_bar
 from aimet_ext.sim.points import Point
 from aimet_ext.sim.protocol import SimAdaptor, adapt
 
@@ -149,7 +149,7 @@ class _Analysis:
             name: self._row(point, sums.get(name), count) for name, point in self.points.items()
         }
         worst = sorted(rows, key=lambda name: -max(rows[name].kl_alone, rows[name].kl_removed))
-        for name in tqdm(worst[:top_k], "measure", disable=not self.progress):
+        for name in progress_bar(worst[:top_k], "measure", shown=self.progress):
             others = [other for other in self.points if other != name]
             rows[name] = rows[name].measured(
                 self._measured([name]), together - self._measured(others)
@@ -185,7 +185,7 @@ class _Analysis:
     def _sums(self) -> dict[str, _Sums]:
         sums: dict[str, _Sums] = {}
         generator = torch.Generator().manual_seed(0)
-        bar = tqdm(total=2 * len(self.batches), desc="gradients", disable=not self.progress)
+        bar = progress_bar(total=2 * len(self.batches), desc="gradients", shown=self.progress)
         with bar, torch.enable_grad():
             for start in (0.0, 1.0):
                 errors = _Errors(start, sums)

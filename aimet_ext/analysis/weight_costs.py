@@ -17,11 +17,11 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from aimet_ext.analysis.divergence import Reference, counted_rows, row_mask
 from aimet_ext.config import LPBQ, QSpec
 from aimet_ext.data.batches import as_tensors, tensors_in
+from aimet_ext.progress import bar as progress_bar
 from aimet_ext.sim.points import Run
 
 _DRAWS = 8  # of outcomes for each batch
@@ -155,7 +155,7 @@ class Fisher:
         generator = torch.Generator().manual_seed(0)
         rows = 0
         with self.subject.watched(self) as forward, torch.enable_grad():
-            for batch in tqdm(self.subject.batches, "gradients", disable=not progress):
+            for batch in progress_bar(self.subject.batches, "gradients", shown=progress):
                 sizes = {len(t) for t in tensors_in(as_tensors(batch)) if t.dim()}
                 self.samples = sizes.pop() if len(sizes) == 1 else None
                 rows += self._add(forward, batch, generator)
@@ -193,7 +193,7 @@ def divergences(
     with torch.no_grad():
         with subject.changed(()) as run:
             reference = Reference(run, subject.batches, subject.mask_model, top_k=_CLASSES)
-        for numbers in tqdm(choices, "measure", disable=not progress):
+        for numbers in progress_bar(choices, "measure", shown=progress):
             pairs = zip(together, numbers, strict=True)
             with subject.changed([(u, number) for group, number in pairs for u in group]) as run:
                 found.append(reference.divergence(run))

@@ -25,11 +25,11 @@ from aimet_ext.files.manifest import (
     write_manifest,
 )
 from aimet_ext.files.numbers import quantizer_faults, refuse_faults
-from aimet_ext.files.progress import step, steps
 from aimet_ext.files.reading import TensorFile, naming, read_json
 from aimet_ext.files.scales import check_aimet_keys, write_scales
 from aimet_ext.files.tensors import hash_tensors, read_sealed, write_sealed
 from aimet_ext.integrity.description import write_fingerprints
+from aimet_ext.progress import step, steps
 from aimet_ext.sim.protocol import adapt
 
 _SCHEMA = "aimet_ext.quantizers/1"

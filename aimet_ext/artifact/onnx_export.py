@@ -19,10 +19,10 @@ from aimet_ext.files.encodings import entries, load_encodings
 from aimet_ext.files.folders import write_json
 from aimet_ext.files.manifest import QUANTIZERS, SETTINGS
 from aimet_ext.files.numbers import quantizer_faults, refuse_faults
-from aimet_ext.files.progress import step
 from aimet_ext.files.tensors import read_sealed, write_sealed
 from aimet_ext.onnx.index import stored_values
 from aimet_ext.onnx.values import to_torch, torch_array
+from aimet_ext.progress import step
 from aimet_ext.sim.onnx import files
 from aimet_ext.sim.onnx.build import build_described, describe_sim
 from aimet_ext.sim.onnx.state import (

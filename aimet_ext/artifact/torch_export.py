@@ -21,13 +21,13 @@ from aimet_ext.errors import MissingExtraError
 from aimet_ext.files.encodings import Layout, entries, load_encodings, to_grid, to_version_1
 from aimet_ext.files.folders import write_json
 from aimet_ext.files.manifest import SETTINGS
-from aimet_ext.files.progress import step
 from aimet_ext.integrity.stored import StoredGraph, hash_values
 from aimet_ext.models.huggingface import causal_lm, checkpoint_prefix
 from aimet_ext.onnx.apart import WeightsApart
 from aimet_ext.onnx.reading import read_model, read_outline
 from aimet_ext.onnx.rewrite.rotate import rotate_queries_and_keys
 from aimet_ext.onnx.session import open_session
+from aimet_ext.progress import step
 from aimet_ext.sim.protocol import SimAdaptor
 from aimet_ext.sim.torch.adaptor import TorchSim
 from aimet_ext.sim.torch.state import LayerParameter, quantized_parameters, unset_quantizers

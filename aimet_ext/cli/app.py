@@ -5,7 +5,6 @@ Everything heavy is imported inside the commands, so that ``--help`` answers at 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +15,6 @@ from aimet_ext.cli.demo import demo
 from aimet_ext.cli.errors import EXIT_CODES_HELP, ErrorsAsCodes
 from aimet_ext.cli.lora import app as lora_app
 from aimet_ext.cli.options import (
-    AsJson,
     BatchSize,
     Calibration,
     NumBatches,
@@ -25,13 +23,12 @@ from aimet_ext.cli.options import (
     Seed,
     SeqLength,
     folder_argument,
-    stdout_for_results,
-    table,
     technique_name,
     technique_names,
     width,
     width_or_none,
 )
+from aimet_ext.cli.output import Result, command, table
 from aimet_ext.cli.recipes import EPILOG as RECIPES_EPILOG
 from aimet_ext.cli.recipes import chosen_recipe, recipes
 from aimet_ext.cli.verify import EPILOG as VERIFY_EPILOG
@@ -59,7 +56,6 @@ app = typer.Typer(
     epilog=EXIT_CODES_HELP,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    add_completion=False,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
@@ -86,7 +82,8 @@ def _options(
     pass
 
 
-@app.command(
+@command(
+    app,
     epilog="""\b
 Examples:
   4 bits, one range a row (the default grid), and a Hugging Face checkpoint beside the ONNX:
@@ -105,7 +102,7 @@ Examples:
   Ranges by SeqMSE, then rounding by GPTQ, with a setting of its own:
     aimet-ext quantize ./llama --technique seq_mse --technique gptq --set gptq.beams=4 \\
         --calibration text.txt --output out
-"""
+""",
 )
 def quantize(
     ctx: typer.Context,
@@ -191,30 +188,29 @@ def quantize(
     cache_dir: Annotated[
         Path | None, typer.Option(file_okay=False, help="Keep cached activations on disk, here.")
     ] = None,
-) -> None:
+) -> Result:
     """Quantize a model and export it."""
     plan = chosen_recipe(recipe, _options_of(ctx, recipe))
-    with stdout_for_results():
-        from aimet_ext.cli import jobs
-        from aimet_ext.cli.summary import quality_lines
+    from aimet_ext.cli import jobs
+    from aimet_ext.cli.summary import quality_lines
 
-        result = jobs.quantize(
-            model_dir,
-            calibration,
-            output,
-            recipe=plan,
-            hf_checkpoint=hf_checkpoint,
-            check_export=check_export,
-            checkpoint_dir=checkpoint_dir,
-            cache_dir=cache_dir,
-        )
-    for report in result.reports.values():
-        typer.echo(str(report))
-    typer.echo(table(result.files))
-    typer.echo(f"\n{quality_lines(result.quality)}")
-    typer.echo(
-        f"Done in {result.seconds:.0f} s. Next: aimet-ext verify {output} --text HELD_OUT.txt"
+    result = jobs.quantize(
+        model_dir,
+        calibration,
+        output,
+        recipe=plan,
+        hf_checkpoint=hf_checkpoint,
+        check_export=check_export,
+        checkpoint_dir=checkpoint_dir,
+        cache_dir=cache_dir,
     )
+    text = (
+        *map(str, result.reports.values()),
+        f"{table(result.files)}\n",
+        quality_lines(result.quality),
+        f"Done in {result.seconds:.0f} s. Next: aimet-ext verify {output} --text HELD_OUT.txt",
+    )
+    return Result("\n".join(text), {"output": str(output), **result.to_dict()})
 
 
 def _options_of(ctx: typer.Context, recipe: str | None) -> dict[str, Any]:
@@ -234,15 +230,16 @@ def _options_of(ctx: typer.Context, recipe: str | None) -> dict[str, Any]:
     }
 
 
-app.command(epilog=RECIPES_EPILOG)(recipes)
-app.command(epilog=WIDTHS_EPILOG)(assign_widths)
+command(app, epilog=RECIPES_EPILOG)(recipes)
+command(app, epilog=WIDTHS_EPILOG)(assign_widths)
 
 
-@app.command(
+@command(
+    app,
     epilog="""\b
 Example:
   aimet-ext evaluate ./llama-w4 --text held_out.jsonl --json
-"""
+""",
 )
 def evaluate(
     folder: Annotated[
@@ -261,26 +258,22 @@ def evaluate(
             exists=True, file_okay=False, help="The float model, to measure the divergence from."
         ),
     ] = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Result:
     """Print a model's perplexity on a text."""
-    with stdout_for_results():
-        from aimet_ext.cli import jobs
+    from aimet_ext.cli import jobs
 
-        result = jobs.evaluate(
-            folder, text, seq_length=seq_length, num_windows=num_windows, reference=reference
-        )
-    if as_json:
-        typer.echo(json.dumps(result))
-    else:
-        typer.echo(table([(name, str(value)) for name, value in result.items()]))
+    result = jobs.evaluate(
+        folder, text, seq_length=seq_length, num_windows=num_windows, reference=reference
+    )
+    return Result(table([(name, str(value)) for name, value in result.items()]), result)
 
 
-@app.command(
+@command(
+    app,
     epilog="""\b
 Example:
   aimet-ext analyze ./llama-w4 --text held_out.txt --plot costs.svg
-"""
+""",
 )
 def analyze(
     folder: Annotated[Path, folder_argument("FOLDER", "What quantize wrote.")],
@@ -294,51 +287,48 @@ def analyze(
     plot: Annotated[
         Path | None, typer.Option(dir_okay=False, help="Draw the costs to this .svg file.")
     ] = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Result:
     """Print what each quantizer costs at the model's outputs."""
     if plot is not None and plot.suffix.lower() != ".svg":
         raise typer.BadParameter(f"a file that ends in .svg is required, got {plot}")
-    with stdout_for_results():
-        from aimet_ext.cli import jobs
+    from aimet_ext.cli import jobs
 
-        report = jobs.analyze(
-            folder,
-            text,
-            seq_length=seq_length,
-            num_windows=num_windows,
-            batch_size=batch_size,
-            top_k=top_k,
-        )
-        if plot is not None:
-            report.plot(plot)
-    typer.echo(json.dumps(report.to_dict()) if as_json else str(report))
+    report = jobs.analyze(
+        folder,
+        text,
+        seq_length=seq_length,
+        num_windows=num_windows,
+        batch_size=batch_size,
+        top_k=top_k,
+    )
+    if plot is not None:
+        report.plot(plot)
+    return Result(str(report), report.to_dict())
 
 
-@app.command(
+@command(
+    app,
     epilog="""\b
 Examples:
   aimet-ext inspect ./llama-w4
   aimet-ext inspect ./llama-w4 --json | jq .files
-"""
+""",
 )
 def inspect(
     folder: Annotated[Path, folder_argument("FOLDER", "What quantize wrote.")],
-    as_json: AsJson = False,
-) -> None:
+) -> Result:
     """Check an exported folder and list it."""
-    with stdout_for_results():
-        from aimet_ext.artifact.inspect import inspect_export
-        from aimet_ext.cli.summary import summary
-        from aimet_ext.files.reading import naming
+    from aimet_ext.artifact.inspect import inspect_export
+    from aimet_ext.cli.summary import summary
+    from aimet_ext.files.reading import naming
 
-        found = inspect_export(folder)
-        with naming(folder):
-            shown = json.dumps(found, indent=2) if as_json else summary(found)
-    typer.echo(shown)
+    found = inspect_export(folder)
+    with naming(folder):
+        return Result(summary(found), found)
 
 
-@app.command(
+@command(
+    app,
     name="olive-config",
     epilog="""\b
 Examples:
@@ -362,16 +352,17 @@ def olive_config(
             help="A package config of yours to start from.",
         ),
     ] = None,
-) -> None:
+) -> Result:
     """Write a package config with which Olive's AimetQuantization has these techniques."""
     from aimet_ext.integrations.olive_config import write_package_config
 
     write_package_config(output, base)
-    typer.echo(f"{output}\nolive run --config WORKFLOW --package-config {output}")
+    run = f"olive run --config WORKFLOW --package-config {output}"
+    return Result(f"{output}\n{run}", {"output": str(output), "command": run})
 
 
-app.command(epilog=VERIFY_EPILOG)(verify)
-app.command(epilog=DEMO_EPILOG)(demo)
+command(app, epilog=VERIFY_EPILOG)(verify)
+command(app, epilog=DEMO_EPILOG)(demo)
 app.add_typer(lora_app)
 
 

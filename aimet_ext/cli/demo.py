@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import aimet_ext
-from aimet_ext.cli.options import Output, Seed, stdout_for_results, table
+from aimet_ext.cli.options import Output, Seed
+from aimet_ext.cli.output import Result, table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,13 +81,12 @@ def demo(
         int, typer.Option(min=1, help="OmniQuant's optimizer steps for each block.")
     ] = 10,
     seed: Seed = 0,
-) -> None:
+) -> Result:
     """Compare the techniques on the packaged model: no download, two minutes of computing."""
-    with stdout_for_results():
-        result = run(output, num_iterations=num_iterations, seed=seed)
-    typer.echo(f"{result}\n\n{output}, of OmniQuant at {BITWIDTHS[0]} bits:")
-    typer.echo(table(result.files))
-    typer.echo(f"\nWhere the files go:\n{table(WHERE)}")
+    result = run(output, num_iterations=num_iterations, seed=seed)
+    text = f"{result}\n\n{output}, of OmniQuant at {BITWIDTHS[0]} bits:\n{table(result.files)}"
+    plain = {**dataclasses.asdict(result), "bitwidths": BITWIDTHS, "output": str(output)}
+    return Result(f"{text}\n\nWhere the files go:\n{table(WHERE)}", plain)
 
 
 def run(output: Path, *, num_iterations: int, seed: int) -> Demo:

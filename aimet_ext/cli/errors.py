@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import traceback
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -47,8 +42,7 @@ class ErrorsAsCodes(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was asked for."""
         try:
-            with _quiet_libraries(shown=bool(ctx.params.get("debug"))):
-                return super().invoke(ctx)
+            return super().invoke(ctx)
         except (typer.Exit, typer.Abort):  # RuntimeErrors too, in some versions of typer
             raise
         except tuple(EXIT_CODES) as error:
@@ -56,26 +50,6 @@ class ErrorsAsCodes(TyperGroup):
                 traceback.print_exc()
             typer.echo(f"aimet-ext: {message_of(error)}", err=True)
             raise typer.Exit(exit_code_of(error)) from error
-
-
-@contextmanager
-def _quiet_libraries(shown: bool) -> Iterator[None]:
-    """Keep away what other libraries say of themselves: here it is about nothing that a user did.
-
-    :param shown: True to let them speak.
-    """
-    if shown:
-        yield
-        return
-    disabled = logging.root.manager.disable
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
-    logging.disable(logging.INFO)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"aimet_(torch|onnx)\b|torch\b|transformers\b")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 def exit_code_of(error: BaseException) -> int:

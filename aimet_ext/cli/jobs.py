@@ -13,6 +13,7 @@ import aimet_ext
 from aimet_ext.errors import require
 from aimet_ext.files.folders import check_output, replace_folder, write_json
 from aimet_ext.files.manifest import is_export, relist_files
+from aimet_ext.progress import bar, step, steps
 from aimet_ext.registry import TECHNIQUES
 from aimet_ext.sim.protocol import adapt
 
@@ -52,7 +53,13 @@ class Quantized:
     files: list[tuple[str, str]]
     seconds: float
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON values."""
+        reports = {name: report.to_dict() for name, report in self.reports.items()}
+        return {**vars(self), "reports": reports, "files": dict(self.files)}
 
+
+@steps("quantize", 9)
 def quantize(
     model_dir: Path,
     calibration: Path,
@@ -71,31 +78,40 @@ def quantize(
     """
     start = time.perf_counter()
     check_output(output)
+    step("load the model")
     model, tokenizer = load_model(model_dir)
     plan = recipe.calibration
+    step("read the text")
     batches = aimet_ext.calibration_batches(
         tokenizer, calibration, plan.seq_length, plan.num_batches, plan.batch_size
     )
     held_out, described = _held_out(tokenizer, calibration, batches)
     _check_ids(model_dir, model, [*batches, *held_out])
+    step("score the float model")
     quality: dict[str, Any] = {"float": aimet_ext.evaluate_perplexity(model, held_out)}
     reference = aimet_ext.float_logits(model, held_out)
+    step("make the simulation")
     # The float model is needed again by techniques that compare with it, and by no others.
     in_place = not any(TECHNIQUES[name].reference for name in recipe.params())
     sim = recipe.create_sim(model, batches[0], in_place=in_place)
     float_model = None if in_place else model
     del model
     if check_export:
+        step("try the export")
         _check_export(sim, batches[0])
+    step("score plain rounding")
     with adapt(sim).disabled_quantizers(weights=False):
         quality["rounding"] = aimet_ext.evaluate_perplexity(sim, held_out)
         divergences = {"rounding": aimet_ext.evaluate_divergence(sim, held_out, reference)}
+    step("apply the techniques")
     reports = recipe.apply(sim, batches, reference=float_model, **folders)
+    step("calibrate")
     sim.compute_encodings(partial(_run, batches=batches))  # what is still open
     quality["quantized"] = aimet_ext.evaluate_perplexity(sim, held_out)
     divergences["quantized"] = aimet_ext.evaluate_divergence(sim, held_out, reference)
     quality["divergence"] = {name: dataclasses.asdict(d) for name, d in divergences.items()}
     quality |= {"windows": sum(map(len, held_out)), "text": described}
+    step("export")
     with replace_folder(output) as folder:
         aimet_ext.export(sim, folder, PREFIX, batches[0][:1], hf_checkpoint=hf_checkpoint)
         for name, report in reports.items():
@@ -132,6 +148,7 @@ def _held_out(
     return windows[used:], "text that was not calibrated on"
 
 
+@steps("evaluate", 3)
 def evaluate(
     folder: Path, text: Path, *, seq_length: int, num_windows: int, reference: Path | None = None
 ) -> dict[str, Any]:
@@ -140,6 +157,7 @@ def evaluate(
     :param reference: Folder of the float model, from which the divergence is measured too.
     """
     exported = is_export(folder)
+    step("load the model")
     if exported:
         model: Any = aimet_ext.load(folder)
         tokenizer = load_tokenizer(folder)
@@ -148,6 +166,7 @@ def evaluate(
     batches = aimet_ext.calibration_batches(tokenizer, text, seq_length, None)[:num_windows]
     if not exported:
         _check_ids(folder, model, batches)
+    step("score")
     found = {
         "perplexity": aimet_ext.evaluate_perplexity(model, batches),
         "windows": sum(len(batch) for batch in batches),
@@ -155,6 +174,7 @@ def evaluate(
         "quantized": exported,
     }
     if reference is not None:
+        step("compare with the float model")
         original, _ = load_model(reference)
         _check_ids(reference, original, batches)
         found |= dataclasses.asdict(aimet_ext.evaluate_divergence(model, batches, original))
@@ -177,6 +197,7 @@ def analyze(
     )
 
 
+@steps("assign-widths", 2)
 def assign_widths(
     model_dir: Path, calibration: Path, budget: str, choices: Sequence[str], **options: Any
 ) -> tuple[Any, Recipe]:
@@ -184,10 +205,12 @@ def assign_widths(
 
     :param options: ``seq_length``, ``num_batches``, ``batch_size``, and those of the function.
     """
+    step("load the model")
     model, tokenizer = load_model(model_dir)
     plan = {name: options.pop(name) for name in ("seq_length", "num_batches", "batch_size")}
     batches = aimet_ext.calibration_batches(tokenizer, calibration, *plan.values())
     _check_ids(model_dir, model, batches)
+    step("weigh the layers")
     report = aimet_ext.assign_widths(model, batches, budget, choices, **options)
     made = report.recipe
     return report, dataclasses.replace(
@@ -209,7 +232,7 @@ def _run(model: nn.Module, batches: Sequence[Tensor]) -> None:
     import torch
 
     with torch.no_grad():
-        for batch in batches:
+        for batch in bar(batches, "calibrate", leave=False):
             model(batch)
 
 

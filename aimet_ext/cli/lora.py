@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,17 +10,16 @@ import typer
 
 import aimet_ext
 from aimet_ext.cli.options import (
-    AsJson,
     BatchSize,
     Calibration,
     NumBatches,
     Output,
     SeqLength,
     folder_argument,
-    stdout_for_results,
     width_or_none,
     width_or_word,
 )
+from aimet_ext.cli.output import Result, command
 
 if TYPE_CHECKING:
     from aimet_ext.lora import Adapter
@@ -40,14 +38,15 @@ AdapterDir = Annotated[
 Name = Annotated[str | None, typer.Option(help="Only this one of several adapters.")]
 
 
-@app.command(
+@command(
+    app,
     epilog="""\b
 Examples:
   aimet-ext lora fold ./poems --scales ./llama-w4 --output ./poems-w4
 \b
   With a file of scales alone, and the original model to check that it is the adapter's:
     aimet-ext lora fold ./poems --scales scales.safetensors --base ./llama --output ./poems-w4
-"""
+""",
 )
 def fold(
     adapter: AdapterDir,
@@ -71,21 +70,20 @@ def fold(
             help="The original model; DoRA needs it.",
         ),
     ] = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Result:
     """Make an adapter of the original model fit the transformed one."""
-    with stdout_for_results():
-        from aimet_ext.lora import fold_adapter, fold_adapters
+    from aimet_ext.lora import fold_adapter, fold_adapters
 
-        if name is None:
-            folded = fold_adapters(adapter, scales, output, base=base)
-        else:
-            folded = {name: fold_adapter(adapter, scales, output, name=name, base=base)}
-        summary = {name: _summary(one) for name, one in folded.items()}
-    typer.echo(json.dumps(summary, indent=2) if as_json else _table(summary))
+    if name is None:
+        folded = fold_adapters(adapter, scales, output, base=base)
+    else:
+        folded = {name: fold_adapter(adapter, scales, output, name=name, base=base)}
+    summary = {name: _summary(one) for name, one in folded.items()}
+    return Result(_table(summary), summary)
 
 
-@app.command(
+@command(
+    app,
     epilog="""\b
 Examples:
   aimet-ext lora quantize ./poems ./llama-w4 --calibration poems.txt --output ./llama-w4-lora
@@ -93,7 +91,7 @@ Examples:
   Adapters in 8 bits whose activations stay float:
     aimet-ext lora quantize ./poems ./llama-w4 --calibration poems.txt --activations none \\
         --output ./llama-w4-lora
-"""
+""",
 )
 def quantize(
     adapter: AdapterDir,
@@ -118,34 +116,28 @@ def quantize(
     seq_length: SeqLength = 256,
     num_batches: NumBatches = 16,
     batch_size: BatchSize = 4,
-    as_json: AsJson = False,
-) -> None:
+) -> Result:
     """Quantize adapters on a quantized base, which stays as it is, and export both."""
-    with stdout_for_results():
-        from aimet_ext import lora
-        from aimet_ext.cli import jobs
-        from aimet_ext.files.folders import check_output
+    from aimet_ext import lora
+    from aimet_ext.cli import jobs
+    from aimet_ext.files.folders import check_output
 
-        check_output(output)
-        source = adapter if name is None else lora.read_adapter(adapter, name)
-        batches = aimet_ext.calibration_batches(
-            jobs.load_tokenizer(export_dir), calibration, seq_length, num_batches, batch_size
-        )
-        sim = lora.create_sim(source, export_dir)
-        report = lora.quantize(
-            sim,
-            None,
-            batches,
-            weights=None if weights == "none" else weights,
-            activations=None if activations == "none" else activations,
-        )
-        lora.export(sim, output, jobs.PREFIX, batches[0][:1])
-    if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=2))
-        return
-    typer.echo(str(report))
-    for file, size in jobs.list_files(output):
-        typer.echo(f"{file:<44}  {size}")
+    check_output(output)
+    source = adapter if name is None else lora.read_adapter(adapter, name)
+    batches = aimet_ext.calibration_batches(
+        jobs.load_tokenizer(export_dir), calibration, seq_length, num_batches, batch_size
+    )
+    sim = lora.create_sim(source, export_dir)
+    report = lora.quantize(
+        sim,
+        None,
+        batches,
+        weights=None if weights == "none" else weights,
+        activations=None if activations == "none" else activations,
+    )
+    lora.export(sim, output, jobs.PREFIX, batches[0][:1])
+    files = [f"{file:<44}  {size}" for file, size in jobs.list_files(output)]
+    return Result("\n".join([str(report), *files]), report.to_dict())
 
 
 def _summary(adapter: Adapter) -> dict[str, Any]:

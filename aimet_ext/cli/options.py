@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import enum
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,20 +34,6 @@ Output = Annotated[
         help="Folder to write. One that this program wrote is replaced, any other must be empty."
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
-
-
-@contextlib.contextmanager
-def stdout_for_results() -> Iterator[None]:
-    """Send what libraries print to stderr: stdout carries results only."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
-
-
-def table(rows: Sequence[tuple[str, str]]) -> str:
-    """Return rows of two columns as aligned lines."""
-    longest = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{longest}}  {value}" for name, value in rows)
 
 
 def folder_argument(metavar: str, text: str) -> Any:

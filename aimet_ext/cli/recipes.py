@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 
-from aimet_ext.cli.options import NEAREST, AsJson, bad_parameter, chosen_techniques, table
+from aimet_ext.cli.options import NEAREST, bad_parameter, chosen_techniques
+from aimet_ext.cli.output import Result, table
 from aimet_ext.recipes.recipe import Grid, Recipe, read_recipe, recipe_names
 
 EPILOG = """\b
@@ -23,18 +23,14 @@ def recipes(
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="A recipe to print as YAML.")
     ] = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Result:
     """List the recipes with their measured gain and cost, or print one."""
     with bad_parameter("NAME"):
         found = [read_recipe(each) for each in ([name] if name else recipe_names())]
-    if as_json:
-        plain = [recipe.to_dict() for recipe in found]
-        typer.echo(json.dumps(plain[0] if name else plain, indent=2))
-    elif name:
-        typer.echo(found[0].to_yaml(), nl=False)
-    else:
-        typer.echo(table([(recipe.name, line) for recipe in found for line in _lines(recipe)]))
+    if name:
+        return Result(found[0].to_yaml().rstrip(), found[0].to_dict())
+    rows = [(recipe.name, line) for recipe in found for line in _lines(recipe)]
+    return Result(table(rows), [recipe.to_dict() for recipe in found])
 
 
 def _lines(recipe: Recipe) -> list[str]:

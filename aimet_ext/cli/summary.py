@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from aimet_ext.cli.jobs import size
-from aimet_ext.cli.options import table
+from aimet_ext.cli.output import table
 
 WIDTH = 100
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import aimet_ext
-from aimet_ext.cli.options import AsJson, folder_argument, stdout_for_results
-
-FAILED = 1
-"""Exit code of a verification with findings."""
+from aimet_ext.cli.options import folder_argument
+from aimet_ext.cli.output import Result
 
 EPILOG = """\b
 Examples:
@@ -60,24 +57,20 @@ def verify(
             "must be empty."
         ),
     ] = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Result:
     """Check an export down to the numbers that a Snapdragon's HTP computes."""
-    with stdout_for_results():
-        from aimet_ext.cli import jobs
-        from aimet_ext.verification.verify import verify as run
+    from aimet_ext.cli import jobs
+    from aimet_ext.verification.verify import verify as run
 
-        report = run(
-            folder,
-            None if text is None else _batches(folder, text, max(windows, calibration_windows)),
-            target=target,
-            output=output,
-            reference=None if reference is None else jobs.load_model(reference)[0],
-            windows=windows,
-        )
-    typer.echo(json.dumps(report.to_json(), indent=2) if as_json else str(report))
-    if not report.passed:
-        raise typer.Exit(FAILED)
+    report = run(
+        folder,
+        None if text is None else _batches(folder, text, max(windows, calibration_windows)),
+        target=target,
+        output=output,
+        reference=None if reference is None else jobs.load_model(reference)[0],
+        windows=windows,
+    )
+    return Result(str(report), report.to_json(), passed=report.passed)
 
 
 def _batches(folder: Path, text: Path, count: int) -> list[Any]:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from aimet_ext.cli.options import (
-    AsJson,
     BatchSize,
     Calibration,
     NumBatches,
     OnIndivisible,
     SeqLength,
     folder_argument,
-    stdout_for_results,
 )
+from aimet_ext.cli.output import Result
 
 EPILOG = """\b
 Examples:
@@ -75,27 +73,25 @@ def assign_widths(
             ".html page.",
         ),
     ] = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Result:
     """Choose widths of layers that keep the outputs nearest within a budget; write a recipe."""
     if plot is not None and plot.suffix.lower() not in (".svg", ".html"):
         raise typer.BadParameter(f"a file that ends in .svg or .html is required, got {plot}")
-    with stdout_for_results():
-        from aimet_ext.cli import jobs
+    from aimet_ext.cli import jobs
 
-        report, recipe = jobs.assign_widths(
-            model_dir,
-            calibration,
-            budget,
-            [each.strip() for each in choices.split(",")],
-            groups=[tuple(each.split(",")) if "," in each else each for each in group or ()],
-            modules_to_exclude=exclude or (),
-            on_indivisible=on_indivisible.value,
-            seq_length=seq_length,
-            num_batches=num_batches,
-            batch_size=batch_size,
-        )
-        recipe.save(output)
-        if plot is not None:
-            report.plot(plot)
-    typer.echo(json.dumps(report.to_dict()) if as_json else str(report))
+    report, recipe = jobs.assign_widths(
+        model_dir,
+        calibration,
+        budget,
+        [each.strip() for each in choices.split(",")],
+        groups=[tuple(each.split(",")) if "," in each else each for each in group or ()],
+        modules_to_exclude=exclude or (),
+        on_indivisible=on_indivisible.value,
+        seq_length=seq_length,
+        num_batches=num_batches,
+        batch_size=batch_size,
+    )
+    recipe.save(output)
+    if plot is not None:
+        report.plot(plot)
+    return Result(str(report), report.to_dict())

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from aimet_ext.analysis.divergence import Reference
 from aimet_ext.core.divergence import Divergence
 from aimet_ext.data.batches import ForwardFn, call_model, iterate_batches
 from aimet_ext.evaluation.perplexity import model_of
+from aimet_ext.progress import bar as progress_bar
 from aimet_ext.sim.points import Run, first_output
 from aimet_ext.sim.protocol import adapt
 from aimet_ext.walk.hooks import evaluating
@@ -25,6 +26,7 @@ def float_logits(
     *,
     top_k: int | None = 256,
     forward_fn: ForwardFn | None = None,
+    progress: bool = True,
 ) -> Reference:
     """Keep the outputs of the float model, to compare a quantized one with.
 
@@ -35,6 +37,7 @@ def float_logits(
     :param top_k: Classes that are kept of each token, the likeliest ones, 8 bytes each; all others
         count as one class. None keeps all.
     :param forward_fn: Function called as ``forward_fn(model, batch)`` in place of ``model(batch)``.
+    :param progress: Show a progress bar.
     :returns: The ``reference`` of :func:`aimet_ext.apply_dwq` and
         :func:`aimet_ext.evaluate_divergence`, for these batches.
     :raises TypeError: Something without a model in it.
@@ -47,8 +50,11 @@ def float_logits(
     if isinstance(model_or_sim, nn.Module) or hasattr(model_or_sim, "get_inputs"):
         model = model_of(model_or_sim)
         batches = _batches(model, dataloader, forward_fn)
-        with _runner(model, forward_fn) as run:
-            return Reference(run, batches, None if forward_fn else model, top_k=top_k)
+        with (
+            _runner(model, forward_fn) as run,
+            _shown(run, "float outputs", batches, progress) as shown,
+        ):
+            return Reference(shown, batches, None if forward_fn else model, top_k=top_k)
     adaptor = adapt(model_or_sim)
     rounded = [run for run in adaptor.ledger.runs if run.rounds] if adaptor.ledger else []
     if rounded:
@@ -63,7 +69,8 @@ def float_logits(
         adaptor.model.eval()
         with adaptor.disabled_quantizers(), adaptor.running((), forward_fn) as run:
             named = adaptor.model if torch_model else None
-            return Reference(run, batches, named, top_k=top_k)
+            with _shown(run, "float outputs", batches, progress) as shown:
+                return Reference(shown, batches, named, top_k=top_k)
 
 
 def evaluate_divergence(
@@ -72,6 +79,7 @@ def evaluate_divergence(
     reference: Any,
     *,
     forward_fn: ForwardFn | None = None,
+    progress: bool = True,
 ) -> Divergence:
     """Measure how far the outputs of a quantized model are from the float model's.
 
@@ -84,6 +92,7 @@ def evaluate_divergence(
     :param dataloader: Batches, those of the reference.
     :param reference: Result of :func:`aimet_ext.float_logits`, or the float model.
     :param forward_fn: Function called as ``forward_fn(model, batch)`` in place of ``model(batch)``.
+    :param progress: Show a progress bar.
     :returns: ``kl``, the mean KL(float || quantized) over tokens in nats; ``kl_high``, its 99.9th
         percentile; ``flips``, the share of tokens whose likeliest next one is another; ``rows``,
         the tokens compared.
@@ -94,9 +103,12 @@ def evaluate_divergence(
     """
     model = model_of(model_or_sim)
     batches = _batches(model, dataloader, forward_fn)
-    reference = reference_for(reference, batches, forward_fn=forward_fn)
-    with _runner(model, forward_fn) as run:
-        return reference.measure(run)
+    reference = reference_for(reference, batches, forward_fn=forward_fn, progress=progress)
+    with (
+        _runner(model, forward_fn) as run,
+        _shown(run, "divergence", batches, progress) as shown,
+    ):
+        return reference.measure(shown)
 
 
 def reference_for(
@@ -105,6 +117,7 @@ def reference_for(
     *,
     top_k: int | None = 256,
     forward_fn: ForwardFn | None = None,
+    progress: bool = True,
 ) -> Reference:
     """Return outputs of the float model on batches: those given, if they are, or of a model.
 
@@ -112,7 +125,7 @@ def reference_for(
     :raises ValueError: It was made of other batches.
     """
     if not isinstance(given, Reference):
-        return float_logits(given, batches, top_k=top_k, forward_fn=forward_fn)
+        return float_logits(given, batches, top_k=top_k, forward_fn=forward_fn, progress=progress)
     if not given.fits(batches):
         raise ValueError(
             f"reference must be of the batches given, in their order, got that of "
@@ -144,3 +157,16 @@ def _runner(model: nn.Module, forward_fn: ForwardFn | None) -> Iterator[Run]:
     """Open a context with a function from a batch to a model's outputs."""
     with evaluating(model), torch.no_grad():
         yield lambda batch: first_output(call_model(model, batch, forward_fn))
+
+
+@contextmanager
+def _shown(run: Run, title: str, batches: Sequence[Any], progress: bool) -> Iterator[Run]:
+    """Open a context with the same function, each call of which moves a bar."""
+    with progress_bar(desc=title, total=len(batches), leave=False, shown=progress) as bar:
+
+        def counted(batch: Any) -> Tensor:
+            found = run(batch)
+            bar.update(1)
+            return found
+
+        yield counted

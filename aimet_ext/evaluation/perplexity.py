@@ -17,6 +17,7 @@ from aimet_ext.data.batches import (
     token_mask,
 )
 from aimet_ext.data.feeds import InputSpec, check_inputs, filled_batches
+from aimet_ext.progress import bar as progress_bar
 from aimet_ext.sim.protocol import adapt
 from aimet_ext.walk.hooks import evaluating
 
@@ -31,7 +32,9 @@ _IDS = "input_ids"
 
 
 @torch.no_grad()
-def evaluate_perplexity(model_or_sim: Any, batches: Iterable[Any]) -> float:
+def evaluate_perplexity(
+    model_or_sim: Any, batches: Iterable[Any], *, progress: bool = True
+) -> float:
     """Return ``exp`` of the mean negative log-likelihood of all tokens but a window's first.
 
     A token counts if it and the one before it are real, by the batch's attention mask.
@@ -42,12 +45,13 @@ def evaluate_perplexity(model_or_sim: Any, batches: Iterable[Any]) -> float:
     :param batches: as :func:`calibration_batches` makes them; tensors of ids ``[batch, seq]``,
         tuples that start with one, or mappings with ``input_ids``. Labels are ignored. An ONNX
         graph's other inputs come from mappings; a mask and positions are made where none is given.
+    :param progress: show a progress bar.
     :raises TypeError: something without a model in it.
     :raises ValueError: no batch, no token that counts, or an input of an ONNX graph is missing.
     """
     model = model_of(model_or_sim)
     with evaluating(model):
-        found = perplexity_of(_scored(model, batches))
+        found = perplexity_of(_scored(model, batches, progress))
     if found is None:
         raise ValueError(
             "a real token after another real one is required in some batch, got none; "
@@ -56,10 +60,14 @@ def evaluate_perplexity(model_or_sim: Any, batches: Iterable[Any]) -> float:
     return found
 
 
-def _scored(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor, Any]]:
+def _scored(
+    model: nn.Module, batches: Iterable[Any], progress: bool
+) -> Iterator[tuple[Tensor, Tensor, Any]]:
     """Yield the logits of each batch, its ids and its mask."""
     named = model.feeds(batches) if isinstance(model, _SessionModel) else batches
-    for batch in iterate_batches(named):
+    total = len(batches) if isinstance(batches, list | tuple) else None
+    checked = iterate_batches(named)
+    for batch in progress_bar(checked, "perplexity", total=total, leave=False, shown=progress):
         output = call_model(model, batch)
         ids = token_ids(batch)
         if ids is None:

@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from aimet_ext.analysis.analyze import error_slopes
 from aimet_ext.analysis.divergence import Reference
@@ -20,6 +19,7 @@ from aimet_ext.errors import TransformRefused, some
 from aimet_ext.files.folders import replace_folder
 from aimet_ext.files.manifest import write_manifest
 from aimet_ext.files.tensors import Checkpoints
+from aimet_ext.progress import bar as progress_bar
 from aimet_ext.sim.points import Point, Range
 from aimet_ext.sim.protocol import SimAdaptor, adapt
 from aimet_ext.techniques.blockwise.ranges import BlockRanges, search_range
@@ -276,7 +276,7 @@ def _search_all(
             groups = [group for group in groups if not inside.issuperset(p.place for p in group)]
         else:
             groups = search.worth(groups)
-        bar = tqdm(groups, "activation ranges", disable=not call.options.progress)
+        bar = progress_bar(groups, "activation ranges", shown=call.options.progress)
         return reports + [_one(search, n, group, checkpoints) for n, group in enumerate(bar, first)]
 
 
@@ -320,7 +320,7 @@ def _search_blocks(
             )
         stack.enter_context(closing(passing))
         blocks = stack.enter_context(closing(passing.blocks()))
-        bar = tqdm(blocks, "activation ranges", total=len(names), disable=not options.progress)
+        bar = progress_bar(blocks, "activation ranges", total=len(names), shown=options.progress)
         inside: set[str] = set()
         for number, data in enumerate(bar):
             with adaptor.disabled_quantizers(data.name):

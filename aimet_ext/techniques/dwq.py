@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from aimet_ext.analysis.divergence import Reference
 from aimet_ext.config import DWQParams
@@ -32,6 +31,7 @@ from aimet_ext.files.manifest import write_manifest
 from aimet_ext.files.scales import write_scales
 from aimet_ext.files.tensors import Checkpoints
 from aimet_ext.models.description import TopologyDescription
+from aimet_ext.progress import bar as progress_bar
 from aimet_ext.sim.points import Run
 from aimet_ext.sim.protocol import SimAdaptor, adapt, calibrated, moved_ranges
 from aimet_ext.techniques.call import Call, technique
@@ -173,8 +173,8 @@ class _Learning:
         ends = [params.num_iterations * (n + 1) // count for n in range(count)]
         order = _forever(self.train, torch.Generator().manual_seed(params.seed))
         stages: list[DWQStage] = []
-        off = not self.call.options.progress
-        with tqdm(total=params.num_iterations, desc="dwq", unit="step", disable=off) as bar:
+        shown = self.call.options.progress
+        with progress_bar(desc="dwq", total=params.num_iterations, unit="step", shown=shown) as bar:
             for number, end in enumerate(ends):
                 numbers = [next(order) for _ in range(end - progress.step)]
                 if checkpoints is not None and number in checkpoints:

@@ -14,12 +14,12 @@ from aimet_ext.data.feeds import Feed, graph_feeds, random_feeds
 from aimet_ext.errors import CorruptFileError, Finding
 from aimet_ext.files.folders import check_output, replace_folder
 from aimet_ext.files.manifest import CONFIG, read_manifest, versions, write_manifest
-from aimet_ext.files.progress import step, steps
 from aimet_ext.files.reading import read_json
 from aimet_ext.files.scratch import temporary
 from aimet_ext.integrations.qnn_targets import HtpTarget, find_target
 from aimet_ext.integrity.check import check_integrity
 from aimet_ext.onnx.values import read_input_specs
+from aimet_ext.progress import step, steps
 from aimet_ext.verification.report import Status, StepResult, Thresholds, VerifyReport
 from aimet_ext.verification.steps import Verification
 

@@ -17,7 +17,6 @@ from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from aimet_ext.config import TechniqueParams
 from aimet_ext.core.clipping import shares_of
@@ -33,6 +32,7 @@ from aimet_ext.files.tensors import Checkpoints
 from aimet_ext.models.description import TopologyDescription
 from aimet_ext.models.proof import PairFailure, failing_pairs, probe, probe_inputs
 from aimet_ext.models.topology import BlockTopology, select_pairs
+from aimet_ext.progress import bar as progress_bar
 from aimet_ext.sim.protocol import (
     SimAdaptor,
     WeightQuantizer,
@@ -128,7 +128,7 @@ class BlockSolver(ABC, Generic[P]):
     def decide(self, block: Block, bar: Any) -> Choice:
         """Choose scales of pairs and ranges of weights for a block.
 
-        :param bar: Progress bar of tqdm.
+        :param bar: Progress bar.
         """
 
 
@@ -244,11 +244,11 @@ class BlockwiseRun:
                 )
             )
             bar = stack.enter_context(
-                tqdm(
+                progress_bar(
                     total=len(self.blocks) * solver.steps,
                     desc=solver.title,
                     unit="step",
-                    disable=not self.options.progress,
+                    shown=self.options.progress,
                 )
             )
             reports = []

@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from aimet_ext.config import WeightParams
 from aimet_ext.core.affine import quantize
@@ -26,6 +25,7 @@ from aimet_ext.data.batches import seen_arguments, tensors_in
 from aimet_ext.files.folders import replace_folder
 from aimet_ext.files.manifest import write_manifest
 from aimet_ext.files.tensors import Checkpoints
+from aimet_ext.progress import bar as progress_bar
 from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer, adapt, calibrated
 from aimet_ext.techniques.call import Call
 from aimet_ext.techniques.layerwise.deploy import (
@@ -201,11 +201,11 @@ class LayerwiseRun:
         self.adaptor.model.eval().requires_grad_(False)
         walk = self._walk(batches)
         reports: list[UnitReport] = []
-        bar = tqdm(
+        bar = progress_bar(
             total=len(self.quantizers),
             desc=self.solver.technique,
             unit="layer",
-            disable=not self.options.progress,
+            shown=self.options.progress,
         )
         try:
             stages = walk.stages()

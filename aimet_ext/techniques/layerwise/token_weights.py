@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from aimet_ext.analysis.divergence import counted_rows, row_mask
 from aimet_ext.core.divergence import outcome_likelihood
 from aimet_ext.data.batches import ForwardFn
 from aimet_ext.data.moments import Geometry
 from aimet_ext.errors import TransformRefused
+from aimet_ext.progress import bar as progress_bar
 from aimet_ext.sim.protocol import SimAdaptor
 from aimet_ext.walk.routing import is_routed
 from aimet_ext.walk.sides import Sides, find_sides
@@ -71,7 +71,7 @@ class TokenWeights:
                 adaptor.seeing_outputs([*self._geometry], self._see, forward_fn) as run,
                 torch.enable_grad(),
             ):
-                for batch in tqdm(batches, desc="token weights", disable=not progress):
+                for batch in progress_bar(batches, desc="token weights", shown=progress):
                     self._batch.clear()
                     self._add(batch, run(batch), generator)
                     for (name, _), own in sorted(self._batch.items(), key=lambda item: item[0]):

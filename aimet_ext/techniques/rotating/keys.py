@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from aimet_ext.analysis.divergence import Reference
 from aimet_ext.config import RotationParams
@@ -14,6 +13,7 @@ from aimet_ext.core.hadamard import hadamard
 from aimet_ext.core.key_maps import KeyMap, fit_key_map
 from aimet_ext.data.batches import token_mask
 from aimet_ext.errors import TransformRefused
+from aimet_ext.progress import bar as progress_bar
 from aimet_ext.techniques.call import Call
 from aimet_ext.techniques.rotating.run import Plan, allowed_change
 
@@ -47,7 +47,7 @@ def fit_keys(plan: Plan, call: Call[RotationParams]) -> tuple[tuple[KeyMap, ...]
     every = _gather(plan, call, reference)
     maps: list[KeyMap] = []
     losses: dict[str, float] = {}
-    for number in tqdm(sorted(every), desc="maps of keys", disable=not progress):
+    for number in progress_bar(sorted(every), desc="maps of keys", shown=progress):
         keys, fisher = torch.cat(every[number].parts, 1), every[number].fisher
         fisher = fisher / reference.count  # for a row of the outputs
         maps.append(fit_key_map(keys, fisher, steps=call.params.r3_steps))
@@ -70,7 +70,7 @@ def _gather(plan: Plan, call: Call[RotationParams], reference: Reference) -> dic
         return seen[number]
 
     seeing = plan.adaptor.seeing_keys(see, call.options.forward_fn)
-    bar = tqdm(plan.batches, desc="gradients of keys", disable=not call.options.progress)
+    bar = progress_bar(plan.batches, desc="gradients of keys", shown=call.options.progress)
     with seeing as run, torch.enable_grad():
         for place, batch in enumerate(bar):
             seen.clear()

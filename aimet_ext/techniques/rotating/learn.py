@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import log_softmax
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 from aimet_ext.config import SpinQuantParams
 from aimet_ext.core.affine import fake_quantize
@@ -23,6 +22,7 @@ from aimet_ext.core.hadamard import Rotation, mean_basis
 from aimet_ext.data.cache import TensorCache
 from aimet_ext.files.tensors import Checkpoints
 from aimet_ext.models.topology import BlockTopology
+from aimet_ext.progress import bar as progress_bar
 from aimet_ext.techniques.call import Call
 from aimet_ext.techniques.rotating.fold import Rotations, fold_block
 from aimet_ext.techniques.rotating.run import Chosen, Plan
@@ -153,12 +153,12 @@ def learn(plan: Plan, start: Rotations, call: Call[SpinQuantParams]) -> Chosen:
         numbers = itertools.islice(order, resumed, last)
         every = max(1, last // params.evaluations)
         bar = stack.enter_context(
-            tqdm(
+            progress_bar(
                 desc="SpinQuant",
                 total=last,
                 initial=resumed,
                 unit="step",
-                disable=not options.progress,
+                shown=options.progress,
             )
         )
         for number in numbers:

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from aimet_ext.config import RotationParams, TechniqueParams
 from aimet_ext.core.hadamard import Rotation, rotation
@@ -30,6 +29,7 @@ from aimet_ext.models.residual import (
     value_pair,
 )
 from aimet_ext.models.topology import BlockTopology
+from aimet_ext.progress import bar as progress_bar
 from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer, adapt, moved_ranges
 from aimet_ext.techniques.call import Call
 from aimet_ext.techniques.report import RotatedPart, RotationReport
@@ -86,12 +86,12 @@ class RotationRun:
                 )
             stack.enter_context(closing(streams))
             blocks = stack.enter_context(closing(streams.blocks()))
-            bar = tqdm(
+            bar = progress_bar(
                 zip(self.blocks, blocks, strict=True),
                 desc=self.technique,
                 total=len(names),
                 unit="block",
-                disable=not options.progress,
+                shown=options.progress,
             )
             for block, data in bar:
                 self.keep(data.name)

@@ -1,0 +1,151 @@
+"""What commands write, and where: results on stdout, all else on stderr and in a log file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pathlib
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from aimet_ext import cli, progress
+from aimet_ext.artifact import inspect
+
+OPTIONS = ("--json", "--quiet", "--verbose", "--log-file")
+SAID = {
+    "debug": "ours, in detail",
+    "info": "ours, of use",
+    "warning": "ours, a warning",
+    "error": "ours, an error",
+}
+CHATTER = {
+    *("theirs, of use", "theirs, a warning", "theirs, printed", "theirs, warned"),
+    "theirs, with a handler",
+}
+
+
+def run(*arguments: str | pathlib.Path) -> Result:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def commands(group: Any, *before: str) -> Iterator[tuple[str, ...]]:
+    for name, each in group.commands.items():
+        if hasattr(each, "commands"):
+            yield from commands(each, *before, name)
+        else:
+            yield (*before, name)
+
+
+ALL = list(commands(typer.main.get_command(cli.app)))
+
+
+@pytest.mark.parametrize("command", ALL, ids=" ".join)
+def test_every_command_has_the_options_of_output(command: tuple[str, ...]) -> None:
+    shown = run(*command, "--help")
+    assert shown.exit_code == 0
+    for option in OPTIONS:
+        assert option in shown.stdout, option
+    with_file = run(*command, "--quiet", "--verbose")
+    assert with_file.exit_code == 2  # of arguments that are missing, or of both
+
+
+def test_completion_is_offered() -> None:
+    shown = run("--help").stdout
+    assert "--install-completion" in shown and "--show-completion" in shown
+    asked = {"_AIMET_EXT_COMPLETE": "complete_bash", "COMP_WORDS": "aimet-ext ", "COMP_CWORD": "1"}
+    done = CliRunner().invoke(cli.app, [], env=asked, prog_name="aimet-ext")
+    assert {"quantize", "verify", "lora"} <= set(done.stdout.split())
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    """A folder whose inspection is talked about by all sides, and fails."""
+
+    def talk(_: Any) -> None:
+        ours, theirs = logging.getLogger("aimet_ext.talk"), logging.getLogger("transformers.talk")
+        for level, text in SAID.items():
+            getattr(ours, level)(text)
+        theirs.setLevel(logging.INFO)
+        theirs.info("theirs, of use")
+        theirs.warning("theirs, a warning")
+        theirs.error("theirs, an error")
+        own = logging.getLogger("Quant-like")
+        own.propagate = False
+        own.addHandler(logging.StreamHandler(sys.__stdout__))
+        own.warning("theirs, with a handler")
+        print("theirs, printed")  # noqa: T201
+        warnings.warn_explicit("theirs, warned", FutureWarning, "x.py", 1, "torch.onnx")
+        with progress.steps("look", 1):
+            progress.step("at files")
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(inspect, "inspect_export", talk)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("options", "levels", "theirs", "bars"),
+    [
+        ((), ("info", "warning", "error"), False, True),
+        (("--quiet",), ("error",), False, False),
+        (("--verbose",), tuple(SAID), True, True),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_what_is_shown(
+    folder: pathlib.Path,
+    options: tuple[str, ...],
+    levels: tuple[str, ...],
+    theirs: bool,
+    bars: bool,
+) -> None:
+    done = run("inspect", folder, *options)
+    assert done.exit_code == 3 and done.stdout == ""
+    for level, text in SAID.items():
+        assert (text in done.stderr) == (level in levels), text
+    assert "theirs, an error" in done.stderr
+    for text in CHATTER:
+        assert (text in done.stderr) == theirs, text
+    assert ("look:" in done.stderr) == bars
+    assert "aimet-ext: no such thing" in done.stderr
+
+
+def test_a_log_file_keeps_all_with_times(folder: pathlib.Path) -> None:
+    log = folder / "log.txt"
+    log.write_text("before\n")
+    done = run("inspect", folder, "--quiet", "--log-file", log)
+    assert done.exit_code == 3
+    found = log.read_text("utf-8")
+    for text in (*SAID.values(), *CHATTER, "theirs, an error", "at files", "no such thing"):
+        assert text in found, text
+    assert "Traceback" in found and found.startswith("before\n")
+    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ INFO aimet_ext", found, re.MULTILINE)
+
+
+def test_a_log_file_that_cannot_be_written_ends_with_4(tmp_path: pathlib.Path) -> None:
+    done = run("recipes", "--log-file", tmp_path / "absent" / "log.txt")
+    assert done.exit_code == 4 and "log.txt" in done.stderr and done.stdout == ""
+
+
+def test_logging_is_as_before_afterwards(folder: pathlib.Path) -> None:
+    before = (logging.Logger.callHandlers, logging.getLogger("aimet_ext").level, sys.stdout)
+    run("inspect", folder, "--verbose")
+    after = (logging.Logger.callHandlers, logging.getLogger("aimet_ext").level, sys.stdout)
+    assert after == before
+
+
+def test_quiet_and_verbose_exclude_each_other() -> None:
+    done = run("recipes", "--quiet", "--verbose")
+    assert done.exit_code == 2 and "not both" in done.stderr
+
+
+def test_results_alone_are_on_stdout() -> None:
+    done = run("recipes", "--json", "--verbose")
+    assert {"w4a16"} <= {recipe["name"] for recipe in json.loads(done.stdout)}
