@@ -378,6 +378,25 @@ def test_plain_rounding_has_no_report(
     assert json.loads(run("inspect", output, "--json").stdout)["techniques"] == []
 
 
+def test_layers_are_excluded_by_pattern_and_the_recipe_says_so(
+    tiny: pathlib.Path, text: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    arguments = [
+        *("quantize", tiny, "--calibration", text, "--output", tmp_path / "out", *then("rtn")),
+        *("--activations", "none", "--seq-length", "32", "--num-batches", "1"),
+        *("--no-check-export", "--exclude"),
+    ]
+    done = run(*arguments, "*.down_prj")
+    assert done.exit_code == 3 and "near: 'model" in done.stderr and "down_proj" in done.stderr
+    done = run(*arguments, "*.down_proj", "--exclude", "*.layers.0", "--json")
+    assert done.exit_code == 0, done.stderr
+    layers = [layer["name"] for layer in json.loads(done.stdout)["reports"]["rtn"]["layers"]]
+    assert layers and not any("down_proj" in name or ".layers.0." in name for name in layers)
+    assert aimet_ext.read_recipe(tmp_path / "out" / "recipe.yaml").exclude == [
+        *("*.down_proj", "*.layers.0")
+    ]
+
+
 def test_a_changed_file_ends_with_4(exported: pathlib.Path, tmp_path: pathlib.Path) -> None:
     copy = shutil.copytree(exported, tmp_path / "copy")
     with (copy / "model.onnx").open("ab") as file:

@@ -20,11 +20,12 @@ from aimet_ext.registry import public_homes
 PACKAGE = pathlib.Path(aimet_ext.__file__).parent
 STDLIB = sys.stdlib_module_names
 
-# Modules: (what of ours, what from outside), the first pattern that fits. `errors` and `progress`
-# are for all; `public` is the names that `import aimet_ext` offers.
+# Modules: (what of ours, what from outside), the first pattern that fits. `errors`, `patterns`
+# and `progress` are for all; `public` is the names that `import aimet_ext` offers.
 RULES: dict[str, tuple[set[str], set[str]]] = {
     "__init__": ({"registry"}, set()),
     "errors": (set(), set()),
+    "patterns": (set(), set()),
     "progress": (set(), {"tqdm"}),
     "config": (set(), {"pydantic"}),
     "registry": (set(), set()),
@@ -224,7 +225,7 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
     for name in imported(source, module, is_package):
         top, _, rest = name.partition(".")
         if top == "aimet_ext":
-            allowed = ours | {"errors", "progress", "__version__"}
+            allowed = ours | {"errors", "patterns", "progress", "__version__"}
             if any(f"{rest}.".startswith(f"{package}.") for package in allowed):
                 continue
             if "public" in ours and (not rest or rest in aimet_ext.__all__):

@@ -8,7 +8,6 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from aimet_ext.core.knapsack import Items, Option, cheapest, hull_curve
 from aimet_ext.data.batches import ForwardFn
 from aimet_ext.errors import require, some
 from aimet_ext.grids.widths import parse_choice
+from aimet_ext.patterns import fits, near
 from aimet_ext.sim.protocol import adapt
 
 _log = logging.getLogger(__name__)
@@ -251,7 +251,7 @@ def _left_out(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
     """
     found: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        own = {name for name in names if fnmatchcase(name, pattern)}
+        own = {name for name in names if fits(pattern, name)}
         if not own:
             raise _fits_none("modules_to_exclude", pattern, names)
         found |= own
@@ -276,7 +276,7 @@ def _members(units: Sequence[Unit], group: Group) -> list[list[Unit]]:
     for unit in units:
         for name in unit.names:
             parent, _, last = name.rpartition(".")
-            if isinstance(group, str) and fnmatchcase(name, group):
+            if isinstance(group, str) and fits(group, name):
                 found.setdefault("", []).append(unit)
             elif not isinstance(group, str) and last in group:
                 found.setdefault(parent, []).append(unit)
@@ -288,5 +288,5 @@ def _members(units: Sequence[Unit], group: Group) -> list[list[Unit]]:
 def _fits_none(place: str, pattern: Any, names: Sequence[str]) -> ValueError:
     return ValueError(
         f"{place}: a pattern that fits a linear layer is required, {pattern!r} fits none; names "
-        f"look like {next(iter(names), '')!r}"
+        f"look like {next(iter(names), '')!r}{near(pattern, names)}"
     )

@@ -17,6 +17,7 @@ from aimet_ext.cli.lora import app as lora_app
 from aimet_ext.cli.options import (
     BatchSize,
     Calibration,
+    Exclude,
     NumBatches,
     OnIndivisible,
     Output,
@@ -156,6 +157,7 @@ def quantize(
             help='Another width for some layers, such as "*.down_proj=int8"; again for more.',
         ),
     ] = None,
+    exclude: Exclude = None,
     activations: Annotated[
         Any,
         typer.Option(
@@ -217,7 +219,15 @@ def _options_of(ctx: typer.Context, recipe: str | None) -> dict[str, Any]:
     """Return the options of ``quantize`` that make a recipe: with one, those that were given."""
     names = (
         *("technique", "settings", "weights", "block_size", "lpbq", "on_indivisible", "lm_head"),
-        *("override", "activations", "num_iterations", "seq_length", "num_batches", "batch_size"),
+        *(
+            "override",
+            "exclude",
+            "activations",
+            "num_iterations",
+            "seq_length",
+            "num_batches",
+            "batch_size",
+        ),
         "seed",
     )
     if recipe is None:

@@ -25,6 +25,14 @@ Calibration = Annotated[
     Path,
     typer.Option(exists=True, dir_okay=False, help="Text to calibrate on: .txt, or .jsonl."),
 ]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN",
+        help='Layers that techniques leave to plain rounding, such as "*.down_proj"; again for '
+        "more.",
+    ),
+]
 NumBatches = Annotated[int, typer.Option(min=1, help="Calibration batches.")]
 SeqLength = Annotated[int, typer.Option(min=2, help="Tokens in a window of text.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]

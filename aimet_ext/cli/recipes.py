@@ -78,6 +78,8 @@ def chosen_recipe(source: str | None, options: Mapping[str, Any]) -> Recipe:
     if options.get("override"):
         own = dict(map(_override, options["override"]))
         changes["overrides"] = {**own, **{k: v for k, v in base.overrides.items() if k not in own}}
+    if options.get("exclude"):
+        changes["exclude"] = [*base.exclude, *options["exclude"]]
     if source is not None and options:
         changes |= {"name": "custom", "version": 1, "description": "", "measured": []}
     with bad_parameter("--technique"):

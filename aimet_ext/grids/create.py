@@ -6,7 +6,6 @@ import copy
 import inspect
 import logging
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,6 +30,8 @@ from aimet_ext.models.huggingface import (
     original_name,
     prepare_model,
 )
+from aimet_ext.patterns import fits as fits_pattern
+from aimet_ext.patterns import near
 from aimet_ext.sim.protocol import adapt
 
 if TYPE_CHECKING:
@@ -185,6 +186,7 @@ def plan_weights(
             raise ValueError(
                 f"the pattern of an override must fit a layer with a weight, {pattern!r} fits "
                 f"none; names look like {original_name(next(iter(layers), ''), model)!r}"
+                f"{near(pattern, [original_name(n, model) for n in layers])}"
             )
         specs.update(dict.fromkeys(fitting, spec))
     _check_shared(layers, specs)
@@ -193,7 +195,7 @@ def plan_weights(
 
 def fits(name: str, pattern: str, model: nn.Module) -> bool:
     """Return True if a layer's name in the model or in its checkpoint fits a pattern."""
-    return fnmatchcase(name, pattern) or fnmatchcase(original_name(name, model), pattern)
+    return fits_pattern(pattern, name, original_name(name, model))
 
 
 def _embedding(module: nn.Module, lm_head: QSpec | None) -> QSpec | None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
-from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from aimet_ext.config import WeightPlan
 from aimet_ext.errors import some
 from aimet_ext.grids.patterns import LayerTable
+from aimet_ext.patterns import fits, scopes
+from aimet_ext.sim.onnx.names import TYPES, layer_aliases, without_type
 from aimet_ext.sim.onnx.ranges import (
-    body_names,
     is_frozen,
     is_fused,
     parameter_quantizers,
@@ -26,16 +26,11 @@ if TYPE_CHECKING:
     from aimet_ext.onnx.layers import FoundLayers, OnnxLayer
     from aimet_ext.sim.onnx.adaptor import OnnxSim
 
-_TYPES = ("MatMul", "Gemm", "Conv", "Gather", "ConvTranspose", "FusedMatMul", "Einsum")
-_SUFFIX = re.compile(rf"[/.]({'|'.join(_TYPES)})(_\d+)?$|\.weight$")
-
 
 class OnnxTable(LayerTable):
     """See :class:`aimet_ext.grids.patterns.LayerTable`.
 
-    A layer's names are those of the nodes that read its weight, before AIMET fused them too, and
-    that of its weight; also without the type at the end, and with dots in place of slashes:
-    ``/layers.0/up_proj/MatMul`` is ``layers.0.up_proj`` as well.
+    A layer's names are those of :func:`aimet_ext.sim.onnx.names.layer_aliases`.
 
     :param adaptor: Adaptor of an ONNX simulation.
     """
@@ -56,31 +51,17 @@ class OnnxTable(LayerTable):
     @cached_property
     def aliases(self) -> dict[str, tuple[str, ...]]:
         """All names of each layer."""
-        bodies, found = body_names(self.sim), {}
-        for name, layer in self.found.items():
-            names = [name, layer.weight]
-            for use in layer.uses:
-                names += [self.graph.nodes[n].name for n in (use.node, use.add) if n is not None]
-            for node in self.nodes.get(layer.weight, ()):
-                names += [node.name, *bodies.get(node.domain, ())]
-            names += [without_type(long) for long in names]
-            names += [long.strip("/").replace("/", ".") for long in names]
-            found[name] = tuple(dict.fromkeys(filter(None, names)))
-        return found
+        return layer_aliases(self.sim)
 
     def matching(self, pattern: str) -> list[str]:
-        return [
-            name
-            for name, aliases in self.aliases.items()
-            if any(fnmatchcase(alias, pattern) for alias in aliases)
-        ]
+        return [name for name, aliases in self.aliases.items() if fits(pattern, *aliases)]
 
     def of_type(self, word: str, excluded: Collection[str]) -> list[str] | None:
         """Return the quantized layers of an ONNX type; a biased MatMul is a Gemm as well.
 
         :raises ValueError: nodes of that type have weights that can have no such grid.
         """
-        if word not in _TYPES:
+        if word not in TYPES:
             return None
         skipped = self.found.skipped
         problems = [
@@ -107,12 +88,12 @@ class OnnxTable(LayerTable):
         found = {
             name
             for name, aliases in self.aliases.items()
-            if any(fnmatchcase(part, pattern) for alias in aliases for part in _scopes(alias))
+            if any(fits(pattern, *scopes(alias)) for alias in aliases)
         }
         if found:
             return found
         every = [*self.graph.nodes, *self.adaptor.sim.model.model.graph.node]
-        fitting = {node.name for node in every if fnmatchcase(node.name, pattern)}
+        fitting = {node.name for node in every if fits(pattern, node.name)}
         return fitting or None
 
     def is_name(self, pattern: str, name: str) -> bool:
@@ -132,8 +113,8 @@ class OnnxTable(LayerTable):
             return embeddings | output_layers(self.graph, self.found)
         return embeddings
 
-    def example(self) -> str:
-        return repr(next(iter(self.found), ""))
+    def shown(self) -> list[str]:
+        return list(self.found)
 
     def apply(self, plan: WeightPlan, undo: ExitStack) -> dict[str, int]:
         """Give each layer of a plan its grid; all quantizers are made before any is changed.
@@ -149,11 +130,6 @@ class OnnxTable(LayerTable):
             )
         put_grids(self.sim, plan.specs, undo)
         return {}
-
-
-def without_type(name: str) -> str:
-    """Return a name without the type at its end: ``/a/b`` of ``/a/b/MatMul``."""
-    return _SUFFIX.sub("", name)
 
 
 def output_layers(graph: OnnxGraph, layers: Mapping[str, OnnxLayer]) -> set[str]:
@@ -178,11 +154,3 @@ def output_layers(graph: OnnxGraph, layers: Mapping[str, OnnxLayer]) -> set[str]
             return set()
         name = sources[0]
     return {made_by[name]}
-
-
-def _scopes(name: str) -> Iterator[str]:
-    """Yield a name and the names of what it is in: ``/a/b/MatMul``, ``/a/b`` and ``/a``."""
-    yield name
-    for found in re.finditer(r"[/.]", name):
-        if found.start():
-            yield name[: found.start()]

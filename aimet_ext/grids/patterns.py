@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from aimet_ext.config import QSpec, WeightPlan
+from aimet_ext.patterns import near
 from aimet_ext.sim.protocol import SimAdaptor
 
 #: Layers whose weight ``[out, in, …]`` can be cut into blocks along dimension 1.
@@ -96,8 +97,12 @@ class LayerTable(ABC):
         """Names of embeddings and of the output layer of a language model."""
 
     @abstractmethod
+    def shown(self) -> list[str]:
+        """Return a name of each layer, for messages."""
+
     def example(self) -> str:
         """Return an example of a name, for messages."""
+        return repr(next(iter(self.shown()), ""))
 
     @abstractmethod
     def apply(self, plan: WeightPlan, undo: ExitStack) -> dict[str, int]:
@@ -136,7 +141,7 @@ def select_specs(
         if not fitting:
             raise ValueError(
                 f"the pattern of an override must fit a layer with a weight, {pattern!r} fits "
-                f"none; names look like {table.example()}"
+                f"none; names look like {table.example()}{near(pattern, table.shown())}"
             )
         specs.update(dict.fromkeys(fitting, other))
     specs = {name: chosen for name, chosen in specs.items() if name not in excluded}
@@ -164,12 +169,14 @@ def _excluded(table: LayerTable, entries: Any) -> set[str]:
                 f"modules_to_exclude must hold names or modules, got {type(entry).__name__}"
             )
         if found is None:
-            unknown.append(repr(entry) if isinstance(entry, str) else f"a {type(entry).__name__}")
+            unknown.append(entry)
         excluded.update(found or ())
     if unknown:
+        texts = [each for each in unknown if isinstance(each, str)]
+        shown = [repr(e) if isinstance(e, str) else f"a {type(e).__name__}" for e in unknown]
         raise ValueError(
             f"modules_to_exclude must name modules of sim.model, such as {table.example()}; "
-            f"not found: {', '.join(unknown)}"
+            f"not found: {', '.join(shown)}{near(texts, table.shown())}"
         )
     return excluded
 

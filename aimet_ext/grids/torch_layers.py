@@ -57,8 +57,8 @@ class TorchTable(LayerTable):
             if layer is output or isinstance(layer, nn.Embedding)
         }
 
-    def example(self) -> str:
-        return repr(original_name(next(iter(self.layers), ""), self.model))
+    def shown(self) -> list[str]:
+        return [original_name(name, self.model) for name in self.layers]
 
     def apply(self, plan: WeightPlan, undo: ExitStack) -> dict[str, int]:
         padded: dict[str, int] = {}

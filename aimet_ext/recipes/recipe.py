@@ -137,6 +137,8 @@ class Recipe:
     :param lm_head: Grid of the output layer.
     :param activations: Width of activations, ``"none"`` for weights alone.
     :param overrides: Grids of the layers that fit a pattern such as ``"*.down_proj"``.
+    :param exclude: Patterns of layers that the techniques leave to plain rounding; rotations turn
+        them all the same.
     :param calibration: Text to calibrate on.
     :param techniques: Techniques with their settings, such as ``{"gptq": {"beams": 4}}``, in the
         order in which they are applied; none for plain rounding.
@@ -157,6 +159,7 @@ class Recipe:
     lm_head: Grid = field(default_factory=lambda: Grid(width="int8"))
     activations: str = "uint16"
     overrides: Mapping[str, Grid] = field(default_factory=dict)
+    exclude: list[str] = field(default_factory=list)
     calibration: CalibrationPlan = field(default_factory=CalibrationPlan)
     techniques: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     measured: list[Measured] = field(default_factory=list)
@@ -268,15 +271,17 @@ class Recipe:
         """
         place = None if checkpoint_dir is None else Path(checkpoint_dir)
         reports = {}
+        excluded = {"modules_to_exclude": self.exclude} if self.exclude else {}
         for name, params in self.params().items():
             row = TECHNIQUES[name]
+            own = {} if row.decides == "rotation" else excluded
             reports[name] = load(row.function)(
                 sim,
                 dataloader,
                 params=params,
                 checkpoint_dir=place / name if place is not None and row.resumes else None,
                 **({"reference": reference} if row.reference else {}),
-                **options,
+                **{**own, **options},
             )
         return reports
 

@@ -299,8 +299,8 @@ class FloatWeights(Protocol):
     def original_names(self) -> Callable[[str], str]:
         """Return a function from names in ``model`` to names in the original checkpoint."""
 
-    def full_name(self, name: str) -> str:
-        """Return the name in ``model`` of a layer that has several names, else the name itself."""
+    def aliases(self) -> Mapping[str, str]:
+        """Return the name in ``model`` of modules by each other name that they have."""
 
     def unsupported_layers(self) -> Mapping[str, str]:
         """Return what has a weight and is none of the layers, by name, and the reason."""

@@ -19,6 +19,7 @@ from aimet_ext.errors import TransformRefused, some
 from aimet_ext.files.folders import replace_folder
 from aimet_ext.files.manifest import write_manifest
 from aimet_ext.files.tensors import Checkpoints
+from aimet_ext.patterns import fits, near, scopes
 from aimet_ext.progress import bar as progress_bar
 from aimet_ext.sim.points import Point, Range
 from aimet_ext.sim.protocol import SimAdaptor, adapt
@@ -173,7 +174,8 @@ def apply_activation_ranges(call: Call[ActivationRangesParams]) -> ActivationRan
 
     :param dataloader: Batches as for the other techniques; a few suffice, such as 16 windows of
         text. A block, or the model, runs on all of them for each range that is tried.
-    :param modules_to_exclude: Modules, nodes or tensors whose ranges stay as calibrated, by name.
+    :param modules_to_exclude: Modules, nodes or tensors whose ranges stay as calibrated, by name or
+        pattern.
     :param checkpoint_dir: Folder for a checkpoint of each block or tensor. The same call goes on
         from there after a crash.
     :param cache_dir: Folder for the copies that undo a failed call, and for what flows into blocks;
@@ -238,13 +240,14 @@ def _chosen(adaptor: SimAdaptor, exclude: Sequence[Any]) -> list[Point]:
     names = [name if isinstance(name, str) else modules.get(id(name), "?") for name in exclude]
 
     def inside(point: Point, name: str) -> bool:
-        return f"{point.name} ".startswith(tuple(f"{name}{end}" for end in " ./_"))
+        begins = f"{point.name} ".startswith(tuple(f"{name}{end}" for end in " ./_"))
+        return begins or fits(name, *scopes(point.name))
 
     unknown = [name for name in names if not any(inside(point, name) for point in every)]
     if unknown:
         raise ValueError(
             "modules_to_exclude must name modules, nodes or tensors with quantizers, such as "
-            f"{every[0].name!r}; not found: {some(unknown)}"
+            f"{every[0].name!r}; not found: {some(unknown)}{near(unknown, [p.name for p in every])}"
         )
     return [
         point for point in every if not point.frozen and not any(inside(point, n) for n in names)

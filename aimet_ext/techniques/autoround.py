@@ -239,7 +239,7 @@ def apply_autoround(
         Tokens with attention mask 0 count nowhere.
     :param checkpoint_dir: Folder for a checkpoint of each finished block. The same call goes on
         from there after a crash and ends bit-identical on the same machine and versions.
-    :param modules_to_exclude: Full names of layers to leave alone; of an ONNX model, names of
+    :param modules_to_exclude: Layers to leave alone, by name or pattern; of an ONNX model, names of
         nodes too.
     :param topology: Names of the modules in a block, in place of what is found in a run of it.
     :returns: Losses of plain rounding, of GPTQ's rounding and as deployed, SQNR, seconds and memory

@@ -91,8 +91,8 @@ class TechniqueFunction(Protocol[S, R]):
         :param forward_fn: Function called as ``forward_fn(model, batch)`` in place of
             ``model(batch)``. A callable in third position is taken for it, as in AIMET's order of
             arguments.
-        :param modules_to_exclude: Layers to leave alone, by name or as modules of ``sim.model``;
-            they compute in float meanwhile.
+        :param modules_to_exclude: Layers to leave alone, with all in them: names, patterns such as
+            ``"*.down_proj"``, or modules of ``sim.model``. They compute in float meanwhile.
         :param output_path: Folder for the report. A folder that this package wrote is replaced,
             another one refused.
         :param checkpoint_dir: Folder for a checkpoint of each finished stage. The same call goes on

@@ -287,7 +287,7 @@ def apply_dwq(
     :param num_iterations: Steps of gradient descent, each on one batch.
     :param dataloader: Batches: a tensor, a tuple of positional arguments, or a mapping of keyword
         arguments. Tokens with attention mask 0 count nowhere. A step holds one whole batch.
-    :param modules_to_exclude: Layers whose scales stay, by name or as modules of ``sim.model``.
+    :param modules_to_exclude: Layers whose scales stay: names, patterns, modules of ``sim.model``.
     :param checkpoint_dir: Folder for a checkpoint of each evaluation. The same call goes on from
         there after a crash.
     :param device: Without effect: the model runs where it is.

@@ -15,20 +15,18 @@ from torch import Tensor, nn
 from aimet_ext.core.affine import fake_quantize, to_blocks
 from aimet_ext.core.interrupts import uninterrupted
 from aimet_ext.data.batches import ForwardFn
-from aimet_ext.data.moments import TRANSPOSED
 from aimet_ext.files.folders import writable_folder
 from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.scratch import remove_abandoned, scratch
 from aimet_ext.files.tensors import Checkpoints, UndoJournal, environment, hash_tensors
 from aimet_ext.models.topology import BlockTopology
 from aimet_ext.sim.protocol import SimAdaptor, SimHandle, WeightQuantizer
+from aimet_ext.techniques.excluded import LAYERS, excluded_names
 
 try:
     import resource
 except ModuleNotFoundError:  # Windows
     resource = None  # type: ignore[assignment]
-
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,31 +213,22 @@ def peak_memory(device: torch.device) -> int:
 def layers_to_quantize(
     adaptor: SimAdaptor,
     blocks: Sequence[BlockTopology],
-    exclude: Sequence[str],
+    exclude: Sequence[str | nn.Module],
     *,
     technique: str,
     rounds: bool,
 ) -> dict[str, WeightQuantizer]:
     """Return the weight quantizers of the layers to decide, by their full names, checked.
 
-    :param exclude: Full names of layers to leave alone.
+    :param exclude: Layers to leave alone.
     :param technique: Name of the technique.
     :param rounds: True if the technique rounds weights, on frozen ranges too.
     :raises ValueError: An excluded layer does not exist; a layer has no weight quantizer, a frozen
         one, one of too many bits; a weight is not finite or rounded already.
     """
     names = [f"{block.name}.{layer}" for block in blocks for layer in block.linears]
-    aliases = {
-        alias: f"{block.name}.{layer}" for block in blocks for layer, alias in block.aliases.items()
-    }
-    exclude = [aliases.get(name, name) for name in exclude]
-    unknown = sorted(set(exclude) - set(names))
-    if unknown:
-        raise ValueError(
-            f"modules_to_exclude must name layers of the blocks, such as {names[0]!r}; "
-            f"not found: {', '.join(unknown)}"
-        )
-    found = {name: adaptor.weight_quantizer(name) for name in names if name not in set(exclude)}
+    excluded = excluded_names(adaptor, exclude, blocks)
+    found = {name: adaptor.weight_quantizer(name) for name in names if name not in excluded}
     _refuse(
         [name for name, quantizer in found.items() if quantizer is None],
         "must have a weight quantizer and has none; give it one, or list it in modules_to_exclude",
@@ -357,32 +346,6 @@ class LayerChoice:
     skipped: dict[str, str]
 
 
-def _module_names(adaptor: SimAdaptor, modules: Iterable[str | nn.Module]) -> set[str]:
-    """Return the names of modules that were given by name or as objects, as in AIMET.
-
-    :raises ValueError: One is not in the model.
-    """
-    names = dict(adaptor.model.named_modules())
-    by_identity = {id(module): name for name, module in names.items()}
-    found, unknown = set(), []
-    for module in modules:
-        if isinstance(module, str):
-            name = module if module in names else adaptor.full_name(module)
-        else:
-            name = by_identity.get(id(module), "")
-        if name and name in names:
-            found.add(name)
-        else:
-            unknown.append(repr(module) if isinstance(module, str) else type(module).__name__)
-    if unknown:
-        example = next((n for n, m in names.items() if isinstance(m, _LAYERS)), "")
-        raise ValueError(
-            "modules_to_exclude must hold modules of sim.model or their names, such as "
-            f"{example!r}; not found: {', '.join(unknown)}"
-        )
-    return found
-
-
 def choose_layers(
     adaptor: SimAdaptor,
     exclude: Sequence[str | nn.Module],
@@ -406,14 +369,14 @@ def choose_layers(
     :raises ValueError: An excluded module does not exist; nothing remains; the technique was
         applied before; a weight is not finite, is rounded already, or is shared by two layers.
     """
-    excluded = _module_names(adaptor, exclude)
+    excluded = excluded_names(adaptor, exclude)
     every = {n: q for n, q in adaptor.weight_quantizers().items() if n not in excluded}
     shared = adaptor.shared_weights()
     decided: dict[str, WeightQuantizer] = {}
     skipped = dict(adaptor.unsupported_layers())
     for name, quantizer in every.items():
         module = adaptor.model.get_submodule(name)
-        if not isinstance(module, _LAYERS) or (only is not None and name not in only):
+        if not isinstance(module, LAYERS) or (only is not None and name not in only):
             continue
         twins = [twin for twin in shared.get(name, ()) if twin != name]
         if quantizer.bitwidth > max_bitwidth:

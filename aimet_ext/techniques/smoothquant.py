@@ -124,7 +124,7 @@ def apply_smoothquant(
         the report. A folder that this package wrote is replaced, another one refused.
     :param checkpoint_dir: Folder for a checkpoint of each finished block. The same call goes on
         from there after a crash.
-    :param modules_to_exclude: Full names of layers to leave alone; of an ONNX model, names of
+    :param modules_to_exclude: Layers to leave alone, by name or pattern; of an ONNX model, names of
         nodes too.
     :param topology: Names of the modules in a block, in place of what is found in a run of it.
     :param aimet_keys: Write AIMET's own ``{module}.prev`` and ``{module}.foll`` as well.

@@ -27,6 +27,7 @@ from aimet_ext.onnx.layers import (
 from aimet_ext.onnx.shells import module_tree, shell
 from aimet_ext.onnx.values import input_specs
 from aimet_ext.sim.facts import SimFacts
+from aimet_ext.sim.onnx.names import layer_aliases
 from aimet_ext.sim.onnx.points import OnnxPoints
 from aimet_ext.sim.onnx.quantizers import (
     OnnxWeightQuantizer,
@@ -238,9 +239,10 @@ class OnnxSim(OnnxPoints, SimAdaptor):
     def original_names(self) -> Callable[[str], str]:
         return lambda name: name  # a graph has names of its own
 
-    def full_name(self, name: str) -> str:
+    def aliases(self) -> Mapping[str, str]:
         """Return the layer of a node's name, also of one that fusing or a bias gave it."""
-        return node_names(self.graph, self.layers).get(name, name)
+        named = {n: name for name, every in layer_aliases(self).items() for n in every}
+        return {**named, **node_names(self.graph, self.layers)}
 
     def unsupported_layers(self) -> dict[str, str]:
         found: dict[str, str] = {}

@@ -221,8 +221,9 @@ class TorchSim(TorchPoints, SimAdaptor):
         prefix = checkpoint_prefix(self.model)
         return lambda name: name.removeprefix(prefix)
 
-    def full_name(self, name: str) -> str:
-        return name  # modules have one
+    def aliases(self) -> Mapping[str, str]:
+        original = self.original_names()
+        return {original(name): name for name, _ in self.model.named_modules() if name}
 
     def unsupported_layers(self) -> dict[str, str]:
         # What else is no layer is known by its type.
