@@ -397,6 +397,39 @@ def test_layers_are_excluded_by_pattern_and_the_recipe_says_so(
     ]
 
 
+def test_texts_are_mixed_and_the_recipe_names_them(
+    tiny: pathlib.Path, text: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    stories = tmp_path / "stories.csv"
+    stories.write_text(f"story\n{'once upon a time ' * 200}\n")
+    cut = ("--seq-length", "32", "--num-batches", "1", "--batch-size", "4", "--activations", "none")
+    fast = (*cut, "--no-check-export", *then("nearest"))
+    with_field = ("--calibration", stories, "--text-field", "story")
+    done = run(
+        "quantize", tiny, *with_field, "--calibration", text, "--output", tmp_path / "one", *fast
+    )
+    assert done.exit_code == 4 and "'story' is required, got 'text'" in done.stderr
+    stories.write_text(stories.read_text().replace("story", "text", 1))
+    first = ("--calibration", stories, "--calibration", text, "--output", tmp_path / "one")
+    done = run("quantize", tiny, *first, *fast)
+    assert done.exit_code == 0, done.stderr
+    assert f"2 of {stories}, 2 of {text}" in done.stderr
+    written = tmp_path / "one" / "recipe.yaml"
+    assert aimet_ext.read_recipe(written).calibration.files == [str(stories), str(text)]
+    again = ("--recipe", written, "--output", tmp_path / "two", "--no-check-export", "--json")
+    done = run("quantize", tiny, *again)
+    assert done.exit_code == 0, done.stderr
+    assert f"2 of {stories}, 2 of {text}" in done.stderr
+    stories.unlink()
+    done = run("quantize", tiny, *again)
+    assert done.exit_code == 2 and "stories.csv is absent" in " ".join(done.stderr.split())
+
+
+def test_text_to_calibrate_on_is_required(tmp_path: pathlib.Path) -> None:
+    done = run("quantize", examples.model_dir(), "--output", tmp_path / "out")
+    assert done.exit_code == 2 and "--calibration" in done.stderr
+
+
 def test_a_changed_file_ends_with_4(exported: pathlib.Path, tmp_path: pathlib.Path) -> None:
     copy = shutil.copytree(exported, tmp_path / "copy")
     with (copy / "model.onnx").open("ab") as file:

@@ -15,14 +15,16 @@ from aimet_ext.cli.demo import demo
 from aimet_ext.cli.errors import EXIT_CODES_HELP, ErrorsAsCodes
 from aimet_ext.cli.lora import app as lora_app
 from aimet_ext.cli.options import (
+    TEXTS,
     BatchSize,
-    Calibration,
+    CalibrationOrRecipe,
     Exclude,
     NumBatches,
     OnIndivisible,
     Output,
     Seed,
     SeqLength,
+    TextField,
     folder_argument,
     technique_name,
     technique_names,
@@ -31,7 +33,7 @@ from aimet_ext.cli.options import (
 )
 from aimet_ext.cli.output import Result, command, table
 from aimet_ext.cli.recipes import EPILOG as RECIPES_EPILOG
-from aimet_ext.cli.recipes import chosen_recipe, recipes
+from aimet_ext.cli.recipes import chosen_recipe, recipes, with_text
 from aimet_ext.cli.verify import EPILOG as VERIFY_EPILOG
 from aimet_ext.cli.verify import verify
 from aimet_ext.cli.widths import EPILOG as WIDTHS_EPILOG
@@ -100,6 +102,10 @@ Examples:
   By a recipe; --set and the other options change it:
     aimet-ext quantize ./llama --recipe w4a16-lpbq-fast --calibration text.txt --output out
 \b
+  Stories and chats in equal shares; layers that GPTQ leaves to plain rounding:
+    aimet-ext quantize ./llama --technique gptq --exclude "*.down_proj" \\
+        --calibration stories.parquet --calibration chats.jsonl --output out
+\b
   Ranges by SeqMSE, then rounding by GPTQ, with a setting of its own:
     aimet-ext quantize ./llama --technique seq_mse --technique gptq --set gptq.beams=4 \\
         --calibration text.txt --output out
@@ -108,8 +114,9 @@ Examples:
 def quantize(
     ctx: typer.Context,
     model_dir: Annotated[Path, folder_argument("MODEL_DIR", "A Hugging Face model.")],
-    calibration: Calibration,
     output: Output,
+    calibration: CalibrationOrRecipe = None,
+    text_field: TextField = None,
     recipe: Annotated[
         str | None,
         typer.Option(
@@ -192,13 +199,13 @@ def quantize(
     ] = None,
 ) -> Result:
     """Quantize a model and export it."""
-    plan = chosen_recipe(recipe, _options_of(ctx, recipe))
+    plan = with_text(chosen_recipe(recipe, _options_of(ctx, recipe)), calibration, text_field)
     from aimet_ext.cli import jobs
     from aimet_ext.cli.summary import quality_lines
 
     result = jobs.quantize(
         model_dir,
-        calibration,
+        [*map(Path, plan.calibration.files)],
         output,
         recipe=plan,
         hf_checkpoint=hf_checkpoint,
@@ -256,8 +263,9 @@ def evaluate(
         Path, folder_argument("FOLDER", "A Hugging Face model, or what quantize wrote.")
     ],
     text: Annotated[
-        Path, typer.Option(exists=True, dir_okay=False, help="Text to score: .txt, or .jsonl.")
+        Path, typer.Option(exists=True, dir_okay=False, help=f"Text to score: {TEXTS}.")
     ],
+    text_field: TextField = None,
     seq_length: SeqLength = 256,
     num_windows: Annotated[
         int, typer.Option(min=1, help="Windows to score at most; less text than that is fine.")
@@ -273,7 +281,12 @@ def evaluate(
     from aimet_ext.cli import jobs
 
     result = jobs.evaluate(
-        folder, text, seq_length=seq_length, num_windows=num_windows, reference=reference
+        folder,
+        text,
+        text_field=text_field,
+        seq_length=seq_length,
+        num_windows=num_windows,
+        reference=reference,
     )
     return Result(table([(name, str(value)) for name, value in result.items()]), result)
 
@@ -287,9 +300,8 @@ Example:
 )
 def analyze(
     folder: Annotated[Path, folder_argument("FOLDER", "What quantize wrote.")],
-    text: Annotated[
-        Path, typer.Option(exists=True, dir_okay=False, help="Text to run: .txt, or .jsonl.")
-    ],
+    text: Annotated[Path, typer.Option(exists=True, dir_okay=False, help=f"Text to run: {TEXTS}.")],
+    text_field: TextField = None,
     seq_length: SeqLength = 256,
     num_windows: Annotated[int, typer.Option(min=1, help="Windows to run at most.")] = 16,
     batch_size: BatchSize = 4,
@@ -306,6 +318,7 @@ def analyze(
     report = jobs.analyze(
         folder,
         text,
+        text_field=text_field,
         seq_length=seq_length,
         num_windows=num_windows,
         batch_size=batch_size,

@@ -62,7 +62,7 @@ class Quantized:
 @steps("quantize", 9)
 def quantize(
     model_dir: Path,
-    calibration: Path,
+    calibration: Path | Sequence[Path],
     output: Path,
     *,
     recipe: Recipe,
@@ -83,9 +83,14 @@ def quantize(
     plan = recipe.calibration
     step("read the text")
     batches = aimet_ext.calibration_batches(
-        tokenizer, calibration, plan.seq_length, plan.num_batches, plan.batch_size
+        tokenizer,
+        calibration,
+        plan.seq_length,
+        plan.num_batches,
+        plan.batch_size,
+        text_field=plan.text_field,
     )
-    held_out, described = _held_out(tokenizer, calibration, batches)
+    held_out, described = _held_out(tokenizer, calibration, batches, plan.text_field)
     _check_ids(model_dir, model, [*batches, *held_out])
     step("score the float model")
     quality: dict[str, Any] = {"float": aimet_ext.evaluate_perplexity(model, held_out)}
@@ -134,7 +139,10 @@ def _check_export(sim: Any, ids: Tensor) -> None:
 
 
 def _held_out(
-    tokenizer: PreTrainedTokenizerBase, text: Path, batches: Sequence[Tensor]
+    tokenizer: PreTrainedTokenizerBase,
+    text: Path | Sequence[Path],
+    batches: Sequence[Tensor],
+    text_field: str | None,
 ) -> tuple[list[Tensor], str]:
     """Return windows of a text beyond those of the batches, and a description of them.
 
@@ -142,7 +150,9 @@ def _held_out(
     """
     used, length = sum(map(len, batches)), batches[0].shape[1]
     try:
-        windows = aimet_ext.calibration_batches(tokenizer, text, length, used + QUALITY_WINDOWS)
+        windows = aimet_ext.calibration_batches(
+            tokenizer, text, length, used + QUALITY_WINDOWS, text_field=text_field
+        )
     except ValueError:
         return [batch[:1] for batch in batches[:QUALITY_WINDOWS]], "the calibration text"
     return windows[used:], "text that was not calibrated on"
@@ -150,7 +160,13 @@ def _held_out(
 
 @steps("evaluate", 3)
 def evaluate(
-    folder: Path, text: Path, *, seq_length: int, num_windows: int, reference: Path | None = None
+    folder: Path,
+    text: Path,
+    *,
+    seq_length: int,
+    num_windows: int,
+    reference: Path | None = None,
+    text_field: str | None = None,
 ) -> dict[str, Any]:
     """Measure the perplexity of a model folder, or of an export with quantization simulated.
 
@@ -163,7 +179,10 @@ def evaluate(
         tokenizer = load_tokenizer(folder)
     else:
         model, tokenizer = load_model(folder)
-    batches = aimet_ext.calibration_batches(tokenizer, text, seq_length, None)[:num_windows]
+    windows = aimet_ext.calibration_batches(
+        tokenizer, text, seq_length, None, text_field=text_field
+    )
+    batches = windows[:num_windows]
     if not exported:
         _check_ids(folder, model, batches)
     step("score")
@@ -182,7 +201,14 @@ def evaluate(
 
 
 def analyze(
-    folder: Path, text: Path, *, seq_length: int, num_windows: int, batch_size: int, top_k: int
+    folder: Path,
+    text: Path,
+    *,
+    seq_length: int,
+    num_windows: int,
+    batch_size: int,
+    top_k: int,
+    text_field: str | None = None,
 ) -> Any:
     """Return the report of what each quantizer of an export costs on a text.
 
@@ -191,7 +217,9 @@ def analyze(
     if not is_export(folder):
         raise ValueError(f"{folder}: a folder that aimet-ext quantize or export wrote is required")
     tokenizer = load_tokenizer(folder)
-    windows = aimet_ext.calibration_batches(tokenizer, text, seq_length, None, batch_size)
+    windows = aimet_ext.calibration_batches(
+        tokenizer, text, seq_length, None, batch_size, text_field=text_field
+    )
     return aimet_ext.analyze(
         aimet_ext.load(folder), windows[: -(-num_windows // batch_size)], top_k=top_k
     )
@@ -199,7 +227,13 @@ def analyze(
 
 @steps("assign-widths", 2)
 def assign_widths(
-    model_dir: Path, calibration: Path, budget: str, choices: Sequence[str], **options: Any
+    model_dir: Path,
+    calibration: Path | Sequence[Path],
+    budget: str,
+    choices: Sequence[str],
+    *,
+    text_field: str | None = None,
+    **options: Any,
 ) -> tuple[Any, Recipe]:
     """Return the report of widths under a budget, and the recipe with the calibration used.
 
@@ -208,7 +242,9 @@ def assign_widths(
     step("load the model")
     model, tokenizer = load_model(model_dir)
     plan = {name: options.pop(name) for name in ("seq_length", "num_batches", "batch_size")}
-    batches = aimet_ext.calibration_batches(tokenizer, calibration, *plan.values())
+    batches = aimet_ext.calibration_batches(
+        tokenizer, calibration, *plan.values(), text_field=text_field
+    )
     _check_ids(model_dir, model, batches)
     step("weigh the layers")
     report = aimet_ext.assign_widths(model, batches, budget, choices, **options)

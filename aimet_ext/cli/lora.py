@@ -15,6 +15,7 @@ from aimet_ext.cli.options import (
     NumBatches,
     Output,
     SeqLength,
+    TextField,
     folder_argument,
     width_or_none,
     width_or_word,
@@ -116,6 +117,7 @@ def quantize(
     seq_length: SeqLength = 256,
     num_batches: NumBatches = 16,
     batch_size: BatchSize = 4,
+    text_field: TextField = None,
 ) -> Result:
     """Quantize adapters on a quantized base, which stays as it is, and export both."""
     from aimet_ext import lora
@@ -125,7 +127,12 @@ def quantize(
     check_output(output)
     source = adapter if name is None else lora.read_adapter(adapter, name)
     batches = aimet_ext.calibration_batches(
-        jobs.load_tokenizer(export_dir), calibration, seq_length, num_batches, batch_size
+        jobs.load_tokenizer(export_dir),
+        calibration,
+        seq_length,
+        num_batches,
+        batch_size,
+        text_field=text_field,
     )
     sim = lora.create_sim(source, export_dir)
     report = lora.quantize(

@@ -21,9 +21,24 @@ NEAREST = "nearest"
 """Plain rounding, in the place of a technique."""
 
 BatchSize = Annotated[int, typer.Option(min=1, help="Windows in a batch.")]
-Calibration = Annotated[
-    Path,
-    typer.Option(exists=True, dir_okay=False, help="Text to calibrate on: .txt, or .jsonl."),
+TEXTS = ".txt, .jsonl, .json, .csv or .parquet"
+"""Files that text is read from."""
+
+_CALIBRATION = typer.Option(
+    exists=True,
+    dir_okay=False,
+    metavar="FILE",
+    help=f"Text to calibrate on: {TEXTS}; again for more, in equal shares.",
+)
+Calibration = Annotated[list[Path], _CALIBRATION]
+CalibrationOrRecipe = Annotated[list[Path] | None, _CALIBRATION]
+TextField = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        show_default="text, content, or messages",
+        help="Field or column of the files that holds the text, or the messages of a chat.",
+    ),
 ]
 Exclude = Annotated[
     list[str] | None,

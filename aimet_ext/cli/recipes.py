@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from aimet_ext.cli.options import NEAREST, bad_parameter, chosen_techniques
 from aimet_ext.cli.output import Result, table
+from aimet_ext.errors import some
 from aimet_ext.recipes.recipe import Grid, Recipe, read_recipe, recipe_names
 
 EPILOG = """\b
@@ -84,6 +86,28 @@ def chosen_recipe(source: str | None, options: Mapping[str, Any]) -> Recipe:
         changes |= {"name": "custom", "version": 1, "description": "", "measured": []}
     with bad_parameter("--technique"):
         return dataclasses.replace(base, **changes)
+
+
+def with_text(recipe: Recipe, files: Sequence[Path] | None, field: str | None) -> Recipe:
+    """Return a recipe with the text to calibrate on: of the options, or else its own.
+
+    :raises typer.BadParameter: There is none, or a file of the recipe is absent.
+    """
+    own = recipe.calibration
+    named = [*map(str, files)] if files else own.files
+    if not named:
+        raise typer.BadParameter(
+            "text is required: give --calibration FILE, or a recipe whose calibration has files",
+            param_hint="--calibration",
+        )
+    if absent := [name for name in named if not Path(name).is_file()]:
+        raise typer.BadParameter(
+            f"the recipe names files to calibrate on, of which {some(absent)} is absent; give "
+            "others by --calibration",
+            param_hint="--recipe",
+        )
+    plan = dataclasses.replace(own, files=named, text_field=field or own.text_field)
+    return dataclasses.replace(recipe, calibration=plan)
 
 
 def _weights(base: Grid, options: Mapping[str, Any]) -> Grid:

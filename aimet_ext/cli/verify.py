@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 import aimet_ext
-from aimet_ext.cli.options import folder_argument
+from aimet_ext.cli.options import TEXTS, TextField, folder_argument
 from aimet_ext.cli.output import Result
 
 EPILOG = """\b
@@ -34,9 +34,10 @@ def verify(
             exists=True,
             dir_okay=False,
             show_default="made-up tokens",
-            help="Text to run on, of which the target's own ranges come too: .txt, or .jsonl.",
+            help=f"Text to run on, of which the target's own ranges come too: {TEXTS}.",
         ),
     ] = None,
+    text_field: TextField = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of text to compare on.")] = 4,
     calibration_windows: Annotated[
         int, typer.Option(min=1, help="Windows of text to calibrate on, those included.")
@@ -62,9 +63,10 @@ def verify(
     from aimet_ext.cli import jobs
     from aimet_ext.verification.verify import verify as run
 
+    most = max(windows, calibration_windows)
     report = run(
         folder,
-        None if text is None else _batches(folder, text, max(windows, calibration_windows)),
+        None if text is None else _batches(folder, text, text_field)[:most],
         target=target,
         output=output,
         reference=None if reference is None else jobs.load_model(reference)[0],
@@ -73,12 +75,13 @@ def verify(
     return Result(str(report), report.to_json(), passed=report.passed)
 
 
-def _batches(folder: Path, text: Path, count: int) -> list[Any]:
-    """Return windows of the length that a folder's model was exported with, at most ``count``."""
+def _batches(folder: Path, text: Path, field: str | None) -> list[Any]:
+    """Return windows of the length that a folder's model was exported with."""
     from aimet_ext.cli import jobs
     from aimet_ext.files.manifest import read_manifest
     from aimet_ext.verification.verify import exported_length
 
     prefix = read_manifest(folder, verify=False)["prefix"]
     length = exported_length(folder / f"{prefix}.onnx")
-    return aimet_ext.calibration_batches(jobs.load_tokenizer(folder), text, length, None)[:count]
+    tokenizer = jobs.load_tokenizer(folder)
+    return aimet_ext.calibration_batches(tokenizer, text, length, None, text_field=field)

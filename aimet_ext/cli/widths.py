@@ -13,6 +13,7 @@ from aimet_ext.cli.options import (
     NumBatches,
     OnIndivisible,
     SeqLength,
+    TextField,
     folder_argument,
 )
 from aimet_ext.cli.output import Result
@@ -65,6 +66,7 @@ def assign_widths(
     seq_length: SeqLength = 256,
     num_batches: NumBatches = 16,
     batch_size: BatchSize = 4,
+    text_field: TextField = None,
     plot: Annotated[
         Path | None,
         typer.Option(
@@ -90,6 +92,7 @@ def assign_widths(
         seq_length=seq_length,
         num_batches=num_batches,
         batch_size=batch_size,
+        text_field=text_field,
     )
     recipe.save(output)
     if plot is not None:

@@ -2,46 +2,52 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from aimet_ext.errors import CorruptFileError
-from aimet_ext.files.reading import parse_json, read_text
+from aimet_ext.data.documents import SUFFIXES, read_documents
 
-_SUFFIXES = (".txt", ".raw", ".jsonl", ".json", ".csv")
-_COLUMN = "text"
+_log = logging.getLogger(__name__)
 
 
 def calibration_batches(
     tokenizer: Any,
-    text_or_path: str | Path | Iterable[str],
+    text_or_path: str | Path | Iterable[str | Path],
     seq_length: int,
     num_batches: int | None,
     batch_size: int = 1,
     *,
     bos_token_id: int | None = None,
+    text_field: str | None = None,
 ) -> list[Tensor]:
     """Join documents, each after a start token, and cut them into windows that do not overlap.
 
+    Of several files each gives the same number of windows, in turn.
+
     :param tokenizer: the model's tokenizer, from transformers.
-    :param text_or_path: one text, an iterable of documents, or a file: ``.jsonl`` holds one
-        document a line as ``{"text": …}``, ``.json`` a list of them, ``.csv`` a column ``text``,
-        any other file is one document. UTF-8, or UTF-16 with a byte order mark.
+    :param text_or_path: one text, an iterable of documents, a file or a list of files: ``.jsonl``
+        holds one document a line, ``.json`` a list of them, ``.csv`` and ``.parquet`` one a row,
+        any other file is one document. A document is a text, or a chat: a list of messages
+        ``{"role": …, "content": …}``, which the tokenizer's chat template writes. UTF-8, or UTF-16
+        with a byte order mark.
     :param seq_length: tokens of a window.
     :param num_batches: batches wanted, None for all that the text gives.
     :param batch_size: windows of a batch; only with ``num_batches=None`` may the last have fewer.
     :param bos_token_id: token that starts each document. None: the tokenizer's BOS, or its EOS if
         it has no BOS, as Qwen's; documents follow each other directly if it has neither.
+    :param text_field: field or column with the documents of a file; None for ``text``, or else
+        ``content``, ``messages``, ``conversations`` or ``conversation``.
     :returns: tensors of ids ``[batch_size, seq_length]``.
-    :raises ValueError: too little text, or a number that is not positive.
+    :raises ValueError: too little text, of one of the files too, a number that is not positive, or
+        a chat and a tokenizer without a template for it.
     :raises FileNotFoundError: a file that does not exist.
-    :raises CorruptFileError: a file that does not hold documents in its form.
+    :raises CorruptFileError: a file that does not hold documents in its form; the line is named.
+    :raises MissingExtraError: a Parquet file, and pyarrow is not installed.
 
     >>> batches = calibration_batches(tokenizer, "stories.jsonl", seq_length=256, num_batches=64)
     """
@@ -53,14 +59,75 @@ def calibration_batches(
     own = (getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
     start = next((token for token in (bos_token_id, *own) if token is not None), None)
     wanted = None if num_batches is None else num_batches * batch_size
-    windows = _windows(tokenizer, _documents(text_or_path), start, seq_length, wanted)
-    if not len(windows) or (wanted is not None and len(windows) < wanted):
+    files = _files(text_or_path)
+    if wanted is not None and wanted < len(files):
         raise ValueError(
-            f"text for {wanted or 1} windows of {seq_length} tokens is required "
-            f"(num_batches × batch_size), got enough for {len(windows)}; "
-            "give more text, or ask for fewer or shorter windows"
+            f"a window of each file is required at least, got {wanted} windows for {len(files)} "
+            "files; ask for more, or give fewer files"
         )
-    return list(windows.split(batch_size))
+    parts: list[Tensor] = []
+    for number, file in enumerate(files or [None]):
+        documents: Any = text_or_path if file is None else _read(tokenizer, file, text_field)
+        documents = [documents] if isinstance(documents, str) else documents
+        share = None if wanted is None else len(range(number, wanted, max(1, len(files))))
+        windows = _windows(tokenizer, documents, start, seq_length, share)
+        if not len(windows) or (share is not None and len(windows) < share):
+            raise _too_little(len(windows), share, seq_length, file if len(files) > 1 else None)
+        parts.append(windows)
+    if len(files) > 1:
+        parts = parts if wanted else [part[: min(map(len, parts))] for part in parts]
+        shares = (f"{len(part)} of {file}" for part, file in zip(parts, files, strict=True))
+        _log.info("windows of %d tokens: %s", seq_length, ", ".join(shares))
+    return list(_in_turn(parts).split(batch_size))
+
+
+def _files(source: Any) -> list[Path]:
+    """Return the files that are meant, none where the source is text itself."""
+    if isinstance(source, str | Path):
+        return [Path(source)] if _is_file(source) else []
+    if not isinstance(source, list | tuple) or not any(isinstance(e, Path) for e in source):
+        named = isinstance(source, list | tuple) and source and all(map(_is_file, source))
+        return [Path(each) for each in source] if named else []
+    if not all(map(_is_file, source)):
+        raise TypeError("text_or_path must hold files or documents, got both in one list")
+    return [Path(each) for each in source]
+
+
+def _is_file(source: Any) -> bool:
+    if isinstance(source, str):
+        return "\n" not in source and source.endswith(SUFFIXES)
+    return isinstance(source, Path)
+
+
+def _read(tokenizer: Any, file: Path, field: str | None) -> Iterable[str]:
+    def render(messages: list[dict[str, str]]) -> str:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError(
+                "a tokenizer with a chat template is required for messages, this one has none; "
+                "give texts, or set tokenizer.chat_template"
+            )
+        try:
+            return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        except Exception as error:  # of the template: jinja2 has many
+            raise ValueError(f"the chat template takes no such messages: {error}") from error
+
+    return read_documents(file, render, field)
+
+
+def _too_little(got: int, wanted: int | None, length: int, file: Path | None) -> ValueError:
+    place = "" if file is None else f"{file}, whose share is equal to that of each other file: "
+    return ValueError(
+        f"{place}text for {wanted or 1} windows of {length} tokens is required "
+        f"(num_batches × batch_size), got enough for {got}; "
+        "give more text, or ask for fewer or shorter windows"
+    )
+
+
+def _in_turn(parts: Sequence[Tensor]) -> Tensor:
+    """Join windows: the first of each part, then the second."""
+    longest = max(map(len, parts))
+    order = [(part, row) for row in range(longest) for part in parts if row < len(part)]
+    return torch.stack([part[row] for part, row in order])
 
 
 def _windows(
@@ -69,54 +136,11 @@ def _windows(
     """Return at most ``wanted`` windows ``[windows, length]``."""
     ids: list[int] = []
     for document in documents:
-        ids += [] if start is None else [start]
-        ids.extend(tokenizer.encode(document, add_special_tokens=False))
+        own = tokenizer.encode(document, add_special_tokens=False)
+        if start is not None and own[:1] != [start]:  # some chat templates begin with it
+            ids.append(start)
+        ids.extend(own)
         if wanted is not None and len(ids) >= wanted * length:
             break
     count = len(ids) // length if wanted is None else min(wanted, len(ids) // length)
     return torch.tensor(ids[: count * length], dtype=torch.long).view(count, length)
-
-
-def _documents(source: str | Path | Iterable[str]) -> Iterable[str]:
-    if isinstance(source, str) and "\n" not in source and source.endswith(_SUFFIXES):
-        source = Path(source)
-    if isinstance(source, Path):
-        return _read(source)
-    return [source] if isinstance(source, str) else source
-
-
-def _read(path: Path) -> Iterator[str]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"a text file ({', '.join(_SUFFIXES)}) is required, and there is no {path}"
-        )
-    text = read_text(path)
-    match path.suffix.lower():
-        case ".jsonl":
-            for number, line in enumerate(text.split("\n"), start=1):
-                if line.strip():
-                    place = f"{path}, line {number}"
-                    yield _document(parse_json(line, place), place)
-        case ".json":
-            documents = parse_json(text, path)
-            if not isinstance(documents, list):
-                raise CorruptFileError(f"{path}: a list of documents is required")
-            for number, document in enumerate(documents):
-                yield _document(document, f"{path}, [{number}]")
-        case ".csv":
-            rows = csv.DictReader(io.StringIO(text, newline=""))
-            if _COLUMN not in (rows.fieldnames or ()):
-                raise CorruptFileError(
-                    f"{path}: a column {_COLUMN!r} is required, got {rows.fieldnames}"
-                )
-            yield from (row[_COLUMN] or "" for row in rows)
-        case _:
-            yield text
-
-
-def _document(entry: Any, place: str) -> str:
-    """Return the text of an entry, a string or a mapping with a text."""
-    text = entry.get(_COLUMN) if isinstance(entry, dict) else entry
-    if not isinstance(text, str):
-        raise CorruptFileError(f'{place}: {{"text": …}} is required, got {str(entry)[:80]!r}')
-    return text

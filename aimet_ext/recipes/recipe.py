@@ -92,11 +92,15 @@ class CalibrationPlan:
     :param seq_length: Tokens in a window.
     :param num_batches: Batches.
     :param batch_size: Windows in a batch.
+    :param files: Files of text, each of which gives the same number of windows.
+    :param text_field: Field or column with the text, None for the usual ones.
     """
 
     seq_length: Annotated[int, Field(ge=2)] = 256
     num_batches: Annotated[int, Field(ge=1)] = 16
     batch_size: Annotated[int, Field(ge=1)] = 4
+    files: list[str] = field(default_factory=list)
+    text_field: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -295,6 +299,8 @@ class Recipe:
             {name: {k: v for k, v in settings.items() if v is not None}} if settings else name
             for name, settings in plain["techniques"].items()
         ]
+        if not plain["calibration"]["files"]:
+            del plain["calibration"]["files"]
         return {key: value for key, value in plain.items() if value not in ({}, [], "")}
 
     def save(self, path: str | Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 
 import pytest
 import torch
 
-from aimet_ext import CorruptFileError
+from aimet_ext import CorruptFileError, MissingExtraError
 from aimet_ext.data.text import calibration_batches
 
 
@@ -124,10 +126,118 @@ def test_text_in_the_encodings_of_editors(tmp_path, encoding):
         ("bad.json", b"[" * 100_000, r"bad\.json is nested too deeply"),
         ("bad.csv", b"words\nb\n", r"bad\.csv: a column 'text' is required, got \['words'\]"),
         ("bad.txt", b"caf\xe9", r"bad\.txt: text in UTF-8 is required, but byte 3"),
-        ("bad.parquet", b"PAR1\x80", r"bad\.parquet: text in UTF-8"),
+        ("bad.parquet", b"PAR1\x80", r"bad\.parquet: a Parquet file is required"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CorruptFileError, match=message):
         calibration_batches(Letters(), tmp_path / name, 2, 2)
+
+
+# ----------------------------------------------------------------------- fields, chats and files
+
+
+class Chatting(Letters):
+    """Writes a chat as its contents, the user's in capitals."""
+
+    chat_template = "…"
+
+    def apply_chat_template(self, messages, tokenize):
+        assert not tokenize
+        if messages[0]["role"] == "system":
+            raise RuntimeError("no system role")
+        texts = [m["content"].upper() if m["role"] == "user" else m["content"] for m in messages]
+        return "".join(texts).lower()
+
+
+def chat(*contents):
+    roles = ("user", "assistant")
+    return [{"role": roles[n % 2], "content": each} for n, each in enumerate(contents)]
+
+
+@pytest.mark.parametrize("field", ["content", "messages", "conversations"])
+def test_fields_are_found(tmp_path, field):
+    file = tmp_path / "text.jsonl"
+    file.write_text("".join(json.dumps({"id": 1, field: text}) + "\n" for text in DOCUMENTS))
+    expected = rows(calibration_batches(Letters(), DOCUMENTS, 4, 3))
+    assert rows(calibration_batches(Letters(), file, 4, 3)) == expected
+
+
+@pytest.mark.parametrize("end", [".jsonl", ".json", ".csv", ".parquet"])
+def test_fields_are_chosen(tmp_path, end):
+    file, expected = tmp_path / f"text{end}", rows(calibration_batches(Letters(), DOCUMENTS, 4, 3))
+    entries = [{"text": "zzz", "story": text} for text in DOCUMENTS]
+    match end:
+        case ".jsonl":
+            file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        case ".json":
+            file.write_text(json.dumps(entries))
+        case ".csv":
+            file.write_text("text,story\n" + "".join(f"zzz,{text}\n" for text in DOCUMENTS))
+        case ".parquet":
+            parquet = pytest.importorskip("pyarrow.parquet")
+            table = importlib.import_module("pyarrow").Table.from_pylist(entries)
+            parquet.write_table(table, file)
+    assert rows(calibration_batches(Letters(), file, 4, 3, text_field="story")) == expected
+    assert rows(calibration_batches(Letters(), file, 4, 2)) != expected[:2]
+    with pytest.raises(CorruptFileError, match=r"'tale' is required, got .*text.*story"):
+        calibration_batches(Letters(), file, 4, 3, text_field="tale")
+
+
+def test_chats_go_through_the_template(tmp_path):
+    file = tmp_path / "chats.jsonl"
+    chats = [chat("ab", "cd"), chat("efgh")]
+    file.write_text("".join(json.dumps({"messages": each}) + "\n" for each in chats))
+    expected = rows(calibration_batches(Letters(), ["abcd", "efgh"], 5, 2))
+    assert rows(calibration_batches(Chatting(), file, 5, 2)) == expected
+    with pytest.raises(ValueError, match=r"chats\.jsonl, line 1: .*chat template is required"):
+        calibration_batches(Letters(), file, 5, 2)
+    file.write_text(json.dumps({"messages": [{"role": "system", "content": "a"}]}))
+    with pytest.raises(ValueError, match=r"line 1: the chat template .*no system role"):
+        calibration_batches(Chatting(), file, 5, 2)
+    file.write_text(json.dumps({"messages": [{"from": "user", "value": "a"}]}))
+    with pytest.raises(CorruptFileError, match=r'line 1: .*"role": "user", "content"'):
+        calibration_batches(Chatting(), file, 5, 2)
+
+
+def test_a_start_that_the_template_wrote_is_not_written_twice():
+    tokenizer = Letters()
+    tokenizer.bos_token_id = tokenizer.encode("a", add_special_tokens=False)[0]
+    first = rows(calibration_batches(tokenizer, ["abcd"], 4, 1))
+    assert first == rows(calibration_batches(tokenizer, ["bcd"], 4, 1))
+
+
+def test_files_give_equal_shares_in_turn(tmp_path, caplog):
+    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
+    one.write_text("abcdefgh" * 2)
+    two.write_text("hgfedcba")
+    parts = [rows(calibration_batches(Letters(), file, 4, None)) for file in (one, two)]
+    assert list(map(len, parts)) == [4, 2]
+    turns = [parts[0][0], parts[1][0], parts[0][1], parts[1][1]]
+    with caplog.at_level("INFO"):
+        assert rows(calibration_batches(Letters(), [one, str(two)], 4, 4)) == turns
+    assert f"2 of {one}, 2 of {two}" in caplog.text
+    assert rows(calibration_batches(Letters(), [one, two], 4, 3)) == turns[:3]
+    assert rows(calibration_batches(Letters(), [one, two], 4, None)) == turns
+    with pytest.raises(ValueError, match=r"two\.txt, whose share .* 3 windows .* enough for 2"):
+        calibration_batches(Letters(), [one, two], 4, 6)
+    with pytest.raises(ValueError, match="a window of each file"):
+        calibration_batches(Letters(), [one, two], 4, 1)
+    with pytest.raises(TypeError, match="got both"):
+        calibration_batches(Letters(), [one, "abc"], 4, 1)
+
+
+def test_a_parquet_file_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
+    file = tmp_path / "text.parquet"
+    file.write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(MissingExtraError, match=r"aimet-ext\[parquet\]"):
+        calibration_batches(Letters(), file, 4, 1)
+
+
+def test_a_long_cell_is_read(tmp_path):
+    file = tmp_path / "text.csv"
+    file.write_text("text\n" + "abcd" * 50_000 + "\n")
+    assert len(calibration_batches(Letters(), file, 1000, None)) == 200
