@@ -12,7 +12,15 @@ author = "aimet_ext contributors"
 copyright = "2026, aimet_ext contributors"
 version = release = aimet_ext.__version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx_design", "mathml", "offline", "troubleshooting"]
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx_design",
+    "mathml",
+    "offline",
+    "troubleshooting",
+    "measurements",
+    "licences",
+]
 html_math_renderer = "mathml"
 html_static_path = ["static"]
 html_css_files = ["formulas.css"]

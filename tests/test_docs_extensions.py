@@ -1,13 +1,18 @@
-"""The extensions that make pages: formulas without a script, pages without a network."""
+"""The extensions that make pages: formulas, measurements, licences."""
 
 from __future__ import annotations
 
 import importlib
+import json
 import pathlib
 import re
+from email.message import Message
+from importlib import metadata
 from types import ModuleType
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 pytest.importorskip("sphinx")
@@ -53,3 +58,75 @@ def test_what_pages_load_from_elsewhere_is_found(
         "page.html: https://cdn.example/m.js",
         "s.css: https://cdn.example/font.css",
     ]
+
+
+@pytest.mark.parametrize("extension", ["measurements"], indirect=True)
+def test_the_page_of_measurements_holds_every_file(extension: ModuleType) -> None:
+    folder = ROOT / "benchmarks/results"
+    text = "\n".join(extension.render(folder))
+    commands = re.findall(r"^    \$ python (\S+)", text, re.M)
+    dates = re.findall(r"^\d{4}-\d\d-\d\d, \d+ cores?, .*python 3.*aimet_ext", text, re.M)
+    contents = [json.loads(path.read_text("utf-8")) for path in folder.glob("*.json")]
+    sections = sum(1 if "rows" in content else len(content) for content in contents)
+    assert len(commands) == len(dates) == sections
+    assert all((ROOT / command).is_file() for command in commands)
+
+
+@pytest.mark.parametrize("extension", ["measurements"], indirect=True)
+def test_new_results_appear_by_themselves(extension: ModuleType, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "speed.py").write_text(
+        '"""How fast; at all.\n\n    python speed.py [--only b]\n\n'
+        '    a  one\n    b  two,\n       three\n"""'
+    )
+    machine = {"date": "2026-01-02", "cores": 2, "threads": 1, "load": 0.5, "torch": "2.9.0"}
+    rows = [{"name": "x_y", "seconds": 0.123456, "kept": True, "at": {"v1": 1, "v2": None}}]
+    section = {"machine": machine, "rows": rows, "bars": [{"bar": "at most 1", "reached": False}]}
+    (tmp_path / "results/speed.json").write_text(json.dumps({"b": section}))
+    lines = list(extension.render(tmp_path / "results"))
+    assert lines[1] == "How fast"
+    assert "b: two, three" in lines
+    assert "2026-01-02, 2 cores, 1 thread, load 0.5; torch 2.9.0." in lines
+    assert "    $ python benchmarks/speed.py --only b" in lines
+    assert '    :header: "name", "seconds", "kept", "at v1", "at v2"' in lines
+    assert '    "x\\_y","0.1235","yes","1",""' in lines
+    assert "* Missed: at most 1" in lines
+    (tmp_path / "results/lost.json").write_text(json.dumps({"c": section}))
+    with pytest.raises(Exception, match=r"lost.json, section 'c': a script lost.py or c.py is"):
+        list(extension.render(tmp_path / "results"))
+
+
+@pytest.mark.parametrize("extension", ["licences"], indirect=True)
+def test_dependencies_have_licences_and_extras(extension: ModuleType) -> None:
+    extras = ["torch", "onnx", "lora", "olive", "qnn", "docs", "dev"]
+    assert set(extras) == set(metadata.metadata("aimet-ext").get_all("Provides-Extra")) - {"all"}
+    packages = {each.name.lower(): each for each in extension.dependencies("aimet-ext", extras)}
+    direct = [each for each in packages.values() if each.direct]
+    assert [each.name for each in direct if each.licence == extension.UNSTATED] == []
+    required = {
+        canonicalize_name(Requirement(text).name) for text in metadata.requires("aimet-ext")
+    }
+    assert required - {canonicalize_name(each.name) for each in direct} == {"aimet-ext"}
+    assert packages["torch"].extras == set()
+    assert packages["peft"].extras == {"lora"}
+    assert "onnx" in packages["flatbuffers"].extras
+    assert not packages["flatbuffers"].direct
+
+
+@pytest.mark.parametrize("extension", ["licences"], indirect=True)
+@pytest.mark.parametrize(
+    ("fields", "licence"),
+    [
+        ([("License-Expression", "MIT"), ("License", "x")], "MIT"),
+        ([("Classifier", "License :: OSI Approved :: BSD License")], "BSD License"),
+        ([("Classifier", "License :: OSI Approved"), ("License", "Zlib\n\nText")], "Zlib"),
+        ([], "not stated"),
+    ],
+)
+def test_the_most_exact_statement_counts(
+    extension: ModuleType, fields: list[tuple[str, str]], licence: str
+) -> None:
+    said = Message()
+    for name, value in fields:
+        said[name] = value
+    assert extension.licence_of(said) == licence

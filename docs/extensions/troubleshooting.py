@@ -98,8 +98,7 @@ class Troubleshooting(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """Return a section for each file of the catalogue."""
         folder = Path(self.env.srcdir) / "troubleshooting"
-        for path in [*folder.glob("*.yaml"), *PACKAGE.rglob("*.py")]:
-            self.env.note_dependency(str(path))
+        self.env.note_reread()
         sections = catalogue(folder)
         if faults := fill(sections, messages(PACKAGE)):
             raise ExtensionError("troubleshooting:\n" + "\n".join(faults))
