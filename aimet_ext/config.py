@@ -34,7 +34,10 @@ class PerChannel:
 
 @dataclass(frozen=True, config=STRICT)
 class Blockwise:
-    """One range for every ``block_size`` neighbouring input channels of an output channel."""
+    """One range for every ``block_size`` neighbouring input channels of an output channel.
+
+    :param block_size: Input channels of a block.
+    """
 
     block_size: BlockSize
 
@@ -45,6 +48,9 @@ class LPBQ:
 
     The scale of a block is an integer in ``1 … 2**scale_bits`` times one float scale of its output
     channel, so ``decompressed_bw = bitwidth + scale_bits``.
+
+    :param block_size: Input channels of a block.
+    :param scale_bits: Bits of the integer scales, 1 to 8.
     """
 
     block_size: BlockSize = 64

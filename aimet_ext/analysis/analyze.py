@@ -41,6 +41,8 @@ def analyze(
 ) -> AnalysisReport:
     """Find how much each quantizer moves the model's outputs.
 
+    Source: of this project, :doc:`/analyze`.
+
     The measure is the mean divergence KL(float || quantized) of the outputs in nats, over all
     rows that the attention mask does not hide. It is estimated to second order for every quantizer
     from a few gradients, and measured for the worst ones: with one alone, and with all others. An

@@ -43,6 +43,8 @@ def assign_widths(
 ) -> WidthsReport:
     """Choose a grid for the weight of each linear layer, so that the outputs move least.
 
+    Source: of this project, :doc:`/mixed_precision`.
+
     The divergence KL(float || quantized) of the outputs that each choice of each layer costs is
     estimated from gradients of the float model; the choices with the least sum that fit the budget
     are found by a knapsack search. The errors are those of rounding to nearest. As costs of large

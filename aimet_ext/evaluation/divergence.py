@@ -89,7 +89,7 @@ def evaluate_divergence(
 
     :param model_or_sim: As for :func:`aimet_ext.evaluate_perplexity`; a simulation computes with
         its quantizers on.
-    :param dataloader: Batches, those of the reference.
+    :param dataloader: Batches as for the techniques, those of the reference.
     :param reference: Result of :func:`aimet_ext.float_logits`, or the float model.
     :param forward_fn: Function called as ``forward_fn(model, batch)`` in place of ``model(batch)``.
     :param progress: Show a progress bar.

@@ -46,5 +46,6 @@ def text(split: str) -> str:
     tokenizer's BOS token.
 
     :param split: "train", "calibration" or "evaluation"
+    :raises ValueError: for any other ``split``
     """
     return "\n\n".join(documents(split))

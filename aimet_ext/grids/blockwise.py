@@ -74,6 +74,8 @@ def set_lpbq(
 ) -> GridReport:
     """Quantize weights of a simulation by LPBQ: in blocks, with integer block scales.
 
+    Source: ``set_grouped_blockwise_quantization_for_weights`` of AIMET 2.42.
+
     A block is ``block_size`` neighbouring input channels of one output channel, with the whole
     kernel of a convolution; the input channels of a grouped convolution are those of one group, so
     that a depthwise one has a single channel, which no block size divides. Kernels of any size are
@@ -158,11 +160,20 @@ def set_blockwise(
 ) -> GridReport:
     """Quantize weights of a simulation in blocks, each with a float range of its own.
 
+    Source: ``set_blockwise_quantization_for_weights`` of AIMET 2.42.
+
     Which layers, what is checked and what happens to ranges is as in :func:`set_lpbq`. Does what
     ``set_blockwise_quantization_for_weights(sim, arg, bitwidth, symmetric, block_size)`` of AIMET
     does, and sets the ranges.
 
+    :param sim: As for :func:`set_lpbq`, as are the layers, exceptions and what does not divide.
+    :param block_size: Input channels of a block.
+    :param bitwidth: Bits of a quantized weight.
     :param symmetric: Signed and symmetric grids if true, else unsigned ones with an offset.
+    :param layers: Layers to change.
+    :param modules_to_exclude: Names, patterns or modules to leave as they are.
+    :param overrides: Other specs by pattern; None leaves the weight float.
+    :param on_indivisible: ``"error"``, ``"per_channel"`` or ``"pad"``.
     :returns: what was done.
     :raises TypeError: see :func:`set_lpbq`.
     :raises ValueError: see :func:`set_lpbq`.

@@ -113,6 +113,7 @@ class Adapter:
     :param tensors: Tensors by the names that PEFT writes.
     :param folded: Record of how it was folded (see :func:`fold_adapter`); None for one that
         fits the original checkpoint.
+    :param parts: Meaning of each tensor, told from its name.
     """
 
     name: str
@@ -231,6 +232,7 @@ def read_adapters(source: Any) -> dict[str, Adapter]:
 def read_adapter(source: Any, name: str | None = None) -> Adapter:
     """Return one adapter of a folder or a model; see :func:`read_adapters`.
 
+    :param source: Folder, ``PeftModel`` or :class:`Adapter`, as for :func:`read_adapters`.
     :param name: Name, needed where there are several.
     :raises ValueError: there are several and no name was given, or there is none of this name.
     """
@@ -248,6 +250,7 @@ def attach_adapter(model: Any, adapter: Adapter, name: str | None = None) -> Any
 
     :param model: Causal LM of transformers, whose layers PEFT wraps in place, or a ``PeftModel``,
         which gets one adapter more.
+    :param adapter: Adapter that was trained on this model.
     :param name: Name of the adapter in the model; its own by default.
     :returns: the ``PeftModel``, in evaluation mode, with this adapter active.
     :raises ValueError: a tensor of the adapter found no place in the model.

@@ -93,6 +93,12 @@ def fold_adapters(
 
     In ``output``, the adapter ``"default"`` lies at the top and others in folders of their names,
     as PEFT writes them.
+
+    :param adapter: Folder that PEFT wrote, or ``PeftModel``. Not changed.
+    :param scales: As for :func:`fold_adapter`.
+    :param output: Folder for the adapters; one of this package is replaced.
+    :param base: Original model or its folder, as for :func:`fold_adapter`.
+    :raises ValueError: as :func:`fold_adapter`, whose other errors it raises, too.
     """
     return _fold(adapter, read_adapters(adapter), scales, output, base)
 

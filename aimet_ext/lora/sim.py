@@ -223,10 +223,14 @@ def lora_state(sim: Any) -> LoraState:
 
 
 def base_hash(sim: Any) -> str:
-    """Hash of all weights, buffers and quantizers of the base, whatever adapter is in the slots.
+    """Hash all weights, buffers and quantizers of the base, whatever adapter is in the slots.
 
     Names are those that the base has in a simulation without adapters, so that the hash is also
     that of the base's own simulation.
+
+    :param sim: Simulation with adapters, or that of the base alone.
+    :returns: SHA-256, in hexadecimal digits.
+    :raises TypeError: ``sim`` is no simulation of AIMET.
     """
     floats, ranges, described = base_state(sim, adapt(sim).float_state())
     skipped = ("state", "same_as")

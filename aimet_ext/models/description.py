@@ -29,9 +29,14 @@ class TopologyDescription:
     :param block_class: Class name of the block, matched against the classes it derives from.
     :param attention_norm: Norm that the attention's input projections read.
     :param mlp_norm: Norm that the MLP's input projections read.
-    :param q: Projection to the queries; ``k``, ``v`` likewise, ``o`` the output projection.
+    :param q: Projection to the queries.
+    :param k: Projection to the keys.
+    :param v: Projection to the values.
+    :param o: Projection of the attention's output.
     :param gate: projection that goes through the activation and multiplies ``up``; None for an
         MLP without a gate, where ``up`` goes through the activation.
+    :param up: Projection to the inner channels of the MLP.
+    :param down: Projection from the inner channels to the MLP's output.
     :param attention_readers: all other layers that read the attention norm.
     :param mlp_readers: all other layers that read the MLP norm, a router for example.
     :param qk_norms: norms between the q and k projections and their product.

@@ -266,8 +266,8 @@ class Recipe:
         """Apply the techniques in order.
 
         :param sim: Simulation, of torch or ONNX, whatever its grids.
-        :param dataloader: Calibration batches, see :doc:`/composition`; a list, where there is more
-            than one technique.
+        :param dataloader: Calibration batches of ids ``[batch, seq]``, see :doc:`/composition`; a
+            list, where there is more than one technique.
         :param checkpoint_dir: Folder in which each technique keeps finished work, to be resumed.
         :param reference: Float model, for techniques that compare with it, such as DWQ.
         :param options: Options that every technique takes, such as ``cache_dir`` or ``progress``.

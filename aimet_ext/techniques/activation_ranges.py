@@ -149,6 +149,8 @@ class _Search:
 def apply_activation_ranges(call: Call[ActivationRangesParams]) -> ActivationRangesReport:
     r"""Choose static ranges of activations by the error of blocks' outputs, or of the model's.
 
+    Source: of this project, :ref:`ptq-activation-ranges`.
+
     All ranges are calibrated first, as ``sim.compute_encodings`` does, those that are frozen
     excepted. Scores that go into a Softmax get shorter ranges, by the error of the Softmax. Then,
     one tensor after the other in the order in which data flows, its bounds are moved towards zero

@@ -152,6 +152,8 @@ class _Behind:
 def apply_adaround(call: Call[AdaRoundParams]) -> LayerwiseReport:
     r"""Learn for every weight whether it is rounded up or down.
 
+    Source: AdaRound, Nagel et al. 2020, arXiv 2004.10568.
+
     For each layer, its quantizer's grid held, integers ``q`` are relaxed to real numbers:
 
     .. math::

@@ -216,6 +216,8 @@ def apply_autoround(
 ) -> BlockwiseReport:
     r"""Learn the rounding of all weights of a decoder block together, on the block's output.
 
+    Source: AutoRound, Cheng et al. 2023, arXiv 2309.05516.
+
     For every decoder block ``F`` with weights ``W``, in order,
 
     .. math::

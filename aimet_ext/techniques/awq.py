@@ -65,6 +65,8 @@ def apply_awq(
 ) -> BlockwiseReport:
     r"""Search scales and clipping that lower each layer's output error, without a gradient.
 
+    Source: AWQ, Lin et al. 2023, arXiv 2306.00978.
+
     For the layers that read one tensor, input channel ``j`` of their weights is multiplied by
 
     .. math::

@@ -86,8 +86,9 @@ class TechniqueFunction(Protocol[S, R]):
 
         :param sim: ``QuantizationSimModel`` of aimet_torch or aimet_onnx, of any model with linear
             layers or convolutions. Mutated.{last}
-        :param dataloader: Batches: a tensor, a tuple of positional arguments, or a mapping of
-            keyword arguments. Tokens with attention mask 0 count nowhere.
+        :param dataloader: Batches: a tensor of ids ``[batch, seq]`` or of another model's input
+            ``[batch, …]``, a tuple of positional arguments, or a mapping of keyword arguments.
+            Tokens with attention mask 0 count nowhere.
         :param forward_fn: Function called as ``forward_fn(model, batch)`` in place of
             ``model(batch)``. A callable in third position is taken for it, as in AIMET's order of
             arguments.

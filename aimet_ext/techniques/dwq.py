@@ -260,6 +260,9 @@ def apply_dwq(
 ) -> DWQReport:
     r"""Polish the scales of rounded weights, and norm gains, on the outputs of the whole model.
 
+    Source: the second phase of EfficientQAT, Chen et al. 2024, arXiv 2407.11062, with the
+    objective of MLX's DWQ.
+
     A technique such as :func:`apply_gptq` has decided the integers, layer by layer. They stay,
     every one of them, and
 
@@ -285,8 +288,8 @@ def apply_dwq(
     :param sim: ``QuantizationSimModel`` of aimet_torch or aimet_onnx, of any model that returns
         logits, whose weights a technique rounded. Mutated.
     :param num_iterations: Steps of gradient descent, each on one batch.
-    :param dataloader: Batches: a tensor, a tuple of positional arguments, or a mapping of keyword
-        arguments. Tokens with attention mask 0 count nowhere. A step holds one whole batch.
+    :param dataloader: Batches: ids ``[batch, seq]``, a tuple of positional arguments, or a mapping
+        of keyword arguments. Tokens with attention mask 0 count nowhere. A step holds one batch.
     :param modules_to_exclude: Layers whose scales stay: names, patterns, modules of ``sim.model``.
     :param checkpoint_dir: Folder for a checkpoint of each evaluation. The same call goes on from
         there after a crash.

@@ -71,6 +71,8 @@ class GPTQ(Solver[GPTQParams]):
 def apply_gptq(call: Call[GPTQParams]) -> LayerwiseReport:
     r"""Round weights column by column and compensate the rounding error in the remaining columns.
 
+    Source: GPTQ, Frantar et al. 2022, arXiv 2210.17323.
+
     For each output row ``w`` of a layer, on the grid that its quantizer has,
 
     .. math::

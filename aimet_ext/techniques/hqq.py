@@ -48,6 +48,8 @@ class HQQ(Solver[HQQParams]):
 def apply_hqq(call: Call[HQQParams]) -> WeightsReport:
     r"""Round weights to nearest on ranges that minimise an lp norm of their errors.
 
+    Source: HQQ, Badri and Shaji 2023, https://dropbox.github.io/hqq_blog.
+
     For every cell of a weight's grid,
 
     .. math::

@@ -369,6 +369,8 @@ def apply_omniquant(
 ) -> BlockwiseReport:
     r"""Learn clipping ranges and equivalent scales that minimise each block's output error.
 
+    Source: OmniQuant, Shao et al. 2023, arXiv 2308.13137.
+
     For every decoder block ``F`` with weights ``W``, in order,
 
     .. math::

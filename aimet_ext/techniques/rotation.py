@@ -21,9 +21,11 @@ def apply_rotation(
 ) -> RotationReport:
     r"""Rotate hidden states and values, which spreads outliers over all channels.
 
+    Source: QuaRot, Ashkboos et al. 2024, arXiv 2404.00456.
+
     With orthogonal matrices ``R1 [hidden, hidden]`` and ``R2 [head, head]``, every layer that reads
     the hidden states takes ``W R1``, every one that writes them ``R1ᵀ W``; values become
-    ``R2ᵀ W_v`` and the output projection ``W_o R2``, head by head (QuaRot, arXiv 2404.00456).
+    ``R2ᵀ W_v`` and the output projection ``W_o R2``, head by head.
     Gains of norms go into the layers behind them first, and a head that shares its weight with the
     embedding gets one of its own. The float function stays as it was; weights stay float and their
     ranges free, for a technique that decides them. Nothing is computed when the model runs.
@@ -42,8 +44,9 @@ def apply_rotation(
 
     :param sim: ``QuantizationSimModel`` of aimet_torch or aimet_onnx, of a language model of
         decoder blocks. Mutated. Encodings that no longer fit are reset and named in the report.
-    :param dataloader: Batches to prove it on, and by which stale encodings are told; None for a few
-        random ids. ``r3="fitted"`` is fitted to all of them, such as 16 windows of text.
+    :param dataloader: Batches of ids ``[batch, seq]`` to prove it on, and by which stale encodings
+        are told; None for a few random ids. ``r3="fitted"`` is fitted to all of them, such as 16
+        windows of text.
     :param modules_to_exclude: Must be left out: a rotation turns all layers at once.
     :param output_path: Folder for the rotations (``scales.safetensors``, see :func:`load_scales`)
         and the report. A folder that this package wrote is replaced, another one refused.

@@ -25,6 +25,8 @@ class RTN(Solver[RTNParams]):
 def apply_rtn(call: Call[RTNParams]) -> WeightsReport:
     """Round every weight to the nearest value of its grid.
 
+    Source: ranges and rounding are those of AIMET 2.42.
+
     The baseline that other techniques are compared with. A range that an earlier technique froze is
     kept; any other one becomes the smallest range that holds every weight of its cell, as
     ``sim.compute_encodings`` computes it. Any grid will do, blockwise and LPBQ included. Where

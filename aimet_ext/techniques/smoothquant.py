@@ -99,6 +99,8 @@ def apply_smoothquant(
 ) -> BlockwiseReport:
     r"""Rescale channels so that activations are as easy to quantize as weights, or as hard.
 
+    Source: SmoothQuant, Xiao et al. 2022, arXiv 2211.10438.
+
     For every input channel ``j`` of the layers that read one tensor
 
     .. math::

@@ -25,6 +25,9 @@ def apply_spinquant(
 ) -> RotationReport:
     r"""Learn the rotations of hidden states and values with which the quantized model errs least.
 
+    Source: SpinQuant, Liu et al. 2024, arXiv 2405.16406; its steps are those of Li et al. 2020,
+    arXiv 2002.01113.
+
     The rotations are those of :func:`apply_rotation`, from whose matrices learning starts:
 
     .. math::
