@@ -19,6 +19,7 @@ from aimet_ext.cli.options import (
     BatchSize,
     CalibrationOrRecipe,
     Exclude,
+    Model,
     NumBatches,
     OnIndivisible,
     Output,
@@ -26,6 +27,7 @@ from aimet_ext.cli.options import (
     SeqLength,
     TextField,
     folder_argument,
+    model_path,
     technique_name,
     technique_names,
     width,
@@ -113,7 +115,7 @@ Examples:
 )
 def quantize(
     ctx: typer.Context,
-    model_dir: Annotated[Path, folder_argument("MODEL_DIR", "A Hugging Face model.")],
+    model_dir: Model,
     output: Output,
     calibration: CalibrationOrRecipe = None,
     text_field: TextField = None,
@@ -260,7 +262,12 @@ Example:
 )
 def evaluate(
     folder: Annotated[
-        Path, folder_argument("FOLDER", "A Hugging Face model, or what quantize wrote.")
+        Path,
+        typer.Argument(
+            parser=model_path,
+            metavar="MODEL",
+            help="A Hugging Face model, its name in the local cache, or what quantize wrote.",
+        ),
     ],
     text: Annotated[
         Path, typer.Option(exists=True, dir_okay=False, help=f"Text to score: {TEXTS}.")
@@ -273,7 +280,9 @@ def evaluate(
     reference: Annotated[
         Path | None,
         typer.Option(
-            exists=True, file_okay=False, help="The float model, to measure the divergence from."
+            parser=model_path,
+            metavar="MODEL",
+            help="The float model, to measure the divergence from.",
         ),
     ] = None,
 ) -> Result:

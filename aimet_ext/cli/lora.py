@@ -17,6 +17,7 @@ from aimet_ext.cli.options import (
     SeqLength,
     TextField,
     folder_argument,
+    model_path,
     width_or_none,
     width_or_word,
 )
@@ -65,8 +66,8 @@ def fold(
     base: Annotated[
         Path | None,
         typer.Option(
-            exists=True,
-            file_okay=False,
+            parser=model_path,
+            metavar="MODEL",
             show_default="what the adapter names, if it is there",
             help="The original model; DoRA needs it.",
         ),

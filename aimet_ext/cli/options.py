@@ -59,6 +59,24 @@ Output = Annotated[
 ]
 
 
+def model_path(text: str) -> Path:
+    """Read the path of a model's folder, or its name in the local cache of Hugging Face."""
+    from aimet_ext.models.cache import model_folder
+
+    try:
+        return model_folder(text)
+    except FileNotFoundError as error:
+        raise typer.BadParameter(message_of(error)) from error
+
+
+Model = Annotated[
+    Path,
+    typer.Argument(
+        parser=model_path, metavar="MODEL", help="A Hugging Face model: a folder, or a cached name."
+    ),
+]
+
+
 def folder_argument(metavar: str, text: str) -> Any:
     """Return an argument that names an existing folder.
 

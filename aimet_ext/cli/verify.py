@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 import aimet_ext
-from aimet_ext.cli.options import TEXTS, TextField, folder_argument
+from aimet_ext.cli.options import TEXTS, TextField, folder_argument, model_path
 from aimet_ext.cli.output import Result
 
 EPILOG = """\b
@@ -45,8 +45,8 @@ def verify(
     reference: Annotated[
         Path | None,
         typer.Option(
-            exists=True,
-            file_okay=False,
+            parser=model_path,
+            metavar="MODEL",
             show_default="the export with its quantizers off",
             help="The float model, as it was before any technique.",
         ),

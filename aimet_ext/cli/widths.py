@@ -10,11 +10,11 @@ import typer
 from aimet_ext.cli.options import (
     BatchSize,
     Calibration,
+    Model,
     NumBatches,
     OnIndivisible,
     SeqLength,
     TextField,
-    folder_argument,
 )
 from aimet_ext.cli.output import Result
 
@@ -30,7 +30,7 @@ Examples:
 
 
 def assign_widths(
-    model_dir: Annotated[Path, folder_argument("MODEL_DIR", "A Hugging Face model.")],
+    model_dir: Model,
     calibration: Calibration,
     budget: Annotated[
         str,
