@@ -1,6 +1,6 @@
 # Both commands do everything from a bare clone: they make .venv, install the pinned set and run.
 #   make demo     quantize the packaged language model to 4 bits and export it
-#   make test     lint, types, tests on the installed package, documents, snippets
+#   make test     lint, types, tests on the installed package, documents, snippets, distribution
 PYTHON ?= python3
 VENV   ?= .venv
 OUTPUT ?= demo_output
@@ -13,14 +13,14 @@ DEPENDENCIES := $(VENV)/.dependencies
 PACKAGE      := $(VENV)/.package
 SOURCES      := $(shell find aimet_ext -type f -not -name '*.pyc')
 
-.PHONY: demo test install lint types tests docs format clean
+.PHONY: demo test install lint types tests docs dist format clean
 .DEFAULT_GOAL := test
 
 # One thread: the model is so small that several would mostly wait for each other.
 demo: $(PACKAGE)
 	OMP_NUM_THREADS=1 $(BIN)/aimet-ext demo --output $(OUTPUT)
 
-test: lint types tests docs
+test: lint types tests docs dist
 
 install: $(PACKAGE)
 
@@ -54,9 +54,13 @@ tests: $(PACKAGE)
 docs: $(PACKAGE)
 	PYTHONSAFEPATH=1 $(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
+# What would be published: built, checked, installed into an environment of its own and run there.
+dist: $(DEPENDENCIES)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/distribution.py dist
+
 format: $(DEPENDENCIES)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 clean:
-	rm -rf build docs/_build $(OUTPUT) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist docs/_build $(OUTPUT) .mypy_cache .pytest_cache .ruff_cache

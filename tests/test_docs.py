@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.rst"))
 APIREF = sorted((ROOT / "apiref").rglob("*.rst"))
 DIRECTIVE = re.compile(r"^\.\. auto(?:function|class|exception|module):: aimet_ext\.(\w+)$", re.M)
-IGNORED = {".git", ".venv", "build", "_build", "__pycache__", "demo_output"}
+IGNORED = {".git", ".venv", "build", "_build", "__pycache__", "demo_output", "dist"}
 
 
 def test_every_public_name_has_one_apiref_entry() -> None:
