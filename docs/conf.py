@@ -20,11 +20,12 @@ extensions = [
     "troubleshooting",
     "measurements",
     "licences",
+    "notebooks",
 ]
 html_math_renderer = "mathml"
 html_static_path = ["static"]
 html_css_files = ["formulas.css"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "conf.py", "extensions"]
 html_theme = "furo"
 html_title = f"aimet_ext {release}"
 

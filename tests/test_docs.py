@@ -47,6 +47,34 @@ def test_pages_hold_no_python_of_their_own(page: pathlib.Path) -> None:
     )
 
 
+# Pages without a snippet: why they need none.
+WITHOUT_SNIPPET = {
+    "api": "docstrings, whose examples stand there",
+    "architecture": "the inside of the package",
+    "benchmarks": "made of the results at every build",
+    "command_line": "commands, which tests/test_cli.py runs",
+    "formats": "files, not calls",
+    "htp_patterns": "written by a benchmark",
+    "index": "leads to the others",
+    "installation": "commands of pip",
+    "licences": "made of metadata at every build",
+    "limits": "what there is no code for",
+    "models": "written by a benchmark",
+    "olive": "configurations, which tests/integrations/test_olive_page.py runs",
+    "troubleshooting": "made of the catalogue at every build",
+}
+
+
+def test_pages_show_code_that_runs() -> None:
+    """Each page includes a snippet, or a file of the tests; the others are few and justified."""
+    shown = {
+        page.stem
+        for page in PAGES
+        if re.search(r"literalinclude:: \.\./(?:snippets|tests)/", page.read_text("utf-8"))
+    }
+    assert {page.stem for page in PAGES} - shown == set(WITHOUT_SNIPPET)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_markers_that_pages_name_exist(page: pathlib.Path) -> None:
     text = page.read_text("utf-8")
