@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from drawn import draw
 from memory import status
 from peers import PEERS, Steps, weights_sim
 from report import HERE, add_section, in_own_process, machine, named, pairs, print_table
@@ -259,6 +260,7 @@ def main() -> None:
     parser.add_argument("--cache", action="store_true", help="give ours a cache_dir")
     parser.add_argument("--again", action="store_true", help="run cells that are there too")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "accuracy.json")
+    parser.add_argument("--plot", type=Path, help="draw the first setting to this .svg file")
     parser.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -279,6 +281,10 @@ def main() -> None:
         if "fault" in cell:
             print(f"{key}: {cell['fault']}")
     add_section(options.output, title, {**section, "rows": named(HEAD, rows)})
+    if options.plot:
+        setting, *_ = options.settings
+        shown = [row for row in named(HEAD, rows) if row["setting"] == setting]
+        draw(shown, f"{options.model.name}, {setting}", options.plot)
 
 
 if __name__ == "__main__":
