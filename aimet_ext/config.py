@@ -401,12 +401,16 @@ class LayerwiseParams(WeightParams):
         much as an error of the layer's output there moves the model's outputs, by the gradient of
         their likelihood (GuidedQuant); for a model that returns logits. The float model runs
         forward and back once for each batch.
+    :param tokens_per_input: Tokens that are used for each input of the widest layer: of more, only
+        evenly spaced batches are. None for all, which batches of a ``forward_fn`` or without token
+        ids always are.
     :param max_bitwidth: Bits above which a layer is left to plain rounding.
     """
 
     inp_symmetry: InputSymmetry = "symqt"
     asym_strength: Annotated[float, Field(gt=0, le=1)] = 0.5
     token_weights: Literal["none", "loss"] = "none"
+    tokens_per_input: Positive | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -453,7 +457,7 @@ class GPTQParams(LayerwiseParams):
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "fast": {"inp_symmetry": "symqt"},
+        "fast": {"tokens_per_input": 8.0},
         "best": {"refine_sweeps": 8},
     }
 
@@ -622,13 +626,17 @@ class DWQParams(WeightParams):
     :param num_iterations: Steps of gradient descent, each on one batch.
     :param norm_gains: Learn the gains of norms as well, with their biases.
     :param learning_rate: Rate of the first step, relative to a scale; it falls to 0. A third of it
-        each time that an evaluation has found nothing better.
+        each time that an evaluation has found nothing better, unless integers are learnt.
+    :param learn_integers: Learn the integers of the weights as well, all together. Takes 100 steps
+        at least, and five times the memory of the weights in float32.
+    :param integer_rate: Rate at which integers are learnt, in steps of their grid, of which one
+        turns by each half; it falls to 0. None for ``0.2 / sqrt(num_iterations)``.
     :param top_k: Classes of the float model's outputs that are kept for each token, the likeliest
         ones; all others count as one class. None keeps all.
     :param evaluations: Number of times that the state is judged on the batches held out, and that
         a checkpoint is written.
     :param patience: Evaluations one after the other without a lower divergence, after which
-        learning ends.
+        learning ends; without effect if integers are learnt.
     :param seed: Seed of the order of batches.
     :param max_bitwidth: Bits above which a layer is left alone.
     """
@@ -640,6 +648,8 @@ class DWQParams(WeightParams):
     num_iterations: Annotated[int, Field(ge=1)] = 100
     norm_gains: bool = True
     learning_rate: Positive = 1e-3
+    learn_integers: bool = False
+    integer_rate: Positive | None = None
     top_k: Annotated[int, Field(ge=1)] | None = 256
     evaluations: Annotated[int, Field(ge=1)] = 8
     patience: Annotated[int, Field(ge=1)] = 3

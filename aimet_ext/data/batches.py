@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -118,6 +119,36 @@ def output_mask(batch: Any, model: nn.Module | None = None) -> Tensor | None:
     """
     writes_another = TARGET_IDS in _named(batch, model)
     return token_mask(batch, model, TARGET_MASK if writes_another else _MASK)
+
+
+def with_tokens(
+    batches: Sequence[Any], wanted: int, model: nn.Module | None = None
+) -> Sequence[Any]:
+    """Return batches that are evenly spaced and have about so many real tokens.
+
+    :param wanted: Tokens; all batches are returned where there are no more, or one tells none.
+    :param model: See :func:`token_mask`.
+    """
+    counts = []
+    for batch in batches:
+        ids, mask = token_ids(batch), token_mask(batch, model)
+        if ids is None:
+            return batches
+        counts.append(ids.numel() if mask is None else int(mask.sum()))
+    size = math.ceil(len(batches) * wanted / max(1, sum(counts)))
+    if size >= len(batches):
+        return batches
+    return [batches[(2 * n + 1) * len(batches) // (2 * size)] for n in range(size)]
+
+
+def held_out(count: int) -> tuple[list[int], list[int]]:
+    """Return the numbers of the batches to learn from, and of those to judge by, every fourth.
+
+    So both have of each text where several follow one another. One batch alone is both.
+    """
+    numbers = list(range(count))
+    held = numbers[3::4] or numbers[-1:]
+    return [n for n in numbers if n not in held] or held, held
 
 
 def _named(batch: Any, model: nn.Module | None) -> Mapping[str, Any]:

@@ -11,6 +11,7 @@ from torch import nn
 from aimet_ext.data.batches import (
     attended_tokens,
     call_model,
+    held_out,
     iterate_batches,
     map_tensors,
     token_mask,
@@ -177,3 +178,13 @@ def test_masks_that_say_nothing():
     assert attended_tokens(torch.ones(1, 1, 3, 3).tril().bool(), (2, 3)).all()
     assert attended_tokens(torch.zeros(1, 1, 3, 5), (2, 3)) is None
     assert torch.equal(attended_tokens(MASK, (2, 3)), MASK.bool())
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 9, 64])
+def test_batches_to_judge_by_are_spread_over_all(count):
+    train, held = held_out(count)
+    assert set(train) | set(held) == set(range(count)) and held
+    assert not set(train) & set(held) or count == 1
+    assert len(held) == max(1, count // 4)
+    if count >= 4:
+        assert all(4 * n <= place < 4 * n + 4 for n, place in enumerate(held))

@@ -335,3 +335,30 @@ def test_a_checkpoint_that_takes_a_range_away_is_named(
     write_tensors(file, tensors, meta)
     with pytest.raises(CorruptFileError, match=r"block_00003\.safetensors.*down_proj.*range"):
         aimet_ext.apply_seq_mse(make_sim(layers=1), batches, **settings)
+
+
+@ON_MOMENTS
+def test_a_bound_of_tokens_leaves_out_batches_evenly(
+    technique: Any, make_sim: Any, ids: Any, result_of: Any
+) -> None:
+    """As if only these were given; where there are fewer, or only a forward_fn knows, all are."""
+    widest = max(q.weight.shape[1] for q in adapt(make_sim()).weight_quantizers().values())
+    data = [ids(1, 16, number) for number in range(8)]
+    masked = [{"input_ids": each, "attention_mask": torch.ones_like(each)} for each in data]
+    for batch in masked[4:]:
+        batch["attention_mask"][:, 8:] = 0
+    bound = 48 / widest
+    found = []
+    for batches, settings in (
+        (data, {"tokens_per_input": bound}),  # 3 of 8 batches have 48 tokens
+        ([data[n] for n in (1, 4, 6)], {}),
+        (masked, {"tokens_per_input": bound}),  # 4 of 8, by the mask
+        ([masked[n] for n in (1, 3, 5, 7)], {"tokens_per_input": 10.0}),
+        (masked, {"tokens_per_input": bound, "forward_fn": lambda model, batch: model(**batch)}),
+        (masked, {}),
+    ):
+        sim = make_sim()
+        technique.apply(sim, batches, **settings)
+        found.append(result_of(sim))
+    assert found[0] == found[1] and found[2] == found[3] and found[4] == found[5]
+    assert found[0] != found[2] != found[4]

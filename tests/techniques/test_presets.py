@@ -32,7 +32,7 @@ def test_every_technique_has_them(row: Any) -> None:
 def test_settings_beside_a_preset_count() -> None:
     found = GPTQParams(preset="fast", refine_sweeps=5)
     assert found == GPTQParams(
-        inp_symmetry="symqt", scale_candidates=12, refine_sweeps=5
+        inp_symmetry="asym", scale_candidates=12, refine_sweeps=5, tokens_per_input=8.0
     )  # what docs/composition.rst says
     assert GPTQParams(preset="best", refine_sweeps=3).refine_sweeps == 3
 

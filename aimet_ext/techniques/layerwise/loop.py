@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from aimet_ext.config import WeightParams
 from aimet_ext.core.affine import quantize
-from aimet_ext.data.batches import seen_arguments, tensors_in
+from aimet_ext.data.batches import seen_arguments, tensors_in, with_tokens
 from aimet_ext.files.folders import replace_folder
 from aimet_ext.files.manifest import write_manifest
 from aimet_ext.files.tensors import Checkpoints
@@ -220,8 +221,13 @@ class LayerwiseRun:
         return reports
 
     def _batches(self, dataloader: Iterable[Any]) -> Sequence[Any]:
-        """Return the batches of a dataloader, each one checked."""
-        return self.adaptor.batches(dataloader, opaque=self.options.forward_fn is not None)
+        """Return the batches of a dataloader that are used, each one checked."""
+        opaque, share = self.options.forward_fn is not None, self.solver.params.tokens_per_input
+        batches = self.adaptor.batches(dataloader, opaque=opaque)
+        if opaque or share is None:
+            return batches
+        inputs = max(quantizer.weight[0].numel() for quantizer in self.quantizers.values())
+        return with_tokens(batches, math.ceil(share * inputs), self.adaptor.model)
 
     def _walk(self, batches: Sequence[Any]) -> Walk:
         aimet, adaptor, options = self.solver.aimet_stream, self.adaptor, self.options
