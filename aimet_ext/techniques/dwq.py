@@ -1,4 +1,4 @@
-"""DWQ: scales and norm gains polished end to end, with the integers of the weights fixed.
+"""DWQ: scales and norm gains polished end to end, with integers fixed or learnt as well.
 
 The second phase of EfficientQAT (Chen et al., "EfficientQAT: Efficient Quantization-Aware Training
 for Large Language Models", arXiv 2407.11062), with the float model's probabilities as the target,
@@ -24,7 +24,7 @@ from torch import Tensor
 from aimet_ext.analysis.divergence import Reference
 from aimet_ext.config import DWQParams
 from aimet_ext.core.divergence import Divergence
-from aimet_ext.data.batches import call_model, tensors_in
+from aimet_ext.data.batches import call_model, held_out, tensors_in
 from aimet_ext.evaluation.divergence import reference_for
 from aimet_ext.files.folders import replace_folder
 from aimet_ext.files.manifest import write_manifest
@@ -39,7 +39,7 @@ from aimet_ext.techniques.polished import (
     Polished,
     Progress,
     blocks_of,
-    held_out,
+    moves_of,
     own_gains,
 )
 from aimet_ext.techniques.report import Report, UnitReport
@@ -54,6 +54,7 @@ _log = logging.getLogger(__name__)
 
 _PROBE_BATCHES = 4  # that tell which encodings new gains made stale
 _WARM = 0.1  # of all steps, in which a lowered rate rises
+_INTEGER_RATE = 0.2  # over the square root of the steps, as noise adds up
 _LOWER = 3.0  # by which the rate is divided where it gained nothing
 
 
@@ -90,6 +91,7 @@ class DWQReport(Report):
     :param num_norms: Number of norms whose gains were learnt.
     :param scales_moved: Mean relative change of the scales as deployed.
     :param gains_moved: Mean relative change of the gains as deployed.
+    :param integers_moved: Share of the weights whose integers are others as deployed.
     :param skipped: Layers that were left alone, with the reason.
     :param reset_encodings: Quantizers whose ranges no longer fit; ``compute_encodings`` sets them.
     :param settings: Settings of the run.
@@ -104,6 +106,7 @@ class DWQReport(Report):
     num_norms: int
     scales_moved: float
     gains_moved: float
+    integers_moved: float
     skipped: dict[str, str] = field(default_factory=dict)
     reset_encodings: tuple[str, ...] = ()
 
@@ -118,8 +121,8 @@ class DWQReport(Report):
             f"before: {self.before}",
             f"after:  {self.after}",
             f"{self.kept}: scales of {self.num_layers} layers moved by {self.scales_moved:.2%}, "
-            f"gains of {self.num_norms} norms by {self.gains_moved:.2%}; "
-            f"{self.seconds:.1f} s in all",
+            f"gains of {self.num_norms} norms by {self.gains_moved:.2%}, "
+            f"{self.integers_moved:.2%} of the integers; {self.seconds:.1f} s in all",
         ]
         lines += [f"left alone: {name}: {why}" for name, why in self.skipped.items()]
         if self.reset_encodings:
@@ -150,12 +153,20 @@ class _Learning:
                 "a batch to learn from and one to judge by with tokens that count are required, "
                 "but the attention masks hide all of one; give more data"
             )
-        start = polished.start()
+        params = call.params
+        start = polished.start(integers=params.learn_integers)
         leaves = {name: log.requires_grad_() for name, log in start.items()}
-        rate = call.params.learning_rate
         best = {n: log.detach().clone() for n, log in leaves.items()}
-        self.progress = Progress(leaves, best, rate)
-        self.optimizer = torch.optim.Adam(list(leaves.values()), lr=rate, foreach=False)
+        self.progress = Progress(leaves, best, params.learning_rate)
+        integers = {moves_of(name) for name in polished.codes}
+        rate = params.integer_rate or _INTEGER_RATE / math.sqrt(params.num_iterations)
+        unit = rate / params.learning_rate
+        groups = [
+            {"params": [leaf for n, leaf in leaves.items() if n not in integers], "unit": 1.0},
+            {"params": [leaf for n, leaf in leaves.items() if n in integers], "unit": unit},
+        ]
+        groups = [group for group in groups if group["params"]]
+        self.optimizer = torch.optim.Adam(groups, lr=params.learning_rate, foreach=False)
 
     def measure(self, logs: dict[str, Tensor] | None = None) -> Divergence:
         """Return the divergence on the batches held out, of the simulation or with logarithms."""
@@ -199,7 +210,7 @@ class _Learning:
                             "report": stage.to_dict(),
                         }
                         checkpoints.save(number, progress.tensors(self.optimizer), meta)
-                if progress.since_best >= params.patience:
+                if progress.since_best >= params.patience and not params.learn_integers:
                     break
         return stages
 
@@ -219,7 +230,7 @@ class _Learning:
         progress.scores.append(score)
         if better:
             progress.best = {n: log.detach().clone() for n, log in progress.logs.items()}
-        else:
+        elif not self.call.params.learn_integers:  # whose turns cost before they pay
             progress.go_back(rate / _LOWER, self.optimizer)
             _log.info(
                 "dwq: steps %d to %d gained nothing at a rate of %.2g; on from the best state at "
@@ -239,7 +250,8 @@ class _Learning:
         if progress.began:  # Adam's first steps have the full size whatever the gradients' noise
             rise = (progress.step - progress.began + 1) / (_WARM * params.num_iterations)
         fall = 1 - progress.step / params.num_iterations
-        self.optimizer.param_groups[0]["lr"] = progress.rate * min(1.0, rise) * fall
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["unit"] * progress.rate * min(1.0, rise) * fall
         loss = reference.loss(number, run(reference.batches[number])) / reference.tokens(number)
         self.optimizer.zero_grad()
         loss.backward()
@@ -258,13 +270,13 @@ def _forever(numbers: Sequence[int], generator: torch.Generator) -> Iterator[int
 def apply_dwq(
     call: Call[DWQParams], *, reference: Any = None, topology: TopologyDescription | None = None
 ) -> DWQReport:
-    r"""Polish the scales of rounded weights, and norm gains, on the outputs of the whole model.
+    r"""Polish rounded weights, and norm gains, on the outputs of the whole model.
 
     Source: the second phase of EfficientQAT, Chen et al. 2024, arXiv 2407.11062, with the
     objective of MLX's DWQ.
 
     A technique such as :func:`apply_gptq` has decided the integers, layer by layer. They stay,
-    every one of them, and
+    every one of them unless ``learn_integers`` is true, and
 
     .. math::
         \min_{s, \, g} \; \operatorname{mean}_t \;
@@ -274,13 +286,15 @@ def apply_dwq(
     relative to what they were; ``p`` are the float model's probabilities. So layers
     compensate errors of each other. Of LPBQ's scales the float ones are learnt, the
     integers of the blocks stay. Activations are float meanwhile, and weights that are not learnt
-    are on their grids. What a block computes is computed again for its gradients, so that memory
-    does not grow with the depth.
+    are on their grids. With ``learn_integers`` a number is learnt for each weight as well, which is
+    added to its integer and rounded, straight through for gradients. What a block computes is
+    computed again for its gradients, so that memory does not grow with the depth.
 
-    The last quarter of the batches is held out. Where some steps have not lowered the divergence on
-    it, learning goes back to the best state and on from there at a third of the rate. That state is
-    deployed, if the simulation is then better on it than before; otherwise all stays as it was,
-    and the report says so.
+    Every fourth batch is held out. Where some steps have not lowered the divergence on these,
+    learning goes back to the best state and on from there at a third of the rate; with
+    ``learn_integers`` it goes on to the last step as it is, since turned integers cost at first and
+    pay when the rate falls. The best state is deployed, if the simulation is then better on it than
+    before; otherwise all stays as it was, and the report says so.
 
     New gains change the float model inside the simulation. The ledger knows them: LoRA adapters of
     the original model are folded so that they add what they did.
@@ -384,6 +398,7 @@ def _polish(
             num_norms=len(polished.gains),
             scales_moved=polished.moved(best, polished.codes) if better else 0.0,
             gains_moved=polished.moved(best, polished.gains) if better else 0.0,
+            integers_moved=polished.turned(best) if better else 0.0,
             skipped=choice.skipped,
             reset_encodings=tuple(stale) if better else (),
             settings=settings,

@@ -1,4 +1,4 @@
-"""A simulation whose integers are fixed, with scales and norm gains that are learnt, or written."""
+"""A rounded simulation whose scales, integers and norm gains are learnt, or written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from aimet_ext.core.affine import short_scale
-from aimet_ext.core.polish import FrozenCodes
+from aimet_ext.core.polish import RoundedWeight
 from aimet_ext.data.batches import ForwardFn
 from aimet_ext.files.ledger import Axis, Ledger
 from aimet_ext.models.description import TopologyDescription
@@ -20,7 +20,12 @@ from aimet_ext.sim.points import NormGain, Run
 from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer
 
 _KINDS = ("norm_qkv", "norm_mlp")
-Logs = dict[str, Tensor]
+Learnt = dict[str, Tensor]
+
+
+def moves_of(layer: str) -> str:
+    """Return the name of the moves of a layer's integers among what is learnt."""
+    return f"integers of {layer}"
 
 
 def blocks_of(
@@ -70,14 +75,15 @@ class LearntGain:
 class Polished:
     """The parts of a simulation that are learnt.
 
-    Logarithms of layers are named after these, of norms after their modules.
+    Logarithms of layers are named after these, of norms after their modules, and the moves of
+    integers as :func:`moves_of` says.
 
     :param quantizers: Weight quantizers of the layers, by name.
     """
 
     adaptor: SimAdaptor
     quantizers: Mapping[str, WeightQuantizer]
-    codes: Mapping[str, FrozenCodes]
+    codes: Mapping[str, RoundedWeight]
     gains: Mapping[str, LearntGain]
 
     @classmethod
@@ -93,12 +99,17 @@ class Polished:
             start = {key: adaptor.read_gain(name).clone() for key, name in norm.names.items()}
             if bool((start["weight"] + norm.offset).any()):
                 gains[norm.module] = LearntGain(norm, start)
-        codes = {n: FrozenCodes(q.weight, q.grid(), q.layout) for n, q in quantizers.items()}
+        codes = {n: RoundedWeight(q.weight, q.grid(), q.layout) for n, q in quantizers.items()}
         return cls(adaptor, quantizers, codes, gains)
 
-    def start(self) -> Logs:
-        """Return the logarithms at the start, all zero."""
+    def start(self, *, integers: bool = False) -> Learnt:
+        """Return what is learnt as it is at the start, all zero.
+
+        :param integers: Learn the integers too.
+        """
         logs = {name: codes.start() for name, codes in self.codes.items()}
+        if integers:
+            logs |= {moves_of(name): codes.start_moves() for name, codes in self.codes.items()}
         for name, gain in self.gains.items():
             logs[name] = torch.zeros_like(gain.start["weight"], dtype=torch.float32)
         return logs
@@ -110,12 +121,13 @@ class Polished:
 
         Layers that are not learnt are on their grids; activations and gains are float.
 
-        :param logs: Logarithms, read each time; None for the simulation as it is.
+        :param logs: What is learnt, read each time; None for the simulation as it is.
         """
 
         def weight(name: str) -> Callable[[], Tensor]:
             assert logs is not None
-            return lambda: self.quantizers[name].stored(self.codes[name].weight(logs[name]))
+            codes, quantizer = self.codes[name], self.quantizers[name]
+            return lambda: quantizer.stored(codes.weight(logs[name], logs.get(moves_of(name))))
 
         def gain(learnt: LearntGain, parameter: str) -> Callable[[], Tensor]:
             if logs is None:
@@ -137,7 +149,7 @@ class Polished:
 
     @torch.no_grad()
     def deploy(self, logs: Mapping[str, Tensor]) -> None:
-        """Write scales, the values of the same integers on them, and gains.
+        """Write scales, the values of the integers on them, and gains.
 
         :raises RuntimeError: The simulation would read other integers.
         """
@@ -148,10 +160,11 @@ class Polished:
             quantizer.freeze()
         for name, codes in self.codes.items():  # once all are written: two may share a quantizer
             quantizer = self.quantizers[name]
-            values = codes.written(quantizer.grid(), quantizer.weight.dtype)
+            moves = logs.get(moves_of(name))
+            values = codes.written(quantizer.grid(), quantizer.weight.dtype, moves)
             if values is None:
                 raise RuntimeError(
-                    f"{name}: the integers must stay as they are on the new scales, but the "
+                    f"{name}: the integers must be those learnt on the new scales, but the "
                     "simulation reads others; leave it out with modules_to_exclude, and report this"
                 )
             quantizer.set_weight(values)
@@ -188,20 +201,29 @@ class Polished:
         sizes = [logs[name].detach().expm1().abs().flatten() for name in names]
         return float(torch.cat(sizes).mean()) if sizes else 0.0
 
+    @torch.no_grad()
+    def turned(self, logs: Mapping[str, Tensor]) -> float:
+        """Return the share of the integers that are others than at the start."""
+        found = [
+            (int((codes.moved(logs.get(moves_of(name))) != codes.codes).sum()), codes.codes.numel())
+            for name, codes in self.codes.items()
+        ]
+        return sum(turned for turned, _ in found) / sum(size for _, size in found)
+
 
 @dataclass
 class Progress:
     """The state of learning after some steps; all that a checkpoint holds.
 
-    :param logs: Logarithms by name, leaves of the optimizer.
+    :param logs: What is learnt by name, leaves of the optimizer.
     :param best: Those of the lowest divergence on the batches held out.
     :param rate: Learning rate, before its rise and fall.
     :param began: Steps that were made before this rate.
     :param scores: Divergence after each evaluation, that of the start first.
     """
 
-    logs: Logs
-    best: Logs
+    logs: Learnt
+    best: Learnt
     rate: float
     began: int = 0
     scores: list[float] = field(default_factory=list)
@@ -245,13 +267,3 @@ class Progress:
             place = {key: "cpu" if key == "step" else leaf.device for key in keys}
             if found:  # none behind a return to the best state
                 optimizer.state[leaf] = {key: t.to(place[key]) for key, t in found.items()}
-
-
-def held_out(count: int) -> tuple[list[int], list[int]]:
-    """Return the numbers of the batches to learn from and of those to judge by, the last quarter.
-
-    One batch alone is both.
-    """
-    numbers = list(range(count))
-    held = numbers[-max(1, count // 4) :]
-    return [n for n in numbers if n not in held] or held, held

@@ -7,7 +7,7 @@ import torch
 
 from aimet_ext.core.affine import dequantize, fake_quantize, integer_scale, quantize
 from aimet_ext.core.clipping import GridLayout
-from aimet_ext.core.polish import FrozenCodes
+from aimet_ext.core.polish import RoundedWeight
 
 LAYOUTS = {
     "per tensor": GridLayout(shape=(1, 1), qmin=-8, qmax=7, symmetric=True),
@@ -23,13 +23,13 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-def rounded(layout: GridLayout, dtype: torch.dtype) -> tuple[torch.Tensor, FrozenCodes]:
+def rounded(layout: GridLayout, dtype: torch.dtype) -> tuple[torch.Tensor, RoundedWeight]:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(6, 32, generator=generator) * torch.logspace(-2, 1, 6)[:, None]
     weight = weight.to(dtype)
     grid = layout.with_scale(*layout.raw(*layout.bounds(weight.float())))
     weight = fake_quantize(weight, grid)
-    return weight, FrozenCodes(weight, grid, layout)
+    return weight, RoundedWeight(weight, grid, layout)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -75,3 +75,27 @@ def test_the_gradient_reaches_every_scale(name: str) -> None:
     both = [(codes.weight(sign * step).double() * target).sum() for sign in (1, -1)]
     slope = (log.grad.double() * step).sum() * 2
     torch.testing.assert_close(both[0] - both[1], slope, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_moves_turn_integers_and_gradients_pass_them(layout: GridLayout) -> None:
+    """Against a loop over weights: an integer turns behind half a step and stays on the grid."""
+    weight, codes = rounded(layout, torch.float32)
+    before = quantize(weight, codes.grid)
+    moves = torch.empty_like(weight).uniform_(-1.4, 1.4, generator=torch.Generator().manual_seed(2))
+    log = 0.1 * torch.randn(codes.groups, generator=torch.Generator().manual_seed(1))
+    grid = layout.with_scale(codes.scale(log), codes.grid.offset)
+    turned = before.clone()
+    for place, move in zip(turned.view(-1), moves.view(-1), strict=True):
+        place.fill_(min(max(round(float(place + move)), layout.qmin), layout.qmax))
+    assert not torch.equal(turned, before)
+    values = codes.written(grid, torch.float32, moves)
+    assert values is not None and torch.equal(quantize(values, grid), turned)
+    leaf = moves.clone().requires_grad_()
+    found = codes.weight(log, leaf)
+    torch.testing.assert_close(found.detach(), dequantize(turned, grid))
+    found.sum().backward()
+    assert leaf.grad is not None
+    on_grid = ((before + moves).round() - turned).abs() < 0.5
+    steps = fake_quantize(weight, grid) * 0 + (dequantize(turned + 1, grid) - found.detach())
+    torch.testing.assert_close(leaf.grad, steps * on_grid, rtol=1e-4, atol=1e-6)

@@ -61,12 +61,15 @@ def onnx_sim(spec: QSpec) -> Any:
 def make(make_sim: Any) -> Any:
     """From a framework and a grid to a simulation, its data and the float model's outputs."""
 
-    def of(framework: str = "torch", grid: str = "per channel", **settings: Any) -> Any:
+    def of(
+        framework: str = "torch", grid: str = "per channel", count: int = len(IDS), **settings: Any
+    ) -> Any:
         if framework == "onnx":
             sim, data = onnx_sim(GRIDS[grid]), FEEDS
         else:
             sim, data = make_sim(spec=GRIDS[grid], **settings), IDS
             spoilt(getattr(sim.model, "model", sim.model))
+        data = data[:count]
         reference = float_logits(sim, data, top_k=40)
         apply_rtn(sim)
         return sim, data, reference
@@ -162,6 +165,30 @@ def test_gradients_are_those_of_the_simulation(make: Any, framework: str) -> Non
         assert slope == pytest.approx((ends[0] - ends[1]) / 2e-3, rel=0.03)
 
 
+@pytest.mark.parametrize(
+    ("framework", "grid"), [*(("torch", grid) for grid in GRIDS), ("onnx", "per channel")]
+)
+def test_integers_are_learnt(make: Any, framework: str, grid: str) -> None:
+    """On their grids, and further than with scales alone, by one batch to learn and to judge."""
+    alone = apply(*make(framework, grid, 1), 60, patience=9)
+    sim, data, reference = make(framework, grid, 1)
+    start = codes(sim)
+    report = apply(sim, data, reference, 60, learn_integers=True, integer_rate=2e-2)
+    assert report.kept == "learnt" and report.after.kl < alone.after.kl
+    assert len(report.stages) == 3 and len({stage.rate for stage in report.stages}) == 1
+    now, quantizers = codes(sim), adapt(sim).weight_quantizers(start)
+    turned = sum(int((now[name] != start[name]).sum()) for name in start)
+    assert report.integers_moved == turned / sum(each.numel() for each in start.values()) > 0
+    assert f"{report.integers_moved:.2%} of the integers" in str(report)
+    assert alone.integers_moved == 0
+    for name, quantizer in quantizers.items():
+        assert quantizer.frozen
+        values = dequantize(now[name], quantizer.grid())
+        torch.testing.assert_close(quantizer.weight.detach(), values, rtol=1e-6, atol=0)
+    held = float(reference.loss(0, logits(sim))) / reference.tokens(0)
+    assert report.after.kl == pytest.approx(held, rel=1e-3)
+
+
 def test_both_frameworks_learn_the_same(make: Any, tiny_model: Any) -> None:
     """The same model, data and steps: losses as near as two ways to compute them are."""
     one, other = make("torch"), make("onnx")
@@ -234,24 +261,26 @@ def interrupted(sim: Any, case: Any, monkeypatch: Any, steps: int = 5, **setting
             apply(sim, *case, **settings)
 
 
+@pytest.mark.parametrize("integers", [False, True])
 def test_an_interrupted_run_leaves_no_trace_and_is_resumed_to_the_bit(
-    make: Any, state_of: Any, result_of: Any, monkeypatch: Any, tmp_path: Path
+    make: Any, state_of: Any, result_of: Any, monkeypatch: Any, tmp_path: Path, integers: bool
 ) -> None:
     sim, *case = make()
     whole, before = copy.deepcopy(sim), state_of(sim)
-    interrupted(sim, case, monkeypatch, checkpoint_dir=tmp_path / "c")
+    given = {"learn_integers": integers, "integer_rate": 0.2}
+    interrupted(sim, case, monkeypatch, checkpoint_dir=tmp_path / "c", **given)
     assert state_of(sim) == before
     assert len(list((tmp_path / "c").glob("block_*"))) == 2
     torch.rand(3)
-    again = apply(sim, *case, checkpoint_dir=tmp_path / "c", cache_dir=tmp_path / "cache")
-    report = apply(whole, *case)
+    again = apply(sim, *case, checkpoint_dir=tmp_path / "c", cache_dir=tmp_path / "cache", **given)
+    report = apply(whole, *case, **given)
     assert [stage.resumed for stage in again.stages] == [True, True, False]
     assert [stage.kl for stage in again.stages] == [stage.kl for stage in report.stages]
     assert again.after == report.after
     assert result_of(sim) == result_of(whole)
     other, *_ = make()
     with pytest.raises(ValueError, match=r"belongs to another run.*settings\.learning_rate"):
-        apply(other, *case, checkpoint_dir=tmp_path / "c", learning_rate=1e-4)
+        apply(other, *case, checkpoint_dir=tmp_path / "c", learning_rate=1e-4, **given)
 
 
 def test_a_failure_at_the_very_end_leaves_no_trace(

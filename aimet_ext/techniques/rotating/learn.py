@@ -19,6 +19,7 @@ from aimet_ext.core.affine import fake_quantize
 from aimet_ext.core.cayley import CayleySGD
 from aimet_ext.core.clipping import GridLayout
 from aimet_ext.core.hadamard import Rotation, mean_basis
+from aimet_ext.data.batches import held_out
 from aimet_ext.data.cache import TensorCache
 from aimet_ext.files.tensors import Checkpoints
 from aimet_ext.models.topology import BlockTopology
@@ -128,8 +129,7 @@ def learn(plan: Plan, start: Rotations, call: Call[SpinQuantParams]) -> Chosen:
     with ExitStack() as stack:
         model = _QuantizedModel(plan, params, options, stack)
         count = len(model.inputs)
-        held = list(range(count))[-max(1, count // 4) :]
-        train = [index for index in range(count) if index not in held] or held
+        train, held = held_out(count)
         checkpoints = stack.enter_context(
             open_checkpoints(
                 plan.adaptor,
