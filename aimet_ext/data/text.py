@@ -107,9 +107,11 @@ def _read(tokenizer: Any, file: Path, field: str | None) -> Iterable[str]:
                 "give texts, or set tokenizer.chat_template"
             )
         try:
-            return str(tokenizer.apply_chat_template(messages, tokenize=False))
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False))
         except Exception as error:  # of the template: jinja2 has many
             raise ValueError(f"the chat template takes no such messages: {error}") from error
+        # The start token is that of every document, which some templates write too.
+        return text.removeprefix(getattr(tokenizer, "bos_token", None) or "")
 
     return read_documents(file, render, field)
 
@@ -136,10 +138,9 @@ def _windows(
     """Return at most ``wanted`` windows ``[windows, length]``."""
     ids: list[int] = []
     for document in documents:
-        own = tokenizer.encode(document, add_special_tokens=False)
-        if start is not None and own[:1] != [start]:  # some chat templates begin with it
+        if start is not None:
             ids.append(start)
-        ids.extend(own)
+        ids.extend(tokenizer.encode(document, add_special_tokens=False))
         if wanted is not None and len(ids) >= wanted * length:
             break
     count = len(ids) // length if wanted is None else min(wanted, len(ids) // length)
