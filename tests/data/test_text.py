@@ -206,8 +206,8 @@ def test_a_start_that_the_template_wrote_is_not_written_twice(tmp_path):
     file, tokenizer = tmp_path / "chats.jsonl", Chatting()
     tokenizer.bos_token, tokenizer.bos_token_id = "a", 1
     file.write_text(json.dumps({"messages": chat("ab", "cd")}) + "\n")
-    assert rows(calibration_batches(tokenizer, file, 4, 1)) == [[1, 2, 3, 4]]
-    assert rows(calibration_batches(tokenizer, ["abcd"], 4, 1)) == [[1, 1, 2, 3]]
+    assert rows(calibration_batches(tokenizer, file, 4, 1)) == [[[1, 2, 3, 4]]]
+    assert rows(calibration_batches(tokenizer, ["abcd"], 4, 1)) == [[[1, 1, 2, 3]]]
 
 
 def test_files_give_equal_shares_in_turn(tmp_path, caplog):
