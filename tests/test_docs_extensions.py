@@ -91,6 +91,9 @@ def test_new_results_appear_by_themselves(extension: ModuleType, tmp_path: pathl
     assert '    :header: "name", "seconds", "kept", "at v1", "at v2"' in lines
     assert '    "x\\_y","0.1235","yes","1",""' in lines
     assert "* Missed: at most 1" in lines
+    (tmp_path / "results/speed.json").write_text(json.dumps({"b": {"rows": rows}}))
+    with pytest.raises(Exception, match=r"'cores', 'date', 'load', 'threads'. of the machine are"):
+        list(extension.render(tmp_path / "results"))
     (tmp_path / "results/lost.json").write_text(json.dumps({"c": section}))
     with pytest.raises(Exception, match=r"lost.json, section 'c': a script lost.py or c.py is"):
         list(extension.render(tmp_path / "results"))

@@ -48,9 +48,12 @@ class Script:
         return " ".join(found[1].split()) if found else ""
 
     def command(self, key: str) -> str:
-        """Return the line that measures a section again."""
-        only = f" --only {key}" if self.about(key) else ""
-        return f"python benchmarks/{self.path.name}{only}"
+        """Return the line that measures a section again; with options where it needs some."""
+        plain = f"python benchmarks/{self.path.name}"
+        if self.about(key):
+            return f"{plain} --only {key}"
+        used = re.search(rf"^    ({re.escape(plain)}.*)$", self.text, re.M)
+        return used[1] if used else plain
 
 
 def script_of(results: Path, key: str) -> Script:
@@ -111,6 +114,11 @@ def _section(script: Script, key: str, section: Mapping[str, Any]) -> Iterator[s
 
 
 def _machine(machine: Mapping[str, Any]) -> Iterator[str]:
+    if missing := {"date", "cores", "threads", "load"} - set(machine):
+        raise ExtensionError(
+            f"measurements: {sorted(missing)} of the machine are required in each section of "
+            "results; write them with machine() of benchmarks/report.py"
+        )
     versions = {k: v for k, v in machine.items() if re.fullmatch(r"\d+\.\d+[.\w+]*", str(v))}
     packages = [f"{name} {version}" for name, version in versions.items() if name != "load"]
     count = int(machine["threads"])
