@@ -103,7 +103,7 @@ def create_sim(
         (:func:`aimet_ext.float_logits`). A model with hidden weights (see above) is copied all the
         same; drop your own.
     :returns: the simulation. ``sim.aimet_ext_settings`` holds these settings as JSON values.
-    :raises TypeError: no language model, or a sample that holds no ids.
+    :raises TypeError: no language model, a spec that is none, or a sample that holds no ids.
     :raises ValueError: ids longer than the context, a pattern that fits no layer, a block size
         that does not divide, two specs for one shared weight, or a larger share of matrices than
         ``allow_float`` that cannot be quantized.
@@ -115,6 +115,8 @@ def create_sim(
     from aimet_ext.sim.torch.setup import build_sim
     from aimet_ext.sim.torch.unknown import is_registered
 
+    _check_specs(weights=weights, lm_head=lm_head, activations=activations)
+    _check_specs(embedding=None if embedding == "auto" else embedding)
     module = model
     if hasattr(model, "get_output_embeddings"):
         module = prepare_model(model, mask_value=None if activations is None else _MASK)
@@ -207,6 +209,20 @@ def _embedding(module: nn.Module, lm_head: QSpec | None) -> QSpec | None:
             return lm_head
     bits = _W8.bitwidth if lm_head is None else lm_head.bitwidth
     return QSpec(bitwidth=bits, granularity=PerTensor())
+
+
+def _check_specs(**specs: object) -> None:
+    """Check the type of arguments that are specs; activations may be a number of bits.
+
+    :raises TypeError: one is of another type.
+    """
+    for name, spec in specs.items():
+        is_bits = name == "activations" and isinstance(spec, int)
+        if spec is not None and not isinstance(spec, QSpec) and not is_bits:
+            raise TypeError(
+                f"{name} must be a QSpec, or None for float, got {spec!r}; "
+                'write QSpec.parse("int4") for a width in words'
+            )
 
 
 def arguments_from_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -257,6 +257,9 @@ def test_nothing_warns_and_a_bad_sample_is_named(tiny_model, ids):
         create_sim(model, ids)
     with pytest.raises(TypeError, match=r"sample_input_ids must be .* got str"):
         create_sim(model, "text")
+    for name in ("weights", "lm_head", "embedding", "activations"):
+        with pytest.raises(TypeError, match=rf"{name} must be a QSpec, or None.*got 'int4'; write"):
+            create_sim(model, ids, **{name: "int4"})
     with pytest.raises(TypeError, match=r"causal language model.*got LlamaModel"):
         create_sim(model.model, ids)
 
