@@ -178,9 +178,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "cli*": (
         {
             *("cli", "verification", "lora", "artifact", "integrations", "models", "files"),
+            *("onnx", "data"),
             *("sim.protocol", "core", "config", "registry", "recipes", "public"),
         },
-        {"typer", "torch", "transformers"},
+        {"typer", "torch", "transformers", "numpy"},
     ),
     "integrations": (set(), set()),
     "__main__": ({"cli"}, set()),

@@ -19,6 +19,7 @@ from aimet_ext.cli.options import (
     BatchSize,
     CalibrationOrRecipe,
     Exclude,
+    Export,
     Model,
     NumBatches,
     OnIndivisible,
@@ -26,7 +27,7 @@ from aimet_ext.cli.options import (
     Seed,
     SeqLength,
     TextField,
-    folder_argument,
+    Tokenizer,
     model_path,
     technique_name,
     technique_names,
@@ -104,6 +105,10 @@ Examples:
   By a recipe; --set and the other options change it:
     aimet-ext quantize ./llama --recipe w4a16-lpbq-fast --calibration text.txt --output out
 \b
+  An ONNX graph, on text or on arrays of its inputs:
+    aimet-ext quantize llama.onnx --tokenizer ./llama --calibration text.txt --output out
+    aimet-ext quantize vision.onnx --technique gptq --calibration images.npz --output out
+\b
   Stories and chats in equal shares; layers that GPTQ leaves to plain rounding:
     aimet-ext quantize ./llama --technique gptq --exclude "*.down_proj" \\
         --calibration stories.parquet --calibration chats.jsonl --output out
@@ -119,6 +124,7 @@ def quantize(
     output: Output,
     calibration: CalibrationOrRecipe = None,
     text_field: TextField = None,
+    tokenizer: Tokenizer = None,
     recipe: Annotated[
         str | None,
         typer.Option(
@@ -202,23 +208,31 @@ def quantize(
 ) -> Result:
     """Quantize a model and export it."""
     plan = with_text(chosen_recipe(recipe, _options_of(ctx, recipe)), calibration, text_field)
-    from aimet_ext.cli import jobs
+    from aimet_ext.cli import graphs, jobs
     from aimet_ext.cli.summary import quality_lines
 
-    result = jobs.quantize(
-        model_dir,
-        [*map(Path, plan.calibration.files)],
-        output,
-        recipe=plan,
-        hf_checkpoint=hf_checkpoint,
-        check_export=check_export,
-        checkpoint_dir=checkpoint_dir,
-        cache_dir=cache_dir,
-    )
+    files = [*map(Path, plan.calibration.files)]
+    folders = {"checkpoint_dir": checkpoint_dir, "cache_dir": cache_dir}
+    if graphs.is_graph(model_dir):
+        if hf_checkpoint:
+            raise typer.BadParameter("--hf-checkpoint is for models of Hugging Face, got a graph")
+        result = graphs.quantize(
+            model_dir, files, output, recipe=plan, tokenizer=tokenizer, **folders
+        )
+    else:
+        result = jobs.quantize(
+            model_dir,
+            files,
+            output,
+            recipe=plan,
+            hf_checkpoint=hf_checkpoint,
+            check_export=check_export,
+            **folders,
+        )
     text = (
         *map(str, result.reports.values()),
         f"{table(result.files)}\n",
-        quality_lines(result.quality),
+        quality_lines(result.quality) if result.quality else "Not scored, for want of text.",
         f"Done in {result.seconds:.0f} s. Next: aimet-ext verify {output} --text HELD_OUT.txt",
     )
     return Result("\n".join(text), {"output": str(output), **result.to_dict()})
@@ -256,8 +270,9 @@ command(app, epilog=WIDTHS_EPILOG)(assign_widths)
 @command(
     app,
     epilog="""\b
-Example:
+Examples:
   aimet-ext evaluate ./llama-w4 --text held_out.jsonl --json
+  aimet-ext evaluate llama.onnx --tokenizer ./llama --text held_out.txt
 """,
 )
 def evaluate(
@@ -266,13 +281,15 @@ def evaluate(
         typer.Argument(
             parser=model_path,
             metavar="MODEL",
-            help="A Hugging Face model, its name in the local cache, or what quantize wrote.",
+            help="A Hugging Face model, its name in the local cache, an .onnx file, or what "
+            "quantize wrote.",
         ),
     ],
     text: Annotated[
         Path, typer.Option(exists=True, dir_okay=False, help=f"Text to score: {TEXTS}.")
     ],
     text_field: TextField = None,
+    tokenizer: Tokenizer = None,
     seq_length: SeqLength = 256,
     num_windows: Annotated[
         int, typer.Option(min=1, help="Windows to score at most; less text than that is fine.")
@@ -293,6 +310,7 @@ def evaluate(
         folder,
         text,
         text_field=text_field,
+        tokenizer=tokenizer,
         seq_length=seq_length,
         num_windows=num_windows,
         reference=reference,
@@ -308,9 +326,10 @@ Example:
 """,
 )
 def analyze(
-    folder: Annotated[Path, folder_argument("FOLDER", "What quantize wrote.")],
+    folder: Export,
     text: Annotated[Path, typer.Option(exists=True, dir_okay=False, help=f"Text to run: {TEXTS}.")],
     text_field: TextField = None,
+    tokenizer: Tokenizer = None,
     seq_length: SeqLength = 256,
     num_windows: Annotated[int, typer.Option(min=1, help="Windows to run at most.")] = 16,
     batch_size: BatchSize = 4,
@@ -328,6 +347,7 @@ def analyze(
         folder,
         text,
         text_field=text_field,
+        tokenizer=tokenizer,
         seq_length=seq_length,
         num_windows=num_windows,
         batch_size=batch_size,
@@ -347,9 +367,19 @@ Examples:
 """,
 )
 def inspect(
-    folder: Annotated[Path, folder_argument("FOLDER", "What quantize wrote.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            exists=True, metavar="FOLDER", help="What quantize wrote, or any .onnx file."
+        ),
+    ],
 ) -> Result:
-    """Check an exported folder and list it."""
+    """Check an exported folder and list it; of a graph say what it takes, gives and holds."""
+    from aimet_ext.cli import graphs
+
+    if graphs.is_graph(folder):
+        found = graphs.inspect(folder)
+        return Result(graphs.inspected(found), found)
     from aimet_ext.artifact.inspect import inspect_export
     from aimet_ext.cli.summary import summary
     from aimet_ext.files.reading import naming

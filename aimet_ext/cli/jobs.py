@@ -14,6 +14,7 @@ from aimet_ext.errors import require
 from aimet_ext.files.folders import check_output, replace_folder, write_json
 from aimet_ext.files.manifest import is_export, relist_files
 from aimet_ext.progress import bar, step, steps
+from aimet_ext.recipes.recipe import CalibrationPlan
 from aimet_ext.registry import TECHNIQUES
 from aimet_ext.sim.protocol import adapt
 
@@ -90,7 +91,7 @@ def quantize(
         plan.batch_size,
         text_field=plan.text_field,
     )
-    held_out, described = _held_out(tokenizer, calibration, batches, plan.text_field)
+    held_out, described = held_out_text(tokenizer, calibration, batches, plan.text_field)
     _check_ids(model_dir, model, [*batches, *held_out])
     step("score the float model")
     quality: dict[str, Any] = {"float": aimet_ext.evaluate_perplexity(model, held_out)}
@@ -138,7 +139,7 @@ def _check_export(sim: Any, ids: Tensor) -> None:
         ) from error
 
 
-def _held_out(
+def held_out_text(
     tokenizer: PreTrainedTokenizerBase,
     text: Path | Sequence[Path],
     batches: Sequence[Tensor],
@@ -167,34 +168,33 @@ def evaluate(
     num_windows: int,
     reference: Path | None = None,
     text_field: str | None = None,
+    tokenizer: Path | None = None,
 ) -> dict[str, Any]:
     """Measure the perplexity of a model folder, or of an export with quantization simulated.
 
-    :param reference: Folder of the float model, from which the divergence is measured too.
+    :param reference: The float model, from which the divergence is measured too.
+    :param tokenizer: Folder of the tokenizer, None for that of the model.
     """
-    exported = is_export(folder)
+    from aimet_ext.cli import graphs
+
     step("load the model")
-    if exported:
-        model: Any = aimet_ext.load(folder)
-        tokenizer = load_tokenizer(folder)
-    else:
-        model, tokenizer = load_model(folder)
-    windows = aimet_ext.calibration_batches(
-        tokenizer, text, seq_length, None, text_field=text_field
-    )
+    model, quantized = _any_model(folder)
+    if graphs.is_graph(folder):
+        seq_length = graphs.fixed_length(folder) or seq_length
+    read = graphs.tokenizer_of(folder, tokenizer)
+    windows = aimet_ext.calibration_batches(read, text, seq_length, None, text_field=text_field)
     batches = windows[:num_windows]
-    if not exported:
-        _check_ids(folder, model, batches)
+    _check_ids(folder, model, batches)
     step("score")
     found = {
         "perplexity": aimet_ext.evaluate_perplexity(model, batches),
         "windows": sum(len(batch) for batch in batches),
         "seq_length": seq_length,
-        "quantized": exported,
+        "quantized": quantized,
     }
     if reference is not None:
         step("compare with the float model")
-        original, _ = load_model(reference)
+        original, _ = _any_model(reference)
         _check_ids(reference, original, batches)
         found |= dataclasses.asdict(aimet_ext.evaluate_divergence(model, batches, original))
     return found
@@ -209,6 +209,7 @@ def analyze(
     batch_size: int,
     top_k: int,
     text_field: str | None = None,
+    tokenizer: Path | None = None,
 ) -> Any:
     """Return the report of what each quantizer of an export costs on a text.
 
@@ -216,46 +217,77 @@ def analyze(
     """
     if not is_export(folder):
         raise ValueError(f"{folder}: a folder that aimet-ext quantize or export wrote is required")
-    tokenizer = load_tokenizer(folder)
     windows = aimet_ext.calibration_batches(
-        tokenizer, text, seq_length, None, batch_size, text_field=text_field
+        load_tokenizer(tokenizer or folder),
+        text,
+        seq_length,
+        None,
+        batch_size,
+        text_field=text_field,
     )
-    return aimet_ext.analyze(
-        aimet_ext.load(folder), windows[: -(-num_windows // batch_size)], top_k=top_k
-    )
+    sim = aimet_ext.load(folder)
+    batches: list[Any] = windows[: -(-num_windows // batch_size)]
+    if adapt(sim).framework == "onnx":
+        from aimet_ext.cli.graphs import token_feeds
+        from aimet_ext.onnx.values import read_input_specs
+
+        batches = token_feeds(batches, read_input_specs(folder / f"{PREFIX}.onnx"))
+    return aimet_ext.analyze(sim, batches, top_k=top_k)
 
 
 @steps("assign-widths", 2)
 def assign_widths(
     model_dir: Path,
-    calibration: Path | Sequence[Path],
+    calibration: Sequence[Path],
     budget: str,
     choices: Sequence[str],
     *,
     text_field: str | None = None,
+    tokenizer: Path | None = None,
     **options: Any,
 ) -> tuple[Any, Recipe]:
     """Return the report of widths under a budget, and the recipe with the calibration used.
 
     :param options: ``seq_length``, ``num_batches``, ``batch_size``, and those of the function.
     """
-    step("load the model")
-    model, tokenizer = load_model(model_dir)
-    plan = {name: options.pop(name) for name in ("seq_length", "num_batches", "batch_size")}
-    batches = aimet_ext.calibration_batches(
-        tokenizer, calibration, *plan.values(), text_field=text_field
-    )
-    _check_ids(model_dir, model, batches)
-    step("weigh the layers")
-    report = aimet_ext.assign_widths(model, batches, budget, choices, **options)
+    from aimet_ext.cli import graphs
+
+    cut = {name: options.pop(name) for name in ("seq_length", "num_batches", "batch_size")}
+    if graphs.is_graph(model_dir):
+        plan = CalibrationPlan(**cut, text_field=text_field)
+        report = graphs.assign_widths(
+            model_dir, calibration, budget, choices, tokenizer=tokenizer, plan=plan, **options
+        )
+    else:
+        step("load the model")
+        model, own = load_model(model_dir)
+        batches = aimet_ext.calibration_batches(
+            own, calibration, *cut.values(), text_field=text_field
+        )
+        _check_ids(model_dir, model, batches)
+        step("weigh the layers")
+        report = aimet_ext.assign_widths(model, batches, budget, choices, **options)
     made = report.recipe
     return report, dataclasses.replace(
-        made, calibration=dataclasses.replace(made.calibration, **plan)
+        made, calibration=dataclasses.replace(made.calibration, **cut)
     )
 
 
-def _check_ids(folder: Path, model: PreTrainedModel, batches: Sequence[Tensor]) -> None:
+def _any_model(path: Path) -> tuple[Any, bool]:
+    """Return a model to score, and if it is quantized: a folder of either kind, or a graph."""
+    from aimet_ext.cli import graphs
+
+    if graphs.is_graph(path):
+        return graphs.open_graph(path), graphs.is_quantized(path)
+    if is_export(path):
+        return aimet_ext.load(path), True
+    return load_model(path)[0], False
+
+
+def _check_ids(folder: Path, model: Any, batches: Sequence[Tensor]) -> None:
     """Refuse a folder with the tokenizer of another model."""
+    if not hasattr(model, "get_input_embeddings"):
+        return  # a graph or simulation, whose tokenizer was given with it
     from aimet_ext.models.huggingface import check_token_ids
 
     try:

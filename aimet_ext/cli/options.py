@@ -60,8 +60,11 @@ Output = Annotated[
 
 
 def model_path(text: str) -> Path:
-    """Read the path of a model's folder, or its name in the local cache of Hugging Face."""
+    """Read the path of a model, a folder or an ONNX file, or its name in Hugging Face's cache."""
     from aimet_ext.models.cache import model_folder
+
+    if text.lower().endswith(".onnx") and Path(text).is_file():
+        return Path(text)
 
     try:
         return model_folder(text)
@@ -72,7 +75,39 @@ def model_path(text: str) -> Path:
 Model = Annotated[
     Path,
     typer.Argument(
-        parser=model_path, metavar="MODEL", help="A Hugging Face model: a folder, or a cached name."
+        parser=model_path,
+        metavar="MODEL",
+        help="A Hugging Face model, a folder or a name in the local cache; or an .onnx file.",
+    ),
+]
+
+
+def export_path(text: str) -> Path:
+    """Read the path of an export: its folder, or an ONNX file in it."""
+    from aimet_ext.cli.graphs import exported_folder
+
+    if not Path(text).exists():
+        raise typer.BadParameter(
+            f"{text}: a folder that aimet-ext quantize or export wrote is required"
+        )
+    with bad_parameter("FOLDER"):
+        return exported_folder(Path(text))
+
+
+Export = Annotated[
+    Path,
+    typer.Argument(
+        parser=export_path, metavar="FOLDER", help="What quantize wrote, or an .onnx file in it."
+    ),
+]
+Tokenizer = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        file_okay=False,
+        metavar="DIR",
+        show_default="what is beside the model",
+        help="Folder of the tokenizer, to read text for an ONNX graph.",
     ),
 ]
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 import aimet_ext
-from aimet_ext.cli.options import TEXTS, TextField, folder_argument, model_path
+from aimet_ext.cli.options import TEXTS, Export, TextField, Tokenizer, model_path
 from aimet_ext.cli.output import Result
 
 EPILOG = """\b
@@ -24,7 +24,7 @@ Examples:
 
 
 def verify(
-    folder: Annotated[Path, folder_argument("FOLDER", "What quantize wrote.")],
+    folder: Export,
     target: Annotated[
         str, typer.Option(help="An architecture, htp_v68 to htp_v81, or a chip such as sm8650.")
     ] = "htp_v75",
@@ -38,6 +38,7 @@ def verify(
         ),
     ] = None,
     text_field: TextField = None,
+    tokenizer: Tokenizer = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of text to compare on.")] = 4,
     calibration_windows: Annotated[
         int, typer.Option(min=1, help="Windows of text to calibrate on, those included.")
@@ -66,7 +67,7 @@ def verify(
     most = max(windows, calibration_windows)
     report = run(
         folder,
-        None if text is None else _batches(folder, text, text_field)[:most],
+        None if text is None else _batches(folder, text, text_field, tokenizer)[:most],
         target=target,
         output=output,
         reference=None if reference is None else jobs.load_model(reference)[0],
@@ -75,7 +76,7 @@ def verify(
     return Result(str(report), report.to_json(), passed=report.passed)
 
 
-def _batches(folder: Path, text: Path, field: str | None) -> list[Any]:
+def _batches(folder: Path, text: Path, field: str | None, tokenizer: Path | None) -> list[Any]:
     """Return windows of the length that a folder's model was exported with."""
     from aimet_ext.cli import jobs
     from aimet_ext.files.manifest import read_manifest
@@ -83,5 +84,5 @@ def _batches(folder: Path, text: Path, field: str | None) -> list[Any]:
 
     prefix = read_manifest(folder, verify=False)["prefix"]
     length = exported_length(folder / f"{prefix}.onnx")
-    tokenizer = jobs.load_tokenizer(folder)
-    return aimet_ext.calibration_batches(tokenizer, text, length, None, text_field=field)
+    read = jobs.load_tokenizer(tokenizer or folder)
+    return aimet_ext.calibration_batches(read, text, length, None, text_field=field)

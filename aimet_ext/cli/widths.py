@@ -15,6 +15,7 @@ from aimet_ext.cli.options import (
     OnIndivisible,
     SeqLength,
     TextField,
+    Tokenizer,
 )
 from aimet_ext.cli.output import Result
 
@@ -67,6 +68,7 @@ def assign_widths(
     num_batches: NumBatches = 16,
     batch_size: BatchSize = 4,
     text_field: TextField = None,
+    tokenizer: Tokenizer = None,
     plot: Annotated[
         Path | None,
         typer.Option(
@@ -93,6 +95,7 @@ def assign_widths(
         num_batches=num_batches,
         batch_size=batch_size,
         text_field=text_field,
+        tokenizer=tokenizer,
     )
     recipe.save(output)
     if plot is not None:

@@ -240,19 +240,24 @@ class Recipe:
     def create_sim(self, model: Any, sample_input_ids: Any, *, in_place: bool = False) -> Any:
         """Build the simulation of a model on the grids of the recipe.
 
-        The parameters are those of :func:`aimet_ext.create_sim`.
+        The parameters are those of :func:`aimet_ext.create_sim`. The model may also be an
+        ``onnx.ModelProto``, whose simulation is one of aimet_onnx; the table of an embedding is
+        then quantized as activations are, and the sample is not needed.
         """
+        grids: dict[str, Any] = {
+            "weights": self.weights.spec(),
+            "lm_head": self.lm_head.spec(),
+            "activations": Grid(width=self.activations).spec(),
+            "overrides": {name: grid.spec() for name, grid in self.overrides.items()},
+            "in_place": in_place,
+        }
+        if hasattr(model, "graph"):
+            from aimet_ext.grids.create_onnx import create_onnx_sim
+
+            return create_onnx_sim(model, **grids)
         from aimet_ext.grids.create import create_sim
 
-        return create_sim(
-            model,
-            sample_input_ids,
-            weights=self.weights.spec(),
-            lm_head=self.lm_head.spec(),
-            activations=Grid(width=self.activations).spec(),
-            overrides={name: grid.spec() for name, grid in self.overrides.items()},
-            in_place=in_place,
-        )
+        return create_sim(model, sample_input_ids, **grids)
 
     def apply(
         self,

@@ -1,0 +1,330 @@
+"""The jobs of commands on ONNX graphs, see :mod:`aimet_ext.cli.jobs` for models of torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import aimet_ext
+from aimet_ext.cli import jobs
+from aimet_ext.cli.output import table
+from aimet_ext.errors import require
+from aimet_ext.files.folders import check_output, replace_folder, write_json
+from aimet_ext.files.manifest import is_export, relist_files
+from aimet_ext.files.reading import naming
+from aimet_ext.progress import step, steps
+from aimet_ext.recipes.recipe import Recipe
+from aimet_ext.registry import TECHNIQUES
+from aimet_ext.sim.protocol import adapt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from aimet_ext.data.feeds import Feed, InputSpec
+    from aimet_ext.recipes.recipe import CalibrationPlan
+
+ARRAYS = (".npz", ".npy")
+"""Files with inputs of a graph."""
+
+
+def is_graph(path: Path) -> bool:
+    """Return True for an ONNX file."""
+    return path.suffix.lower() == ".onnx"
+
+
+def exported_folder(path: Path) -> Path:
+    """Return the folder of an export, also of an ONNX file in it.
+
+    :raises ValueError: an ONNX file that is in none.
+    """
+    if not is_graph(path):
+        return path
+    if not is_export(path.parent):
+        raise ValueError(
+            f"{path}: an ONNX file of an export is required, with the quantizers beside it; "
+            "quantize the graph first"
+        )
+    return path.parent
+
+
+def tokenizer_of(path: Path, given: Path | None) -> Any:
+    """Return the tokenizer in a folder, or else the one beside a graph or in a model's folder.
+
+    :raises ValueError: none is given, and a graph has none beside it.
+    """
+    place = path.parent if path.is_file() else path
+    beside = any(file.is_file() for file in place.glob("tokenizer*"))
+    if given is None and path.is_file() and not beside:
+        raise ValueError(
+            f"{path}: a tokenizer is required to read text, and none is beside the graph; give its "
+            f"folder by --tokenizer DIR, or the graph's inputs as arrays ({', '.join(ARRAYS)})"
+        )
+    return jobs.load_tokenizer(given or place)
+
+
+@steps("quantize", 7)
+def quantize(
+    path: Path,
+    calibration: Sequence[Path],
+    output: Path,
+    *,
+    recipe: Recipe,
+    tokenizer: Path | None,
+    **folders: Any,
+) -> jobs.Quantized:
+    """Quantize a graph and export the result to a folder, with the recipe.
+
+    :param calibration: Texts, or arrays of the graph's inputs; only with text is it scored.
+    :param tokenizer: Folder of the tokenizer; None for that of the graph.
+    :param folders: ``checkpoint_dir``, ``cache_dir``.
+    """
+    from aimet_ext.onnx.reading import read_model
+    from aimet_ext.onnx.session import open_session
+
+    start = time.perf_counter()
+    check_output(output)
+    _hush()
+    inputs, plan = _inputs(path), recipe.calibration
+    quality: dict[str, Any] = {}
+    held_out: list[Tensor] = []
+    step("read the data")
+    if arrays := _are_arrays(calibration):
+        feeds = list(_array_feeds(calibration, inputs, plan))
+    else:
+        read = tokenizer_of(path, tokenizer)
+        length, size = _sizes(inputs, plan)
+        windows = aimet_ext.calibration_batches(
+            read, calibration, length, plan.num_batches, size, text_field=plan.text_field
+        )
+        feeds = token_feeds(windows, inputs)
+        held_out, described = jobs.held_out_text(read, calibration, windows, plan.text_field)
+        step("score the float model")
+        session = open_session(path)
+        quality["float"] = aimet_ext.evaluate_perplexity(session, held_out)
+        reference = aimet_ext.float_logits(session, held_out)
+    step("make the simulation")
+    sim = recipe.create_sim(read_model(path), None, in_place=True)
+    divergences = {}
+    if not arrays:
+        step("score plain rounding")
+        with adapt(sim).disabled_quantizers(weights=False):
+            quality["rounding"] = aimet_ext.evaluate_perplexity(sim, held_out)
+            divergences["rounding"] = aimet_ext.evaluate_divergence(sim, held_out, reference)
+    step("apply the techniques")
+    compares = any(TECHNIQUES[name].reference for name in recipe.params())
+    float_model = open_session(path) if compares else None
+    reports = recipe.apply(sim, feeds, reference=float_model, **folders)
+    step("calibrate")
+    sim.compute_encodings(feeds)
+    if not arrays:
+        quality["quantized"] = aimet_ext.evaluate_perplexity(sim, held_out)
+        divergences["quantized"] = aimet_ext.evaluate_divergence(sim, held_out, reference)
+        quality["divergence"] = {name: dataclasses.asdict(d) for name, d in divergences.items()}
+        quality |= {"windows": sum(map(len, held_out)), "text": described}
+    step("export")
+    with replace_folder(output) as folder:
+        aimet_ext.export(sim, folder, jobs.PREFIX, feeds[0])
+        for name, report in reports.items():
+            report.save(folder / jobs.REPORTS / f"{name}.json")
+        recipe.save(folder / jobs.RECIPE)
+        if quality:
+            read.save_pretrained(folder)
+            (folder / jobs.REPORTS).mkdir(exist_ok=True)
+            write_json(folder / jobs.REPORTS / "quality.json", quality)
+        relist_files(folder)
+    seconds = time.perf_counter() - start
+    return jobs.Quantized(reports, quality, jobs.list_files(output), seconds)
+
+
+def assign_widths(
+    path: Path,
+    calibration: Sequence[Path],
+    budget: str,
+    choices: Sequence[str],
+    *,
+    tokenizer: Path | None,
+    plan: CalibrationPlan,
+    **options: Any,
+) -> Any:
+    """Return the report of widths of a graph under a budget."""
+    from aimet_ext.onnx.reading import read_model
+
+    _hush()
+    inputs = _inputs(path)
+    if _are_arrays(calibration):
+        feeds = list(_array_feeds(calibration, inputs, plan))
+    else:
+        length, size = _sizes(inputs, plan)
+        windows = aimet_ext.calibration_batches(
+            tokenizer_of(path, tokenizer),
+            calibration,
+            length,
+            plan.num_batches,
+            size,
+            text_field=plan.text_field,
+        )
+        feeds = token_feeds(windows, inputs)
+    step("make the simulation")
+    sim = Recipe(activations="none").create_sim(read_model(path), None, in_place=True)
+    step("weigh the layers")
+    return aimet_ext.assign_widths(sim, feeds, budget, choices, **options)
+
+
+def open_graph(path: Path) -> Any:
+    """Return a session that computes a graph."""
+    from aimet_ext.onnx.session import open_session
+
+    return open_session(path)
+
+
+def fixed_length(path: Path) -> int | None:
+    """Return the tokens of a window that a graph takes, None where any number is."""
+    return next((s.sizes[1] for s in _inputs(path).values() if len(s.sizes) == 2), None)
+
+
+def is_quantized(path: Path) -> bool:
+    """Return True if a graph holds quantized tensors."""
+    from aimet_ext.onnx.reading import read_model
+
+    nodes = read_model(path, external=False).graph.node
+    return any(node.op_type == "DequantizeLinear" for node in nodes)
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Return what a graph takes, gives and holds, as JSON values.
+
+    :returns: ``inputs`` and ``outputs`` with their shapes, ``opset``, ``nodes`` by type, ``layers``
+        with weights by name, ``skipped`` ones with the reason, and ``quantized``.
+    """
+    from aimet_ext.onnx.graph import OnnxGraph
+    from aimet_ext.onnx.layers import find_layers
+    from aimet_ext.onnx.reading import read_model
+    from aimet_ext.onnx.values import input_specs
+
+    model = read_model(path)
+    with naming(path):
+        graph = OnnxGraph(model)
+        layers = find_layers(graph)
+        outputs = {value.name: value for value in model.graph.output}
+        shapes = {name: list(spec.shape or ()) for name, spec in input_specs(graph.inputs).items()}
+        return {
+            "kind": "graph",
+            "inputs": shapes,
+            "outputs": {n: list(spec.shape or ()) for n, spec in input_specs(outputs).items()},
+            "opset": graph.opset,
+            "nodes": dict(Counter(node.op_type for node in model.graph.node).most_common()),
+            "layers": {name: layer.kind for name, layer in layers.items()},
+            "skipped": dict(layers.skipped),
+            "quantized": is_quantized(path),
+        }
+
+
+def inspected(found: Mapping[str, Any]) -> str:
+    """Return the findings of :func:`inspect` as text."""
+    kinds = Counter(found["layers"].values())
+    rows = [
+        ("kind", "quantized graph" if found["quantized"] else "float graph"),
+        *((f"input {name}", str(shape)) for name, shape in found["inputs"].items()),
+        *((f"output {name}", str(shape)) for name, shape in found["outputs"].items()),
+        ("layers", ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"),
+        *(("left out", f"{name}: {reason}") for name, reason in found["skipped"].items()),
+        ("nodes", ", ".join(f"{count} {kind}" for kind, count in found["nodes"].items())),
+        ("opset", ", ".join(f"{name or 'ai.onnx'} {n}" for name, n in found["opset"].items())),
+    ]
+    return table(rows)
+
+
+# ------------------------------------------------------------------------------------------ inputs
+
+
+def token_feeds(windows: Sequence[Tensor], inputs: Mapping[str, InputSpec]) -> list[Feed]:
+    """Return windows of token ids as inputs of a graph, with a mask and positions where it asks.
+
+    :raises ValueError: the graph has other inputs too.
+    """
+    from aimet_ext.data.feeds import check_inputs, filled_batches
+
+    feeds = []
+    for number, filled in filled_batches(windows, inputs):
+        batch = {
+            name: tensor.to(inputs[name].dtype) if inputs[name].dtype else tensor
+            for name, tensor in filled.items()
+            if name in inputs
+        }
+        if other := [name for name in inputs if name not in batch]:
+            raise ValueError(
+                f"a graph of token ids, mask and positions is required to read text, but it takes "
+                f"{', '.join(other)} too; give its inputs as arrays: --calibration FILE.npz"
+            )
+        check_inputs(batch, inputs, number)
+        feeds.append({name: tensor.numpy() for name, tensor in batch.items()})
+    return feeds
+
+
+def _array_feeds(
+    files: Sequence[Path], inputs: Mapping[str, InputSpec], plan: CalibrationPlan
+) -> Iterator[Feed]:
+    """Yield batches of the arrays in files, of which the first dimension counts samples.
+
+    :raises ValueError: a file lacks an input, or an input has another type or shape.
+    """
+    from aimet_ext.data.batches import as_tensors
+    from aimet_ext.data.feeds import check_inputs
+
+    fixed = {spec.sizes[0] for spec in inputs.values() if spec.sizes and spec.sizes[0] is not None}
+    size = min(fixed, default=plan.batch_size)
+    count = 0
+    for file in files:
+        arrays = _arrays(file, inputs)
+        samples = max((len(array) for array in arrays.values() if array.ndim), default=1)
+        for first in range(0, samples - size + 1 if samples > size else 1, size):
+            feed = {n: a[first : first + size] if a.ndim else a for n, a in arrays.items()}
+            try:
+                check_inputs({n: as_tensors(a) for n, a in feed.items()}, inputs, count)
+            except ValueError as error:
+                raise ValueError(f"{file}: {error}") from error
+            yield feed
+            count += 1
+            if count == plan.num_batches:
+                return
+
+
+def _arrays(file: Path, inputs: Mapping[str, InputSpec]) -> dict[str, Any]:
+    """Return the arrays of a file by input."""
+    with naming(file, problem="arrays that numpy.savez or numpy.save wrote are required"):
+        loaded = np.load(file, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return {next(iter(inputs)): loaded}
+        with loaded:
+            return {name: loaded[name] for name in loaded.files if name in inputs}
+
+
+def _are_arrays(files: Sequence[Path]) -> bool:
+    kinds = {file.suffix.lower() in ARRAYS for file in files}
+    if len(kinds) > 1:
+        raise ValueError("texts or arrays (.npz, .npy) are required to calibrate on, got both")
+    return kinds == {True}
+
+
+def _inputs(path: Path) -> dict[str, InputSpec]:
+    require("onnx", "onnx")
+    from aimet_ext.onnx.values import read_input_specs
+
+    return read_input_specs(path)
+
+
+def _sizes(inputs: Mapping[str, InputSpec], plan: CalibrationPlan) -> tuple[int, int]:
+    """Return length and number of windows of a batch: the graph's, where these are fixed."""
+    size, length = next((s.sizes for s in inputs.values() if len(s.sizes) == 2), (None, None))
+    return length or plan.seq_length, size or plan.batch_size
+
+
+def _hush() -> None:
+    """Let onnxruntime, which logs past Python, report errors alone in sessions of AIMET's."""
+    require("onnxruntime", "onnx").set_default_logger_severity(3)

@@ -1,0 +1,138 @@
+"""ONNX graphs on the command line: on text with a tokenizer, and on arrays of any inputs."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+from onnx_models import conv_model, exported_llama
+from typer.testing import CliRunner, Result
+
+from aimet_ext import cli, examples
+
+CUT = ("--seq-length", "16", "--num-batches", "2", "--batch-size", "2")
+WEIGHTS = ("--weights", "int4", "--activations", "none", "--technique", "gptq")
+
+
+def run(*arguments: str | pathlib.Path) -> Result:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Folder with a language model's graph, a text, and a tokenizer in a folder of its own."""
+    folder = tmp_path_factory.mktemp("graphs")
+    onnx.save(exported_llama(vocab_size=1024).model, folder / "llama.onnx")
+    (folder / "tokenizer").mkdir()
+    for file in examples.model_dir().glob("tokenizer*"):
+        shutil.copy(file, folder / "tokenizer")
+    (folder / "text.txt").write_text("\n".join(examples.documents("calibration")), "utf-8")
+    return folder
+
+
+def text_of(place: pathlib.Path, option: str) -> tuple[str | pathlib.Path, ...]:
+    return (option, place / "text.txt", "--tokenizer", place / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def exported(place: pathlib.Path) -> pathlib.Path:
+    output = place / "out"
+    with_text = text_of(place, "--calibration")
+    changes = ("--override", "*.down_proj=int8", "--exclude", "*.o_proj", "--json")
+    done = run(
+        "quantize", place / "llama.onnx", *with_text, "--output", output, *CUT, *WEIGHTS, *changes
+    )
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    layers = {layer["name"]: layer for layer in found["reports"]["gptq"]["layers"]}
+    assert not any("o_proj" in name for name in layers)
+    bits = {layer["bitwidth"] for name, layer in layers.items() if "down_proj" in name}
+    assert bits == {8}
+    assert found["quality"]["divergence"]["quantized"]["kl"] > 0
+    return output
+
+
+def test_what_was_exported_is_inspected_and_scored(
+    exported: pathlib.Path, place: pathlib.Path
+) -> None:
+    found = json.loads(run("inspect", exported, "--json").stdout)
+    assert found["framework"] == "onnx" and found["quality"]["quantized"] > 1
+    options = ("--seq-length", "16", "--num-windows", "4", "--json")
+    text = ("--text", place / "text.txt")  # the export has the tokenizer
+    done = run("evaluate", exported, *text, *options, "--reference", place / "llama.onnx")
+    assert done.exit_code == 0, done.stderr
+    scored = json.loads(done.stdout)
+    assert scored["quantized"] and scored["kl"] > 0
+    plain = run("evaluate", place / "llama.onnx", *text_of(place, "--text"), *options)
+    assert plain.exit_code == 0, plain.stderr
+    assert not json.loads(plain.stdout)["quantized"]
+
+
+def test_an_export_is_analyzed_by_its_folder_or_a_file_in_it(
+    exported: pathlib.Path, place: pathlib.Path
+) -> None:
+    options = ("--text", place / "text.txt", "--seq-length", "16", "--num-windows", "2")
+    done = run("analyze", exported / "model.onnx", *options, "--top-k", "0", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["quantizers"]
+    done = run("analyze", place / "llama.onnx", *options)
+    assert done.exit_code == 2 and "quantize the graph first" in " ".join(done.stderr.split())
+
+
+def test_widths_of_a_graph_are_assigned(place: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    written = tmp_path / "widths.yaml"
+    budget = ("--budget", "5", "--output", written, *CUT, "--json")
+    with_text = text_of(place, "--calibration")
+    done = run("assign-widths", place / "llama.onnx", *with_text, *budget)
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert len(report["layers"]) == 14 and written.is_file()
+
+
+def test_a_graph_is_inspected(place: pathlib.Path) -> None:
+    found = json.loads(run("inspect", place / "llama.onnx", "--json").stdout)
+    assert set(found["inputs"]) == {"input_ids", "attention_mask"} and not found["quantized"]
+    assert sorted(set(found["layers"].values())) == ["embedding", "linear"]
+    shown = run("inspect", place / "llama.onnx").stdout
+    assert "input input_ids" in shown and "15 linear" in shown
+
+
+def test_a_graph_of_other_inputs_is_quantized_on_arrays(tmp_path: pathlib.Path) -> None:
+    graph, data = tmp_path / "conv.onnx", np.random.default_rng(0)
+    model = conv_model()
+    onnx.save(model, graph)
+    value = model.graph.input[0]
+    shape = [dim.dim_value or 6 for dim in value.type.tensor_type.shape.dim]
+    images = data.normal(size=shape).astype(np.float32)
+    np.savez(tmp_path / "images.npz", **{value.name: images, "label": np.zeros(3)})
+    np.save(tmp_path / "images.npy", images)
+    common = ("quantize", graph, "--output", tmp_path / "out", "--technique", "rtn")
+    for file in ("images.npz", "images.npy"):
+        done = run(*common, "--calibration", tmp_path / file)
+        assert done.exit_code == 0, done.stderr
+        assert "Not scored" in done.stdout
+    np.savez(tmp_path / "other.npz", other=images)
+    done = run(*common, "--calibration", tmp_path / "other.npz")
+    assert done.exit_code == 3 and "other.npz" in done.stderr and value.name in done.stderr
+    (tmp_path / "broken.npz").write_bytes(b"PK broken")
+    done = run(*common, "--calibration", tmp_path / "broken.npz")
+    assert done.exit_code == 4 and "numpy.savez" in done.stderr
+
+
+def test_arrays_and_texts_do_not_mix(place: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((1, 4), np.int64))
+    both = ("--calibration", tmp_path / "a.npy", *text_of(place, "--calibration"))
+    done = run("quantize", place / "llama.onnx", *both, "--output", tmp_path / "out")
+    assert done.exit_code == 3 and "got both" in done.stderr
+
+
+def test_a_graph_without_a_tokenizer_says_what_to_give(
+    place: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    text = ("--calibration", place / "text.txt", "--output", tmp_path / "out")
+    done = run("quantize", place / "llama.onnx", *text)
+    assert done.exit_code == 3 and "--tokenizer" in done.stderr
