@@ -13,14 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import typer
 from typer.testing import CliRunner
 
 import aimet_ext
-from aimet_ext import LPBQ, QSpec
-from aimet_ext.cli.errors import ErrorsAsCodes
-from aimet_ext.cli.verify import EPILOG
-from aimet_ext.cli.verify import verify as command
+from aimet_ext import LPBQ, QSpec, cli
 from aimet_ext.data.feeds import graph_feeds
 from aimet_ext.errors import CorruptFileError, Finding
 from aimet_ext.files.manifest import read_manifest
@@ -333,10 +329,7 @@ def test_a_threshold_must_be_a_number() -> None:
 
 
 def run_command(*arguments: str) -> Any:
-    app = typer.Typer(cls=ErrorsAsCodes)
-    app.command(epilog=EPILOG)(command)
-    app.callback()(lambda: None)
-    return CliRunner().invoke(app, ["verify", *arguments])
+    return CliRunner().invoke(cli.app, ["verify", *arguments])
 
 
 def test_the_command_ends_with_the_verdict(
