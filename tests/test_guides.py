@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import inspect
 import pathlib
 import re
+from typing import Any
+
+import pytest
+import torch
 
 import aimet_ext
+from aimet_ext.registry import TECHNIQUES, load
 
 DOCS = pathlib.Path(__file__).resolve().parent.parent / "docs"
+#: AIMET's functions that take anything and pass it on, and those that have the arguments.
+PASSED_ON = {
+    "aimet_torch.seq_mse.apply_seq_mse": "aimet_torch.seq_mse._apply_seq_mse",
+    "aimet_torch.mixed_precision.choose_mixed_precision": (
+        "aimet_torch._base.mixed_precision.choose_mixed_precision"
+    ),
+}
 
 
 def rows(page: str, columns: int) -> list[list[str]]:
     """Return the rows of a page's list tables that have a number of columns, as texts."""
-    text = (DOCS / page).read_text("utf-8")
+    return table_rows((DOCS / page).read_text("utf-8"), columns)
+
+
+def table_rows(text: str, columns: int) -> list[list[str]]:
+    """Return the rows of a text's list tables that have a number of columns."""
     found = []
     for row in re.findall(r"^    \* - .*\n(?:      .*\n)*", text, re.M):
         cells = re.split(r"^    (?:\*|  ?)? ?- ?", row, flags=re.M)[1:]
@@ -48,3 +67,82 @@ def test_recipes_and_functions_that_guides_name_exist() -> None:
     assert named <= set(aimet_ext.recipe_names())
     functions = set(re.findall(r"``(apply_\w+)\(?", (DOCS / "choose.rst").read_text("utf-8")))
     assert functions <= set(aimet_ext.__all__)
+
+
+def attribute(dotted: str) -> Any:
+    """Import what a dotted name stands for.
+
+    :raises AttributeError: It does not exist.
+    """
+    parts = dotted.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[end:]:
+            found = getattr(found, name)
+        return found
+    raise AttributeError(dotted)
+
+
+def arguments(dotted: str) -> set[str]:
+    """Return the names of a function's arguments, and of the settings it takes."""
+    function = attribute(dotted)
+    parameters = inspect.signature(function).parameters.values()
+    named = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    row = TECHNIQUES.get(dotted.partition("aimet_ext.apply_")[2])
+    settings = dataclasses.fields(load(row.params)) if row else ()
+    return (named | {field.name for field in settings}) - {"self"}
+
+
+def mapped() -> list[tuple[str, tuple[str, ...], str, str]]:
+    """Return title, AIMET's functions, ours, and text of each part of the page."""
+    page = (DOCS / "from_aimet.rst").read_text("utf-8")
+    parts = re.split(r"^(.+)\n-{3,}$", page, flags=re.M)
+    found = []
+    for title, text in zip(parts[1::2], parts[2::2], strict=True):
+        head, ours, body = re.split(r"→ :func:`~(\S+)`", text.partition("\n=====")[0])
+        found.append((title, tuple(re.findall(r"``(\S+?)``", head)), ours, body))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "body"), [pytest.param(*row[1:], id=row[0]) for row in mapped()]
+)
+def test_every_argument_of_aimet_is_on_the_page(
+    theirs: tuple[str, ...], ours: str, body: str
+) -> None:
+    pytest.importorskip("aimet_onnx")
+    wanted = set().union(*(arguments(PASSED_ON.get(name, name)) for name in theirs))
+    given = [row for row in table_rows(body, 3) if row[0] != "AIMET's argument"]
+    named = [name for row in given for name in re.findall(r"``(\w+)``", row[0])]
+    assert sorted(named) == sorted(wanted)
+    assert {row[1].strip("`") for row in given} - {"–"} <= arguments(ours)
+
+
+def test_what_stays_with_aimet_exists() -> None:
+    pytest.importorskip("aimet_onnx")
+    page = (DOCS / "from_aimet.rst").read_text("utf-8")
+    for name in re.findall(r"``(aimet_(?:torch|onnx)\.[\w.]+)``", page):
+        assert attribute(name) is not None
+
+
+def test_a_name_that_is_gone_is_noticed() -> None:
+    with pytest.raises(AttributeError):
+        attribute("aimet_torch.seq_mse.apply_seq_nmse")
+    with pytest.raises(AttributeError):
+        attribute("aimet_torch.seq_nmse.apply_seq_mse")
+
+
+def test_every_file_of_an_export_is_on_the_page(tiny_model: Any, tmp_path: pathlib.Path) -> None:
+    ids = torch.arange(3, 11)[None]
+    sim = aimet_ext.create_sim(tiny_model("llama"), ids, activations=None)
+    aimet_ext.apply_rotation(sim)
+    sim.compute_encodings(lambda model: model(ids))
+    aimet_ext.export(sim, tmp_path / "out", "PREFIX", ids)
+    table = rows("deploying.rst", 3)
+    named = {name for row in table for name in re.findall(r"``([\w.]+)/?``", row[0])}
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert len(written) > 8
+    assert written <= named
