@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import importlib.util
 import inspect
 import pathlib
 import re
@@ -146,3 +146,26 @@ def test_every_file_of_an_export_is_on_the_page(tiny_model: Any, tmp_path: pathl
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert len(written) > 8
     assert written <= named
+
+
+def test_drawings_are_those_of_the_code(tmp_path: pathlib.Path) -> None:
+    """Byte by byte with the matplotlib that drew them, else by their texts."""
+    matplotlib = pytest.importorskip("matplotlib")
+    spec = importlib.util.spec_from_file_location("figures", DOCS / "figures.py")
+    assert spec is not None and spec.loader is not None
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    drawn = {path.name: path.read_text("utf-8") for path in figures.draw(tmp_path)}
+    kept = {path.name: path.read_text("utf-8") for path in DOCS.glob("static/concepts/*.svg")}
+    if f"Matplotlib v{matplotlib.__version__}," not in kept["grid.svg"]:
+        drawn, kept = texts_of(drawn), texts_of(kept)
+    assert drawn == kept
+    page = (DOCS / "concepts.rst").read_text("utf-8")
+    assert set(re.findall(r"image:: static/concepts/(\S+)", page)) == set(kept)
+    for text in kept.values():
+        assert "#777777" in text and "#000000" not in text and "fill: #ffffff" not in text
+
+
+def texts_of(drawings: dict[str, str]) -> dict[str, str]:
+    """Return what is written in drawings."""
+    return {name: "|".join(re.findall(r">([^<>]+)</text>", it)) for name, it in drawings.items()}
