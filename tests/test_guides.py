@@ -169,3 +169,42 @@ def test_drawings_are_those_of_the_code(tmp_path: pathlib.Path) -> None:
 def texts_of(drawings: dict[str, str]) -> dict[str, str]:
     """Return what is written in drawings."""
     return {name: "|".join(re.findall(r">([^<>]+)</text>", it)) for name, it in drawings.items()}
+
+
+EQUIVALENTS = sorted((DOCS / "equivalents").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EQUIVALENTS, ids=lambda path: path.stem)
+def test_a_configuration_of_another_package_is_a_recipe(path: pathlib.Path) -> None:
+    recipe = aimet_ext.read_recipe(path)
+    assert recipe.name == path.stem
+    assert list(recipe.params())
+    page = (DOCS / "from_others.rst").read_text("utf-8")
+    assert f"literalinclude:: equivalents/{path.name}\n" in page
+
+
+def test_settings_named_for_other_packages_exist() -> None:
+    recipe = aimet_ext.read_recipe("w4a16-fast")
+    named = [
+        name for row in rows("from_others.rst", 3) for name in re.findall(r"``(.+?)``", row[1])
+    ]
+    assert len(named) > 50
+    for name in named:
+        owner, _, setting = name.partition(".")
+        if owner in TECHNIQUES:
+            fields = dataclasses.fields(load(TECHNIQUES[owner].params))
+            assert setting in {field.name for field in fields}, name
+        else:
+            found = getattr(recipe, owner)
+            assert not setting or hasattr(found, setting), name
+
+
+def test_names_of_quark_are_those_of_its_pass_in_olive() -> None:
+    pytest.importorskip("olive")
+    module = importlib.import_module("olive.passes.quark_quantizer.quark_quantization")
+    page = (DOCS / "from_others.rst").read_text("utf-8")
+    part = page.partition("\nQuark\n=====\n")[2].partition("\n====")[0]
+    given = [row for row in table_rows(part, 3) if row[0] != "Quark's"]
+    named = {name for row in given for name in re.findall(r"``(\w+)``", row[0])}
+    assert len(named) > 8
+    assert named <= set(module.QuarkQuantization._default_config(None))
