@@ -151,6 +151,7 @@ def smoothing(figure: Figure) -> None:
         axes.set_title(title)
         axes.set_xlabel("channel")
         axes.set_xticks([])
+    both[0].set_ylim(0, 20)
     both[0].legend(loc="upper right")
 
 

@@ -9,7 +9,9 @@ from aimet_torch import QuantizationSimModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import aimet_ext
-from aimet_ext import examples
+
+# In place of from aimet_torch.seq_mse import apply_seq_mse:
+from aimet_ext import apply_gptq, apply_seq_mse, examples
 
 MODEL = examples.model_dir()  # or the folder of your own model
 model = AutoModelForCausalLM.from_pretrained(MODEL)
@@ -20,11 +22,8 @@ data_loader = aimet_ext.calibration_batches(
 model = aimet_ext.prepare_model(model, mask_value=-100.0)  # logits out, masks that fit 16 bits
 # End of [setup]
 
+
 # [aimet-script]
-# from aimet_torch.seq_mse import apply_seq_mse
-from aimet_ext import apply_gptq, apply_seq_mse  # noqa: E402
-
-
 def forward_fn(model: torch.nn.Module, batch: torch.Tensor) -> None:
     model(batch)
 
