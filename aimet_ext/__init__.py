@@ -65,6 +65,9 @@ if TYPE_CHECKING:
     from aimet_ext.recipes.recipe import Recipe as Recipe
     from aimet_ext.recipes.recipe import read_recipe as read_recipe
     from aimet_ext.recipes.recipe import recipe_names as recipe_names
+    from aimet_ext.reporting.comparison import RunComparison as RunComparison
+    from aimet_ext.reporting.recorder import Recorder as Recorder
+    from aimet_ext.reporting.run_report import RunReport as RunReport
     from aimet_ext.techniques.adaround import apply_adaround as apply_adaround
     from aimet_ext.techniques.autoround import apply_autoround as apply_autoround
     from aimet_ext.techniques.awq import apply_awq as apply_awq
@@ -118,6 +121,9 @@ _HOMES = {
         "models.kv_cache": ("TokenCache",),
         "models.description": ("TopologyDescription",),
         "recipes.recipe": ("Recipe", "read_recipe", "recipe_names"),
+        "reporting.comparison": ("RunComparison",),
+        "reporting.recorder": ("Recorder",),
+        "reporting.run_report": ("RunReport",),
         "techniques.omniquant": ("OmniQuantReport",),
         "techniques.report": (
             *("LayerReport", "LayerwiseReport", "RotationReport"),

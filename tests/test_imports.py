@@ -141,11 +141,22 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch"},
     ),
     "analysis.widths_report": (
-        {"recipes", "files", "config"},
+        {"drawing", "recipes", "files", "config"},
         {"pydantic"},
     ),
+    "drawing*": ({"drawing"}, {"matplotlib", "jinja2", "markupsafe"}),
+    "reporting*": (
+        {
+            *("reporting", "drawing", "analysis", "techniques", "recipes", "sim.protocol"),
+            *("files", "core", "config"),
+        },
+        {"torch", "pydantic", "yaml"},
+    ),
     "analysis*": (
-        {"analysis", "sim.protocol", "sim.points", "walk.hooks", "data", "files", "core"},
+        {
+            *("analysis", "drawing", "sim.protocol", "sim.points", "walk.hooks"),
+            *("data", "files", "core"),
+        },
         {"torch", "pydantic"},
     ),
     "artifact*": (
@@ -178,7 +189,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "cli*": (
         {
             *("cli", "verification", "lora", "artifact", "integrations", "models", "files"),
-            *("onnx", "data"),
+            *("onnx", "data", "reporting"),
             *("sim.protocol", "core", "config", "registry", "recipes", "public"),
         },
         {"typer", "torch", "transformers", "numpy"},

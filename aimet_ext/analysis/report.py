@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import html
 import json
-import math
 import re
 from dataclasses import field, replace
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 
+from aimet_ext.drawing.figures import cost_bars
 from aimet_ext.files.folders import replace_file
 
 _SHOWN = 20  # rows of the table and the drawing
@@ -136,44 +135,20 @@ class AnalysisReport:
         """Draw the worst quantizers' divergences, alone and removed, to an SVG file.
 
         :raises ValueError: The path does not end in ``.svg``.
+        :raises MissingExtraError: matplotlib is not installed.
         """
         if Path(path).suffix.lower() != ".svg":
             raise ValueError(f"path must end in .svg, the form that is drawn, got {path}")
-        replace_file(path, _drawing(self.quantizers[:_SHOWN], self.kl).encode())
+        shown = self.quantizers[:_SHOWN]
+        drawn = cost_bars(
+            [e.name if len(e.name) <= 64 else f"…{e.name[-63:]}" for e in shown],
+            [e.kl_alone for e in shown],
+            [e.kl_removed for e in shown],
+        )
+        replace_file(path, drawn.file().encode())
 
 
 def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
     first = f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}"
     pairs = zip(row[2:], widths[2:], strict=True)
     return "  ".join([first, *(f"{cell:>{width}}" for cell, width in pairs)])
-
-
-def _drawing(entries: tuple[QuantizerReport, ...], total: float) -> str:
-    """Return horizontal bars on a logarithmic scale of six decades."""
-    names, bars, line = 460, 400, 22
-    top = max([1e-12, total, *(e.kl_alone for e in entries), *(e.kl_removed for e in entries)])
-
-    def length(value: float) -> float:
-        return 0.0 if value <= 0 else max(0.0, 1 + math.log10(value / top) / 6) * bars
-
-    height = line * (len(entries) + 2)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{names + bars + 90}" height="{height}" '
-        'font-family="sans-serif" font-size="12">',
-        '<rect width="100%" height="100%" fill="white"/>',
-        f'<text x="{names}" y="15">KL to the float model in nats, logarithmic: '
-        '<tspan fill="#1f77b4">alone</tspan>, <tspan fill="#ff7f0e">removed</tspan></text>',
-    ]
-    for place, entry in enumerate(entries, 1):
-        y = place * line + 4
-        label = entry.name if len(entry.name) <= 64 else f"…{entry.name[-63:]}"
-        parts.append(
-            f'<text x="{names - 6}" y="{y + 12}" text-anchor="end">{html.escape(label)}</text>'
-            f'<rect x="{names}" y="{y}" width="{length(entry.kl_alone):.1f}" height="8" '
-            'fill="#1f77b4"/>'
-            f'<rect x="{names}" y="{y + 9}" width="{length(entry.kl_removed):.1f}" height="6" '
-            'fill="#ff7f0e"/>'
-            f'<text x="{names + length(entry.kl_alone) + 4:.1f}" y="{y + 10}">'
-            f"{entry.kl_alone:.2g}</text>"
-        )
-    return "\n".join([*parts, "</svg>", ""])

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,8 @@ from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from aimet_ext.config import LPBQ, Blockwise, PerTensor, QSpec
+from aimet_ext.drawing.figures import pareto
+from aimet_ext.drawing.page import render, trusted
 from aimet_ext.files.folders import replace_file
 from aimet_ext.recipes.recipe import Grid, Recipe
 
@@ -179,74 +179,29 @@ class WidthsReport:
         :param path: ``.svg`` for the drawing alone, or ``.html`` for a page with it, the table and
             the numbers, which needs no other file.
         :raises ValueError: The path ends in neither.
+        :raises MissingExtraError: matplotlib, or jinja2 for a page, is not installed.
         """
         kind = Path(path).suffix.lower()
         if kind not in (".svg", ".html"):
             raise ValueError(
                 f"path must end in .svg or .html, the forms that are drawn, got {path}"
             )
-        marks = [
-            *((name, *point, "#1f77b4") for name, point in self.uniform().items()),
-            (ASSIGNED, self.average_bits, self.kl, "#d62728"),
-            ("measured", self.average_bits, self.measured, "#2ca02c"),
-        ]
-        drawing = _drawing(self.curve, marks)
+        drawing = pareto(self.curve, self.marks()).file()
         replace_file(path, (drawing if kind == ".svg" else self._page(drawing)).encode())
+
+    def marks(self) -> dict[str, tuple[float, float]]:
+        """Return the points of :meth:`uniform` and of the result, estimated and measured."""
+        return {
+            **self.uniform(),
+            ASSIGNED: (self.average_bits, self.kl),
+            "measured": (self.average_bits, self.measured),
+        }
 
     def _page(self, drawing: str) -> str:
         """Return a page with the drawing and the table of :meth:`__str__`."""
-        title = f"{self.average_bits:.4f} bits a weight, KL {self.measured:.4g} nats"
-        return (
-            f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-            f'</head>\n<body style="font-family: sans-serif">\n<h1>{title}</h1>\n{drawing}'
-            f"<pre>{html.escape(str(self))}</pre>\n</body></html>\n"
+        return render(
+            "widths.html",
+            title=f"{self.average_bits:.4f} bits a weight, KL {self.measured:.4g} nats",
+            drawing=trusted(drawing),
+            table=str(self),
         )
-
-
-def _drawing(
-    curve: Sequence[tuple[float, float]], marks: Sequence[tuple[str, float, float, str]]
-) -> str:
-    """Return a line over a logarithmic axis of divergence, with marks on it and beside it."""
-    wide, high, left, top = 560, 320, 70, 30
-    points = [*curve, *((bits, kl) for _, bits, kl, _ in marks)]
-    positive = [kl for _, kl in points if kl > 0] or [1.0]
-    low, most = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
-    most = max(most, low + 1)
-    first, last = min(bits for bits, _ in points), max(bits for bits, _ in points)
-
-    def place(bits: float, kl: float) -> tuple[float, float]:
-        across = (bits - first) / (last - first or 1.0)
-        down = (most - math.log10(max(kl, 10.0**low))) / (most - low)
-        return left + across * wide, top + down * high
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + wide + 110}" '
-        f'height="{top + high + 50}" font-family="sans-serif" font-size="12">',
-        '<rect width="100%" height="100%" fill="white"/>',
-        f'<text x="{left}" y="18">estimated KL to the float model in nats, over bits a weight '
-        "with scales</text>",
-        f'<path d="M{left} {top}V{top + high}H{left + wide}" fill="none" stroke="#888"/>',
-    ]
-    for power in range(low, most + 1):
-        _, y = place(first, 10.0**power)
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">1e{power}</text>')
-    for bits in range(math.ceil(first), math.floor(last) + 1):
-        x, _ = place(bits, 1.0)
-        parts.append(f'<text x="{x:.1f}" y="{top + high + 18}" text-anchor="middle">{bits}</text>')
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in curve))
-    parts.append(f'<polyline points="{line}" fill="none" stroke="#444" stroke-width="1.5"/>')
-    parts += [
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="#444"><title>{bits:.4f} bits, KL {kl:.3g}'
-        "</title></circle>"
-        for bits, kl in curve
-        for x, y in [place(bits, kl)]
-    ]
-    for name, own, kl, color in marks:
-        x, y = place(own, kl)
-        side = -1 if name == ASSIGNED else 1  # of the mark, where the name stands
-        parts.append(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>'
-            f'<text x="{x + side * 7:.1f}" y="{y - side * 7 + 2:.1f}" fill="{color}" '
-            f'text-anchor="{"start" if side > 0 else "end"}">{html.escape(name)}</text>'
-        )
-    return "\n".join([*parts, "</svg>", ""])

@@ -37,6 +37,8 @@ from aimet_ext.cli.options import (
 from aimet_ext.cli.output import Result, command, table
 from aimet_ext.cli.recipes import EPILOG as RECIPES_EPILOG
 from aimet_ext.cli.recipes import chosen_recipe, recipes, with_text
+from aimet_ext.cli.report import EPILOG as REPORT_EPILOG
+from aimet_ext.cli.report import report, widths_of
 from aimet_ext.cli.verify import EPILOG as VERIFY_EPILOG
 from aimet_ext.cli.verify import verify
 from aimet_ext.cli.widths import EPILOG as WIDTHS_EPILOG
@@ -227,6 +229,7 @@ def quantize(
             recipe=plan,
             hf_checkpoint=hf_checkpoint,
             check_export=check_export,
+            widths=widths_of(recipe, plan),
             **folders,
         )
     text = (
@@ -343,7 +346,7 @@ def analyze(
         raise typer.BadParameter(f"a file that ends in .svg is required, got {plot}")
     from aimet_ext.cli import jobs
 
-    report = jobs.analyze(
+    found = jobs.analyze(
         folder,
         text,
         text_field=text_field,
@@ -354,8 +357,8 @@ def analyze(
         top_k=top_k,
     )
     if plot is not None:
-        report.plot(plot)
-    return Result(str(report), report.to_dict())
+        found.plot(plot)
+    return Result(str(found), found.to_dict())
 
 
 @command(
@@ -423,6 +426,7 @@ def olive_config(
     return Result(f"{output}\n{run}", {"output": str(output), "command": run})
 
 
+command(app, epilog=REPORT_EPILOG)(report)
 command(app, epilog=VERIFY_EPILOG)(verify)
 command(app, epilog=DEMO_EPILOG)(demo)
 app.add_typer(lora_app)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import aimet_ext
+from aimet_ext.cli.report import write_run
 from aimet_ext.errors import require
 from aimet_ext.files.folders import check_output, replace_folder, write_json
 from aimet_ext.files.manifest import is_export, relist_files
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from aimet_ext.recipes.recipe import Recipe
+    from aimet_ext.reporting.parts import Budget
+    from aimet_ext.reporting.recorder import Recorder
 
 PREFIX = "model"
 """Name of the exported files, before their endings."""
@@ -69,18 +73,21 @@ def quantize(
     recipe: Recipe,
     hf_checkpoint: bool,
     check_export: bool = True,
+    widths: Budget | None = None,
     **folders: Any,
 ) -> Quantized:
     """Quantize a model folder and export the result to another, with the recipe.
 
     :param check_export: Export the float model before the techniques run, to find out whether the
         result can be exported.
+    :param widths: Choice of widths that the recipe came from.
     :param folders: ``checkpoint_dir``, ``cache_dir``.
     """
     start = time.perf_counter()
     check_output(output)
-    step("load the model")
-    model, tokenizer = load_model(model_dir)
+    record = aimet_ext.Recorder()
+    with _part(record, "load the model"):
+        model, tokenizer = load_model(model_dir)
     plan = recipe.calibration
     step("read the text")
     batches = aimet_ext.calibration_batches(
@@ -93,40 +100,57 @@ def quantize(
     )
     held_out, described = held_out_text(tokenizer, calibration, batches, plan.text_field)
     _check_ids(model_dir, model, [*batches, *held_out])
-    step("score the float model")
-    quality: dict[str, Any] = {"float": aimet_ext.evaluate_perplexity(model, held_out)}
-    reference = aimet_ext.float_logits(model, held_out)
-    step("make the simulation")
+    with _part(record, "score the float model"):
+        quality: dict[str, Any] = {"float": aimet_ext.evaluate_perplexity(model, held_out)}
+        reference = aimet_ext.float_logits(model, held_out)
     # The float model is needed again by techniques that compare with it, and by no others.
     in_place = not any(TECHNIQUES[name].reference for name in recipe.params())
-    sim = recipe.create_sim(model, batches[0], in_place=in_place)
-    float_model = None if in_place else model
-    del model
+    with _part(record, "make the simulation"):
+        sim = recipe.create_sim(model, batches[0], in_place=in_place)
+        float_model = None if in_place else model
+        del model
     if check_export:
-        step("try the export")
-        _check_export(sim, batches[0])
-    step("score plain rounding")
-    with adapt(sim).disabled_quantizers(weights=False):
+        with _part(record, "try the export"):
+            _check_export(sim, batches[0])
+    with _part(record, "score plain rounding"), adapt(sim).disabled_quantizers(weights=False):
         quality["rounding"] = aimet_ext.evaluate_perplexity(sim, held_out)
         divergences = {"rounding": aimet_ext.evaluate_divergence(sim, held_out, reference)}
     step("apply the techniques")
-    reports = recipe.apply(sim, batches, reference=float_model, **folders)
-    step("calibrate")
-    sim.compute_encodings(partial(_run, batches=batches))  # what is still open
-    quality["quantized"] = aimet_ext.evaluate_perplexity(sim, held_out)
-    divergences["quantized"] = aimet_ext.evaluate_divergence(sim, held_out, reference)
+    reports = recipe.apply(sim, batches, reference=float_model, watch=record.phase, **folders)
+    with _part(record, "calibrate"):
+        sim.compute_encodings(partial(_run, batches=batches))  # what is still open
+    with _part(record, "score the result"):
+        quality["quantized"] = aimet_ext.evaluate_perplexity(sim, held_out)
+        divergences["quantized"] = aimet_ext.evaluate_divergence(sim, held_out, reference)
+    facts = {
+        "model": model_dir.resolve().name,
+        "recipe": recipe,
+        "perplexity": {**quality},
+        "divergence": divergences,
+        "text": described,
+        "windows": sum(map(len, held_out)),
+    }
     quality["divergence"] = {name: dataclasses.asdict(d) for name, d in divergences.items()}
-    quality |= {"windows": sum(map(len, held_out)), "text": described}
-    step("export")
+    quality |= {"windows": facts["windows"], "text": described}
     with replace_folder(output) as folder:
-        aimet_ext.export(sim, folder, PREFIX, batches[0][:1], hf_checkpoint=hf_checkpoint)
+        with _part(record, "export"):
+            aimet_ext.export(sim, folder, PREFIX, batches[0][:1], hf_checkpoint=hf_checkpoint)
         for name, report in reports.items():
             report.save(folder / REPORTS / f"{name}.json")
         recipe.save(folder / RECIPE)
         (folder / REPORTS).mkdir(exist_ok=True)
         write_json(folder / REPORTS / "quality.json", quality)
+        write_run(folder, sim, reports, recorder=record, widths=widths, **facts)
         relist_files(folder)
     return Quantized(reports, quality, list_files(output), time.perf_counter() - start)
+
+
+@contextmanager
+def _part(record: Recorder, name: str) -> Iterator[None]:
+    """Open a context with a part of a job, which is shown and recorded."""
+    step(name)
+    with record.phase(name):
+        yield
 
 
 def _check_export(sim: Any, ids: Tensor) -> None:

@@ -41,7 +41,12 @@ def assign_widths(
         ),
     ],
     output: Annotated[
-        Path, typer.Option(dir_okay=False, metavar="FILE", help="Recipe to write, YAML.")
+        Path,
+        typer.Option(
+            dir_okay=False,
+            metavar="FILE",
+            help="Recipe to write, YAML; its curve goes to FILE.widths.json.",
+        ),
     ],
     choices: Annotated[
         str,
@@ -82,6 +87,7 @@ def assign_widths(
     if plot is not None and plot.suffix.lower() not in (".svg", ".html"):
         raise typer.BadParameter(f"a file that ends in .svg or .html is required, got {plot}")
     from aimet_ext.cli import jobs
+    from aimet_ext.reporting.budget import save_beside
 
     report, recipe = jobs.assign_widths(
         model_dir,
@@ -98,6 +104,7 @@ def assign_widths(
         tokenizer=tokenizer,
     )
     recipe.save(output)
+    save_beside(output, report, recipe)
     if plot is not None:
         report.plot(plot)
     return Result(str(report), report.to_dict())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import field, fields
 from importlib import resources
 from pathlib import Path
@@ -266,6 +267,7 @@ class Recipe:
         *,
         checkpoint_dir: str | Path | None = None,
         reference: Any = None,
+        watch: Callable[[str], AbstractContextManager[Any]] = nullcontext,
         **options: Any,
     ) -> dict[str, Any]:
         """Apply the techniques in order.
@@ -275,6 +277,8 @@ class Recipe:
             list, where there is more than one technique.
         :param checkpoint_dir: Folder in which each technique keeps finished work, to be resumed.
         :param reference: Float model, for techniques that compare with it, such as DWQ.
+        :param watch: Function from the name of a technique to a context in which it is applied,
+            such as :meth:`Recorder.phase <aimet_ext.Recorder.phase>`.
         :param options: Options that every technique takes, such as ``cache_dir`` or ``progress``.
         :returns: report of each technique.
         """
@@ -284,14 +288,15 @@ class Recipe:
         for name, params in self.params().items():
             row = TECHNIQUES[name]
             own = {} if row.decides == "rotation" else excluded
-            reports[name] = load(row.function)(
-                sim,
-                dataloader,
-                params=params,
-                checkpoint_dir=place / name if place is not None and row.resumes else None,
-                **({"reference": reference} if row.reference else {}),
-                **{**own, **options},
-            )
+            with watch(name):
+                reports[name] = load(row.function)(
+                    sim,
+                    dataloader,
+                    params=params,
+                    checkpoint_dir=place / name if place is not None and row.resumes else None,
+                    **({"reference": reference} if row.reference else {}),
+                    **{**own, **options},
+                )
         return reports
 
     def to_dict(self) -> dict[str, Any]:

@@ -124,10 +124,15 @@ class DWQReport(Report):
             f"gains of {self.num_norms} norms by {self.gains_moved:.2%}, "
             f"{self.integers_moved:.2%} of the integers; {self.seconds:.1f} s in all",
         ]
-        lines += [f"left alone: {name}: {why}" for name, why in self.skipped.items()]
+        return "\n".join([*lines, *self.notes])
+
+    @property
+    def notes(self) -> list[str]:
+        """Layers that were left alone, and ranges that no longer fit."""
+        lines = [f"left alone: {name}: {why}" for name, why in self.skipped.items()]
         if self.reset_encodings:
             lines.append(f"ranges to set anew: {', '.join(self.reset_encodings)}")
-        return "\n".join(lines)
+        return lines
 
 
 class _NotBetter(Exception):

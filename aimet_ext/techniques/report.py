@@ -54,6 +54,11 @@ class Report(_Plain):
     settings: dict[str, Any] = field(default_factory=dict)
     seconds: float
 
+    @property
+    def notes(self) -> list[str]:
+        """Lines about what was left alone, refused or in short supply."""
+        return []
+
     def save(self, path: str | Path) -> None:
         """Write it to a JSON file, atomically."""
         replace_file(path, json.dumps(self.to_dict(), indent=2).encode())
@@ -141,7 +146,13 @@ class LayerwiseReport(Report):
             for layer in self.layers
         ]
         lines = [f"{self.technique}: errors of the layers' outputs, as shares of their signal"]
-        lines += [f"{head}  grid", *rows, f"{self.seconds:.1f} s in all"]
+        lines += [f"{head}  grid", *rows, f"{self.seconds:.1f} s in all", *self.notes]
+        return "\n".join(lines)
+
+    @property
+    def notes(self) -> list[str]:
+        """Layers with too few tokens, left alone, or with second moments in files."""
+        lines = []
         if short := [layer for layer in self.layers if layer.is_short_of_tokens]:
             least = min(short, key=lambda layer: layer.effective_tokens / layer.inputs)
             enough = max(TOKENS_AN_INPUT * layer.inputs for layer in short)
@@ -167,7 +178,7 @@ class LayerwiseReport(Report):
         mapped = [layer.name for layer in self.layers if layer.storage == "mapped"]
         if mapped:
             lines.append(f"second moments in mapped files, for want of memory: {', '.join(mapped)}")
-        return "\n".join(lines)
+        return lines
 
 
 def _tokens(layer: LayerReport) -> str:
@@ -252,9 +263,12 @@ class WeightsReport(Report):
                 + f"{share:>12}" * chosen
                 + f"{layer.seconds:>8.2f}  {layer.spec}"
             )
-        lines.append(f"{self.seconds:.1f} s in all")
-        lines += [f"left alone: {name}: {why}" for name, why in self.skipped.items()]
-        return "\n".join(lines)
+        return "\n".join([*lines, f"{self.seconds:.1f} s in all", *self.notes])
+
+    @property
+    def notes(self) -> list[str]:
+        """Layers that were left alone."""
+        return [f"left alone: {name}: {why}" for name, why in self.skipped.items()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,14 +319,18 @@ class BlockwiseReport(Report):
             f"{b.sqnr_db:>7.1f}dB{b.seconds:>8.1f}  {b.kept}"
             for b in self.blocks
         ]
-        lines = [head, *rows, f"{self.seconds:.1f} s in all"]
-        lines += [f"pairs not used: {kind}: {why}" for kind, why in self.refused_pairs.items()]
+        return "\n".join([head, *rows, f"{self.seconds:.1f} s in all", *self.notes])
+
+    @property
+    def notes(self) -> list[str]:
+        """Scale pairs that were not used, and ranges that were calibrated anew."""
+        lines = [f"pairs not used: {kind}: {why}" for kind, why in self.refused_pairs.items()]
         dropped = sum(len(b.reset_encodings) for b in self.blocks)
         if dropped:
             lines.append(
                 f"{dropped} encodings no longer fit and were calibrated anew on the float inputs"
             )
-        return "\n".join(lines)
+        return lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,18 +383,23 @@ class RotationReport(Report):
         ):
             worth = ", ".join(f"{name} {loss:.4g}" for name, loss in losses.items())
             lines += [f"{what}: {worth}"] if losses else []
-        lines += [f"not rotated: {name}: {why}" for name, why in self.refused.items()]
         worst = max((part.deviation for part in self.blocks), default=0.0)
         lines.append(
             f"float outputs are off by {self.deviation:.1e}; {len(self.blocks)} parts in float64 "
             f"by at most {worst:.1e}; {self.seconds:.1f} s in all"
         )
+        return "\n".join([*lines, *self.notes])
+
+    @property
+    def notes(self) -> list[str]:
+        """Rotations that the model cannot have, and ranges that no longer fit."""
+        lines = [f"not rotated: {name}: {why}" for name, why in self.refused.items()]
         if self.reset_encodings:
             lines.append(
                 f"{len(self.reset_encodings)} encodings no longer fit and were reset: run "
                 "sim.compute_encodings"
             )
-        return "\n".join(lines)
+        return lines
 
 
 def _share(loss: float, signal: float) -> str:

@@ -1,0 +1,1 @@
+"""Reports of whole runs: what was set, what it cost and what came of it."""

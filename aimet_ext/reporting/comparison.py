@@ -1,0 +1,210 @@
+"""Two runs side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from aimet_ext.files.folders import replace_file
+from aimet_ext.reporting.parts import Phase
+from aimet_ext.reporting.run_report import RunReport
+
+_Cost = tuple[float, int | None]  # seconds, bytes of memory
+
+
+@dataclass(frozen=True)
+class LossPair:
+    """Losses of one unit in two runs.
+
+    :param name: Name of the layer or block.
+    :param first: Loss in the first run.
+    :param second: Loss in the second run.
+    """
+
+    name: str
+    first: float
+    second: float
+
+    @property
+    def distance(self) -> float:
+        """Logarithm of the larger loss over the smaller one."""
+        if self.first == self.second:
+            return 0.0
+        low, high = sorted((self.first, self.second))
+        return math.log(high / low) if low > 0 else math.inf
+
+    @property
+    def change(self) -> str:
+        """Relative change from the first to the second, as text."""
+        return f"{self.second / self.first - 1:+.1%}" if self.first > 0 else ""
+
+
+class RunComparison:
+    """The differences of two runs; ``print`` shows them.
+
+    :param first: Report of one run.
+    :param second: Report of the other.
+
+    >>> print(aimet_ext.RunReport.read("a").compare(aimet_ext.RunReport.read("b")))
+    """
+
+    def __init__(self, first: RunReport, second: RunReport) -> None:
+        self.first, self.second = first, second
+
+    @cached_property
+    def settings(self) -> list[tuple[str, str, str]]:
+        """Name and both values of each setting, version or fact of the machine that differs."""
+        one, other = (dict(_flat(_settings(run))) for run in self._runs)
+        return [
+            (name, one.get(name, "–"), other.get(name, "–"))
+            for name in dict.fromkeys([*one, *other])
+            if one.get(name) != other.get(name)
+        ]
+
+    @cached_property
+    def grids(self) -> list[tuple[str, str, str]]:
+        """Name of each layer whose grid differs, with both grids."""
+        one, other = ({use.name: use.grid for use in run.weights} for run in self._runs)
+        return [
+            (name, one.get(name, "float"), other.get(name, "float"))
+            for name in dict.fromkeys([*one, *other])
+            if one.get(name) != other.get(name)
+        ]
+
+    @cached_property
+    def measures(self) -> list[tuple[str, float | None, float | None]]:
+        """Name and both values of each measure of the whole model that either run has."""
+        one, other = (dict(_measures(run)) for run in self._runs)
+        return [(name, one.get(name), other.get(name)) for name in dict.fromkeys([*one, *other])]
+
+    @cached_property
+    def losses(self) -> dict[str, list[LossPair]]:
+        """Losses as deployed of the units that both runs have, by what was measured.
+
+        Where several techniques of a run measured the same, the last one counts.
+        """
+        one, other = (_losses(run) for run in self._runs)
+        found = {
+            measure: [
+                LossPair(name, loss, other[measure][name])
+                for name, loss in units.items()
+                if name in other[measure]
+            ]
+            for measure, units in one.items()
+            if measure in other
+        }
+        return {measure: rows for measure, rows in found.items() if rows}
+
+    @cached_property
+    def phases(self) -> list[tuple[str, _Cost | None, _Cost | None]]:
+        """Name, and seconds and bytes in both runs, of each part of them, and of all together."""
+        one, other = (_costs(run) for run in self._runs)
+        return [(name, one.get(name), other.get(name)) for name in _in_order(one, other)]
+
+    @property
+    def _runs(self) -> tuple[RunReport, RunReport]:
+        return self.first, self.second
+
+    def __str__(self) -> str:
+        from aimet_ext.reporting.text import comparison
+
+        return comparison(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the differences as plain JSON values."""
+        return {
+            "models": [self.first.model, self.second.model],
+            "settings": {name: [a, b] for name, a, b in self.settings},
+            "grids": {name: [a, b] for name, a, b in self.grids},
+            "measures": {name: [_plain(a), _plain(b)] for name, a, b in self.measures},
+            "losses": {
+                measure: {row.name: [_plain(row.first), _plain(row.second)] for row in rows}
+                for measure, rows in self.losses.items()
+            },
+            "phases": {name: [_described(a), _described(b)] for name, a, b in self.phases},
+        }
+
+    def save_html(self, path: str | Path) -> None:
+        """Write both runs side by side as a page of one file, atomically.
+
+        :raises MissingExtraError: matplotlib or jinja2 is not installed.
+        """
+        from aimet_ext.reporting.page import comparison_page
+
+        replace_file(path, comparison_page(self).encode())
+
+
+def _settings(run: RunReport) -> dict[str, Any]:
+    techniques = {result.name: result.settings for result in run.techniques}
+    return {
+        "model": run.model,
+        "recipe": run.recipe or {},
+        "settings": run.settings,
+        "techniques": techniques,
+        "versions": run.versions,
+        "machine": run.machine,
+    }
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Yield plain values by dotted names."""
+    if isinstance(value, Mapping) and value:
+        for key, each in value.items():
+            yield from _flat(each, f"{name}.{key}" if name else str(key))
+    elif value not in ({}, None):
+        yield name, str(value)
+
+
+def _measures(run: RunReport) -> Iterator[tuple[str, float | None]]:
+    for state, found in (run.quality.states if run.quality else {}).items():
+        for name in ("perplexity", "kl", "kl_high", "flips"):
+            if (value := getattr(found, name)) is not None:
+                yield f"{name}, {state}", value
+    if run.bits is not None:
+        yield "bits a weight, with scales", run.bits
+        counted = sum(use.counted for use in run.weights)
+        at_edges = sum(use.at_edges * use.counted for use in run.weights)
+        yield "share of codes at the edges", at_edges / counted
+
+
+def _losses(run: RunReport) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for result in run.techniques:
+        units = {unit.name: unit.result for unit in result.units if unit.result is not None}
+        if units:
+            found.setdefault(result.measure, {}).update(units)
+    return found
+
+
+def _costs(run: RunReport) -> dict[str, _Cost]:
+    found: dict[str, _Cost] = {}
+    for phase in run.phases:
+        found[phase.name] = _joined(found.get(phase.name), phase)
+    if found:
+        found["in all"] = run.seconds, run.memory_bytes
+    return found
+
+
+def _joined(cost: _Cost | None, phase: Phase) -> _Cost:
+    if cost is None:
+        return phase.seconds, phase.memory_bytes
+    known = [size for size in (cost[1], phase.memory_bytes) if size is not None]
+    return cost[0] + phase.seconds, max(known, default=None)
+
+
+def _in_order(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Return the names of both, the sum last."""
+    names = list(dict.fromkeys([*one, *other]))
+    return sorted(names, key="in all".__eq__)
+
+
+def _described(cost: _Cost | None) -> dict[str, Any] | None:
+    return None if cost is None else {"seconds": cost[0], "memory_bytes": cost[1]}
+
+
+def _plain(value: float | None) -> float | str | None:
+    return value if value is None or math.isfinite(value) else str(value)

@@ -1,0 +1,244 @@
+"""The parts of a report of a run, as they are written and read back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, PlainSerializer
+from pydantic.dataclasses import dataclass
+
+from aimet_ext.config import STRICT
+
+_WORDS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+
+
+def _read(value: Any) -> Any:
+    return _WORDS.get(value, value) if isinstance(value, str) else value
+
+
+def _written(value: float) -> float | str:
+    """Return a number, or the word for one that JSON does not have."""
+    if math.isfinite(value):
+        return value
+    return next(word for word, each in _WORDS.items() if repr(each) == repr(value))
+
+
+#: A float whose infinities are words in the file.
+Number = Annotated[
+    float, BeforeValidator(_read), PlainSerializer(_written, return_type=Any, when_used="json")
+]
+
+StateName = Literal["float", "rounding", "quantized"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class UnitResult:
+    """The outcome of a technique for one unit of the model.
+
+    :param name: Name of the layer, block or tensor.
+    :param rounding: Loss of plain rounding, or the loss before; None if there is none.
+    :param result: Loss as deployed.
+    :param sqnr_db: SQNR as deployed, in dB; None if it is not known.
+    :param grid: Grid of the weight, or what became of the unit.
+    :param seconds: Seconds of work.
+    """
+
+    name: str
+    rounding: Number | None = None
+    result: Number | None = None
+    sqnr_db: Number | None = None
+    grid: str = ""
+    seconds: float = 0.0
+
+    @property
+    def share(self) -> float | None:
+        """Loss as deployed as a share of plain rounding's, None without both."""
+        if self.rounding is None or self.result is None or not self.rounding > 0:
+            return None
+        return self.result / self.rounding
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TechniqueResult:
+    """The outcome of a technique.
+
+    :param name: Name of the technique.
+    :param measure: Quantity that the losses are of, in words.
+    :param unit: Word for its units: ``"layer"``, ``"block"`` or ``"range"``.
+    :param units: Entries in the order in which data flows.
+    :param numbers: Further measures by name.
+    :param settings: Settings of the call.
+    :param seconds: Seconds of the call.
+    """
+
+    name: str
+    measure: str = ""
+    unit: str = "layer"
+    units: tuple[UnitResult, ...] = ()
+    numbers: dict[str, Number] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def shares(self) -> list[float]:
+        """Return losses as shares of plain rounding's, of the units that have both."""
+        return [unit.share for unit in self.units if unit.share is not None]
+
+    def worst(self) -> UnitResult | None:
+        """Return the unit with the lowest SQNR, or else the highest share; None without either."""
+        known = [unit for unit in self.units if unit.sqnr_db is not None]
+        if known:
+            return min(known, key=lambda unit: unit.sqnr_db or 0.0)
+        return max(
+            (unit for unit in self.units if unit.share is not None),
+            key=lambda unit: unit.share or 0.0,
+            default=None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class WeightUse:
+    """The use that a layer's weight makes of its grid.
+
+    Codes are counted on whole rows, evenly spaced over a large weight; scales on all of it.
+
+    :param name: Name of the layer.
+    :param grid: Grid in short, such as ``"int4:64"``.
+    :param bitwidth: Bits of a code.
+    :param weights: Numbers in the weight.
+    :param bits: Bits of all of it with scales and offsets.
+    :param counted: Weights whose codes were counted.
+    :param qmin: Smallest code.
+    :param qmax: Largest code.
+    :param codes: Counts of the codes from the smallest to the largest, in 64 bins where there are
+        more codes.
+    :param low_edge: Share of the weights at the smallest code.
+    :param high_edge: Share at the largest one.
+    :param codes_used: Number of codes that occur.
+    :param entropy: Entropy of the codes, in bits: the width that a perfect code would need.
+    :param cells: Number of scales.
+    :param scales: Counts of the scales, in bins between the smallest and the largest one that are
+        equal on a logarithmic axis.
+    :param scale_low: Smallest scale.
+    :param scale_median: Median of the scales.
+    :param scale_high: Largest scale.
+    """
+
+    name: str
+    grid: str
+    bitwidth: int
+    weights: int
+    bits: int
+    counted: int
+    qmin: int
+    qmax: int
+    codes: tuple[int, ...]
+    low_edge: float
+    high_edge: float
+    codes_used: int
+    entropy: float
+    cells: int
+    scales: tuple[int, ...]
+    scale_low: float
+    scale_median: float
+    scale_high: float
+
+    @property
+    def at_edges(self) -> float:
+        """Share of the weights at both ends of the grid."""
+        return self.low_edge + self.high_edge
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class StateQuality:
+    """Measures of the model in one state; the divergence is from the float model.
+
+    :param perplexity: Perplexity.
+    :param kl: Mean KL(float || this) over tokens, in nats.
+    :param kl_high: Its 99.9th percentile.
+    :param flips: Share of tokens whose likeliest next one is another.
+    :param rows: Number of tokens that were compared.
+    """
+
+    perplexity: Number | None = None
+    kl: Number | None = None
+    kl_high: Number | None = None
+    flips: float | None = None
+    rows: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Quality:
+    """Measures of the model before and after.
+
+    :param text: Description of the text.
+    :param windows: Windows of it, 0 where that is not known.
+    :param states: Measures of the float model, of plain rounding, and as deployed.
+    """
+
+    text: str
+    windows: int
+    states: dict[StateName, StateQuality]
+
+    @property
+    def recovered(self) -> float | None:
+        """Share of plain rounding's loss of perplexity that is gained back."""
+        found = [self.states.get(name, StateQuality()).perplexity for name in _STATES]
+        float_, rounding, quantized = found
+        if float_ is None or rounding is None or quantized is None or rounding <= float_:
+            return None
+        return (rounding - quantized) / (rounding - float_)
+
+
+_STATES: tuple[StateName, ...] = ("float", "rounding", "quantized")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Phase:
+    """One part of a run.
+
+    :param name: Name of the part.
+    :param seconds: Time that it took.
+    :param memory_bytes: Most bytes that the process held during it; None where that is not known.
+    :param gpu_memory_bytes: Most bytes of tensors on the GPU; None without one.
+    """
+
+    name: str
+    seconds: float
+    memory_bytes: int | None = None
+    gpu_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Mark:
+    """A named point beside a curve.
+
+    :param name: Name.
+    :param bits: Average bits of a weight.
+    :param kl: Divergence, in nats.
+    """
+
+    name: str
+    bits: float
+    kl: float
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Budget:
+    """The choice of widths that a run follows, see :func:`aimet_ext.assign_widths`.
+
+    :param curve: Average bits of a weight and the least estimated divergence there.
+    :param marks: Points of one choice for all layers, and of the result.
+    :param choices: Number of layers with each choice.
+    :param rows: Tokens that the estimate is of.
+    :param grids: Hash of the grids of the recipe that the choice became.
+    :param format: Version of the form, of a file of its own.
+    """
+
+    curve: tuple[tuple[float, float], ...]
+    marks: tuple[Mark, ...]
+    choices: dict[str, int]
+    rows: int
+    grids: str
+    format: Literal[1] = 1
