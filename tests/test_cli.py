@@ -19,7 +19,16 @@ from aimet_ext import cli, examples
 from aimet_ext.cli import demo
 from aimet_ext.errors import CorruptFileError, MissingExtraError, TransformRefused
 
-COMMANDS = ("quantize", "evaluate", "inspect", "demo", "olive-config", "verify", "assign-widths")
+COMMANDS = (
+    "quantize",
+    "evaluate",
+    "inspect",
+    "demo",
+    "olive-config",
+    "verify",
+    "assign-widths",
+    "report",
+)
 
 
 def run(*arguments: str | pathlib.Path) -> Result:

@@ -64,7 +64,7 @@ class Quantized:
         return {**vars(self), "reports": reports, "files": dict(self.files)}
 
 
-@steps("quantize", 9)
+@steps("quantize", 10)
 def quantize(
     model_dir: Path,
     calibration: Path | Sequence[Path],

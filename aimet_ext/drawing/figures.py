@@ -66,7 +66,7 @@ def losses(series: Mapping[str, Sequence[float | None]], what: str, unit: str) -
         for (name, values), color in zip(series.items(), colors, strict=False):
             dots: Any = {"marker": "o", "markersize": 3} if len(values) <= _DOTS else {}
             every = step_of(values)
-            numbers = [math.nan if value is None else value for value in values[::every]]
+            numbers = _finite(values[::every])
             places = range(1, len(values) + 1, every)
             axes.plot(places, numbers, color=color, label=name, **dots)
         known = [value for values in series.values() for value in values if value is not None]
@@ -86,7 +86,7 @@ def shares(values: Sequence[float | None], unit: str, of: str) -> Drawing:
     """
     with drawing(WIDTH, HEIGHT) as found:
         axes = found.axes
-        heights = [math.nan if value is None else 100 * value for value in values]
+        heights = [100 * value for value in _finite(values)]
         if len(heights) <= _DOTS:
             axes.bar(range(1, len(heights) + 1), heights, 0.8, color=RESULT)
         else:
@@ -186,6 +186,11 @@ def cost_bars(names: Sequence[str], alone: Sequence[float], removed: Sequence[fl
         axes.set_xlabel("KL to the float model in nats")
         axes.legend(loc="lower right")
     return found
+
+
+def _finite(values: Sequence[float | None]) -> list[float]:
+    """Return numbers, NaN in place of what has no place on an axis."""
+    return [value if value is not None and math.isfinite(value) else math.nan for value in values]
 
 
 def _logarithmic(axes: Axes, values: Sequence[float]) -> None:

@@ -47,20 +47,21 @@ class Recorder:
 
         :param name: Name of the part; parts of one name are several entries.
         """
-        started, before = time.perf_counter(), _record()
-        with self._listening(), _Watch() as watch:
-            try:
+        started, before, watch = time.perf_counter(), _record(), _Watch()
+        try:
+            with self._listening(), watch:
                 yield
-            finally:
-                after = _record()
-        held = watch.most if after is None or after == before else max(after, watch.most or 0)
-        found = Phase(
-            name=name,
-            seconds=time.perf_counter() - started,
-            memory_bytes=held,
-            gpu_memory_bytes=watch.most_on_gpu,
-        )
-        self.phases.append(found)
+        finally:
+            after = _record()
+            held = watch.most if after is None or after == before else max(after, watch.most or 0)
+            self.phases.append(
+                Phase(
+                    name=name,
+                    seconds=time.perf_counter() - started,
+                    memory_bytes=held,
+                    gpu_memory_bytes=watch.most_on_gpu,
+                )
+            )
 
     def note(self, text: str) -> None:
         """Keep a warning, each text once."""

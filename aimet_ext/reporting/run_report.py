@@ -109,7 +109,12 @@ class RunReport:
         from aimet_ext.reporting.weights import weight_uses
         from aimet_ext.sim.protocol import adapt
 
-        made = adapt(sim).settings
+        made, notes = adapt(sim).settings, technique_notes(reports)
+        logged = [
+            text
+            for text in (recorder.warnings if recorder else ())
+            if not any(note.startswith(text.removesuffix(", see the report")) for note in notes)
+        ]
         return cls(
             model=model,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -121,7 +126,7 @@ class RunReport:
             weights=weight_uses(sim),
             quality=_quality(perplexity or {}, divergence or {}, text, windows),
             phases=tuple(recorder.phases) if recorder else (),
-            warnings=(*(recorder.warnings if recorder else ()), *technique_notes(reports)),
+            warnings=(*logged, *notes),
             widths=widths if widths is None or isinstance(widths, Budget) else budget_of(widths),
         )
 

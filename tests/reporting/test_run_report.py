@@ -1,0 +1,420 @@
+"""Reports of runs: what they count, how they are read back, compared, and reached."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import pathlib
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import aimet_ext
+from aimet_ext import CorruptFileError, Recorder, RunReport, cli, examples
+from aimet_ext.reporting.parts import TechniqueResult, UnitResult
+
+pytest.importorskip("aimet_torch")
+
+IDS = torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(0))
+
+
+def run(*arguments: str | pathlib.Path) -> Result:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def made(model: Any, techniques: dict[str, Any]) -> tuple[Any, dict[str, Any], RunReport]:
+    """Return a simulation, the reports of its techniques, and the report of the run."""
+    recipe = aimet_ext.Recipe(
+        weights="int4", lm_head="int8", activations="none", techniques=techniques
+    )
+    recorder = Recorder()
+    sim = recipe.create_sim(model, IDS)
+    reports = recipe.apply(sim, [IDS], watch=recorder.phase, progress=False)
+    sim.compute_encodings(lambda quantized: quantized(IDS))
+    divergence = aimet_ext.evaluate_divergence(sim, [IDS], model)
+    found = RunReport.of(
+        sim,
+        reports,
+        model="tiny",
+        recipe=recipe,
+        settings={"seed": 3},
+        perplexity={"float": 3.0, "rounding": 5.0, "quantized": 4.0},
+        divergence={"quantized": divergence},
+        text="some text",
+        windows=4,
+        recorder=recorder,
+    )
+    return sim, reports, found
+
+
+@pytest.fixture(scope="module")
+def gptq(tiny_model: Callable[..., Any]) -> tuple[Any, dict[str, Any], RunReport]:
+    return made(tiny_model("llama"), {"gptq": {}})
+
+
+# ---------------------------------------------------------------------------------------- contents
+
+
+def test_losses_are_those_of_the_technique(gptq: Any) -> None:
+    _, reports, found = gptq
+    (result,) = found.techniques
+    assert result.name == "gptq" and result.unit == "layer" and result.settings
+    for unit, layer in zip(result.units, reports["gptq"].layers, strict=True):
+        assert unit.name == layer.name and unit.sqnr_db == layer.sqnr_db
+        assert unit.rounding == layer.loss_nearest / layer.signal
+        assert unit.share == pytest.approx(layer.loss_after / layer.loss_nearest)
+    assert result.seconds == reports["gptq"].seconds
+
+
+def test_codes_and_scales_are_those_that_aimet_computes(gptq: Any) -> None:
+    sim, _, found = gptq
+    uses = {use.name: use for use in found.weights}
+    assert len(uses) >= 14
+    for name, use in uses.items():
+        module = sim.model.get_submodule(name)
+        quantizer = module.param_quantizers["weight"]
+        scale = quantizer.get_scale().reshape(-1, 1)
+        codes = (module.weight / scale).round().clamp(use.qmin, use.qmax).long()
+        counts = torch.bincount((codes - use.qmin).flatten(), minlength=use.qmax - use.qmin + 1)
+        if use.bitwidth == 4:
+            assert list(use.codes) == counts.tolist()
+        assert sum(use.codes) == use.counted == use.weights == codes.numel()
+        assert use.low_edge == pytest.approx((codes == use.qmin).double().mean().item())
+        assert use.high_edge == pytest.approx((codes == use.qmax).double().mean().item())
+        assert use.codes_used == len(codes.unique())
+        shares = counts[counts > 0].double() / codes.numel()
+        assert use.entropy == pytest.approx(float(-(shares * shares.log2()).sum()))
+        assert use.cells == sum(use.scales) == scale.numel()
+        assert use.scale_low == pytest.approx(scale.min().item())
+        assert use.scale_high == pytest.approx(scale.max().item())
+        assert use.bits == use.bitwidth * use.weights + 16 * use.cells
+    widths = {use.bitwidth for use in found.weights}
+    assert widths == {4, 8}
+
+
+def test_of_a_large_weight_some_rows_are_counted(
+    gptq: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from aimet_ext.reporting import weights
+
+    monkeypatch.setattr(weights, "_COUNTED", 1024)
+    whole = {use.name: use for use in gptq[2].weights}
+    for use in weights.weight_uses(gptq[0]):
+        assert 0 < use.counted == sum(use.codes) < use.weights == whole[use.name].weights
+        assert use.scales == whole[use.name].scales
+        assert use.low_edge == pytest.approx(whole[use.name].low_edge, abs=0.05)
+
+
+def test_the_rest_is_what_was_given(gptq: Any) -> None:
+    found = gptq[2]
+    assert found.model == "tiny" and found.settings["seed"] == 3 and found.recipe["techniques"]
+    assert found.quality.windows == 4 and found.quality.text == "some text"
+    assert found.quality.recovered == pytest.approx(0.5)
+    assert found.quality.states["quantized"].kl > 0
+    assert [phase.name for phase in found.phases] == ["gptq"] and found.seconds > 0
+    assert found.versions["aimet-ext"] == aimet_ext.__version__
+    shown = str(found)
+    for text in ("tiny", "gptq", "50% of the loss", "bits with scales", "as deployed"):
+        assert text in shown
+    assert max(map(len, shown.splitlines())) <= 120
+
+
+def test_reports_of_all_kinds(tiny_model: Callable[..., Any], tmp_path: pathlib.Path) -> None:
+    techniques = {
+        "rotation": {},
+        "omniquant": {"num_iterations": 1, "pairs": ["v_o"]},
+        "rtn": {},
+    }
+    _, reports, found = made(tiny_model("llama"), techniques)
+    rotation, omniquant, rtn = found.techniques
+    assert rotation.numbers["deviation of the float outputs"] == reports["rotation"].deviation
+    assert [unit.name for unit in omniquant.units] == [b.name for b in reports["omniquant"].blocks]
+    assert omniquant.unit == "block" and omniquant.units[0].grid.startswith("kept: ")
+    assert rtn.units[0].rounding == rtn.units[0].result and "weights" in rtn.measure
+    assert any(note.startswith("rtn: left alone") for note in found.warnings) == bool(
+        reports["rtn"].skipped
+    )
+    found.save(tmp_path / "report.json")
+    assert RunReport.read(tmp_path) == found
+
+
+def test_wrong_arguments_are_named(gptq: Any) -> None:
+    sim = gptq[0]
+    with pytest.raises(ValueError, match="perplexity: the states float, rounding, quantized are"):
+        RunReport.of(sim, {}, perplexity={"start": 1.0})
+    with pytest.raises(TypeError, match=r"reports: the report that a technique returned .* 'x'"):
+        RunReport.of(sim, {"x": {}})
+    with pytest.raises(TypeError, match="QuantizationSimModel"):
+        RunReport.of(torch.nn.Linear(2, 2), {})
+
+
+# --------------------------------------------------------------------------------------- the file
+
+
+def test_a_report_is_read_back_as_it_was(gptq: Any, tmp_path: pathlib.Path) -> None:
+    found = gptq[2]
+    found.save(tmp_path / "report.json")
+    assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
+    assert RunReport.read(tmp_path) == RunReport.read(tmp_path / "report.json") == found
+    assert json.loads((tmp_path / "report.json").read_text("utf-8")) == found.to_dict()
+
+
+def test_numbers_that_json_lacks_survive(tmp_path: pathlib.Path) -> None:
+    units = tuple(
+        UnitResult(name=str(value), rounding=1.0, result=value, sqnr_db=-value)
+        for value in (math.inf, 0.0, math.nan)
+    )
+    run_report = RunReport(
+        model="m", created="now", techniques=(TechniqueResult(name="t", units=units),)
+    )
+    run_report.save(tmp_path / "report.json")
+    text = (tmp_path / "report.json").read_text("utf-8")
+    json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    read = RunReport.read(tmp_path).techniques[0].units
+    assert read[:2] == units[:2] and math.isnan(read[2].result or 0.0)
+    pytest.importorskip("matplotlib")
+    run_report.save_html(tmp_path / "report.html")
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        (lambda plain: plain.update(format=2), "format"),
+        (lambda plain: plain.pop("model"), "model"),
+        (lambda plain: plain.update(extra=1), "extra"),
+        (lambda plain: plain["quality"].update(windows="4"), "quality.windows"),
+        (lambda plain: plain["quality"]["states"].update(other={}), "quality.states"),
+        (lambda plain: plain["weights"][0].update(codes="many"), "weights.0.codes"),
+        (lambda plain: plain["phases"][0].update(seconds=None), "phases.0.seconds"),
+        (lambda plain: plain["techniques"][0].update(units={}), "techniques.0.units"),
+    ],
+)
+def test_a_file_of_another_form_is_refused(
+    gptq: Any, tmp_path: pathlib.Path, change: Callable[[dict[str, Any]], None], place: str
+) -> None:
+    plain = gptq[2].to_dict()
+    change(plain)
+    (tmp_path / "report.json").write_text(json.dumps(plain), "utf-8")
+    with pytest.raises(CorruptFileError, match=rf"report\.json.*format 1.*{place}"):
+        RunReport.read(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "[" * 100_000, '"x"', "\x00"])
+def test_what_is_no_report_is_refused(tmp_path: pathlib.Path, content: str) -> None:
+    (tmp_path / "report.json").write_text(content, "utf-8")
+    with pytest.raises(CorruptFileError, match=r"report\.json"):
+        RunReport.read(tmp_path)
+    with pytest.raises(FileNotFoundError, match="quantize writes it"):
+        RunReport.read(tmp_path / "..")
+
+
+# ------------------------------------------------------------------------------------ the recorder
+
+
+def test_a_part_has_its_time_and_memory() -> None:
+    recorder = Recorder()
+    with recorder.phase("small"):
+        pass
+    with recorder.phase("large"):
+        held = torch.ones(40_000_000)
+    with pytest.raises(KeyError), recorder.phase("failing"):
+        raise KeyError
+    small, large, failing = recorder.phases
+    assert (small.name, large.name, failing.name) == ("small", "large", "failing")
+    assert 0 <= small.seconds < large.seconds
+    if sys.platform == "linux":
+        assert large.memory_bytes - small.memory_bytes > 0.9 * 4 * held.numel()
+
+
+def test_warnings_are_kept_and_still_shown(caplog: pytest.LogCaptureFixture) -> None:
+    recorder, shown = Recorder(), warnings.showwarning
+    code = compile("import warnings\nwarnings.warn('old')", "/x/aimet_ext/y.py", "exec")
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        listed = warnings.showwarning
+        with recorder.phase("a"), recorder.phase("b"):
+            logging.getLogger("aimet_ext.some").warning("%s is odd", "x")
+            logging.getLogger("other").warning("not ours")
+            exec(code)
+            warnings.warn("not ours either", stacklevel=1)
+        assert warnings.showwarning is listed
+    assert recorder.warnings == ["x is odd", "old"]
+    assert [str(each.message) for each in heard] == ["old", "not ours either"]
+    assert "x is odd" in caplog.text and warnings.showwarning is shown
+
+
+# -------------------------------------------------------------------------------------- comparison
+
+
+def test_two_runs_differ_in_what_differs(
+    gptq: Any, tiny_model: Callable[..., Any], tmp_path: pathlib.Path
+) -> None:
+    first = gptq[2]
+    _, _, second = made(tiny_model("llama"), {"gptq": {"damping": 0.5}})
+    found = first.compare(second)
+    names = [name for name, _, _ in found.settings]
+    assert any("damping" in name for name in names)
+    assert not any(name.startswith(("versions", "machine")) for name in names)
+    ((_, rows),) = found.losses.items()
+    assert len(rows) == len(first.techniques[0].units)
+    for row, one, other in zip(
+        rows, first.techniques[0].units, second.techniques[0].units, strict=True
+    ):
+        assert (row.name, row.first, row.second) == (one.name, one.result, other.result)
+    assert found.grids == []
+    assert [name for name, *_ in found.phases] == ["gptq", "in all"]
+    shown = str(found)
+    for text in ("settings that differ", "damping", "measures", "perplexity", "time and memory"):
+        assert text in shown
+    plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert plain["losses"] and plain["measures"]["perplexity, quantized"] == [4.0, 4.0]
+    same = first.compare(first)
+    assert same.settings == same.grids == []
+    assert all(row.distance == 0 for rows in same.losses.values() for row in rows)
+
+
+def test_the_last_technique_that_measured_a_unit_counts() -> None:
+    def unit(result: float) -> tuple[UnitResult, ...]:
+        return (UnitResult(name="a", rounding=1.0, result=result),)
+
+    techniques = tuple(
+        TechniqueResult(name=name, measure="m", units=unit(result))
+        for name, result in (("seq_mse", 0.5), ("gptq", 0.25))
+    )
+    one = RunReport(model="m", created="now", techniques=techniques)
+    other = dataclasses.replace(one, techniques=techniques[:1])
+    (row,) = one.compare(other).losses["m"]
+    assert (row.first, row.second, row.change) == (0.25, 0.5, "+100.0%")
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n\n".join(examples.documents("calibration")), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("tiny") / "a <b> & c"
+    tiny_model("llama", vocab_size=1024).save_pretrained(folder)
+    for file in examples.model_dir().glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def quantized(model: pathlib.Path, text: pathlib.Path, output: pathlib.Path, *more: Any) -> Result:
+    windows = ("--seq-length", "16", "--num-batches", "2", "--batch-size", "2")
+    options = ("--activations", "none", "--no-check-export", *windows)
+    return run("quantize", model, "--calibration", text, "--output", output, *options, *more)
+
+
+@pytest.fixture(scope="module")
+def folder(
+    tiny: pathlib.Path, text: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> pathlib.Path:
+    """Return what quantize wrote for widths that were assigned."""
+    place = tmp_path_factory.mktemp("run")
+    assigned = run(
+        *("assign-widths", tiny, "--calibration", text, "--budget", "5", "--seq-length", "16"),
+        *("--num-batches", "1", "--output", place / "mine.yaml"),
+    )
+    assert assigned.exit_code == 0, assigned.stderr
+    done = quantized(
+        tiny, text, place / "out", "--recipe", place / "mine.yaml", "--technique", "rtn"
+    )
+    assert done.exit_code == 0, done.stderr
+    return place / "out"
+
+
+def test_quantize_leaves_a_report(folder: pathlib.Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    assert {"report.json", "report.html"} <= set(manifest["files"])
+    found = RunReport.read(folder)
+    assert found.model == "a <b> & c" and [each.name for each in found.techniques] == ["rtn"]
+    quality = json.loads((folder / "reports/quality.json").read_text("utf-8"))
+    assert {k: v.perplexity for k, v in found.quality.states.items()} == {
+        name: quality[name] for name in ("float", "rounding", "quantized")
+    }
+    assert found.quality.states["quantized"].kl == quality["divergence"]["quantized"]["kl"]
+    phases = [phase.name for phase in found.phases]
+    assert phases[0] == "load the model" and "rtn" in phases and phases[-1] == "export"
+    page = (folder / "report.html").read_text("utf-8")
+    assert "a &lt;b&gt; &amp; c" in page and "<b> & c" not in page
+    assert found.widths is not None and len(found.widths.curve) > 1
+    assert "bits a weight, with scales" in page and "int8" in page
+
+
+def test_a_recipe_with_other_grids_has_no_curve(
+    folder: pathlib.Path, tiny: pathlib.Path, text: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    from aimet_ext.reporting.budget import read_beside
+
+    beside = folder.parent / "mine.yaml"
+    recipe = aimet_ext.read_recipe(beside)
+    assert read_beside(beside, recipe) is not None
+    other = dataclasses.replace(recipe, weights="int3", overrides={})
+    assert read_beside(beside, other) is None
+    assert read_beside(tmp_path / "mine.yaml", recipe) is None
+    (tmp_path / "mine.widths.json").write_text("{}", "utf-8")
+    with pytest.raises(CorruptFileError, match=r"mine\.widths\.json"):
+        read_beside(tmp_path / "mine.yaml", recipe)
+
+
+def test_the_command_shows_one_run_and_two(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    shown = run("report", folder)
+    assert shown.exit_code == 0, shown.stderr
+    assert "rtn" in shown.stdout and "as deployed" in shown.stdout
+    plain = json.loads(run("report", folder, "--json").stdout)
+    assert plain == RunReport.read(folder).to_dict()
+    both = run("report", folder, folder / "report.json", "-o", tmp_path / "both.html")
+    assert both.exit_code == 0 and "measures" in both.stdout
+    assert "Two runs" in (tmp_path / "both.html").read_text("utf-8")
+    compared = json.loads(run("report", folder, folder, "--json").stdout)
+    assert compared["settings"] == {} and compared["measures"]
+    again = run("report", folder, "-o", tmp_path / "again.html")
+    assert again.exit_code == 0
+    assert (tmp_path / "again.html").read_bytes() == (folder / "report.html").read_bytes()
+
+
+def test_wrong_usage_of_the_command(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    assert run("report", folder, folder, folder).exit_code == 2
+    assert run("report", folder, "-o", tmp_path / "page.pdf").exit_code == 2
+    assert run("report", tmp_path / "absent").exit_code == 2
+    assert run("report", tmp_path).exit_code == 4
+    (tmp_path / "report.json").write_text("{}", "utf-8")
+    damaged = run("report", tmp_path)
+    assert damaged.exit_code == 4 and "report.json" in damaged.stderr
+
+
+@pytest.mark.parametrize("absent", ["jinja2", "matplotlib"])
+def test_without_the_extra_the_json_is_written_and_the_extra_named(
+    tiny: pathlib.Path,
+    text: pathlib.Path,
+    folder: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    absent: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, absent, None)
+    page = run("report", folder, "-o", tmp_path / "page.html")
+    assert page.exit_code == 5 and 'pip install "aimet-ext[report]"' in page.stderr
+    if absent == "matplotlib":
+        return
+    done = quantized(tiny, text, tmp_path / "out", "--technique", "nearest")
+    assert done.exit_code == 0, done.stderr
+    assert "report.html is not written: jinja2 is needed" in done.stderr
+    assert 'pip install "aimet-ext[report]"' in done.stderr
+    assert RunReport.read(tmp_path / "out").techniques == ()
+    assert not (tmp_path / "out/report.html").exists()
