@@ -484,6 +484,14 @@ def test_the_demo_compares_and_exports(
     found = {name: float(row.split()[0]) for name, row in rows.items()}
     assert found["float"] == min(found.values())
     assert found["rounding"] == max(found.values())
+    best = min(labels[2:], key=found.__getitem__)
+    lost = found["rounding"] - found["float"]
+    share = (found["rounding"] - found[best]) / lost
+    (said,) = re.findall(
+        r"^At 3 bits plain rounding adds ([\d.]+) .*; (\w+) gains (\d+)%", done.stdout, re.M
+    )
+    assert said[1] == best
+    assert (float(said[0]), float(said[2])) == pytest.approx((lost, 100 * share), rel=0.02)
     for name in (path.name for path in output.iterdir()):
         assert name in done.stdout
     for name in re.findall(r"\w+\.\w+", "\n".join(name for name, _ in demo.WHERE)):
