@@ -12,7 +12,8 @@ import pytest
 from onnx_models import conv_model, exported_llama
 from typer.testing import CliRunner, Result
 
-from aimet_ext import cli, examples
+import aimet_ext
+from aimet_ext import RunReport, cli, examples
 
 CUT = ("--seq-length", "16", "--num-batches", "2", "--batch-size", "2")
 WEIGHTS = ("--weights", "int4", "--activations", "none", "--technique", "gptq")
@@ -70,6 +71,19 @@ def test_what_was_exported_is_inspected_and_scored(
     plain = run("evaluate", place / "llama.onnx", *text_of(place, "--text"), *options)
     assert plain.exit_code == 0, plain.stderr
     assert not json.loads(plain.stdout)["quantized"]
+
+
+def test_the_run_has_its_report(exported: pathlib.Path) -> None:
+    """The codes are those of the weights that the export gives back."""
+    found = RunReport.read(exported)
+    assert found.model == "llama.onnx" and [each.name for each in found.techniques] == ["gptq"]
+    assert found.quality is not None and found.quality.states["quantized"].kl > 0
+    names = [phase.name for phase in found.phases]
+    assert "gptq" in names and names[-1] == "export"
+    loaded = RunReport.of(aimet_ext.load(exported), {}).weights
+    assert found.weights and [use.codes for use in loaded] == [use.codes for use in found.weights]
+    assert {use.bitwidth for use in found.weights} >= {4, 8}
+    assert "llama.onnx" in (exported / "report.html").read_text("utf-8")
 
 
 def test_an_export_is_analyzed_by_its_folder_or_a_file_in_it(

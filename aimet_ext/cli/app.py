@@ -214,24 +214,19 @@ def quantize(
     from aimet_ext.cli.summary import quality_lines
 
     files = [*map(Path, plan.calibration.files)]
-    folders = {"checkpoint_dir": checkpoint_dir, "cache_dir": cache_dir}
+    common: dict[str, Any] = {
+        "recipe": plan,
+        "widths": widths_of(recipe, plan),
+        "checkpoint_dir": checkpoint_dir,
+        "cache_dir": cache_dir,
+    }
     if graphs.is_graph(model_dir):
         if hf_checkpoint:
             raise typer.BadParameter("--hf-checkpoint is for models of Hugging Face, got a graph")
-        result = graphs.quantize(
-            model_dir, files, output, recipe=plan, tokenizer=tokenizer, **folders
-        )
+        result = graphs.quantize(model_dir, files, output, tokenizer=tokenizer, **common)
     else:
-        result = jobs.quantize(
-            model_dir,
-            files,
-            output,
-            recipe=plan,
-            hf_checkpoint=hf_checkpoint,
-            check_export=check_export,
-            widths=widths_of(recipe, plan),
-            **folders,
-        )
+        checks: dict[str, Any] = {"hf_checkpoint": hf_checkpoint, "check_export": check_export}
+        result = jobs.quantize(model_dir, files, output, **checks, **common)
     text = (
         *map(str, result.reports.values()),
         f"{table(result.files)}\n",

@@ -14,6 +14,7 @@ import numpy as np
 import aimet_ext
 from aimet_ext.cli import jobs
 from aimet_ext.cli.output import table
+from aimet_ext.cli.report import write_run
 from aimet_ext.errors import require
 from aimet_ext.files.folders import check_output, replace_folder, write_json
 from aimet_ext.files.manifest import is_export, relist_files
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from aimet_ext.data.feeds import Feed, InputSpec
     from aimet_ext.recipes.recipe import CalibrationPlan
+    from aimet_ext.reporting.parts import Budget
 
 ARRAYS = (".npz", ".npy")
 """Files with inputs of a graph."""
@@ -68,7 +70,7 @@ def tokenizer_of(path: Path, given: Path | None) -> Any:
     return jobs.load_tokenizer(given or place)
 
 
-@steps("quantize", 7)
+@steps("quantize", 8)
 def quantize(
     path: Path,
     calibration: Sequence[Path],
@@ -76,18 +78,20 @@ def quantize(
     *,
     recipe: Recipe,
     tokenizer: Path | None,
+    widths: Budget | None = None,
     **folders: Any,
 ) -> jobs.Quantized:
     """Quantize a graph and export the result to a folder, with the recipe.
 
     :param calibration: Texts, or arrays of the graph's inputs; only with text is it scored.
     :param tokenizer: Folder of the tokenizer; None for that of the graph.
+    :param widths: Choice of widths that the recipe came from.
     :param folders: ``checkpoint_dir``, ``cache_dir``.
     """
     from aimet_ext.onnx.reading import read_model
     from aimet_ext.onnx.session import open_session
 
-    start = time.perf_counter()
+    start, record = time.perf_counter(), aimet_ext.Recorder()
     check_output(output)
     _hush()
     inputs, plan = _inputs(path), recipe.calibration
@@ -104,32 +108,33 @@ def quantize(
         )
         feeds = token_feeds(windows, inputs)
         held_out, described = jobs.held_out_text(read, calibration, windows, plan.text_field)
-        step("score the float model")
-        session = open_session(path)
-        quality["float"] = aimet_ext.evaluate_perplexity(session, held_out)
-        reference = aimet_ext.float_logits(session, held_out)
-    step("make the simulation")
-    sim = recipe.create_sim(read_model(path), None, in_place=True)
+        with jobs.part(record, "score the float model"):
+            session = open_session(path)
+            quality["float"] = aimet_ext.evaluate_perplexity(session, held_out)
+            reference = aimet_ext.float_logits(session, held_out)
+    with jobs.part(record, "make the simulation"):
+        sim = recipe.create_sim(read_model(path), None, in_place=True)
     divergences = {}
     if not arrays:
-        step("score plain rounding")
-        with adapt(sim).disabled_quantizers(weights=False):
+        rounding = adapt(sim).disabled_quantizers(weights=False)
+        with jobs.part(record, "score plain rounding"), rounding:
             quality["rounding"] = aimet_ext.evaluate_perplexity(sim, held_out)
             divergences["rounding"] = aimet_ext.evaluate_divergence(sim, held_out, reference)
     step("apply the techniques")
     compares = any(TECHNIQUES[name].reference for name in recipe.params())
     float_model = open_session(path) if compares else None
-    reports = recipe.apply(sim, feeds, reference=float_model, **folders)
-    step("calibrate")
-    sim.compute_encodings(feeds)
+    reports = recipe.apply(sim, feeds, reference=float_model, watch=record.phase, **folders)
+    with jobs.part(record, "calibrate"):
+        sim.compute_encodings(feeds)
     if not arrays:
-        quality["quantized"] = aimet_ext.evaluate_perplexity(sim, held_out)
-        divergences["quantized"] = aimet_ext.evaluate_divergence(sim, held_out, reference)
+        with jobs.part(record, "score the result"):
+            quality["quantized"] = aimet_ext.evaluate_perplexity(sim, held_out)
+            divergences["quantized"] = aimet_ext.evaluate_divergence(sim, held_out, reference)
         quality["divergence"] = {name: dataclasses.asdict(d) for name, d in divergences.items()}
         quality |= {"windows": sum(map(len, held_out)), "text": described}
-    step("export")
     with replace_folder(output) as folder:
-        aimet_ext.export(sim, folder, jobs.PREFIX, feeds[0])
+        with jobs.part(record, "export"):
+            aimet_ext.export(sim, folder, jobs.PREFIX, feeds[0])
         for name, report in reports.items():
             report.save(folder / jobs.REPORTS / f"{name}.json")
         recipe.save(folder / jobs.RECIPE)
@@ -137,6 +142,8 @@ def quantize(
             read.save_pretrained(folder)
             (folder / jobs.REPORTS).mkdir(exist_ok=True)
             write_json(folder / jobs.REPORTS / "quality.json", quality)
+        facts = {"recipe": recipe, "recorder": record, "widths": widths}
+        write_run(folder, sim, reports, quality, model=path.name, **facts)
         relist_files(folder)
     seconds = time.perf_counter() - start
     return jobs.Quantized(reports, quality, jobs.list_files(output), seconds)

@@ -86,7 +86,7 @@ def quantize(
     start = time.perf_counter()
     check_output(output)
     record = aimet_ext.Recorder()
-    with _part(record, "load the model"):
+    with part(record, "load the model"):
         model, tokenizer = load_model(model_dir)
     plan = recipe.calibration
     step("read the text")
@@ -100,53 +100,46 @@ def quantize(
     )
     held_out, described = held_out_text(tokenizer, calibration, batches, plan.text_field)
     _check_ids(model_dir, model, [*batches, *held_out])
-    with _part(record, "score the float model"):
+    with part(record, "score the float model"):
         quality: dict[str, Any] = {"float": aimet_ext.evaluate_perplexity(model, held_out)}
         reference = aimet_ext.float_logits(model, held_out)
     # The float model is needed again by techniques that compare with it, and by no others.
     in_place = not any(TECHNIQUES[name].reference for name in recipe.params())
-    with _part(record, "make the simulation"):
+    with part(record, "make the simulation"):
         sim = recipe.create_sim(model, batches[0], in_place=in_place)
         float_model = None if in_place else model
         del model
     if check_export:
-        with _part(record, "try the export"):
+        with part(record, "try the export"):
             _check_export(sim, batches[0])
-    with _part(record, "score plain rounding"), adapt(sim).disabled_quantizers(weights=False):
+    with part(record, "score plain rounding"), adapt(sim).disabled_quantizers(weights=False):
         quality["rounding"] = aimet_ext.evaluate_perplexity(sim, held_out)
         divergences = {"rounding": aimet_ext.evaluate_divergence(sim, held_out, reference)}
     step("apply the techniques")
     reports = recipe.apply(sim, batches, reference=float_model, watch=record.phase, **folders)
-    with _part(record, "calibrate"):
+    with part(record, "calibrate"):
         sim.compute_encodings(partial(_run, batches=batches))  # what is still open
-    with _part(record, "score the result"):
+    with part(record, "score the result"):
         quality["quantized"] = aimet_ext.evaluate_perplexity(sim, held_out)
         divergences["quantized"] = aimet_ext.evaluate_divergence(sim, held_out, reference)
-    facts = {
-        "model": model_dir.resolve().name,
-        "recipe": recipe,
-        "perplexity": {**quality},
-        "divergence": divergences,
-        "text": described,
-        "windows": sum(map(len, held_out)),
-    }
     quality["divergence"] = {name: dataclasses.asdict(d) for name, d in divergences.items()}
-    quality |= {"windows": facts["windows"], "text": described}
+    quality |= {"windows": sum(map(len, held_out)), "text": described}
     with replace_folder(output) as folder:
-        with _part(record, "export"):
+        with part(record, "export"):
             aimet_ext.export(sim, folder, PREFIX, batches[0][:1], hf_checkpoint=hf_checkpoint)
         for name, report in reports.items():
             report.save(folder / REPORTS / f"{name}.json")
         recipe.save(folder / RECIPE)
         (folder / REPORTS).mkdir(exist_ok=True)
         write_json(folder / REPORTS / "quality.json", quality)
-        write_run(folder, sim, reports, recorder=record, widths=widths, **facts)
+        facts = {"recipe": recipe, "recorder": record, "widths": widths}
+        write_run(folder, sim, reports, quality, model=model_dir.resolve().name, **facts)
         relist_files(folder)
     return Quantized(reports, quality, list_files(output), time.perf_counter() - start)
 
 
 @contextmanager
-def _part(record: Recorder, name: str) -> Iterator[None]:
+def part(record: Recorder, name: str) -> Iterator[None]:
     """Open a context with a part of a job, which is shown and recorded."""
     step(name)
     with record.phase(name):

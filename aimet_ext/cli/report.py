@@ -62,15 +62,27 @@ def widths_of(source: str | None, recipe: Recipe) -> Budget | None:
     return None if source is None else read_beside(Path(source), recipe)
 
 
-def write_run(folder: Path, sim: Any, reports: dict[str, Any], **facts: Any) -> None:
+def write_run(
+    folder: Path, sim: Any, reports: dict[str, Any], quality: dict[str, Any], **facts: Any
+) -> None:
     """Write the report of a run to its folder, as JSON, and as a page if that can be drawn.
 
     :param folder: Folder of the run.
+    :param quality: Perplexities by state, their divergences, and the text; empty without text.
     :param facts: Further arguments of :meth:`aimet_ext.RunReport.of`.
     """
     from aimet_ext import RunReport
+    from aimet_ext.core.divergence import Divergence
     from aimet_ext.reporting.run_report import REPORT_HTML, REPORT_JSON
 
+    if quality:
+        divergences = quality["divergence"].items()
+        facts |= {
+            "perplexity": {name: quality[name] for name in ("float", "rounding", "quantized")},
+            "divergence": {name: Divergence(**fields) for name, fields in divergences},
+            "text": quality["text"],
+            "windows": quality["windows"],
+        }
     run = RunReport.of(sim, reports, **facts)
     run.save(folder / REPORT_JSON)
     try:
