@@ -43,7 +43,9 @@ def draw(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     axes.set_xlim(low, high * (high / low) ** 0.15)  # room for the last name
-    axes.xaxis.set_major_locator(FixedLocator([n * 10**e for e in range(-2, 4) for n in (1, 2, 5)]))
+    axes.xaxis.set_major_locator(
+        FixedLocator([n * 10**e for e in range(-2, 4) for n in (1, 1.5, 2, 3, 5, 7)])
+    )
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_ylim(top=100)
