@@ -13,7 +13,11 @@ import typer
 from aimet_ext.cli.demo import EPILOG as DEMO_EPILOG
 from aimet_ext.cli.demo import demo
 from aimet_ext.cli.errors import EXIT_CODES_HELP, ErrorsAsCodes
+from aimet_ext.cli.inspect import EPILOG as INSPECT_EPILOG
+from aimet_ext.cli.inspect import inspect
 from aimet_ext.cli.lora import app as lora_app
+from aimet_ext.cli.olive import EPILOG as OLIVE_EPILOG
+from aimet_ext.cli.olive import olive_config
 from aimet_ext.cli.options import (
     TEXTS,
     BatchSize,
@@ -356,71 +360,8 @@ def analyze(
     return Result(str(found), found.to_dict())
 
 
-@command(
-    app,
-    epilog="""\b
-Examples:
-  aimet-ext inspect ./llama-w4
-  aimet-ext inspect ./llama-w4 --json | jq .files
-""",
-)
-def inspect(
-    folder: Annotated[
-        Path,
-        typer.Argument(
-            exists=True, metavar="FOLDER", help="What quantize wrote, or any .onnx file."
-        ),
-    ],
-) -> Result:
-    """Check an exported folder and list it; of a graph say what it takes, gives and holds."""
-    from aimet_ext.cli import graphs
-
-    if graphs.is_graph(folder):
-        found = graphs.inspect(folder)
-        return Result(graphs.inspected(found), found)
-    from aimet_ext.artifact.inspect import inspect_export
-    from aimet_ext.cli.summary import summary
-    from aimet_ext.files.reading import naming
-
-    found = inspect_export(folder)
-    with naming(folder):
-        return Result(summary(found), found)
-
-
-@command(
-    app,
-    name="olive-config",
-    epilog="""\b
-Examples:
-  aimet-ext olive-config
-  olive run --config workflow.json --package-config olive_package.json
-""",
-)
-def olive_config(
-    output: Annotated[
-        Path,
-        typer.Option(
-            dir_okay=False, help="File to write; one that this command wrote is replaced."
-        ),
-    ] = Path("olive_package.json"),
-    base: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            show_default="Olive's own",
-            help="A package config of yours to start from.",
-        ),
-    ] = None,
-) -> Result:
-    """Write a package config with which Olive's AimetQuantization has these techniques."""
-    from aimet_ext.integrations.olive_config import write_package_config
-
-    write_package_config(output, base)
-    run = f"olive run --config WORKFLOW --package-config {output}"
-    return Result(f"{output}\n{run}", {"output": str(output), "command": run})
-
-
+command(app, epilog=INSPECT_EPILOG)(inspect)
+command(app, name="olive-config", epilog=OLIVE_EPILOG)(olive_config)
 command(app, epilog=REPORT_EPILOG)(report)
 command(app, epilog=VERIFY_EPILOG)(verify)
 command(app, epilog=DEMO_EPILOG)(demo)
