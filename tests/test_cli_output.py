@@ -134,6 +134,19 @@ def test_a_log_file_that_cannot_be_written_ends_with_4(tmp_path: pathlib.Path) -
     assert done.exit_code == 4 and "log.txt" in done.stderr and done.stdout == ""
 
 
+def test_handlers_of_our_own_loggers_hear_messages_too(folder: pathlib.Path) -> None:
+    """As recorders of runs have them; other libraries' are for screens."""
+    heard: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("aimet_ext").addHandler(handler)
+    try:
+        run("inspect", folder, "--quiet")
+    finally:
+        logging.getLogger("aimet_ext").removeHandler(handler)
+    assert heard == [SAID["warning"], SAID["error"]]
+
+
 def test_logging_is_as_before_afterwards(folder: pathlib.Path) -> None:
     before = (logging.Logger.callHandlers, logging.getLogger("aimet_ext").level, sys.stdout)
     run("inspect", folder, "--verbose")

@@ -94,8 +94,8 @@ def _is_ours(record: logging.LogRecord) -> bool:
 def _handled_by(handlers: list[logging.Handler]) -> Iterator[None]:
     """Give the records of every logger to these handlers: libraries bring handlers of their own."""
 
-    def call(_: logging.Logger, record: logging.LogRecord) -> None:
-        for handler in handlers:
+    def call(logger: logging.Logger, record: logging.LogRecord) -> None:
+        for handler in (*handlers, *_attached(logger)):
             if record.levelno >= handler.level:
                 handler.handle(record)
 
@@ -106,6 +106,13 @@ def _handled_by(handlers: list[logging.Handler]) -> Iterator[None]:
         yield
     finally:
         kind.callHandlers = before
+
+
+def _attached(logger: logging.Logger | None) -> Iterator[logging.Handler]:
+    """Yield the handlers of loggers of this package, such as those of a recorder."""
+    while logger is not None and logger.name.partition(".")[0] == _OURS:
+        yield from logger.handlers
+        logger = logger.parent
 
 
 @contextlib.contextmanager
