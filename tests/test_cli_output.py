@@ -59,9 +59,14 @@ def test_every_command_has_the_options_of_output(command: tuple[str, ...]) -> No
 def test_completion_is_offered() -> None:
     shown = run("--help").stdout
     assert "--install-completion" in shown and "--show-completion" in shown
-    asked = {"_AIMET_EXT_COMPLETE": "complete_bash", "COMP_WORDS": "aimet-ext ", "COMP_CWORD": "1"}
-    done = CliRunner().invoke(cli.app, [], env=asked, prog_name="aimet-ext")
-    assert {"quantize", "verify", "lora"} <= set(done.stdout.split())
+    assert {"quantize", "verify", "lora"} <= completed("aimet-ext ", 1)
+    assert completed("aimet-ext quantize --technique gp", 3) == {"gptq"}
+    assert "w4a16-fast" in completed("aimet-ext quantize --recipe w4", 3)
+
+
+def completed(words: str, place: int) -> set[str]:
+    asked = {"_AIMET_EXT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(place)}
+    return set(CliRunner().invoke(cli.app, [], env=asked, prog_name="aimet-ext").stdout.split())
 
 
 @pytest.fixture

@@ -32,6 +32,8 @@ from aimet_ext.cli.options import (
     SeqLength,
     TextField,
     Tokenizer,
+    complete_recipe,
+    complete_technique,
     model_path,
     technique_name,
     technique_names,
@@ -135,6 +137,7 @@ def quantize(
         str | None,
         typer.Option(
             metavar="NAME|FILE",
+            autocompletion=complete_recipe,
             help="The options below in one, see aimet-ext recipes; those given beside it count.",
         ),
     ] = None,
@@ -143,6 +146,7 @@ def quantize(
         typer.Option(
             show_default="omniquant",
             parser=technique_name,
+            autocompletion=complete_technique,
             metavar="|".join(technique_names()),
             help="How to choose weights and ranges; again for one that follows. nearest is plain "
             "rounding.",

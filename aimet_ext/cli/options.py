@@ -14,7 +14,7 @@ import typer
 
 from aimet_ext.cli.errors import message_of
 from aimet_ext.config import QSpec
-from aimet_ext.recipes.recipe import check_order, offered
+from aimet_ext.recipes.recipe import check_order, offered, recipe_names
 from aimet_ext.registry import TECHNIQUES, load
 
 NEAREST = "nearest"
@@ -153,6 +153,16 @@ def width_or_word(text: str) -> QSpec | str:
 def technique_names() -> list[str]:
     """Return the names of the techniques to choose from."""
     return [*offered(), NEAREST]
+
+
+def complete_technique(incomplete: str) -> list[str]:
+    """Return the techniques that begin so, for the shell."""
+    return [name for name in technique_names() if name.startswith(incomplete)]
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Return the recipes of the package that begin so, for the shell."""
+    return [name for name in recipe_names() if name.startswith(incomplete)]
 
 
 def technique_name(text: str) -> str:

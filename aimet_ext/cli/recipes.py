@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from aimet_ext.cli.options import NEAREST, bad_parameter, chosen_techniques
+from aimet_ext.cli.options import NEAREST, bad_parameter, chosen_techniques, complete_recipe
 from aimet_ext.cli.output import Result, table
 from aimet_ext.errors import some
 from aimet_ext.recipes.recipe import Grid, Recipe, read_recipe, recipe_names
@@ -23,7 +23,10 @@ Examples:
 
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="A recipe to print as YAML.")
+        str | None,
+        typer.Argument(
+            metavar="NAME", autocompletion=complete_recipe, help="A recipe to print as YAML."
+        ),
     ] = None,
 ) -> Result:
     """List the recipes with their measured gain and cost, or print one."""
