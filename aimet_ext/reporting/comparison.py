@@ -10,9 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from aimet_ext.files.folders import replace_file
-from aimet_ext.reporting.parts import Phase
+from aimet_ext.reporting.parts import STATES, Phase
 from aimet_ext.reporting.run_report import RunReport
 
+_MEASURES = {
+    "perplexity": "perplexity",
+    "kl": "mean KL",
+    "kl_high": "99.9th percentile of KL",
+    "flips": "share of flips",
+}
 _Cost = tuple[float, int | None]  # seconds, bytes of memory
 
 
@@ -58,7 +64,8 @@ class RunComparison:
     @cached_property
     def settings(self) -> list[tuple[str, str, str]]:
         """Name and both values of each setting, version or fact of the machine that differs."""
-        one, other = (dict(_flat(_settings(run))) for run in self._runs)
+        both = set.intersection(*({each.name for each in run.techniques} for run in self._runs))
+        one, other = (dict(_flat(_settings(run, both))) for run in self._runs)
         return [
             (name, one.get(name, "–"), other.get(name, "–"))
             for name in dict.fromkeys([*one, *other])
@@ -138,13 +145,21 @@ class RunComparison:
         replace_file(path, comparison_page(self).encode())
 
 
-def _settings(run: RunReport) -> dict[str, Any]:
-    techniques = {result.name: result.settings for result in run.techniques}
+def _settings(run: RunReport, techniques: set[str]) -> dict[str, Any]:
+    """Return the settings of a run without what is said elsewhere: grids of layers, by layer.
+
+    :param techniques: Techniques whose settings are of interest: those that both runs have.
+    """
+    recipe = {key: value for key, value in (run.recipe or {}).items() if key != "overrides"}
+    # A recipe says what create_sim was called with.
+    own = {k: v for k, v in run.settings.items() if k != "create_sim" or run.recipe is None}
     return {
         "model": run.model,
-        "recipe": run.recipe or {},
-        "settings": run.settings,
-        "techniques": techniques,
+        "techniques": ", then ".join(result.name for result in run.techniques),
+        "settings of": {r.name: r.settings for r in run.techniques if r.name in techniques},
+        "recipe": {key: value for key, value in recipe.items() if key != "techniques"},
+        "settings": own,
+        "text": run.quality and f"{run.quality.windows} windows of {run.quality.text}",
         "versions": run.versions,
         "machine": run.machine,
     }
@@ -161,9 +176,9 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 def _measures(run: RunReport) -> Iterator[tuple[str, float | None]]:
     for state, found in (run.quality.states if run.quality else {}).items():
-        for name in ("perplexity", "kl", "kl_high", "flips"):
+        for name, words in _MEASURES.items():
             if (value := getattr(found, name)) is not None:
-                yield f"{name}, {state}", value
+                yield f"{words}, {STATES[state]}", value
     if run.bits is not None:
         yield "bits a weight, with scales", run.bits
         counted = sum(use.counted for use in run.weights)

@@ -9,9 +9,8 @@ from typing import Any
 from aimet_ext.drawing import figures
 from aimet_ext.drawing.page import bars, render, trusted
 from aimet_ext.reporting.comparison import RunComparison
-from aimet_ext.reporting.parts import TechniqueResult, WeightUse
+from aimet_ext.reporting.parts import STATES, TechniqueResult, WeightUse
 from aimet_ext.reporting.run_report import RunReport
-from aimet_ext.reporting.text import STATES
 
 MOST_ROWS = figures.MOST_UNITS
 """Layers that a page lists; of a larger model the ones that are worst off, in their order."""
@@ -50,8 +49,14 @@ def comparison_page(found: RunComparison) -> str:
         series = {"A": [row.first for row in rows], "B": [row.second for row in rows]}
         worst = sorted(enumerate(rows), key=lambda pair: -pair[1].distance)[:MOST_ROWS]
         drawn = figures.losses(series, "loss", "unit").inline(f"loss{i}")
+        ratios = [row.second / row.first if row.first > 0 else None for row in rows]
+        changes = figures.shares(ratios, "unit", "the loss of A").inline(f"change{i}")
         listed = [row for _, row in sorted(worst, key=lambda pair: pair[0])]
-        losses.append({"measure": measure, "figure": trusted(drawn), "rows": listed, "all": rows})
+        drawings = [
+            ("Loss as deployed of each unit that both runs have.", trusted(drawn)),
+            ("Loss of B as a share of that of A; below the line B is better.", trusted(changes)),
+        ]
+        losses.append({"measure": measure, "figures": drawings, "rows": listed, "all": rows})
     return render(
         "comparison.html",
         runs={"A": found.first, "B": found.second},

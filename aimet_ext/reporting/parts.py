@@ -32,6 +32,13 @@ Number = Annotated[
 
 StateName = Literal["float", "rounding", "quantized"]
 
+STATES: dict[StateName, str] = {
+    "float": "float model",
+    "rounding": "rounding",
+    "quantized": "as deployed",
+}
+"""Words for the states of a model, in order."""
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class UnitResult:
@@ -184,14 +191,11 @@ class Quality:
     @property
     def recovered(self) -> float | None:
         """Share of plain rounding's loss of perplexity that is gained back."""
-        found = [self.states.get(name, StateQuality()).perplexity for name in _STATES]
+        found = [self.states.get(name, StateQuality()).perplexity for name in STATES]
         float_, rounding, quantized = found
         if float_ is None or rounding is None or quantized is None or rounding <= float_:
             return None
         return (rounding - quantized) / (rounding - float_)
-
-
-_STATES: tuple[StateName, ...] = ("float", "rounding", "quantized")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -16,6 +16,7 @@ from aimet_ext.config import STRICT
 from aimet_ext.files.folders import replace_file
 from aimet_ext.files.manifest import versions
 from aimet_ext.reporting.parts import (
+    STATES,
     Budget,
     Phase,
     Quality,
@@ -45,7 +46,8 @@ class RunReport:
     :param machine: Facts about the machine.
     :param versions: Versions of the packages.
     :param settings: Settings of the run: those of ``create_sim``, and others that were given.
-    :param recipe: Recipe that repeats the run; None where there was none.
+    :param recipe: Recipe that repeats the run, with texts by the names of their files alone; None
+        where there was none.
     :param techniques: Outcome of each technique, in order: losses of blocks and layers beside
         those of plain rounding.
     :param weights: Use that each weight makes of its grid: integer codes and scales.
@@ -121,7 +123,7 @@ class RunReport:
             machine=_machine(),
             versions=versions(),
             settings={**(settings or {}), **({"create_sim": made} if made else {})},
-            recipe=recipe.to_dict() if recipe else None,
+            recipe=_shown(recipe) if recipe else None,
             techniques=technique_results(reports),
             weights=weight_uses(sim),
             quality=_quality(perplexity or {}, divergence or {}, text, windows),
@@ -195,10 +197,19 @@ class RunReport:
         return read_checked(place, cls)
 
 
+def _shown(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as plain values, without the folders of the machine."""
+    plain = recipe.to_dict()
+    files = plain.get("calibration", {}).get("files")
+    if files:
+        plain["calibration"] = {**plain["calibration"], "files": [Path(f).name for f in files]}
+    return plain
+
+
 def _quality(
     perplexity: Mapping[str, float], divergence: Mapping[str, Any], text: str, windows: int
 ) -> Quality | None:
-    names = ("float", "rounding", "quantized")
+    names = tuple(STATES)
     for parameter, given in (("perplexity", perplexity), ("divergence", divergence)):
         if unknown := [name for name in given if name not in names]:
             raise ValueError(

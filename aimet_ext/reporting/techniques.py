@@ -67,7 +67,7 @@ def _(report: LayerwiseReport) -> dict[str, Any]:
             rounding=_share(layer.loss_nearest, layer.signal),
             result=_share(layer.loss_after, layer.signal),
             sqnr_db=layer.sqnr_db,
-            grid=layer.spec,
+            grid=f"{layer.bitwidth} bits, {layer.spec}",
             seconds=layer.seconds,
         )
         for layer in report.layers
@@ -84,7 +84,7 @@ def _(report: WeightsReport) -> dict[str, Any]:
             rounding=layer.loss_nearest if own else _share(layer.noise_nearest, layer.signal),
             result=layer.loss_after if own else _share(layer.noise, layer.signal),
             sqnr_db=layer.sqnr_db,
-            grid=layer.spec,
+            grid=f"{layer.bitwidth} bits, {layer.spec}",
             seconds=layer.seconds,
         )
         for layer in report.layers

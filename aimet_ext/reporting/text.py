@@ -8,14 +8,11 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from aimet_ext.drawing.page import duration, number, percent, size
-from aimet_ext.reporting.parts import Quality, StateQuality, TechniqueResult
+from aimet_ext.reporting.parts import STATES, Quality, StateQuality, TechniqueResult
 
 if TYPE_CHECKING:
     from aimet_ext.reporting.comparison import RunComparison
     from aimet_ext.reporting.run_report import RunReport
-
-STATES = {"float": "float model", "rounding": "rounding", "quantized": "as deployed"}
-"""Words for the states of a model."""
 
 _WIDTH = 100
 _MOST = 12  # rows of a list that are shown
@@ -54,6 +51,8 @@ def comparison(found: RunComparison) -> str:
     one, other = found.first, found.second
     lines = [f"A: {one.model}, {one.created}", f"B: {other.model}, {other.created}"]
     lines += _section("settings that differ", ("", "A", "B"), found.settings)
+    more = f", {_MOST} of {len(found.grids)}" * (len(found.grids) > _MOST)
+    lines += _section(f"grids that differ{more}", ("", "A", "B"), found.grids[:_MOST])
     shown = [(name, number(a), number(b), _change(a, b)) for name, a, b in found.measures]
     lines += _section("measures", ("", "A", "B", "B to A"), shown)
     for measure, rows in found.losses.items():

@@ -275,7 +275,7 @@ def test_two_runs_differ_in_what_differs(
     for text in ("settings that differ", "damping", "measures", "perplexity", "time and memory"):
         assert text in shown
     plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert plain["losses"] and plain["measures"]["perplexity, quantized"] == [4.0, 4.0]
+    assert plain["losses"] and plain["measures"]["perplexity, as deployed"] == [4.0, 4.0]
     same = first.compare(first)
     assert same.settings == same.grids == []
     assert all(row.distance == 0 for rows in same.losses.values() for row in rows)
@@ -347,6 +347,7 @@ def test_quantize_leaves_a_report(folder: pathlib.Path) -> None:
     assert {k: v.perplexity for k, v in found.quality.states.items()} == {
         name: quality[name] for name in ("float", "rounding", "quantized")
     }
+    assert found.recipe is not None and found.recipe["calibration"]["files"] == ["text.txt"]
     assert found.quality.states["quantized"].kl == quality["divergence"]["quantized"]["kl"]
     phases = [phase.name for phase in found.phases]
     assert phases[0] == "load the model" and "rtn" in phases and phases[-1] == "export"
