@@ -25,7 +25,7 @@ extensions = [
 html_math_renderer = "mathml"
 html_static_path = ["static"]
 html_css_files = ["formulas.css"]
-exclude_patterns = ["_build", "conf.py", "extensions", "figures.py"]
+exclude_patterns = ["_build", "conf.py", "extensions"]
 html_theme = "furo"
 html_title = f"aimet_ext {release}"
 

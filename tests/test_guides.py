@@ -151,7 +151,7 @@ def test_every_file_of_an_export_is_on_the_page(tiny_model: Any, tmp_path: pathl
 def test_drawings_are_those_of_the_code(tmp_path: pathlib.Path) -> None:
     """Byte by byte with the matplotlib that drew them, else by their texts."""
     matplotlib = pytest.importorskip("matplotlib")
-    spec = importlib.util.spec_from_file_location("figures", DOCS / "figures.py")
+    spec = importlib.util.spec_from_file_location("figures", DOCS / "extensions/figures.py")
     assert spec is not None and spec.loader is not None
     figures = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(figures)

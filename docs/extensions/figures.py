@@ -1,6 +1,6 @@
 """Drawings of the page of concepts, as SVG files that can be read on light and on dark pages.
 
-    python docs/figures.py docs/static/concepts
+    python docs/extensions/figures.py docs/static/concepts
 
 All of them show numbers that are computed here; they need matplotlib and numpy.
 """
