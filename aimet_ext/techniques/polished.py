@@ -259,6 +259,7 @@ class Progress:
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
         """Put back what :meth:`tensors` returned."""
+        optimizer.state.clear()
         for name, leaf in self.logs.items():
             leaf.copy_(tensors[f"logs/{name}"])
             self.best[name] = tensors[f"best/{name}"].to(leaf.device)

@@ -261,13 +261,16 @@ def interrupted(sim: Any, case: Any, monkeypatch: Any, steps: int = 5, **setting
             apply(sim, *case, **settings)
 
 
-@pytest.mark.parametrize("integers", [False, True])
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"learning_rate": 0.02}, {"learn_integers": True, "integer_rate": 0.2}],
+    ids=["scales", "a stage taken back", "integers"],
+)
 def test_an_interrupted_run_leaves_no_trace_and_is_resumed_to_the_bit(
-    make: Any, state_of: Any, result_of: Any, monkeypatch: Any, tmp_path: Path, integers: bool
+    make: Any, state_of: Any, result_of: Any, monkeypatch: Any, tmp_path: Path, given: Any
 ) -> None:
     sim, *case = make()
     whole, before = copy.deepcopy(sim), state_of(sim)
-    given = {"learn_integers": integers, "integer_rate": 0.2}
     interrupted(sim, case, monkeypatch, checkpoint_dir=tmp_path / "c", **given)
     assert state_of(sim) == before
     assert len(list((tmp_path / "c").glob("block_*"))) == 2
@@ -280,7 +283,7 @@ def test_an_interrupted_run_leaves_no_trace_and_is_resumed_to_the_bit(
     assert result_of(sim) == result_of(whole)
     other, *_ = make()
     with pytest.raises(ValueError, match=r"belongs to another run.*settings\.learning_rate"):
-        apply(other, *case, checkpoint_dir=tmp_path / "c", learning_rate=1e-4, **given)
+        apply(other, *case, checkpoint_dir=tmp_path / "c", **{**given, "learning_rate": 1e-4})
 
 
 def test_a_failure_at_the_very_end_leaves_no_trace(
