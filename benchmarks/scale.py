@@ -74,14 +74,21 @@ def create(blocks: int) -> Callable[[], Any]:
     return lambda: aimet_ext.create_sim(model, IDS)
 
 
-def technique(name: str, **settings: Any) -> Callable[[int], Callable[[], Any]]:
+def technique(
+    name: str, build: Callable[[int], Any] = torch_sim, **settings: Any
+) -> Callable[[int], Callable[[], Any]]:
     """Return a maker of jobs that apply a technique."""
 
     def prepared(blocks: int) -> Callable[[], Any]:
-        sim = torch_sim(blocks)
-        extra = {"reference": llama(blocks)} if name == "dwq" else {}
+        sim, data = build(blocks), BATCHES
+        if build is onnx_sim:
+            data = [{"input_ids": row[None].numpy()} for batch in BATCHES for row in batch]
+        extra: dict[str, Any] = {}
+        if name == "dwq":
+            aimet_ext.apply_gptq(sim, data, progress=False)
+            extra = {"reference": llama(blocks)}
         apply = getattr(aimet_ext, f"apply_{name}")
-        return lambda: apply(sim, BATCHES, progress=False, **settings, **extra)
+        return lambda: apply(sim, data, progress=False, **settings, **extra)
 
     return prepared
 
@@ -130,9 +137,14 @@ def timed_exporter() -> Iterator[list[float]]:
 JOBS: dict[str, Callable[[int], Callable[[], Any]]] = {
     "create_sim": create,
     "gptq": technique("gptq"),
+    "seq_mse": technique("seq_mse"),
+    "awq": technique("awq"),
     "omniquant": technique("omniquant", num_iterations=4, search_sweeps=1),
     "autoround": technique("autoround", num_iterations=4),
+    "spinquant": technique("spinquant"),
     "dwq": technique("dwq", num_iterations=2),
+    "gptq of ONNX": technique("gptq", onnx_sim),
+    "omniquant of ONNX": technique("omniquant", onnx_sim, num_iterations=4, search_sweeps=1),
     "export": export(calibrated, IDS),
     "export without AIMET's exporter": export(calibrated, IDS, own=True),
     "export of ONNX": export(onnx_sim, {"input_ids": IDS.numpy()}),

@@ -229,6 +229,16 @@ def calibrated(quantizers: Iterable[WeightQuantizer]) -> Iterator[None]:
             quantizer.reset()
 
 
+class Disabled(Protocol):
+    """Quantizers that are off for the time of a context."""
+
+    def back(self, layers: Iterable[str]) -> AbstractContextManager[None]:
+        """Open a context in which those of layers are on, at a cost of these layers alone.
+
+        :param layers: Full names.
+        """
+
+
 class Activations(Protocol):
     """The quantizers of tensors, which are switched off and on, watched and calibrated."""
 
@@ -239,7 +249,7 @@ class Activations(Protocol):
         weights: bool = True,
         activations: bool = True,
         keep: Iterable[str] = (),
-    ) -> AbstractContextManager[None]:
+    ) -> AbstractContextManager[Disabled]:
         """Open a context in which a module computes in float; quantizers are on again after it.
 
         :param module: Name of the module, ``""`` for the whole model.

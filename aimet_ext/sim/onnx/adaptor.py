@@ -31,11 +31,11 @@ from aimet_ext.sim.onnx.names import layer_aliases
 from aimet_ext.sim.onnx.points import OnnxPoints
 from aimet_ext.sim.onnx.quantizers import (
     OnnxWeightQuantizer,
+    SwitchedOff,
     is_integer,
     live_quantizer,
     quantizer_state,
     restore_quantizer,
-    switched_off,
     uninitialize,
 )
 from aimet_ext.sim.onnx.state import FloatState, rebuild_session
@@ -122,7 +122,6 @@ class OnnxSim(OnnxPoints, SimAdaptor):
     def layer_names(self) -> Iterator[str]:
         return iter(self.layers)
 
-    @contextmanager
     def disabled_quantizers(
         self,
         module: str = "",
@@ -130,21 +129,20 @@ class OnnxSim(OnnxPoints, SimAdaptor):
         weights: bool = True,
         activations: bool = True,
         keep: Iterable[str] = (),
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[SwitchedOff]:
         layers = (self._layer(name) for name in keep)
         kept = {layer.weight for layer in layers if layer is not None}
         every = self.sim.qc_quantize_op_dict
         # Activations are not told apart by module.
-        names = every if not module else self._stored_in(module)
-        off = [
-            quantizer
+        names = every if not module else set(self._stored_in(module))
+        off = {
+            name: quantizer
             for name, quantizer in every.items()
             if quantizer.enabled
             and name not in kept
             and ((weights and name in names) if self._is_parameter(name) else activations)
-        ]
-        with switched_off(off):
-            yield
+        }
+        return SwitchedOff(off, self._quantized_in).open()
 
     @contextmanager
     def live_activations(self, module: str) -> Iterator[None]:
@@ -443,7 +441,10 @@ class OnnxSim(OnnxPoints, SimAdaptor):
             return list(self.parts[module].stored)
         self._module(module)
         prefix = f"{module}." if module else ""
-        inside = [x for name, x in self.layers.items() if f"{name}.".startswith(prefix)]
+        if module in self.layers:  # which is asked for each layer
+            inside = [self.layers[module]]
+        else:
+            inside = [x for name, x in self.layers.items() if name.startswith(prefix)]
         names = (name for layer in inside for name in (layer.weight, layer.bias))
         return list(dict.fromkeys(name for name in names if name is not None))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -63,6 +63,41 @@ def switched_off(quantizers: Sequence[QcQuantizeOp]) -> Iterator[None]:
         with uninterrupted():
             for quantizer in quantizers:
                 quantizer.enabled = True
+
+
+class SwitchedOff:
+    """Quantizers, in a context of :meth:`open` off.
+
+    :param quantizers: Those that are on, by the name of their tensor.
+    :param quantized_in: Function from the name of a layer to the names of its tensors.
+    """
+
+    def __init__(
+        self,
+        quantizers: Mapping[str, QcQuantizeOp],
+        quantized_in: Callable[[str], Sequence[str]],
+    ) -> None:
+        self._quantizers = quantizers
+        self._quantized_in = quantized_in
+
+    @contextmanager
+    def open(self) -> Iterator[SwitchedOff]:
+        """Switch the quantizers off; they are on again behind the context."""
+        with switched_off(list(self._quantizers.values())):
+            yield self
+
+    @contextmanager
+    def back(self, layers: Iterable[str]) -> Iterator[None]:
+        """Open a context in which those of layers are on."""
+        names = {name for layer in layers for name in self._quantized_in(layer)}
+        own = [self._quantizers[name] for name in names if name in self._quantizers]
+        try:
+            for quantizer in own:
+                quantizer.enabled = True
+            yield
+        finally:
+            for quantizer in own:
+                quantizer.enabled = False
 
 
 def calibrate_on(quantizer: QcQuantizeOp, values: np.ndarray[Any, Any]) -> None:

@@ -26,6 +26,7 @@ from aimet_ext.sim.facts import SimFacts
 from aimet_ext.sim.protocol import Range, SimAdaptor
 from aimet_ext.sim.torch import residual
 from aimet_ext.sim.torch.graph import Apart, write_graph
+from aimet_ext.sim.torch.places import Emptied
 from aimet_ext.sim.torch.points import TorchPoints, replaced_quantizers
 from aimet_ext.sim.torch.quantizers import TorchWeightQuantizer, weight_quantizer_of
 from aimet_ext.sim.torch.state import (
@@ -75,7 +76,6 @@ class TorchSim(TorchPoints, SimAdaptor):
     def layer_names(self) -> Iterator[str]:
         return (name for name, _ in self.sim.named_qmodules())
 
-    @contextmanager
     def disabled_quantizers(
         self,
         module: str = "",
@@ -83,7 +83,7 @@ class TorchSim(TorchPoints, SimAdaptor):
         weights: bool = True,
         activations: bool = True,
         keep: Iterable[str] = (),
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[Emptied]:
         """Open a context in which a module computes in float; restored at the end whatever happens.
 
         :param module: Name, ``""`` for the whole model.
@@ -92,19 +92,12 @@ class TorchSim(TorchPoints, SimAdaptor):
         :param keep: Names of layers whose weight quantizers stay on.
         """
         kept = {parameter_quantizer(f"{name}.weight") for name in keep}
-        places = [
-            (self.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], quantizer)
+        found = (
+            (name, quantizer)
             for name, quantizer in self._quantizers(module)
             if (weights if of_parameter(name) else activations) and name not in kept
-        ]
-        try:
-            for container, key, _ in places:
-                setattr(container, key, None)
-            yield
-        finally:
-            with uninterrupted():
-                for container, key, quantizer in places:
-                    setattr(container, key, quantizer)
+        )
+        return Emptied(self.model, found).open()
 
     @contextmanager
     def live_activations(self, module: str) -> Iterator[None]:

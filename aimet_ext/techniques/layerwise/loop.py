@@ -27,7 +27,7 @@ from aimet_ext.files.folders import replace_folder
 from aimet_ext.files.manifest import write_manifest
 from aimet_ext.files.tensors import Checkpoints
 from aimet_ext.progress import bar as progress_bar
-from aimet_ext.sim.protocol import SimAdaptor, WeightQuantizer, adapt, calibrated
+from aimet_ext.sim.protocol import Disabled, SimAdaptor, WeightQuantizer, adapt, calibrated
 from aimet_ext.techniques.call import Call
 from aimet_ext.techniques.layerwise.deploy import (
     Decision,
@@ -177,6 +177,7 @@ class LayerwiseRun:
     :param keep: Function to call with a layer's name before the layer is changed.
     :param cost: Cost of the walk, once it is done.
     :param token_weights: Weights of the tokens, None if all count alike.
+    :param input_steps: Most steps of the grid of a layer's input, 0 where all are float.
     """
 
     adaptor: SimAdaptor
@@ -187,14 +188,9 @@ class LayerwiseRun:
     keep: Callable[[str], None]
     cost: dict[str, Any] = field(default_factory=dict)
     token_weights: TokenWeights | None = None
+    input_steps: int = 0
 
     report_class: ClassVar[type[UnitReport]] = LayerReport
-
-    @cached_property
-    def input_steps(self) -> int:
-        """Most steps of the grid of an activation, 0 where all are float."""
-        bits = self.adaptor.activation_bits()
-        return 2**bits - 1 if bits else 0
 
     def all_layers(self, dataloader: Any) -> list[UnitReport]:
         """Decide every layer, in the order in which data flows."""
@@ -211,9 +207,15 @@ class LayerwiseRun:
         try:
             stages = walk.stages()
             number = 0
-            with self._checkpoints(batches) as checkpoints, bar:
+            self.input_steps = self._input_steps()
+            with (
+                self._checkpoints(batches) as checkpoints,
+                bar,
+                # Once: switching the quantizers of the whole model takes time that grows with it.
+                self.adaptor.disabled_quantizers() as disabled,
+            ):
                 while (stage := self._next(stages)) is not None:
-                    reports += self._stage(number, stage, walk, checkpoints, bar)
+                    reports += self._stage(number, stage, walk, checkpoints, disabled, bar)
                     number += 1
             self.cost = walk.cost
         finally:
@@ -256,9 +258,13 @@ class LayerwiseRun:
                 device=options.device,
             )
 
+    def _input_steps(self) -> int:
+        bits = self.adaptor.activation_bits()
+        return 2**bits - 1 if bits else 0
+
+    @torch.no_grad()
     def _next(self, stages: Iterator[Stage]) -> Stage | None:
-        with self.adaptor.disabled_quantizers(), torch.no_grad():
-            return next(stages, None)
+        return next(stages, None)
 
     def _checkpoints(self, batches: Sequence[Any]) -> AbstractContextManager[Checkpoints | None]:
         device = next(iter(self.quantizers.values())).weight.device
@@ -286,32 +292,40 @@ class LayerwiseRun:
         stage: Stage,
         walk: Walk,
         checkpoints: Checkpoints | None,
+        disabled: Disabled,
         bar: Any,
     ) -> list[UnitReport]:
         """Decide the layers of a stage, or take them from their checkpoint."""
         if self.solver.rounds:
             for layer in stage.layers:
                 walk.hold(layer)
-        if checkpoints is not None and number in checkpoints:
-            with checkpoints.resuming(number) as saved:
-                reports = self._resume(stage, *saved)
-        else:
-            reports = self._decide(stage, bar)
-            if checkpoints is not None:
-                self._save(checkpoints, number, stage, reports)
-        decided = {layer: self.quantizers[layer] for layer in stage.layers}
-        in_stream = OnGrids(decided, free_blocks=self.solver.aimet_stream)
-        for layer in stage.layers:
-            walk.decide(layer, in_stream[layer])
+        resumed = checkpoints is not None and number in checkpoints
+        bar.set_postfix_str(stage.layers[0])
+        started = time.perf_counter()
+        with torch.no_grad():
+            seen = None if resumed else self._gather(stage)
+        gathering = (time.perf_counter() - started) / len(stage.layers)
+        with disabled.back(stage.layers):
+            if checkpoints is not None and seen is None:
+                with checkpoints.resuming(number) as saved:
+                    reports = self._resume(stage, *saved)
+            else:
+                assert seen is not None
+                reports = self._decide(stage, seen, gathering)
+                if checkpoints is not None:
+                    self._save(checkpoints, number, stage, reports)
+            decided = {layer: self.quantizers[layer] for layer in stage.layers}
+            in_stream = OnGrids(decided, free_blocks=self.solver.aimet_stream)
+            for layer in stage.layers:
+                walk.decide(layer, in_stream[layer])
         bar.update(len(stage.layers))
         return reports
 
-    def _decide(self, stage: Stage, bar: Any) -> list[UnitReport]:
-        bar.set_postfix_str(stage.layers[0])
-        started = time.perf_counter()
-        with self.adaptor.disabled_quantizers(), torch.no_grad():
-            seen = self._gather(stage)
-        gathering = (time.perf_counter() - started) / len(stage.layers)
+    def _decide(self, stage: Stage, seen: Seen, gathering: float) -> list[UnitReport]:
+        """Decide and deploy the layers of a stage.
+
+        :param gathering: Seconds that each layer's part of the evidence took.
+        """
         reports: list[UnitReport] = []
         for layer in stage.layers:
             started = time.perf_counter()

@@ -47,10 +47,8 @@ class WeightRun(LayerwiseRun):
 
     _steps: dict[str, float]  # of the grids of inputs, by layer; biases have to fit int32
 
-    @property
-    def input_steps(self) -> int:
-        """One step: the moment's peak is that of the input's grid."""
-        return 1
+    def _input_steps(self) -> int:
+        return 1  # the moment's peak is that of the input's grid
 
     def _batches(self, dataloader: Any) -> Sequence[Any]:
         return ()
