@@ -104,8 +104,11 @@ class NormGain:
 class Points(Protocol):
     """The quantizers of a simulation one by one, in the order in which data flows."""
 
-    def points(self) -> dict[str, Point]:
-        """Return the integer quantizers in use by name, in order."""
+    def points(self, places: Collection[str] | None = None) -> dict[str, Point]:
+        """Return the integer quantizers in use by name, in order.
+
+        :param places: Those to look at, at a cost of these alone; None for all.
+        """
 
     def looking(
         self, look: Look, forward_fn: ForwardFn | None = None
@@ -216,8 +219,8 @@ class Points(Protocol):
             ``compute_encodings`` fills it.
         """
         had = self.reset_encodings(ranges)
-        for point in self.points().values():
-            if point.place in had and point.single:
+        for point in self.points(had).values():
+            if point.single:
                 self.write_range(point, *point.covering(ranges[point.place]), freeze=False)
         return had
 

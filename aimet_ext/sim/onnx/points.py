@@ -44,12 +44,13 @@ class OnnxPoints(Points):
         """The adaptor of which this is a part."""
         return self
 
-    def points(self) -> dict[str, Point]:
+    def points(self, places: Collection[str] | None = None) -> dict[str, Point]:
         every = self.sim.qc_quantize_op_dict
-        made = [name for node in self._whole.graph.nodes for name in node.output]
-        order = {name: place for place, name in enumerate(made)}
-        names = [name for name, quantizer in every.items() if is_integer(quantizer)]
-        names.sort(key=lambda name: order.get(name, -1))  # stable: what is stored comes first
+        names = [name for name in (every if places is None else places) if is_integer(every[name])]
+        if len(names) > 1:
+            made = [name for node in self._whole.graph.nodes for name in node.output]
+            order = {name: place for place, name in enumerate(made)}
+            names.sort(key=lambda name: order.get(name, -1))  # stable: what is stored comes first
         found: dict[int, Point] = {}
         for name in names:
             if id(every[name]) not in found:

@@ -178,8 +178,8 @@ class TorchSim(TorchPoints, SimAdaptor):
         return ranges
 
     def reset_encodings(self, names: Iterable[str]) -> list[str]:
-        quantizers = dict(self._quantizers(""))
-        had = [name for name in names if quantizers[name].is_initialized()]
+        quantizers: dict[str, Any] = {name: self.model.get_submodule(name) for name in names}
+        had = [name for name in quantizers if quantizers[name].is_initialized()]
         for name in had:
             uninitialize(quantizers[name])
             quantizers[name].allow_overwrite(True)

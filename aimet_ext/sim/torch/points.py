@@ -43,9 +43,14 @@ class TorchPoints(Points):
 
     sim: Any
 
-    def points(self) -> dict[str, Point]:
+    def points(self, places: Collection[str] | None = None) -> dict[str, Point]:
         found: dict[int, Point] = {}
-        for place, quantizer in named_quantizers(self.sim.model):
+        model = self.sim.model
+        if places is None:
+            every = named_quantizers(model)
+        else:
+            every = [(place, model.get_submodule(place)) for place in places]
+        for place, quantizer in every:
             if id(quantizer) not in found and hasattr(quantizer, "qmin"):
                 found[id(quantizer)] = _point(place, quantizer)
         return {point.name: point for point in found.values()}

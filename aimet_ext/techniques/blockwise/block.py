@@ -77,6 +77,7 @@ class Block:
     :param params: Float parameters as they were, float32 (or float64), detached.
     :param targets: Outputs of the float block on the float stream.
     :param adaptor: Adaptor of the simulation.
+    :param activation_bits: Most bits of an integer activation in it, 0 where all are float.
     :param inputs: Sums over the inputs of each stage in the float model, where the technique asked
         for them.
     :param judged: Tokens that count in a score, about, in evenly spaced batches; None for all.
@@ -95,6 +96,7 @@ class Block:
     params: Params
     targets: TensorCache
     adaptor: SimAdaptor
+    activation_bits: int
     inputs: Sequence[StageInputs] = ()
     judged: int | None = None
     trim: float = 0.0
@@ -306,8 +308,7 @@ class Block:
     def points(self) -> dict[str, Point]:
         """Quantizers of activations by name, as they were before the block was worked on."""
         own = self.adaptor.activation_quantizers(self.name)
-        every = self.adaptor.points().values()
-        return {point.place: point for point in every if point.place in own}
+        return {point.place: point for point in self.adaptor.points(own).values()}
 
     def nearest(self, *, rounded: bool = False) -> BlockState:
         """Return plain rounding of the original weights on their full, or frozen, ranges.
@@ -371,8 +372,8 @@ class Block:
     def take_ranges(self) -> None:
         """Take the ranges of activations from the simulation, where they are deployed."""
         if self.quantize_activations:
-            for point in self.adaptor.points().values():
-                if point.place in self.points and point.low is not None and point.high is not None:
+            for point in self.adaptor.points(self.points).values():
+                if point.low is not None and point.high is not None:
                     self.ranges[point.place] = (point.low, point.high)
 
     @cached_property
@@ -385,7 +386,7 @@ class Block:
 
         :param params: Float parameters of the block, transformed.
         """
-        bits, peaks = self.adaptor.activation_bits(), dict[str, float]()
+        bits, peaks = self.activation_bits, dict[str, float]()
         found = {layer: params.get(f"{layer}.bias") for layer in self.layers if bits}
         biases = {n: bias for n, bias in found.items() if bias is not None and bool(bias.any())}
         if not biases:

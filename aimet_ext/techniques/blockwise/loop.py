@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
@@ -219,6 +219,10 @@ class BlockwiseRun:
     keep: Callable[[str], None]
     refused: dict[str, str] = field(default_factory=dict)
 
+    @cached_property
+    def _activation_bits(self) -> int:
+        return self.adaptor.activation_bits()
+
     def all_blocks(self, batches: Sequence[Any]) -> list[BlockReport]:
         """Decide every block in order.
 
@@ -384,6 +388,7 @@ class BlockwiseRun:
             params=params,
             targets=targets,
             adaptor=adaptor,
+            activation_bits=self._activation_bits,
             inputs=[each for stage, each in inputs if list(stage) in stages],
             judged=self.solver.judged,
             trim=self.solver.trim,
