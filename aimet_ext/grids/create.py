@@ -6,6 +6,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,7 @@ from aimet_ext.data.batches import (
     TARGET_IDS,
     as_tensors,
     call_arguments,
+    call_model,
     map_tensors,
     module_device,
 )
@@ -71,7 +73,8 @@ def create_sim(
     In the copy, weights that AIMET does not see are layers: experts packed in one parameter are
     linear layers ``experts.gate_up_proj.0``, ``experts.down_proj.0`` and so on, of which those of
     a block share the quantizers of their outputs, and ``nn.MultiheadAttention`` has ``q_proj``,
-    ``k_proj`` and ``v_proj``. Exports hold the weights under the names of the checkpoint.
+    ``k_proj`` and ``v_proj``. A module with parameters that one call of the module around it calls
+    twice stays float. Exports hold the weights under the names of the checkpoint.
 
     :param model: Causal LM or encoder-decoder (T5, BART, Whisper) of transformers, what
         :func:`prepare_model` made of one, or a module of your own that returns logits and can be
@@ -120,7 +123,9 @@ def create_sim(
     module = model
     if hasattr(model, "get_output_embeddings"):
         module = prepare_model(model, mask_value=None if activations is None else _MASK)
-    given, module = module, expose_weights(module, is_registered)
+    dummy_input = _dummy_input(sample_input_ids, module)
+    run = partial(call_model, module, dummy_input)
+    given, module = module, expose_weights(module, is_registered, run)
     if embedding == "auto":
         embedding = _embedding(module, lm_head)
     specs = {"weights": weights, "lm_head": lm_head, "embedding": embedding}
@@ -141,7 +146,6 @@ def create_sim(
     if isinstance(activations, int):
         activations = QSpec(bitwidth=activations, symmetric=False)
     config = _config(config_file)
-    dummy_input = _dummy_input(sample_input_ids, module)
     in_place |= module is not given  # a copy already
     sim = build_sim(module, dummy_input, plan.specs, activations, config, in_place=in_place)
     left = _left_float(sim, plan, 1.0 if weights is None else allow_float)

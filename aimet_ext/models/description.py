@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from aimet_ext.core.equivalence import PairKind, ScalePair, Side
-from aimet_ext.walk.routing import RoutedLayers
+from aimet_ext.walk.routing import PackedLayers
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -113,7 +113,7 @@ def _unknown(model: nn.Module, table: TopologyDescription) -> str:
         (len(module), name, module[0])
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
-        and not isinstance(module, RoutedLayers)
+        and not isinstance(module, PackedLayers)
         and len({type(child) for child in module}) == 1
     ]
     if not stacks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from aimet_ext.walk.hooks import evaluating
-from aimet_ext.walk.routing import RoutedLayers, tokens_of
+from aimet_ext.walk.routing import PackedLayers, RoutedLayers, tokens_of
 
 _UP, _DOWN = ("gate_up_proj", "up_proj"), "down_proj"
+_FLAT = ("w1", "v1", "w2")
 
 #: Largest max|change| / max|output|; sums of half-precision products differ by their order.
 _BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -24,8 +25,11 @@ def are_packed(module: nn.Module) -> bool:
 
     That is told from its parameters, ``gate_up_proj`` or ``up_proj`` and ``down_proj``, of three
     dimensions with the experts first, and from its ``forward``, which takes hidden states, chosen
-    experts and their weights, or hidden states that stand there once for each expert.
+    experts and their weights, or hidden states that stand there once for each expert. Other forms
+    are those of :class:`FlatExperts` and of :class:`SortedExperts`.
     """
+    if _flat(module) or _is_sorted(module):
+        return True
     packed: list[Any] = [getattr(module, name, None) for name in (_up_name(module), _DOWN)]
     if not all(isinstance(p, nn.Parameter) and p.dim() == 3 for p in packed):
         return False
@@ -137,10 +141,97 @@ class GroupedExperts(SplitExperts):
         return hidden, chosen, torch.ones_like(chosen, dtype=hidden.dtype)
 
 
+class FlatExperts(SplitExperts):
+    """Experts whose matrices follow each other in ``mlp.w1``, ``v1`` and ``w2``, as DBRX's.
+
+    An expert is ``w2 (f(w1 x) * v1 x)``, with ``w2`` stored as ``[in, out]``.
+
+    :param experts: Module that holds them, called with chosen experts and weights.
+    """
+
+    def __init__(self, experts: Any) -> None:
+        nn.Module.__init__(self)
+        self.dense = False
+        self.count = int(experts.num_experts)
+        self.activation_fn = experts.mlp.activation_fn
+        for name in _FLAT:
+            matrices = getattr(experts.mlp, name).unflatten(0, (self.count, -1))
+            turned = name == "w2"
+            layers = _linears(matrices, None, transposed=turned)
+            routed = RoutedLayers(layers, transposed=turned, packed=f"mlp.{name}", stacked=False)
+            setattr(self, name, routed)
+        self.train(experts.training)
+
+    def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Return the weighted sum of what the chosen experts make of each token.
+
+        :param hidden: ``[..., width]``.
+        :param chosen: numbers of experts, ``[tokens, k]``.
+        :param weights: ``[tokens, k]``.
+        """
+        return super().forward(hidden.flatten(0, -2), chosen, weights).view_as(hidden)
+
+    @property
+    def layers_up(self) -> RoutedLayers:
+        """The first layer of each expert."""
+        return self.w1
+
+    def expert(self, number: int, x: Tensor) -> Tensor:
+        """Return what one expert makes of tokens ``[tokens, width]``."""
+        return self.w2[number](self.activation_fn(self.w1[number](x)) * self.v1[number](x))
+
+
+class SortedExperts(nn.Module):
+    """A layer for each expert, called with the rows of all experts in turn, as those of JetMoe.
+
+    :param experts: Module with a ``weight [experts, out, in]``.
+    """
+
+    def __init__(self, experts: Any) -> None:
+        super().__init__()
+        layers = _linears(experts.weight, None, transposed=False)
+        self.layers = PackedLayers(layers, transposed=False, packed="weight")
+        self.dense = False
+        self.train(experts.training)
+
+    def forward(self, rows: Tensor, sizes: Sequence[int] | Tensor) -> Tensor:
+        """Return what the experts make of their rows.
+
+        :param rows: ``[rows, in]``, those of the first expert first.
+        :param sizes: number of rows of each expert; a tensor while a graph is traced, in which no
+            shape may depend on data: then every expert computes all rows.
+        """
+        if not (self.dense or isinstance(sizes, Tensor)):
+            parts = zip(self.layers, rows.split(sizes), strict=True)
+            return torch.cat([layer(part) for layer, part in parts if len(part)])
+        ends = torch.as_tensor(sizes, device=rows.device).cumsum(0)
+        place = torch.arange(len(rows), device=rows.device)
+        owner = (place[:, None] >= ends).sum(-1, keepdim=True)  # [rows, 1]
+        return sum(layer(rows) * (owner == n).to(rows) for n, layer in enumerate(self.layers))
+
+
+def _flat(module: nn.Module) -> bool:
+    """Return True for what :class:`FlatExperts` takes apart."""
+    mlp: Any = getattr(module, "mlp", None)
+    found = [getattr(mlp, name, None) for name in _FLAT]
+    if not all(isinstance(p, nn.Parameter) and p.dim() == 2 for p in found):
+        return False
+    count = getattr(module, "num_experts", 0)
+    fits = bool(count) and len({p.shape for p in found}) == 1 and not len(found[0]) % count
+    return fits and hasattr(mlp, "activation_fn") and _arguments(module) == 3
+
+
+def _is_sorted(module: nn.Module) -> bool:
+    """Return True for what :class:`SortedExperts` takes apart."""
+    own = dict(module.named_parameters())
+    return own.keys() == {"weight"} and own["weight"].dim() == 3 and _arguments(module) == 2
+
+
 @contextmanager
 def all_tokens(model: nn.Module) -> Iterator[None]:
     """Return a context in which every expert is called, whatever tokens are sent to it."""
-    split = [module for module in model.modules() if isinstance(module, SplitExperts)]
+    kinds = (SplitExperts, SortedExperts)
+    split = [module for module in model.modules() if isinstance(module, kinds)]
     try:
         for module in split:
             module.dense = True
@@ -158,6 +249,10 @@ def _gate(experts: Any, gate_up: Tensor) -> Tensor:
 def _layers(experts: Any, name: str, *, transposed: bool) -> RoutedLayers:
     """Return copies of a packed parameter's matrices, and of its biases, as layers."""
     packed, biases = getattr(experts, name), getattr(experts, f"{name}_bias", None)
+    return RoutedLayers(_linears(packed, biases, transposed=transposed), transposed=transposed)
+
+
+def _linears(packed: Tensor, biases: Tensor | None, *, transposed: bool) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for number in range(len(packed)):
         weight = packed.detach()[number]
@@ -168,19 +263,17 @@ def _layers(experts: Any, name: str, *, transposed: bool) -> RoutedLayers:
         if biases is not None:
             layer.bias = nn.Parameter(biases.detach()[number].clone(), biases.requires_grad)
         layers.append(layer)
-    return RoutedLayers(layers, transposed=transposed)
+    return layers
 
 
-def split_experts(experts: Any) -> SplitExperts | str:
+def split_experts(experts: Any) -> nn.Module | str:
     """Take packed experts apart, and prove on tokens for each of them that nothing else changed.
 
     :param experts: Module of which :func:`are_packed` is True; it stays as it is.
     :returns: the experts as layers; or, if they compute something else, how far off they are.
     """
     try:
-        grouped = _arguments(experts) == 1
-        split = GroupedExperts(experts) if grouped else SplitExperts(experts)
-        inputs = _groups(split) if grouped else _tokens(split)
+        split, inputs = _split(experts)
         with evaluating(experts), evaluating(split), torch.no_grad():
             expected = experts(*inputs)
             change = float((split(*inputs) - expected).abs().max() / expected.abs().max())
@@ -190,6 +283,23 @@ def split_experts(experts: Any) -> SplitExperts | str:
     if change <= bound:
         return split
     return f"as linear layers they are off by {change:.1e} of their output, allowed is {bound:.0e}"
+
+
+def _split(experts: Any) -> tuple[nn.Module, tuple[Any, ...]]:
+    """Return experts as layers, and inputs for both."""
+    if _is_sorted(experts):
+        count, _, width = experts.weight.shape
+        rows = torch.randn(2 * count, width, generator=torch.Generator().manual_seed(0))
+        return SortedExperts(experts), (rows.to(experts.weight), [2] * count)
+    if _flat(experts):
+        flat = FlatExperts(experts)
+        hidden, chosen, weights = _tokens(flat)
+        return flat, (hidden[None], chosen, weights)
+    if _arguments(experts) == 1:
+        grouped = GroupedExperts(experts)
+        return grouped, _groups(grouped)
+    split = SplitExperts(experts)
+    return split, _tokens(split)
 
 
 def _groups(split: SplitExperts) -> tuple[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeGuard
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from aimet_ext.models.encoder_decoder import PREPARED, PreparedEncoderDecoder
-from aimet_ext.models.exportable import Exportable
+from aimet_ext.models.experts import SortedExperts
+from aimet_ext.models.exportable import Counted, Exportable
 from aimet_ext.models.masks import MaskCalls
 from aimet_ext.models.rotary import RotaryTables
 
@@ -62,6 +63,7 @@ class PreparedCausalLM(nn.Module):
         lowest = self.mask_value or torch.finfo(self.model.dtype).min / 2
         exporting = torch.onnx.is_in_onnx_export() or torch.compiler.is_compiling()
         with (
+            self._counted(),
             self._exported() if exporting else nullcontext(),
             self._masks.answered(lambda mask: mask.added(lowest)),
         ):
@@ -71,6 +73,12 @@ class PreparedCausalLM(nn.Module):
                 position_ids=positions,
                 use_cache=False,
             ).logits
+
+    def _counted(self) -> AbstractContextManager[Any]:
+        """Return a context for a trace, in which experts may be called with any rows of theirs."""
+        if torch.jit.is_tracing() and any(isinstance(m, SortedExperts) for m in self.modules()):
+            return Counted()
+        return nullcontext()
 
     @contextmanager
     def _exported(self) -> Iterator[None]:

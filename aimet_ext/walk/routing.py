@@ -9,8 +9,31 @@ import torch
 from torch import Tensor, nn
 
 
-class RoutedLayers(nn.ModuleList):
-    """One layer for each expert.
+class PackedLayers(nn.ModuleList):
+    """One layer for each expert, whose matrices the checkpoint holds in one parameter.
+
+    :param layers: Layers in the order of the experts.
+    :param transposed: True if the checkpoint stores their weights as ``[in, out]``.
+    :param packed: Name of that parameter beside the list, None if it is the list's own.
+    :param stacked: False if the matrices follow each other in it.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        *,
+        transposed: bool,
+        packed: str | None = None,
+        stacked: bool = True,
+    ) -> None:
+        super().__init__(layers)
+        self.transposed = transposed
+        self.packed = packed
+        self.stacked = stacked
+
+
+class RoutedLayers(PackedLayers):
+    """Layers of experts whose module is told which tokens each of them reads.
 
     The module that holds it is called as ``module(hidden, chosen, weights)``: hidden states
     ``[tokens, width]``, the experts of each token ``[tokens, k]``, and the weights of what these
@@ -19,14 +42,7 @@ class RoutedLayers(nn.ModuleList):
 
     A module that is called with the tokens of each expert, one group behind the other and zeros for
     those of others, has a method ``routing`` from that to the call above; see :func:`is_grouped`.
-
-    :param layers: Layers in the order of the experts.
-    :param transposed: True if the checkpoint stores their weights as ``[in, out]``.
     """
-
-    def __init__(self, layers: Sequence[nn.Module], *, transposed: bool) -> None:
-        super().__init__(layers)
-        self.transposed = transposed
 
 
 def tokens_of(expert: int, chosen: Tensor) -> tuple[Tensor, Tensor]:

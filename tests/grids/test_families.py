@@ -134,6 +134,65 @@ def test_layers_that_keep_a_state_are_exported(tiny_model, family, tmp_path):
     assert torch.equal(logits(aimet_ext.load(tmp_path / "out").model), logits(sim.model))
 
 
+# Experts whose matrices follow each other; experts called with sorted rows, in the attention too;
+# routers that a block calls twice.
+OWN: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "dbrx": (
+        {
+            "d_model": 64,
+            "n_heads": 4,
+            "n_layers": 1,
+            "max_seq_len": 64,
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+            "ffn_config": {
+                "hidden_size": 64,
+                "ffn_hidden_size": 32,
+                "moe_num_experts": 4,
+                "moe_top_k": 2,
+            },
+        },
+        [],
+    ),
+    "jetmoe": ({"kv_channels": 16, "num_local_experts": 4, "num_experts_per_tok": 2}, []),
+    "gemma3n_text": (
+        {
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": 128,
+            "altup_num_inputs": 2,
+            "laurel_rank": 8,
+            "num_kv_shared_layers": 0,
+            "activation_sparsity_pattern": [0.0],
+            "layer_types": ["full_attention"],
+        },
+        ["model.layers.0.altup.modality_router.module.weight"],
+    ),
+}
+
+
+@pytest.mark.parametrize("family", OWN)
+def test_experts_and_routers_of_a_family_alone(tiny_model, family, tmp_path):
+    pytest.importorskip("onnx")
+    settings, left = OWN[family]
+    model = tiny_model(family, **{"num_hidden_layers": 1, **settings})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:  # some of them start as they are in memory
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+            elif not bool(parameter.any()):
+                parameter.fill_(0.1)
+    sim = create_sim(model, IDS)
+    assert sim.aimet_ext_settings["left_float"] == left
+    with adapt(sim).disabled_quantizers():
+        torch.testing.assert_close(logits(sim.model), logits(prepare_model(model)))
+    aimet_ext.apply_gptq(sim, [IDS], progress=False)
+    sim.compute_encodings(logits)
+    aimet_ext.export(sim, tmp_path / "out", "m", IDS, hf_checkpoint=True)  # onnxruntime compares
+    assert torch.equal(logits(aimet_ext.load(tmp_path / "out").model), logits(sim.model))
+    stored = prepare_model(type(model).from_pretrained(tmp_path / "out"))
+    with adapt(sim).disabled_quantizers():
+        torch.testing.assert_close(logits(stored), logits(sim.model), rtol=1e-4, atol=1e-4)
+
+
 def test_rows_of_conv1d_are_outputs_of_the_linear_layer(build):
     model = build("gpt2")
     sim = create_sim(model, IDS, activations=None)

@@ -22,7 +22,7 @@ from aimet_ext.files.scratch import temporary
 from aimet_ext.models.attention import every_module, own_projections
 from aimet_ext.models.experts import all_tokens
 from aimet_ext.sim.torch.unknown import unknown_modules
-from aimet_ext.walk.routing import RoutedLayers, is_sent_to
+from aimet_ext.walk.routing import PackedLayers, is_sent_to
 
 # Bits of what has no spec: gains of norms, which NPUs take in 8 bits beside activations of 8.
 _GAIN_BITS, _NARROW = 16, 8
@@ -188,7 +188,7 @@ def _leave_activations(module: Any) -> None:
 def _share_ranges(sim: QuantizationSimModel) -> None:
     """Give experts the same activation quantizers: one that sees no tokens needs ranges too."""
     for module in sim.model.modules():
-        if isinstance(module, RoutedLayers):
+        if isinstance(module, PackedLayers):
             layers: list[Any] = list(module)
             for kind in ("input_quantizers", "output_quantizers"):
                 for number, quantizer in enumerate(getattr(layers[0], kind)):

@@ -1,0 +1,62 @@
+"""Modules that a block calls several times, of which AIMET's graph takes one call alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from aimet_ext.walk.hooks import evaluating
+
+
+class Inlined(nn.Module):
+    """A module that computes as a part of what calls it: as it has no call, it has no quantizers.
+
+    :param module: Module with parameters and without children.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the module computes."""
+        return self.module.forward(*args, **kwargs)
+
+    forward = __call__
+
+
+@torch.no_grad()
+def repeated(model: nn.Module, run: Callable[[], object]) -> list[str]:
+    """Return modules with parameters that are called twice in one call of the module around.
+
+    :param run: Function that runs the model.
+    """
+    parameters = {n: m for n, m in model.named_modules() if any(True for _ in m.children())}
+    inner = {n: m for n, m in model.named_modules() if n not in parameters}
+    leaves = {n: m for n, m in inner.items() if any(True for _ in m.parameters())}
+    calls: list[Counter[str]] = [Counter()]
+    found: dict[str, None] = {}
+
+    def enter(_: nn.Module, args: Any) -> None:
+        calls.append(Counter())
+
+    def leave(_: nn.Module, args: Any, output: Any) -> None:
+        found.update(dict.fromkeys(name for name, count in calls.pop().items() if count > 1))
+
+    def note(name: str, _: nn.Module, args: Any) -> None:
+        calls[-1][name] += 1
+
+    with ExitStack() as hooks, evaluating(model):
+        for module in parameters.values():
+            hooks.callback(module.register_forward_pre_hook(enter).remove)
+            hooks.callback(module.register_forward_hook(leave).remove)
+        for name, module in leaves.items():
+            hooks.callback(module.register_forward_pre_hook(partial(note, name)).remove)
+        run()
+    return list(found)
