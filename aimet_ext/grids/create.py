@@ -6,13 +6,14 @@ import copy
 import inspect
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from aimet_ext.config import PerTensor, QSpec, WeightPlan, fit_blocks
+from aimet_ext.config import PerChannel, PerTensor, QSpec, WeightPlan, fit_blocks
 from aimet_ext.data.batches import (
     TARGET_IDS,
     as_tensors,
@@ -21,6 +22,7 @@ from aimet_ext.data.batches import (
     map_tensors,
     module_device,
 )
+from aimet_ext.data.moments import TRANSPOSED
 from aimet_ext.errors import require, some
 from aimet_ext.files.reading import read_json
 from aimet_ext.grids.patterns import LAYERS
@@ -85,7 +87,7 @@ def create_sim(
         mapping or tuple of what the prepared model takes; what it leaves out, such as masks, gets
         no quantizers.
     :param weights: Spec of linear layers and convolutions inside the blocks; None leaves them
-        float.
+        float. Transposed convolutions have one range a channel in place of blocks.
     :param lm_head: Spec of the output layer.
     :param embedding: Spec of the token embedding, a row is a channel. Where it shares its weight
         with the output layer both need the same spec, and they share the quantizer too. ``"auto"``
@@ -177,7 +179,7 @@ def plan_weights(
     :raises ValueError: a pattern that fits nothing, a block size that does not divide a layer
         whose spec says ``on_indivisible="error"``, or two specs for one shared weight.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LAYERS)}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (*LAYERS, *TRANSPOSED))}
     inside = language_model(model)
     output = None if inside is None else inside.get_output_embeddings()
     specs: dict[str, QSpec | None] = {}
@@ -196,7 +198,14 @@ def plan_weights(
             )
         specs.update(dict.fromkeys(fitting, spec))
     _check_shared(layers, specs)
-    return fit_blocks(layers, specs)
+    # Blocks run along dimension 1, which holds the output channels of a transposed convolution.
+    turned = {
+        name: replace(spec, granularity=PerChannel())
+        for name, spec in specs.items()
+        if spec is not None and spec.block_size and isinstance(layers[name], TRANSPOSED)
+    }
+    plan = fit_blocks(layers, {**specs, **turned})
+    return plan._replace(per_channel_instead=(*turned, *plan.per_channel_instead))
 
 
 def fits(name: str, pattern: str, model: nn.Module) -> bool:

@@ -149,6 +149,10 @@ class FlatExperts(SplitExperts):
     :param experts: Module that holds them, called with chosen experts and weights.
     """
 
+    w1: RoutedLayers
+    v1: RoutedLayers
+    w2: RoutedLayers
+
     def __init__(self, experts: Any) -> None:
         nn.Module.__init__(self)
         self.dense = False
@@ -178,7 +182,10 @@ class FlatExperts(SplitExperts):
 
     def expert(self, number: int, x: Tensor) -> Tensor:
         """Return what one expert makes of tokens ``[tokens, width]``."""
-        return self.w2[number](self.activation_fn(self.w1[number](x)) * self.v1[number](x))
+        output: Tensor = self.w2[number](
+            self.activation_fn(self.w1[number](x)) * self.v1[number](x)
+        )
+        return output
 
 
 class SortedExperts(nn.Module):
@@ -213,7 +220,7 @@ class SortedExperts(nn.Module):
 def _flat(module: nn.Module) -> bool:
     """Return True for what :class:`FlatExperts` takes apart."""
     mlp: Any = getattr(module, "mlp", None)
-    found = [getattr(mlp, name, None) for name in _FLAT]
+    found: list[Any] = [getattr(mlp, name, None) for name in _FLAT]
     if not all(isinstance(p, nn.Parameter) and p.dim() == 2 for p in found):
         return False
     count = getattr(module, "num_experts", 0)

@@ -70,6 +70,27 @@ def test_techniques_beat_rounding(name, per_channel):
     assert error(sim, model) == before  # ranges stay, values are on them
 
 
+def test_create_sim_gives_them_the_spec():
+    """A range for each output channel, the second dimension, also where blocks are asked for."""
+    from aimet_ext import Blockwise, QSpec
+
+    model, spec = Decoder().eval(), QSpec(bitwidth=4, granularity=Blockwise(2))
+    sim = aimet_ext.create_sim(
+        model, pictures(0), weights=spec, activations=None, overrides={"enter": None}
+    )
+    shapes = {
+        name: tuple(sim.model.get_submodule(name).param_quantizers["weight"].shape)
+        for name in ("up", "again", "grouped")
+    }
+    assert shapes == {"up": (1, 6, 1, 1), "again": (1, 6, 1, 1), "grouped": (1, 2, 1, 1)}
+    settings = sim.aimet_ext_settings
+    assert settings["per_channel_instead"] == [*shapes] and not settings["left_float"]
+    plain = error(sim, model)
+    report = aimet_ext.apply_gptq(sim, [pictures(seed) for seed in range(8)], progress=False)
+    assert [layer.bitwidth for layer in report.layers] == [4, 4]
+    assert error(sim, model) < plain
+
+
 def test_the_report_is_the_error_of_the_layer():
     """Behind a float layer, of a whole layer run by torch."""
     model, sim = build(bits=3)

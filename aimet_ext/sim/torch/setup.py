@@ -18,6 +18,7 @@ from aimet_torch.quantization.tensor import QuantizedTensorBase
 from torch import Tensor, nn
 
 from aimet_ext.config import LPBQ, PerTensor, QSpec
+from aimet_ext.data.moments import TRANSPOSED
 from aimet_ext.files.scratch import temporary
 from aimet_ext.models.attention import every_module, own_projections
 from aimet_ext.models.experts import all_tokens
@@ -92,19 +93,21 @@ def build_sim(
     return sim
 
 
-def weight_quantizer_for(spec: QSpec, weight: Tensor) -> nn.Module:
+def weight_quantizer_for(spec: QSpec, weight: Tensor, *, turned: bool = False) -> nn.Module:
     """Return AIMET's quantizer for a weight, without a range, on the weight's device.
 
     Blocks run along the input channels, dimension 1 of linear layers and convolutions.
 
     :param weight: ``[out, in, …]``.
+    :param turned: True for the weight ``[in, out, …]`` of a transposed convolution, without blocks.
     :raises ValueError: the block size does not divide the input width.
     """
     outputs, width, *rest = weight.shape
     ones = [1] * len(rest)
     block = spec.block_size
     if block is None:
-        shape = () if isinstance(spec.granularity, PerTensor) else (outputs, 1, *ones)
+        channels = (1, width) if turned else (outputs, 1)
+        shape = () if isinstance(spec.granularity, PerTensor) else (*channels, *ones)
         return QuantizeDequantize(shape, spec.bitwidth, spec.symmetric).to(weight.device)
     if width % block:
         raise ValueError(
@@ -210,7 +213,10 @@ def _set_weights(
         if name in weights:
             spec, weight = weights[name], layer.weight
             if id(weight) not in made:
-                made[id(weight)] = None if spec is None else weight_quantizer_for(spec, weight)
+                turned = isinstance(layer, TRANSPOSED)
+                made[id(weight)] = (
+                    None if spec is None else weight_quantizer_for(spec, weight, turned=turned)
+                )
             layer.param_quantizers["weight"] = made[id(weight)]
         elif not keep_others:
             for parameter in layer.param_quantizers:
