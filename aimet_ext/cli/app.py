@@ -32,6 +32,7 @@ from aimet_ext.cli.options import (
     SeqLength,
     TextField,
     Tokenizer,
+    check_plot,
     complete_recipe,
     complete_technique,
     model_path,
@@ -345,8 +346,7 @@ def analyze(
     ] = None,
 ) -> Result:
     """Print what each quantizer costs at the model's outputs."""
-    if plot is not None and plot.suffix.lower() != ".svg":
-        raise typer.BadParameter(f"a file that ends in .svg is required, got {plot}")
+    check_plot(plot, ".svg")
     from aimet_ext.cli import jobs
 
     found = jobs.analyze(

@@ -14,6 +14,7 @@ import typer
 
 from aimet_ext.cli.errors import message_of
 from aimet_ext.config import QSpec
+from aimet_ext.errors import require
 from aimet_ext.recipes.recipe import check_order, offered, recipe_names
 from aimet_ext.registry import TECHNIQUES, load
 
@@ -256,3 +257,21 @@ def _parsed(text: str) -> tuple[str, str, Any]:
     except ValueError:
         value = word
     return name, field, value
+
+
+def check_plot(path: Path | None, *endings: str) -> None:
+    """Refuse a file to draw to before the work that it shows, not after.
+
+    :param path: File, None where nothing is to be drawn.
+    :param endings: Endings of the forms that are drawn.
+    :raises MissingExtraError: what draws it is not installed.
+    """
+    if path is None:
+        return
+    if path.suffix.lower() not in endings:
+        raise typer.BadParameter(
+            f"a file that ends in {' or '.join(endings)} is required, got {path}"
+        )
+    require("matplotlib", "report")
+    if path.suffix.lower() == ".html":
+        require("jinja2", "report")

@@ -13,6 +13,7 @@ from aimet_ext.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from aimet_ext.recipes.recipe import Recipe
+    from aimet_ext.reporting.comparison import RunComparison
     from aimet_ext.reporting.parts import Budget
 
 _log = logging.getLogger(__name__)
@@ -42,10 +43,14 @@ def report(
         raise typer.BadParameter(f"one folder or two are required, got {len(folders)}")
     if output is not None and output.suffix.lower() != ".html":
         raise typer.BadParameter(f"a file that ends in .html is required, got {output}")
-    from aimet_ext import RunReport
+    from aimet_ext.reporting.run_report import RunReport
 
     one, *others = map(RunReport.read, folders)
-    shown = one.compare(others[0]) if others else one
+    shown: RunReport | RunComparison = one
+    if others:
+        last = [folder.resolve().name for folder in folders]
+        names = last if len(set(last)) > 1 else [*map(str, folders)]
+        shown = one.compare(others[0], names)
     if output is not None:
         shown.save_html(output)
     return Result(str(shown), shown.to_dict())
@@ -67,6 +72,8 @@ def write_run(
 ) -> None:
     """Write the report of a run to its folder, as JSON, and as a page if that can be drawn.
 
+    Whatever fails here is a warning: the export beside it is finished, and may be hours of work.
+
     :param folder: Folder of the run.
     :param quality: Perplexities by state, their divergences, and the text; empty without text.
     :param facts: Further arguments of :meth:`aimet_ext.RunReport.of`.
@@ -75,17 +82,26 @@ def write_run(
     from aimet_ext.core.divergence import Divergence
     from aimet_ext.reporting.run_report import REPORT_HTML, REPORT_JSON
 
-    if quality:
-        divergences = quality["divergence"].items()
-        facts |= {
-            "perplexity": {name: quality[name] for name in ("float", "rounding", "quantized")},
-            "divergence": {name: Divergence(**fields) for name, fields in divergences},
-            "text": quality["text"],
-            "windows": quality["windows"],
-        }
-    run = RunReport.of(sim, reports, **facts)
-    run.save(folder / REPORT_JSON)
+    name = REPORT_JSON
     try:
+        if quality:
+            divergences = quality["divergence"].items()
+            facts |= {
+                "perplexity": {name: quality[name] for name in ("float", "rounding", "quantized")},
+                "divergence": {name: Divergence(**fields) for name, fields in divergences},
+                "text": quality["text"],
+                "windows": quality["windows"],
+            }
+        run = RunReport.of(sim, reports, **facts)
+        run.save(folder / REPORT_JSON)
+        name = REPORT_HTML
         run.save_html(folder / REPORT_HTML)
     except MissingExtraError as error:
-        _log.warning("%s is not written: %s", REPORT_HTML, error)
+        _log.warning("%s is not written: %s", name, error)
+    except Exception as error:  # noqa: BLE001  (whatever it is, the export is worth more)
+        _log.warning(
+            "%s is not written: %s: %s. The export beside it is whole",
+            name,
+            type(error).__name__,
+            error,
+        )

@@ -16,6 +16,7 @@ from aimet_ext.cli.options import (
     SeqLength,
     TextField,
     Tokenizer,
+    check_plot,
 )
 from aimet_ext.cli.output import Result
 
@@ -84,8 +85,7 @@ def assign_widths(
     ] = None,
 ) -> Result:
     """Choose widths of layers that keep the outputs nearest within a budget; write a recipe."""
-    if plot is not None and plot.suffix.lower() not in (".svg", ".html"):
-        raise typer.BadParameter(f"a file that ends in .svg or .html is required, got {plot}")
+    check_plot(plot, ".svg", ".html")
     from aimet_ext.cli import jobs
     from aimet_ext.reporting.budget import save_beside
 

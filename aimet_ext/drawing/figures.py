@@ -30,9 +30,11 @@ def pareto(curve: Sequence[Point], marks: Mapping[str, Point]) -> Drawing:
     :param curve: Points in the order of their bits.
     :param marks: Points by name; the last ones are the result.
     """
+    marks = {name: place for name, place in marks.items() if all(map(math.isfinite, place))}
     with drawing(WIDTH, HEIGHT + 40) as found:
-        axes = found.axes
-        (line,) = axes.plot(*zip(*curve, strict=True), color=MUTED, marker="o", markersize=2.5)
+        axes, heights = found.axes, _finite([kl for _, kl in curve])
+        places = [bits for bits, _ in curve]
+        (line,) = axes.plot(places, heights, color=MUTED, marker="o", markersize=2.5)
         line.set_gid("curve")
         for name, (bits, kl) in marks.items():
             color = {"assigned": RESULT, "measured": OTHER}.get(name, ROUNDING)
@@ -147,6 +149,7 @@ def edges(low: Sequence[float], high: Sequence[float]) -> Drawing:
 
 def scale_ranges(low: Sequence[float], middle: Sequence[float], high: Sequence[float]) -> Drawing:
     """Draw smallest, median and largest scale of each layer."""
+    low, middle, high = map(_finite, (low, middle, high))
     with drawing(WIDTH, HEIGHT) as found:
         axes = found.axes
         _steps(axes, low, high, color=RESULT, alpha=0.25)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from aimet_ext.files.folders import replace_file
-from aimet_ext.reporting.parts import STATES, Phase
+from aimet_ext.reporting.parts import STATES, Phase, share_at_edges
 from aimet_ext.reporting.run_report import RunReport
 
 _MEASURES = {
@@ -54,18 +54,21 @@ class RunComparison:
 
     :param first: Report of one run.
     :param second: Report of the other.
+    :param names: Names of both to show, such as their folders.
 
     >>> print(aimet_ext.RunReport.read("a").compare(aimet_ext.RunReport.read("b")))
     """
 
-    def __init__(self, first: RunReport, second: RunReport) -> None:
-        self.first, self.second = first, second
+    def __init__(
+        self, first: RunReport, second: RunReport, names: Sequence[str] = ("", "")
+    ) -> None:
+        self.first, self.second, self.names = first, second, names
 
     @cached_property
     def settings(self) -> list[tuple[str, str, str]]:
         """Name and both values of each setting, version or fact of the machine that differs."""
-        both = set.intersection(*({each.name for each in run.techniques} for run in self._runs))
-        one, other = (dict(_flat(_settings(run, both))) for run in self._runs)
+        both = set.intersection(*({each.name for each in run.techniques} for run in self.runs))
+        one, other = (dict(_flat(_settings(run, both))) for run in self.runs)
         return [
             (name, one.get(name, "–"), other.get(name, "–"))
             for name in dict.fromkeys([*one, *other])
@@ -75,7 +78,7 @@ class RunComparison:
     @cached_property
     def grids(self) -> list[tuple[str, str, str]]:
         """Name of each layer whose grid differs, with both grids."""
-        one, other = ({use.name: use.grid for use in run.weights} for run in self._runs)
+        one, other = ({use.name: use.grid for use in run.weights} for run in self.runs)
         return [
             (name, one.get(name, "float"), other.get(name, "float"))
             for name in dict.fromkeys([*one, *other])
@@ -85,7 +88,7 @@ class RunComparison:
     @cached_property
     def measures(self) -> list[tuple[str, float | None, float | None]]:
         """Name and both values of each measure of the whole model that either run has."""
-        one, other = (dict(_measures(run)) for run in self._runs)
+        one, other = (dict(_measures(run)) for run in self.runs)
         return [(name, one.get(name), other.get(name)) for name in dict.fromkeys([*one, *other])]
 
     @cached_property
@@ -94,7 +97,7 @@ class RunComparison:
 
         Where several techniques of a run measured the same, the last one counts.
         """
-        one, other = (_losses(run) for run in self._runs)
+        one, other = (_losses(run) for run in self.runs)
         found = {
             measure: [
                 LossPair(name, loss, other[measure][name])
@@ -109,11 +112,19 @@ class RunComparison:
     @cached_property
     def phases(self) -> list[tuple[str, _Cost | None, _Cost | None]]:
         """Name, and seconds and bytes in both runs, of each part of them, and of all together."""
-        one, other = (_costs(run) for run in self._runs)
+        one, other = (_costs(run) for run in self.runs)
         return [(name, one.get(name), other.get(name)) for name in _in_order(one, other)]
 
     @property
-    def _runs(self) -> tuple[RunReport, RunReport]:
+    def note(self) -> str:
+        """Say that the measures of the models cannot be compared; empty where they can."""
+        if all(run.quality for run in self.runs) and not _same_windows(*self.runs):
+            return "measures of A and B were taken on other windows and cannot be compared"
+        return ""
+
+    @property
+    def runs(self) -> tuple[RunReport, RunReport]:
+        """Both reports."""
         return self.first, self.second
 
     def __str__(self) -> str:
@@ -125,6 +136,8 @@ class RunComparison:
         """Return the differences as plain JSON values."""
         return {
             "models": [self.first.model, self.second.model],
+            "names": list(self.names),
+            "note": self.note,
             "settings": {name: [a, b] for name, a, b in self.settings},
             "grids": {name: [a, b] for name, a, b in self.grids},
             "measures": {name: [_plain(a), _plain(b)] for name, a, b in self.measures},
@@ -165,6 +178,21 @@ def _settings(run: RunReport, techniques: set[str]) -> dict[str, Any]:
     }
 
 
+def _same_windows(one: RunReport, other: RunReport) -> bool:
+    """Return whether two runs were measured on the same tokens, as far as they tell."""
+    texts = [run.quality and (run.quality.text, run.quality.windows) for run in (one, other)]
+    # Windows follow those that were calibrated on, and are cut as these are.
+    plans = [run.recipe.get("calibration", {}) for run in (one, other) if run.recipe is not None]
+    cuts = [
+        (
+            *map(plan.get, ("files", "text_field", "seq_length")),
+            plan.get("num_batches", 0) * plan.get("batch_size", 0),
+        )
+        for plan in plans
+    ]
+    return texts[0] == texts[1] and (len(cuts) < 2 or cuts[0] == cuts[1])
+
+
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     """Yield plain values by dotted names."""
     if isinstance(value, Mapping) and value:
@@ -181,9 +209,7 @@ def _measures(run: RunReport) -> Iterator[tuple[str, float | None]]:
                 yield f"{words}, {STATES[state]}", value
     if run.bits is not None:
         yield "bits a weight, with scales", run.bits
-        counted = sum(use.counted for use in run.weights)
-        at_edges = sum(use.at_edges * use.counted for use in run.weights)
-        yield "share of codes at the edges", at_edges / counted
+        yield "share of codes at the edges", share_at_edges(run.weights)
 
 
 def _losses(run: RunReport) -> dict[str, dict[str, float]]:

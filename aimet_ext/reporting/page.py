@@ -9,7 +9,7 @@ from typing import Any
 from aimet_ext.drawing import figures
 from aimet_ext.drawing.page import bars, render, trusted
 from aimet_ext.reporting.comparison import RunComparison
-from aimet_ext.reporting.parts import STATES, TechniqueResult, WeightUse
+from aimet_ext.reporting.parts import STATES, TechniqueResult, WeightUse, share_at_edges
 from aimet_ext.reporting.run_report import RunReport
 
 MOST_ROWS = figures.MOST_UNITS
@@ -59,7 +59,8 @@ def comparison_page(found: RunComparison) -> str:
         losses.append({"measure": measure, "figures": drawings, "rows": listed, "all": rows})
     return render(
         "comparison.html",
-        runs={"A": found.first, "B": found.second},
+        runs=dict(zip("AB", zip(found.runs, found.names, strict=True), strict=True)),
+        note=found.note,
         settings=found.settings[:MOST_ROWS],
         grids=found.grids[:MOST_ROWS],
         measures=found.measures,
@@ -122,7 +123,7 @@ def _weights(uses: Sequence[WeightUse]) -> dict[str, Any] | None:
         "maps": _code_maps(uses),
         "edges": trusted(edges.inline("edges")),
         "scales": trusted(scales.inline("scales")),
-        "at_edges": sum(u.at_edges * u.counted for u in uses) / sum(u.counted for u in uses),
+        "at_edges": share_at_edges(uses),
     }
 
 

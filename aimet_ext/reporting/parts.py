@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
@@ -115,7 +116,7 @@ class WeightUse:
     :param bitwidth: Bits of a code.
     :param weights: Numbers in the weight.
     :param bits: Bits of all of it with scales and offsets.
-    :param counted: Weights whose codes were counted.
+    :param counted: Weights whose codes were counted; what has no code, such as NaN, is none.
     :param qmin: Smallest code.
     :param qmax: Largest code.
     :param codes: Counts of the codes from the smallest to the largest, in 64 bins where there are
@@ -126,7 +127,7 @@ class WeightUse:
     :param entropy: Entropy of the codes, in bits: the width that a perfect code would need.
     :param cells: Number of scales.
     :param scales: Counts of the scales, in bins between the smallest and the largest one that are
-        equal on a logarithmic axis.
+        equal on a logarithmic axis; those that have no place on it are left out.
     :param scale_low: Smallest scale.
     :param scale_median: Median of the scales.
     :param scale_high: Largest scale.
@@ -147,14 +148,20 @@ class WeightUse:
     entropy: float
     cells: int
     scales: tuple[int, ...]
-    scale_low: float
-    scale_median: float
-    scale_high: float
+    scale_low: Number
+    scale_median: Number
+    scale_high: Number
 
     @property
     def at_edges(self) -> float:
         """Share of the weights at both ends of the grid."""
         return self.low_edge + self.high_edge
+
+
+def share_at_edges(uses: Sequence[WeightUse]) -> float | None:
+    """Return the share of all weights at the ends of their grids, None where none was counted."""
+    counted = sum(use.counted for use in uses)
+    return sum(use.at_edges * use.counted for use in uses) / counted if counted else None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -171,7 +178,7 @@ class StateQuality:
     perplexity: Number | None = None
     kl: Number | None = None
     kl_high: Number | None = None
-    flips: float | None = None
+    flips: Number | None = None
     rows: int | None = None
 
 
@@ -225,7 +232,7 @@ class Mark:
 
     name: str
     bits: float
-    kl: float
+    kl: Number
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -240,7 +247,7 @@ class Budget:
     :param format: Version of the form, of a file of its own.
     """
 
-    curve: tuple[tuple[float, float], ...]
+    curve: tuple[tuple[float, Number], ...]
     marks: tuple[Mark, ...]
     choices: dict[str, int]
     rows: int

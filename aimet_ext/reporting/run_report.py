@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -155,11 +155,15 @@ class RunReport:
 
         return summary(self)
 
-    def compare(self, other: RunReport) -> RunComparison:
-        """Return the differences of another run from this one."""
+    def compare(self, other: RunReport, names: Sequence[str] = ("", "")) -> RunComparison:
+        """Return the differences of another run from this one.
+
+        :param other: Report of the other run.
+        :param names: Names of both to show, such as their folders.
+        """
         from aimet_ext.reporting.comparison import RunComparison
 
-        return RunComparison(self, other)
+        return RunComparison(self, other, names)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as plain JSON values; infinities are words."""

@@ -48,13 +48,17 @@ def summary(run: RunReport) -> str:
 
 def comparison(found: RunComparison) -> str:
     """Return the differences of two runs as text."""
-    one, other = found.first, found.second
-    lines = [f"A: {one.model}, {one.created}", f"B: {other.model}, {other.created}"]
+    lines = [
+        f"{letter}: {', '.join(filter(None, (name, run.model, run.created)))}"
+        for letter, run, name in zip("AB", found.runs, found.names, strict=True)
+    ]
     lines += _section("settings that differ", ("", "A", "B"), found.settings)
     more = f", {_MOST} of {len(found.grids)}" * (len(found.grids) > _MOST)
     lines += _section(f"grids that differ{more}", ("", "A", "B"), found.grids[:_MOST])
     shown = [(name, number(a), number(b), _change(a, b)) for name, a, b in found.measures]
     lines += _section("measures", ("", "A", "B", "B to A"), shown)
+    if found.note:
+        lines += _folded(f"! {found.note}")
     for measure, rows in found.losses.items():
         most = sorted(rows, key=lambda row: -row.distance)[:_MOST]
         cells = [(row.name, number(row.first), number(row.second), row.change) for row in most]

@@ -16,6 +16,7 @@ from aimet_ext.sim.protocol import WeightQuantizer, adapt
 
 _COUNTED = 1 << 22  # weights of a layer whose codes are counted, at most about
 _CODE_BINS, _SCALE_BINS = 64, 24
+_LEVELS = 1 << 16  # codes of a grid up to which an array has room for each
 
 
 @torch.no_grad()
@@ -30,7 +31,8 @@ def weight_uses(sim: Any) -> tuple[WeightUse, ...]:
     shared, found, seen = adaptor.shared_weights(), [], set[str]()
     for name, quantizer in adaptor.weight_quantizers().items():
         # Gains of norms have no rows, and next to no weights.
-        if name not in seen and quantizer.initialized and quantizer.weight.dim() > 1:
+        weight = quantizer.weight
+        if name not in seen and quantizer.initialized and weight.dim() > 1 and weight.numel():
             found.append(weight_use(name, quantizer))
             seen.update(shared.get(name, (name,)))
     return tuple(found)
@@ -43,8 +45,9 @@ def weight_use(name: str, quantizer: WeightQuantizer) -> WeightUse:
     """
     weight = quantizer.weight.detach().flatten(1)  # [out, in]
     grid = quantizer.matrix_grid(weight.device)
-    counts, counted = _counts(weight, grid)
-    used = counts[counts > 0].double() / counted
+    codes, levels = _codes(weight, grid), grid.qmax - grid.qmin + 1
+    counted, bins = codes.numel(), min(_CODE_BINS, levels)
+    used = _occurrences(codes, levels).double() / max(1, counted)
     scales, spec = grid.scale.flatten().double(), quantizer.spec()
     return WeightUse(
         name=name,
@@ -55,9 +58,9 @@ def weight_use(name: str, quantizer: WeightQuantizer) -> WeightUse:
         counted=counted,
         qmin=grid.qmin,
         qmax=grid.qmax,
-        codes=tuple(_binned(counts).tolist()),
-        low_edge=int(counts[0]) / counted,
-        high_edge=int(counts[-1]) / counted,
+        codes=tuple(torch.bincount(codes * bins // levels, minlength=bins).tolist()),
+        low_edge=int((codes == 0).sum()) / max(1, counted),
+        high_edge=int((codes == levels - 1).sum()) / max(1, counted),
         codes_used=len(used),
         entropy=-float((used * used.log2()).sum()) + 0.0,  # 0 and not -0
         cells=scales.numel(),
@@ -68,8 +71,11 @@ def weight_use(name: str, quantizer: WeightQuantizer) -> WeightUse:
     )
 
 
-def _counts(weight: Tensor, grid: Grid) -> tuple[Tensor, int]:
-    """Return how often each code occurs in a weight ``[out, in]``, and the weights looked at."""
+def _codes(weight: Tensor, grid: Grid) -> Tensor:
+    """Return the codes of a weight ``[out, in]``, or of some of its rows, counted from 0.
+
+    What has no code is left out: NaN, or 0 on a scale of 0.
+    """
     rows = len(weight)
     step = max(1, weight.numel() // _COUNTED)
     if grid.shape[0] not in (1, rows):  # cells of several rows, which cannot be looked at alone
@@ -77,20 +83,24 @@ def _counts(weight: Tensor, grid: Grid) -> tuple[Tensor, int]:
     if step > 1 and grid.shape[0] == rows:
         grid = replace(grid, scale=grid.scale[::step], offset=grid.offset[::step])
     looked_at = weight[::step].float()
-    codes = (quantize(looked_at, grid) - grid.qmin).long().flatten()
-    return torch.bincount(codes, minlength=grid.qmax - grid.qmin + 1).cpu(), codes.numel()
+    codes = quantize(looked_at, grid).flatten()
+    codes = codes[codes.isfinite()].long() - grid.qmin
+    return codes.clamp_(0, grid.qmax - grid.qmin)  # float32 rounds the ends of 32 bits
 
 
-def _binned(counts: Tensor) -> Tensor:
-    """Return counts ``[codes]`` in at most as many bins as are kept."""
-    if len(counts) <= _CODE_BINS:
-        return counts
-    bins = torch.arange(len(counts)) * _CODE_BINS // len(counts)
-    return torch.zeros(_CODE_BINS, dtype=torch.long).index_add_(0, bins, counts)
+def _occurrences(codes: Tensor, levels: int) -> Tensor:
+    """Return how often each code occurs that does."""
+    if levels > _LEVELS:
+        return codes.unique(return_counts=True)[1]
+    counts = torch.bincount(codes)
+    return counts[counts > 0]
 
 
 def _histogram(logarithms: Tensor) -> Tensor:
-    """Return counts of equal bins, of one bin where all values are alike."""
+    """Return counts of equal bins of what is finite, of one bin where all of it is alike."""
+    logarithms = logarithms[logarithms.isfinite()]
+    if not len(logarithms):
+        return torch.tensor([0])
     low, high = logarithms.min(), logarithms.max()
     if high - low < 1e-9:
         return torch.tensor([len(logarithms)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html.parser
+import math
 import pathlib
 import random
 import re
@@ -186,6 +187,32 @@ def test_a_page_of_nothing(tmp_path: pathlib.Path) -> None:
     texts = pages_of(run, tmp_path)
     assert "rounding to nearest" in texts["report.html"]
     assert "All settings are the same" in texts["both.html"]
+
+
+def test_numbers_that_cannot_be_drawn_are_left_out(tmp_path: pathlib.Path) -> None:
+    run = run_of(3)
+    assert run.quality is not None and run.widths is not None
+    odd = {"counted": 0, "scales": (), "scale_low": 0.0, "scale_high": math.inf}
+    states = {**run.quality.states, "quantized": StateQuality(perplexity=math.inf, flips=math.nan)}
+    run = dataclasses.replace(
+        run,
+        weights=tuple(
+            dataclasses.replace(use, **odd, scale_median=math.nan) for use in run.weights
+        ),
+        quality=dataclasses.replace(run.quality, states=states),
+        widths=dataclasses.replace(
+            run.widths,
+            curve=((3.0, math.inf), (4.0, math.nan)),
+            marks=(Mark(name="measured", bits=4.0, kl=math.inf),),
+        ),
+    )
+    run.save(tmp_path / "report.json")
+    assert RunReport.read(tmp_path).to_dict() == run.to_dict()
+    assert "– lie at an end of their grid" in pages_of(run, tmp_path)["report.html"]
+    assert str(run) and str(run.compare(run))
+    assert run.widths is not None
+    empty = dataclasses.replace(run, widths=dataclasses.replace(run.widths, curve=(), marks=()))
+    assert "bits a weight, with scales" in pages_of(empty, tmp_path)["report.html"]
 
 
 def test_the_same_run_gives_the_same_page(tmp_path: pathlib.Path) -> None:

@@ -9,6 +9,7 @@ import math
 import pathlib
 import shutil
 import sys
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,11 @@ from typer.testing import CliRunner, Result
 
 import aimet_ext
 from aimet_ext import CorruptFileError, Recorder, RunReport, cli, examples
+from aimet_ext.cli import jobs
+from aimet_ext.core.affine import Grid
+from aimet_ext.files.manifest import read_manifest
 from aimet_ext.reporting.parts import TechniqueResult, UnitResult
+from aimet_ext.reporting.weights import weight_use
 
 pytest.importorskip("aimet_torch")
 
@@ -111,6 +116,28 @@ def test_of_a_large_weight_some_rows_are_counted(
         assert 0 < use.counted == sum(use.codes) < use.weights == whole[use.name].weights
         assert use.scales == whole[use.name].scales
         assert use.low_edge == pytest.approx(whole[use.name].low_edge, abs=0.05)
+
+
+@pytest.mark.parametrize("bits", [4, 16, 24, 32])
+def test_any_width_and_number_is_counted(bits: int) -> None:
+    qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    weight = torch.tensor([[-2.0, 0.0, 1.0, math.nan], [math.inf, 0.0, 1.0, 1.0], [1.0] * 4])
+    grid = Grid(torch.tensor([[2.0**-bits], [0.0], [math.inf]]), torch.zeros(3, 1), qmin, qmax)
+    quantizer: Any = types.SimpleNamespace(
+        weight=weight,
+        bitwidth=bits,
+        matrix_grid=lambda device: grid,
+        spec=lambda: aimet_ext.QSpec.parse(f"int{bits}"),
+    )
+    use = weight_use("layer", quantizer)
+    # -2, 0 and 1 in the first row; three numbers above all in the second; four zeros in the third.
+    assert use.counted == sum(use.codes) == 10 and use.codes_used == 3
+    assert (use.low_edge, use.high_edge) == (0.1, 0.4)
+    assert use.codes[0] == 1 and use.codes[-1] == 4 and len(use.codes) == min(64, 2**bits)
+    assert use.cells == 3 and use.scales == (1,)
+    assert (use.scale_low, use.scale_high) == (0.0, math.inf)
+    grid = dataclasses.replace(grid, scale=torch.full((3, 1), math.nan))
+    assert weight_use("layer", quantizer).counted == 0
 
 
 def test_the_rest_is_what_was_given(gptq: Any) -> None:
@@ -281,6 +308,21 @@ def test_two_runs_differ_in_what_differs(
     assert all(row.distance == 0 for rows in same.losses.values() for row in rows)
 
 
+def test_measures_on_other_windows_are_not_compared(gptq: Any) -> None:
+    first, note = gptq[2], "measures of A and B were taken on other windows"
+    assert note not in str(first.compare(first)) and not first.compare(first).note
+    plan = {**first.recipe["calibration"], "seq_length": 7}
+    others = [
+        dataclasses.replace(first, quality=dataclasses.replace(first.quality, windows=5)),
+        dataclasses.replace(first, quality=dataclasses.replace(first.quality, text="other text")),
+        dataclasses.replace(first, recipe={**first.recipe, "calibration": plan}),
+    ]
+    for other in others:
+        found = first.compare(other, ("w4", "w3"))
+        assert note in str(found) and note in found.to_dict()["note"]
+        assert str(found).startswith("A: w4, tiny, ") and "\nB: w3, tiny, " in str(found)
+
+
 def test_the_last_technique_that_measured_a_unit_counts() -> None:
     def unit(result: float) -> tuple[UnitResult, ...]:
         return (UnitResult(name="a", rounding=1.0, result=result),)
@@ -381,12 +423,50 @@ def test_the_command_shows_one_run_and_two(folder: pathlib.Path, tmp_path: pathl
     assert plain == RunReport.read(folder).to_dict()
     both = run("report", folder, folder / "report.json", "-o", tmp_path / "both.html")
     assert both.exit_code == 0 and "measures" in both.stdout
+    assert both.stdout.startswith("A: out, ") and "\nB: report.json, " in both.stdout
+    assert "other windows" not in both.stdout
     assert "Two runs" in (tmp_path / "both.html").read_text("utf-8")
     compared = json.loads(run("report", folder, folder, "--json").stdout)
     assert compared["settings"] == {} and compared["measures"]
     again = run("report", folder, "-o", tmp_path / "again.html")
     assert again.exit_code == 0
     assert (tmp_path / "again.html").read_bytes() == (folder / "report.html").read_bytes()
+
+
+def test_a_failing_report_keeps_the_export(
+    tiny: pathlib.Path, text: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ZeroDivisionError("of nothing")
+
+    monkeypatch.setattr(RunReport, "of", fail)
+    done = quantized(tiny, text, tmp_path / "out", "--technique", "nearest")
+    assert done.exit_code == 0, done.stderr
+    assert "report.json is not written: ZeroDivisionError: of nothing" in done.stderr
+    read_manifest(tmp_path / "out")  # every file is as it was written
+    assert not list((tmp_path / "out").glob("report.*"))
+
+
+@pytest.mark.parametrize("command", ["analyze", "assign-widths"])
+def test_a_plot_is_asked_for_before_the_work(
+    folder: pathlib.Path,
+    tiny: pathlib.Path,
+    text: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(jobs, command.replace("-", "_"), lambda *_, **__: pytest.fail("worked"))
+    arguments = {
+        "analyze": (folder, "--text", text),
+        "assign-widths": (
+            *(tiny, "--calibration", text, "--budget", "5"),
+            *("--output", tmp_path / "mine.yaml"),
+        ),
+    }
+    done = run(command, *arguments[command], "--plot", tmp_path / "plot.svg")
+    assert done.exit_code == 5 and 'pip install "aimet-ext[report]"' in done.stderr
 
 
 def test_wrong_usage_of_the_command(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
