@@ -37,9 +37,12 @@ def repeated(model: nn.Module, run: Callable[[], object]) -> list[str]:
 
     :param run: Function that runs the model.
     """
-    parameters = {n: m for n, m in model.named_modules() if any(True for _ in m.children())}
-    inner = {n: m for n, m in model.named_modules() if n not in parameters}
-    leaves = {n: m for n, m in inner.items() if any(True for _ in m.parameters())}
+    holders = [module for module in model.modules() if list(module.children())]
+    leaves = {
+        name: module
+        for name, module in model.named_modules()
+        if not list(module.children()) and list(module.parameters())
+    }
     calls: list[Counter[str]] = [Counter()]
     found: dict[str, None] = {}
 
@@ -53,7 +56,7 @@ def repeated(model: nn.Module, run: Callable[[], object]) -> list[str]:
         calls[-1][name] += 1
 
     with ExitStack() as hooks, evaluating(model):
-        for module in parameters.values():
+        for module in holders:
             hooks.callback(module.register_forward_pre_hook(enter).remove)
             hooks.callback(module.register_forward_hook(leave).remove)
         for name, module in leaves.items():
