@@ -402,7 +402,7 @@ class LayerwiseParams(WeightParams):
         their likelihood (GuidedQuant); for a model that returns logits. The float model runs
         forward and back once for each batch.
     :param tokens_per_input: Tokens that are used for each input of the widest layer: of more, only
-        evenly spaced batches are. None for all, which batches of a ``forward_fn`` or without token
+        batches from all over are. None for all, which batches of a ``forward_fn`` or without token
         ids always are.
     :param max_bitwidth: Bits above which a layer is left to plain rounding.
     """
@@ -639,8 +639,8 @@ class DWQParams(WeightParams):
     :param norm_gains: Learn the gains of norms as well, with their biases.
     :param learning_rate: Rate of the first step, relative to a scale; it falls to 0. A third of it
         each time that an evaluation has found nothing better, unless integers are learnt.
-    :param learn_integers: Learn the integers of the weights as well, all together. Takes 100 steps
-        at least, and five times the memory of the weights in float32.
+    :param learn_integers: Learn the integers of the weights as well, all together. Of use from
+        about 100 steps on; takes five times the memory of the weights in float32.
     :param integer_rate: Rate at which integers are learnt, in steps of their grid, of which one
         turns by each half; it falls to 0. None for ``0.2 / sqrt(num_iterations)``.
     :param top_k: Classes of the float model's outputs that are kept for each token, the likeliest

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import aimet_ext
 from aimet_ext.cli.report import write_run
-from aimet_ext.errors import require
+from aimet_ext.errors import CorruptFileError, require
 from aimet_ext.files.folders import check_output, replace_folder, write_json
 from aimet_ext.files.manifest import is_export, relist_files
 from aimet_ext.progress import bar, step, steps
@@ -171,6 +171,8 @@ def held_out_text(
         windows = aimet_ext.calibration_batches(
             tokenizer, text, length, used + QUALITY_WINDOWS, text_field=text_field
         )
+    except CorruptFileError:
+        raise
     except ValueError:
         return [batch[:1] for batch in batches[:QUALITY_WINDOWS]], "the calibration text"
     return windows[used:], "text that was not calibrated on"

@@ -70,10 +70,13 @@ class _Screen(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show a record: of this package the text alone, of others also who speaks."""
-        text = self.format(record)
-        if record.levelno >= logging.WARNING:
-            text = f"{record.levelname.lower()}: {text}"
-        progress.write(text if _is_ours(record) else f"{record.name}: {text}")
+        try:
+            text = self.format(record)
+            if record.levelno >= logging.WARNING:
+                text = f"{record.levelname.lower()}: {text}"
+            progress.write(text if _is_ours(record) else f"{record.name}: {text}")
+        except Exception:  # noqa: BLE001 - as every handler does: a message is not worth the run
+            self.handleError(record)
 
 
 class _Prints(io.TextIOBase):

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 
+_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+_FIRST_PLACE = 0.9  # of few batches the last one is held out
 _IDS, _MASK = "input_ids", "attention_mask"
 TARGET_IDS, TARGET_MASK = "decoder_input_ids", "decoder_attention_mask"
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -124,7 +126,7 @@ def output_mask(batch: Any, model: nn.Module | None = None) -> Tensor | None:
 def with_tokens(
     batches: Sequence[Any], wanted: int, model: nn.Module | None = None
 ) -> Sequence[Any]:
-    """Return batches that are evenly spaced and have about so many real tokens.
+    """Return batches from all over that have about so many real tokens, see :func:`_spread`.
 
     :param wanted: Tokens; all batches are returned where there are no more, or one tells none.
     :param model: See :func:`token_mask`.
@@ -138,17 +140,26 @@ def with_tokens(
     size = math.ceil(len(batches) * wanted / max(1, sum(counts)))
     if size >= len(batches):
         return batches
-    return [batches[(2 * n + 1) * len(batches) // (2 * size)] for n in range(size)]
+    return [batches[place] for place in _spread(len(batches), size)]
 
 
 def held_out(count: int) -> tuple[list[int], list[int]]:
-    """Return the numbers of the batches to learn from, and of those to judge by, every fourth.
+    """Return the numbers of the batches to learn from, and of those to judge by, a quarter.
 
-    So both have of each text where several follow one another. One batch alone is both.
+    Both have of each text, see :func:`_spread`. One batch alone is both.
     """
-    numbers = list(range(count))
-    held = numbers[3::4] or numbers[-1:]
-    return [n for n in numbers if n not in held] or held, held
+    held = _spread(count, max(1, count // 4))
+    return [n for n in range(count) if n not in held] or held, held
+
+
+def _spread(count: int, size: int) -> list[int]:
+    """Return one number of each of ``size`` equal parts of a range, in order.
+
+    Its place within a part is another each time, by the golden ratio: texts that take turns have
+    their share as well as texts that follow one another.
+    """
+    places = ((_FIRST_PLACE + n * _GOLDEN_RATIO) % 1 for n in range(size))
+    return [int((n + place) * count / size) for n, place in enumerate(places)]
 
 
 def _named(batch: Any, model: nn.Module | None) -> Mapping[str, Any]:

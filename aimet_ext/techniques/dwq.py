@@ -295,7 +295,7 @@ def apply_dwq(
     added to its integer and rounded, straight through for gradients. What a block computes is
     computed again for its gradients, so that memory does not grow with the depth.
 
-    Every fourth batch is held out. Where some steps have not lowered the divergence on these,
+    A quarter of the batches is held out. Where some steps have not lowered the divergence on these,
     learning goes back to the best state and on from there at a third of the rate; with
     ``learn_integers`` it goes on to the last step as it is, since turned integers cost at first and
     pay when the rate falls. The best state is deployed, if the simulation is then better on it than

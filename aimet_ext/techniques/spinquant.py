@@ -38,7 +38,7 @@ def apply_spinquant(
     ``p_Q`` those with the rotated weights of the blocks rounded to nearest on their grids, and
     with activations quantized where the simulation does. Gradients pass straight through
     rounding; steps are Cayley transforms with momentum, so that matrices stay orthogonal. The best
-    rotations on the batches held out, every fourth one, are kept: the start, if learning found none
+    rotations on the batches held out, a quarter of all, are kept: the start, if learning found none
     better.
 
     The float function stays as it was; weights stay float and their ranges free.

@@ -15,6 +15,7 @@ from aimet_ext.data.batches import (
     iterate_batches,
     map_tensors,
     token_mask,
+    with_tokens,
 )
 
 IDS = torch.arange(6).view(2, 3)
@@ -186,5 +187,19 @@ def test_batches_to_judge_by_are_spread_over_all(count):
     assert set(train) | set(held) == set(range(count)) and held
     assert not set(train) & set(held) or count == 1
     assert len(held) == max(1, count // 4)
-    if count >= 4:
-        assert all(4 * n <= place < 4 * n + 4 for n, place in enumerate(held))
+    width = count / len(held)
+    assert all(width * n <= place < width * (n + 1) for n, place in enumerate(held))
+
+
+@pytest.mark.parametrize("texts", [2, 3, 4])
+@pytest.mark.parametrize("in_turn", [True, False])
+def test_texts_have_their_shares_of_the_batches_that_are_chosen(texts, in_turn):
+    """Of texts that take turns, as calibration_batches gives files, or follow one another."""
+    count = 48
+    owners = [n % texts if in_turn else n * texts // count for n in range(count)]
+    train, held = held_out(count)
+    batches = [torch.full((1, 10), number) for number in range(count)]
+    chosen = [int(batch[0, 0]) for batch in with_tokens(batches, 10 * count // 4)]
+    for numbers in (held, train, chosen):
+        shares = [sum(owners[n] == text for n in numbers) / len(numbers) for text in range(texts)]
+        assert min(shares) >= 0.5 / texts
