@@ -469,15 +469,12 @@ class GPTQParams(LayerwiseParams):
     refine_sweeps: Annotated[int, Field(ge=0)] = 1
 
 
-_MOST_SWEEPS = 2000
-
-
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class AdaRoundParams(LayerwiseParams):
     """Settings of :func:`aimet_ext.apply_adaround`.
 
-    :param num_iterations: Sweeps over the codes of each layer, 2000 at most; behind a ReLU, eight
-        steps of gradient descent count as one. AIMET's, 10,000 or more, are steps.
+    :param num_iterations: Sweeps over the codes of each layer, at most; behind a ReLU, eight steps
+        of gradient descent count as one. AIMET's, 10,000 or more, are steps: leave them out.
     :param start: Start of the relaxed codes: GPTQ's rounding, which they improve, or the weight
         itself.
     :param momentum: Share of a step that goes on in the next; None for the best value
@@ -509,15 +506,6 @@ class AdaRoundParams(LayerwiseParams):
     search_ranges: bool = True
     refine_sweeps: Annotated[int, Field(ge=0)] = 8
     seed: int = 0
-
-    @model_validator(mode="after")
-    def _counts_sweeps(self) -> AdaRoundParams:
-        if self.num_iterations > _MOST_SWEEPS:
-            raise ValueError(
-                f"num_iterations counts sweeps over all codes of a layer, {_MOST_SWEEPS} at most, "
-                f"got {self.num_iterations}; AIMET's counts steps of gradient descent: leave it out"
-            )
-        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -79,11 +79,15 @@ class _Lines(std.tqdm):
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Write a line, and the next one much later."""
         self.mininterval = EVERY
+        self._written = self.n
         super().display(msg, pos)
 
     def close(self) -> None:
         """Write how it ended, if there was a line and it did not say so."""
-        self.leave = getattr(self, "n", 0) != getattr(self, "last_print_n", 0)
+        ended = not (self.disable or self.leave is False)
+        if ended and getattr(self, "_written", self.n) != self.n:
+            self.display()
+        self.leave = False
         super().close()
 
     def set_postfix_str(self, s: str = "", refresh: bool = False) -> None:

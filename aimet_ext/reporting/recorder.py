@@ -133,7 +133,7 @@ class _Watch:
         now = _resident()
         if now is not None:
             self.most = max(now, self.most or 0)
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_available():
             self.most_on_gpu = max(torch.cuda.memory_allocated(), self.most_on_gpu or 0)
 
 

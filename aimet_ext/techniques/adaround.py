@@ -5,6 +5,7 @@ Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", ar
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,10 @@ from aimet_ext.techniques.layerwise.deploy import Decision, Problem, SampleSum
 from aimet_ext.techniques.layerwise.loop import Solver, run_layerwise
 from aimet_ext.techniques.report import LayerwiseReport
 from aimet_ext.walk.hooks import Activation
+
+_log = logging.getLogger(__name__)
+
+_MANY_SWEEPS = 2000
 
 _DAMPING = 1e-3  # of the rounding at the start
 # Beams of it in layers that are not wider, where they gain most and cost little, and behind a ReLU,
@@ -176,4 +181,10 @@ def apply_adaround(call: Call[AdaRoundParams]) -> LayerwiseReport:
     :param num_iterations: Sweeps over the codes of each layer, at most: a layer at which nothing
         moves any more is done.
     """
+    if call.params.num_iterations > _MANY_SWEEPS:
+        _log.warning(
+            "adaround: num_iterations counts sweeps over all codes of a layer, got %d, which takes "
+            "long; AIMET's counts steps of gradient descent: leave it out",
+            call.params.num_iterations,
+        )
     return run_layerwise(call, AdaRound)
