@@ -71,6 +71,8 @@ def is_live() -> bool:
 class _Lines(std.tqdm):
     """A bar as lines, each of which stays."""
 
+    leave: bool | None
+
     def __init__(self, *args: Any, **options: Any) -> None:
         form = "{desc}{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         fixed = {"file": _Stream(), "delay": DELAY, "mininterval": DELAY, "miniters": 1}
