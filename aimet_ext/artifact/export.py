@@ -13,7 +13,7 @@ from pydantic import BaseModel, Json
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from aimet_ext.errors import CorruptFileError, require, some
+from aimet_ext.errors import require, some
 from aimet_ext.files.folders import check_output, replace_folder, write_json
 from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.manifest import (
@@ -21,7 +21,7 @@ from aimet_ext.files.manifest import (
     QUANTIZERS,
     SETTINGS,
     WEIGHTS,
-    read_manifest,
+    read_export,
     write_manifest,
 )
 from aimet_ext.files.numbers import quantizer_faults, refuse_faults
@@ -213,9 +213,7 @@ def load(path: str | Path, *, sim: Any = None, progress: bool = True) -> Any:
 
 def _load(folder: Path, sim: Any) -> Any:
     step("hashes")
-    manifest = read_manifest(folder)
-    if manifest["kind"] != "export":
-        raise CorruptFileError(f"{folder}: an export is required, got {manifest['kind']!r}")
+    manifest = read_export(folder)
     settings = read_json(folder / SETTINGS, _Settings)
     of_onnx = manifest.get("framework") == "onnx"
     if sim is None and not of_onnx and settings.create_sim is None:

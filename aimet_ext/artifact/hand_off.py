@@ -14,11 +14,10 @@ import torch
 from aimet_ext.artifact.export import load
 from aimet_ext.core.objective import outputs_sqnr
 from aimet_ext.data.feeds import Feed, graph_feeds, run_feeds
-from aimet_ext.errors import CorruptFileError
 from aimet_ext.files.encodings import entries, load_encodings
 from aimet_ext.files.folders import atomic_path
 from aimet_ext.files.ledger import Ledger
-from aimet_ext.files.manifest import SETTINGS, read_manifest
+from aimet_ext.files.manifest import SETTINGS, read_export
 from aimet_ext.files.reading import read_json
 from aimet_ext.onnx.index import GraphIndex
 from aimet_ext.onnx.reading import read_model
@@ -97,9 +96,7 @@ def hand_off(
     :raises CorruptFileError: ``path`` is no export, or a file was changed.
     """
     folder = Path(path)
-    manifest = read_manifest(folder)
-    if manifest["kind"] != "export":
-        raise CorruptFileError(f"{folder}: an export is required, got {manifest['kind']!r}")
+    manifest = read_export(folder)
     prefix = manifest["prefix"]
     encoded = entries(load_encodings(folder / f"{prefix}.encodings"))
     model = read_model(folder / f"{prefix}.onnx")

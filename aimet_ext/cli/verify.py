@@ -79,10 +79,10 @@ def verify(
 def _batches(folder: Path, text: Path, field: str | None, tokenizer: Path | None) -> list[Any]:
     """Return windows of the length that a folder's model was exported with."""
     from aimet_ext.cli import jobs
-    from aimet_ext.files.manifest import read_manifest
+    from aimet_ext.files.manifest import read_export
     from aimet_ext.verification.verify import exported_length
 
-    prefix = read_manifest(folder, verify=False)["prefix"]
+    prefix = read_export(folder, verify=False)["prefix"]
     length = exported_length(folder / f"{prefix}.onnx")
     read = jobs.load_tokenizer(tokenizer or folder)
     return aimet_ext.calibration_batches(read, text, length, None, text_field=field)

@@ -136,6 +136,30 @@ def read_manifest(folder: str | Path, *, verify: bool = True) -> dict[str, Any]:
     return dict(content)
 
 
+def read_export(folder: str | Path, *, verify: bool = True) -> dict[str, Any]:
+    """Read the manifest of an export, see :func:`read_manifest`.
+
+    :raises FileNotFoundError: there is no manifest.
+    :raises CorruptFileError: see :func:`read_manifest`; or the folder holds something else.
+    """
+    manifest = read_manifest(folder, verify=verify)
+    check_kind(folder, manifest["kind"])
+    return manifest
+
+
+def check_kind(folder: str | Path, kind: str) -> None:
+    """Refuse a folder of another kind than an export.
+
+    :raises CorruptFileError: it is of another kind.
+    """
+    if kind == "verified":
+        raise CorruptFileError(
+            f"{folder} was written by verify; give the folder that quantize wrote"
+        )
+    if kind != "export":
+        raise CorruptFileError(f"{folder}: an export is required, got {kind!r}")
+
+
 def is_ours(folder: str | Path) -> bool:
     """Return True if a folder holds a manifest of aimet_ext, even if other files are damaged."""
     try:

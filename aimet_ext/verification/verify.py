@@ -13,7 +13,7 @@ from typing import Any
 from aimet_ext.data.feeds import Feed, graph_feeds, random_feeds
 from aimet_ext.errors import CorruptFileError, Finding
 from aimet_ext.files.folders import check_output, replace_folder
-from aimet_ext.files.manifest import CONFIG, read_manifest, versions, write_manifest
+from aimet_ext.files.manifest import CONFIG, check_kind, read_manifest, versions, write_manifest
 from aimet_ext.files.reading import read_json
 from aimet_ext.files.scratch import temporary
 from aimet_ext.integrations.qnn_targets import HtpTarget, find_target
@@ -154,8 +154,7 @@ def _files(folder: Path) -> tuple[StepResult, list[Finding]]:
     kind = "export"
     with suppress(CorruptFileError):  # what is wrong with the manifest is found next
         kind = read_manifest(folder, verify=False)["kind"]
-    if kind != "export":
-        raise CorruptFileError(f"{folder}: an export is required, got {kind!r}")
+    check_kind(folder, kind)
     try:
         findings = list(check_integrity(folder))
     except CorruptFileError as error:
