@@ -39,9 +39,13 @@ def create_onnx_sim(
     sim = build_sim(model, activations, _CONFIG, in_place=in_place)
     table = OnnxTable(adapt(sim))
     layers = [name for name, layer in table.found.items() if layer.kind != "embedding"]
-    own = {name: lm_head if name in table.left_out else weights for name in layers}
-    if not own:
+    if not layers:
         raise ValueError("a graph with layers that have stored weights is required, got none")
+    own = {
+        name: lm_head if name in table.left_out else weights
+        for name in layers
+        if name not in overrides  # else it would take the place of the user's
+    }
     with ExitStack() as undo:
         set_grids(sim, QSpec(), (), (), {**overrides, **own}, undo)
         undo.pop_all()
