@@ -94,7 +94,8 @@ def chosen_recipe(source: str | None, options: Mapping[str, Any]) -> Recipe:
 def with_text(recipe: Recipe, files: Sequence[Path] | None, field: str | None) -> Recipe:
     """Return a recipe with the text to calibrate on: of the options, or else its own.
 
-    :raises typer.BadParameter: There is none, or a file of the recipe is absent.
+    :raises typer.BadParameter: There is none, or a file of the recipe is absent, or one
+        of the options is no regular one.
     """
     own = recipe.calibration
     named = [*map(str, files)] if files else own.files
@@ -104,6 +105,12 @@ def with_text(recipe: Recipe, files: Sequence[Path] | None, field: str | None) -
             param_hint="--calibration",
         )
     if absent := [name for name in named if not Path(name).is_file()]:
+        if files:  # which exist: the option sees to it
+            raise typer.BadParameter(
+                "a regular file is required, since text is read more than once, but "
+                f"{some(absent)} is a pipe or device; write the text to a file",
+                param_hint="--calibration",
+            )
         raise typer.BadParameter(
             f"the recipe names files to calibrate on, of which {some(absent)} is absent; give "
             "others by --calibration",

@@ -34,10 +34,11 @@ def read_documents(path: Path, render: Render, field: str | None = None) -> Iter
     :raises CorruptFileError: a document is none; its place is named.
     :raises MissingExtraError: a Parquet file, and pyarrow is not installed.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(
             f"a text file ({', '.join(SUFFIXES)}) is required, and there is no {path}"
         )
+    check_regular(path)
     kind = path.suffix.lower()
     records = {".jsonl": _lines, ".json": _entries, ".csv": _rows, ".parquet": _columns}.get(kind)
     if records is None:
