@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import shutil
 
@@ -13,7 +14,9 @@ from onnx_models import conv_model, exported_llama
 from typer.testing import CliRunner, Result
 
 import aimet_ext
-from aimet_ext import RunReport, cli, examples
+from aimet_ext import Recipe, RunReport, cli, examples
+from aimet_ext.files.manifest import write_manifest
+from aimet_ext.recipes.recipe import Grid
 
 CUT = ("--seq-length", "16", "--num-batches", "2", "--batch-size", "2")
 WEIGHTS = ("--weights", "int4", "--activations", "none", "--technique", "gptq")
@@ -86,8 +89,9 @@ def test_the_run_has_its_report(exported: pathlib.Path) -> None:
     assert "llama.onnx" in (exported / "report.html").read_text("utf-8")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_an_export_is_analyzed_by_its_folder_or_a_file_in_it(
-    exported: pathlib.Path, place: pathlib.Path
+    exported: pathlib.Path, place: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     options = ("--text", place / "text.txt", "--seq-length", "16", "--num-windows", "2")
     done = run("analyze", exported / "model.onnx", *options, "--top-k", "0", "--json")
@@ -95,6 +99,11 @@ def test_an_export_is_analyzed_by_its_folder_or_a_file_in_it(
     assert json.loads(done.stdout)["quantizers"]
     done = run("analyze", place / "llama.onnx", *options)
     assert done.exit_code == 2 and "quantize the graph first" in " ".join(done.stderr.split())
+    ids = np.ones((1, 16), np.int64)
+    feed = {"input_ids": ids, "attention_mask": ids}
+    aimet_ext.export(aimet_ext.load(exported), tmp_path / "named", "named", feed)
+    done = run("analyze", tmp_path / "named", *options, "--tokenizer", exported, "--top-k", "0")
+    assert done.exit_code == 0, done.stderr
 
 
 def test_widths_of_a_graph_are_assigned(place: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -150,3 +159,105 @@ def test_a_graph_without_a_tokenizer_says_what_to_give(
     text = ("--calibration", place / "text.txt", "--output", tmp_path / "out")
     done = run("quantize", place / "llama.onnx", *text)
     assert done.exit_code == 3 and "--tokenizer" in done.stderr
+
+
+def test_an_override_that_is_a_layers_exact_name_counts() -> None:
+    model = exported_llama().model
+    plain = RunReport.of(Recipe(activations="none").create_sim(model, None), {}).weights
+    names = [use.name for use in plain if use.bitwidth == 4]
+    recipe = Recipe(activations="none", overrides={names[0]: Grid(width="int8")})
+    changed = RunReport.of(recipe.create_sim(model, None), {}).weights
+    bits = {use.name: use.bitwidth for use in changed}
+    assert bits[names[0]] == 8 and {bits[name] for name in names[1:]} == {4}
+
+
+def test_a_graph_of_a_fixed_batch_is_quantized_and_scored(
+    place: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    model = onnx.load(place / "llama.onnx")
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 3
+    graph = tmp_path / "three.onnx"
+    onnx.save(model, graph)
+    output = tmp_path / "out"
+    fast = ("--weights", "int4", "--activations", "none", "--technique", "nearest", "--json")
+    with_text = text_of(place, "--calibration")
+    done = run("quantize", graph, *with_text, "--output", output, *CUT, *fast)
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["quality"]["windows"] == 15
+    options = ("--seq-length", "16", "--num-windows", "8", "--json")
+    scores = [
+        run("evaluate", graph, *text_of(place, "--text"), *options),
+        run("evaluate", output, *text_of(place, "--text"), *options, "--reference", graph),
+    ]
+    for done in scores:
+        assert done.exit_code == 0, done.stderr
+        assert json.loads(done.stdout)["windows"] == 6
+    short = tmp_path / "short.txt"
+    short.write_text("word " * 20)
+    with_tokenizer = ("--tokenizer", place / "tokenizer", "--seq-length", "16")
+    done = run("evaluate", graph, "--text", short, *with_tokenizer)
+    assert done.exit_code == 3 and "a batch of the graph" in " ".join(done.stderr.split())
+
+
+def test_a_folder_that_verify_wrote_is_refused(place: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    write_manifest(tmp_path, "verified")
+    for command in ("verify", "analyze"):
+        done = run(command, tmp_path, "--text", place / "text.txt")
+        assert done.exit_code == 4, done.stderr
+        assert "give the folder that quantize wrote" in " ".join(done.stderr.split())
+
+
+def test_a_damaged_graph_ends_with_4(place: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    whole = (place / "llama.onnx").read_bytes()
+    for content in (b"no graph", whole[: len(whole) // 2]):
+        (tmp_path / "broken.onnx").write_bytes(content)
+        done = run("evaluate", tmp_path / "broken.onnx", *text_of(place, "--text"))
+        assert done.exit_code == 4 and "broken.onnx" in done.stderr, done.stderr
+
+
+def test_an_export_may_have_the_name_of_a_graph(
+    exported: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    copy = shutil.copytree(exported, tmp_path / "llama.onnx")
+    done = run("inspect", copy, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["framework"] == "onnx"
+
+
+def test_files_of_arrays_are_taken_in_equal_shares(tmp_path: pathlib.Path) -> None:
+    graph = tmp_path / "conv.onnx"
+    model = conv_model()
+    onnx.save(model, graph)
+    value = model.graph.input[0]
+    size, *shape = [dim.dim_value or 6 for dim in value.type.tensor_type.shape.dim]
+    data = np.random.default_rng(0)
+    files = [tmp_path / "a.npy", tmp_path / "b.npy"]
+    for file, batches in zip(files, (3, 1), strict=True):
+        np.save(file, data.normal(size=(batches * size + 1, *shape)).astype(np.float32))
+    both = [word for file in files for word in ("--calibration", file)]
+    common = ("quantize", graph, "--output", tmp_path / "out", "--technique", "rtn")
+    done = run(*common, *both, "--batch-size", str(size))
+    assert done.exit_code == 0, done.stderr
+    said = " ".join(done.stderr.split())
+    assert f"1 of {files[0]}, 1 of {files[1]}" in said
+    assert size == 1 or "fill no batch" in said
+    done = run(*common, *both, "--num-batches", "1")
+    assert done.exit_code == 3 and "a batch of each file" in " ".join(done.stderr.split())
+
+
+def test_arrays_of_a_file_hold_as_many_samples(place: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    arrays = {"input_ids": np.ones((4, 8), np.int64), "attention_mask": np.ones((3, 8), np.int64)}
+    np.savez(tmp_path / "uneven.npz", **arrays)
+    given = ("--calibration", tmp_path / "uneven.npz", "--output", tmp_path / "out")
+    done = run("quantize", place / "llama.onnx", *given)
+    assert done.exit_code == 3
+    assert "4 of 'input_ids' and 3 of 'attention_mask'" in " ".join(done.stderr.split())
+
+
+def test_a_pipe_is_not_blamed_on_a_recipe(place: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    text = ("--calibration", tmp_path / "pipe.txt", "--output", tmp_path / "out")
+    done = run("quantize", place / "llama.onnx", *text)
+    said = " ".join(done.stderr.split())
+    assert done.exit_code == 2 and "regular file" in said and "the recipe names" not in said

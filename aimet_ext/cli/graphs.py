@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from aimet_ext.cli.output import table
 from aimet_ext.cli.report import write_run
 from aimet_ext.errors import require
 from aimet_ext.files.folders import check_output, replace_folder, write_json
-from aimet_ext.files.manifest import is_export, relist_files
+from aimet_ext.files.manifest import is_export, read_export, relist_files
 from aimet_ext.files.reading import naming
 from aimet_ext.progress import step, steps
 from aimet_ext.recipes.recipe import Recipe
@@ -31,13 +32,15 @@ if TYPE_CHECKING:
     from aimet_ext.recipes.recipe import CalibrationPlan
     from aimet_ext.reporting.parts import Budget
 
+_log = logging.getLogger(__name__)
+
 ARRAYS = (".npz", ".npy")
 """Files with inputs of a graph."""
 
 
 def is_graph(path: Path) -> bool:
-    """Return True for an ONNX file."""
-    return path.suffix.lower() == ".onnx"
+    """Return True for an ONNX file; a folder may have such a name too."""
+    return path.suffix.lower() == ".onnx" and path.is_file()
 
 
 def exported_folder(path: Path) -> Path:
@@ -89,7 +92,6 @@ def quantize(
     :param folders: ``checkpoint_dir``, ``cache_dir``.
     """
     from aimet_ext.onnx.reading import read_model
-    from aimet_ext.onnx.session import open_session
 
     start, record = time.perf_counter(), aimet_ext.Recorder()
     check_output(output)
@@ -99,7 +101,7 @@ def quantize(
     held_out: list[Tensor] = []
     step("read the data")
     if arrays := _are_arrays(calibration):
-        feeds = list(_array_feeds(calibration, inputs, plan))
+        feeds = _array_feeds(calibration, inputs, plan)
     else:
         read = tokenizer_of(path, tokenizer)
         length, size = _sizes(inputs, plan)
@@ -107,9 +109,10 @@ def quantize(
             read, calibration, length, plan.num_batches, size, text_field=plan.text_field
         )
         feeds = token_feeds(windows, inputs)
-        held_out, described = jobs.held_out_text(read, calibration, windows, plan.text_field)
+        fixed = fixed_shape(path)[0] or 1
+        held_out, described = jobs.held_out_text(read, calibration, windows, plan.text_field, fixed)
         with jobs.part(record, "score the float model"):
-            session = open_session(path)
+            session = open_graph(path)
             quality["float"] = aimet_ext.evaluate_perplexity(session, held_out)
             reference = aimet_ext.float_logits(session, held_out)
     with jobs.part(record, "make the simulation"):
@@ -122,7 +125,7 @@ def quantize(
             divergences["rounding"] = aimet_ext.evaluate_divergence(sim, held_out, reference)
     step("apply the techniques")
     compares = any(TECHNIQUES[name].reference for name in recipe.params())
-    float_model = open_session(path) if compares else None
+    float_model = open_graph(path) if compares else None
     reports = recipe.apply(sim, feeds, reference=float_model, watch=record.phase, **folders)
     with jobs.part(record, "calibrate"):
         sim.compute_encodings(feeds)
@@ -165,7 +168,7 @@ def assign_widths(
     _hush()
     inputs = _inputs(path)
     if _are_arrays(calibration):
-        feeds = list(_array_feeds(calibration, inputs, plan))
+        feeds = _array_feeds(calibration, inputs, plan)
     else:
         length, size = _sizes(inputs, plan)
         windows = aimet_ext.calibration_batches(
@@ -184,15 +187,32 @@ def assign_widths(
 
 
 def open_graph(path: Path) -> Any:
-    """Return a session that computes a graph."""
+    """Return a session that computes a graph.
+
+    :raises CorruptFileError: the file is damaged, or holds what onnxruntime does not take.
+    """
     from aimet_ext.onnx.session import open_session
 
-    return open_session(path)
+    _inputs(path)  # which says more of a damaged file
+    with naming(path, problem="a graph that onnxruntime can run is required"):
+        return open_session(path)
 
 
-def fixed_length(path: Path) -> int | None:
-    """Return the tokens of a window that a graph takes, None where any number is."""
-    return next((s.sizes[1] for s in _inputs(path).values() if len(s.sizes) == 2), None)
+def fixed_shape(*paths: Path) -> tuple[int | None, int | None]:
+    """Return windows of a batch and tokens of a window that graphs take, None where free.
+
+    :param paths: Graphs, exports of graphs, or other models; the first fixed size counts.
+    """
+    size, length = None, None
+    for path in paths:
+        if not is_graph(path):
+            manifest = read_export(path, verify=False) if is_export(path) else {}
+            if manifest.get("framework") != "onnx":
+                continue
+            path = path / f"{manifest['prefix']}.onnx"
+        own = _shape(_inputs(path))
+        size, length = size or own[0], length or own[1]
+    return size, length
 
 
 def is_quantized(path: Path) -> bool:
@@ -276,30 +296,58 @@ def token_feeds(windows: Sequence[Tensor], inputs: Mapping[str, InputSpec]) -> l
 
 def _array_feeds(
     files: Sequence[Path], inputs: Mapping[str, InputSpec], plan: CalibrationPlan
-) -> Iterator[Feed]:
-    """Yield batches of the arrays in files, of which the first dimension counts samples.
+) -> list[Feed]:
+    """Return batches of the arrays in files, as many of each file, in turn.
 
-    :raises ValueError: a file lacks an input, or an input has another type or shape.
+    :raises ValueError: a file lacks an input, an input has another type or shape, or there are more
+        files than batches.
+    """
+    fixed = {spec.sizes[0] for spec in inputs.values() if spec.sizes and spec.sizes[0] is not None}
+    size = min(fixed, default=plan.batch_size)
+    if plan.num_batches < len(files):
+        raise ValueError(
+            f"a batch of each file is required at least, got {plan.num_batches} batches for "
+            f"{len(files)} files; ask for more, or give fewer files"
+        )
+    most = -(-plan.num_batches // len(files))
+    parts = [_file_feeds(file, inputs, size, most) for file in files]
+    feeds = [feed for turn in zip(*parts, strict=False) for feed in turn][: plan.num_batches]
+    if len(files) > 1:
+        counts = (len(range(number, len(feeds), len(files))) for number in range(len(files)))
+        shares = (f"{count} of {file}" for count, file in zip(counts, files, strict=True))
+        _log.info("batches of at most %d samples: %s", size, ", ".join(shares))
+    return feeds
+
+
+def _file_feeds(file: Path, inputs: Mapping[str, InputSpec], size: int, most: int) -> list[Feed]:
+    """Return at most so many batches of a file; the first dimension of its arrays counts samples.
+
+    A rest that fills no batch is left out, unless there is nothing else.
     """
     from aimet_ext.data.batches import as_tensors
     from aimet_ext.data.feeds import check_inputs
 
-    fixed = {spec.sizes[0] for spec in inputs.values() if spec.sizes and spec.sizes[0] is not None}
-    size = min(fixed, default=plan.batch_size)
-    count = 0
-    for file in files:
-        arrays = _arrays(file, inputs)
-        samples = max((len(array) for array in arrays.values() if array.ndim), default=1)
-        for first in range(0, samples - size + 1 if samples > size else 1, size):
-            feed = {n: a[first : first + size] if a.ndim else a for n, a in arrays.items()}
-            try:
-                check_inputs({n: as_tensors(a) for n, a in feed.items()}, inputs, count)
-            except ValueError as error:
-                raise ValueError(f"{file}: {error}") from error
-            yield feed
-            count += 1
-            if count == plan.num_batches:
-                return
+    arrays = _arrays(file, inputs)
+    counts = {name: len(array) for name, array in arrays.items() if array.ndim}
+    first, samples = next(iter(counts.items()), ("", 1))
+    for name, count in counts.items():
+        if count != samples:
+            raise ValueError(
+                f"{file}: arrays of as many samples, their first dimension, are required, got "
+                f"{samples} of {first!r} and {count} of {name!r}"
+            )
+    starts = range(0, max(1, samples - size + 1), size)[:most]
+    if len(starts) < most and (left := samples % size) and samples > size:
+        _log.info("%s: the last %d of %d samples fill no batch, left out", file, left, samples)
+    feeds = []
+    for number, start in enumerate(starts):
+        feed = {n: a[start : start + size] if a.ndim else a for n, a in arrays.items()}
+        try:
+            check_inputs({n: as_tensors(a) for n, a in feed.items()}, inputs, number)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+        feeds.append(feed)
+    return feeds
 
 
 def _arrays(file: Path, inputs: Mapping[str, InputSpec]) -> dict[str, Any]:
@@ -328,8 +376,12 @@ def _inputs(path: Path) -> dict[str, InputSpec]:
 
 def _sizes(inputs: Mapping[str, InputSpec], plan: CalibrationPlan) -> tuple[int, int]:
     """Return length and number of windows of a batch: the graph's, where these are fixed."""
-    size, length = next((s.sizes for s in inputs.values() if len(s.sizes) == 2), (None, None))
+    size, length = _shape(inputs)
     return length or plan.seq_length, size or plan.batch_size
+
+
+def _shape(inputs: Mapping[str, InputSpec]) -> tuple[int | None, ...]:
+    return next((s.sizes for s in inputs.values() if len(s.sizes) == 2), (None, None))
 
 
 def _hush() -> None:

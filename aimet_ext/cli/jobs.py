@@ -14,7 +14,7 @@ import aimet_ext
 from aimet_ext.cli.report import write_run
 from aimet_ext.errors import CorruptFileError, require
 from aimet_ext.files.folders import check_output, replace_folder, write_json
-from aimet_ext.files.manifest import is_export, relist_files
+from aimet_ext.files.manifest import is_export, read_export, relist_files
 from aimet_ext.progress import bar, step, steps
 from aimet_ext.recipes.recipe import CalibrationPlan
 from aimet_ext.registry import TECHNIQUES
@@ -161,20 +161,24 @@ def held_out_text(
     text: Path | Sequence[Path],
     batches: Sequence[Tensor],
     text_field: str | None,
+    size: int = 1,
 ) -> tuple[list[Tensor], str]:
     """Return windows of a text beyond those of the batches, and a description of them.
 
     Where the text has no more, these are windows of the batches.
+
+    :param size: Windows of a batch returned, which divides those of the batches given.
     """
-    used, length = sum(map(len, batches)), batches[0].shape[1]
+    used, length = sum(map(len, batches)) // size, batches[0].shape[1]
+    more = max(1, QUALITY_WINDOWS // size)
     try:
         windows = aimet_ext.calibration_batches(
-            tokenizer, text, length, used + QUALITY_WINDOWS, text_field=text_field
+            tokenizer, text, length, used + more, size, text_field=text_field
         )
     except CorruptFileError:
         raise
     except ValueError:
-        return [batch[:1] for batch in batches[:QUALITY_WINDOWS]], "the calibration text"
+        return [batch[:size] for batch in batches[:more]], "the calibration text"
     return windows[used:], "text that was not calibrated on"
 
 
@@ -191,6 +195,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure the perplexity of a model folder, or of an export with quantization simulated.
 
+    A graph of a fixed shape, also as the reference, sets tokens of a window and windows of a batch.
+
     :param reference: The float model, from which the divergence is measured too.
     :param tokenizer: Folder of the tokenizer, None for that of the model.
     """
@@ -198,11 +204,18 @@ def evaluate(
 
     step("load the model")
     model, quantized = _any_model(folder)
-    if graphs.is_graph(folder):
-        seq_length = graphs.fixed_length(folder) or seq_length
+    size, length = graphs.fixed_shape(folder, *(() if reference is None else (reference,)))
+    size, seq_length = size or 1, length or seq_length
     read = graphs.tokenizer_of(folder, tokenizer)
-    windows = aimet_ext.calibration_batches(read, text, seq_length, None, text_field=text_field)
-    batches = windows[:num_windows]
+    windows = aimet_ext.calibration_batches(
+        read, text, seq_length, None, size, text_field=text_field
+    )
+    batches = [batch for batch in windows[: max(1, num_windows // size)] if len(batch) == size]
+    if not batches:
+        raise ValueError(
+            f"{text}: text for {size} windows of {seq_length} tokens is required, a batch of the "
+            f"graph, got enough for {len(windows[0])}; give more text"
+        )
     _check_ids(folder, model, batches)
     step("score")
     found = {
@@ -236,6 +249,7 @@ def analyze(
     """
     if not is_export(folder):
         raise ValueError(f"{folder}: a folder that aimet-ext quantize or export wrote is required")
+    prefix = read_export(folder, verify=False)["prefix"]
     windows = aimet_ext.calibration_batches(
         load_tokenizer(tokenizer or folder),
         text,
@@ -250,7 +264,7 @@ def analyze(
         from aimet_ext.cli.graphs import token_feeds
         from aimet_ext.onnx.values import read_input_specs
 
-        batches = token_feeds(batches, read_input_specs(folder / f"{PREFIX}.onnx"))
+        batches = token_feeds(batches, read_input_specs(folder / f"{prefix}.onnx"))
     return aimet_ext.analyze(sim, batches, top_k=top_k)
 
 

@@ -140,13 +140,14 @@ class _SessionModel(nn.Module):
         super().__init__()
         self._session = session
         self._types = {each.name: each.type for each in session.get_inputs()}
+        self._shapes = {each.name: tuple(each.shape) or None for each in session.get_inputs()}
         outputs = [each.name for each in session.get_outputs()]
         self._output = "logits" if "logits" in outputs else outputs[0]
         self._ids = _IDS if _IDS in self._types else next(iter(self._types), _IDS)
 
     def feeds(self, batches: Iterable[Any]) -> Iterator[dict[str, Tensor]]:
         """Yield batches as inputs by name, with ``input_ids`` and a mask to score by."""
-        inputs = dict.fromkeys(self._types, InputSpec())  # types are converted
+        inputs = {n: InputSpec(shape) for n, shape in self._shapes.items()}  # types are converted
         for number, batch in filled_batches(batches, inputs):
             check_inputs(batch, inputs, number)
             yield {_IDS: batch[self._ids], **batch}
