@@ -302,7 +302,8 @@ def assign_widths(
         report = aimet_ext.assign_widths(model, batches, budget, choices, **options)
     made = report.recipe
     return report, dataclasses.replace(
-        made, calibration=dataclasses.replace(made.calibration, **cut)
+        made,
+        calibration=dataclasses.replace(made.calibration, **cut, text_field=text_field),
     )
 
 

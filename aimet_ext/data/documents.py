@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ FIELDS = ("text", "content", "messages", "conversations", "conversation")
 
 Render = Callable[[list[dict[str, str]]], str]
 """Function that writes a chat, a list of messages with role and content, as one text."""
+
+_LONGEST_CELL = 2**31 - 1  # documents are longer than cells usually are; a C long on Windows
 
 
 def read_documents(path: Path, render: Render, field: str | None = None) -> Iterator[str]:
@@ -64,16 +65,16 @@ def _entries(path: Path, _: str | None) -> Iterator[tuple[str, Any]]:
 
 
 def _rows(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
-    before = csv.field_size_limit(sys.maxsize)  # documents are longer than cells usually are
+    before = csv.field_size_limit(_LONGEST_CELL)
     try:
         rows = csv.DictReader(io.StringIO(read_text(path), newline=""))
         column = _column(path, rows.fieldnames or (), field)
-        for row in rows:
-            yield f"{path}, line {rows.line_num}", row[column] or ""
+        found = [(f"{path}, line {rows.line_num}", row[column] or "") for row in rows]
     except csv.Error as error:
         raise CorruptFileError(f"{path}, line {rows.line_num}: CSV is required: {error}") from error
     finally:
-        csv.field_size_limit(before)
+        csv.field_size_limit(before)  # before the first is passed on: it is the process's own
+    yield from found
 
 
 def _columns(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
