@@ -309,7 +309,7 @@ def test_wrong_arguments(folder: pathlib.Path, tmp_path: pathlib.Path, sound: An
         verify(folder, BATCHES, windows=0)
     with pytest.raises(FileNotFoundError):
         verify(tmp_path, BATCHES)
-    with pytest.raises(CorruptFileError, match="was written by verify; give the folder that quantize wrote"):
+    with pytest.raises(CorruptFileError, match="was written by verify; give the folder"):
         verify(sound[1], BATCHES)
     with pytest.raises(ValueError, match=r"\[1, 16\], got \[1, 8\]"):
         verify(folder, [torch.zeros(1, 8, dtype=torch.long)])
