@@ -179,7 +179,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "safetensors", "pydantic"},
     ),
     "integrations.olive*": (
-        {"integrations", "registry", "sim", "files", "config", "public"},
+        {"integrations", "registry", "sim", "files", "config", "reporting.writing", "public"},
         {"olive", "onnx", "pydantic"},
     ),
     "integrations.qnn*": (

@@ -15,7 +15,6 @@ import numpy as np
 import aimet_ext
 from aimet_ext.cli import jobs
 from aimet_ext.cli.output import table
-from aimet_ext.cli.report import write_run
 from aimet_ext.errors import require
 from aimet_ext.files.folders import check_output, replace_folder, write_json
 from aimet_ext.files.manifest import is_export, read_export, relist_files
@@ -23,6 +22,7 @@ from aimet_ext.files.reading import naming
 from aimet_ext.progress import step, steps
 from aimet_ext.recipes.recipe import Recipe
 from aimet_ext.registry import TECHNIQUES
+from aimet_ext.reporting.writing import write_run
 from aimet_ext.sim.protocol import adapt
 
 if TYPE_CHECKING:

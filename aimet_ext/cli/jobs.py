@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import aimet_ext
-from aimet_ext.cli.report import write_run
 from aimet_ext.errors import CorruptFileError, require
 from aimet_ext.files.folders import check_output, replace_folder, write_json
 from aimet_ext.files.manifest import is_export, read_export, relist_files
 from aimet_ext.progress import bar, step, steps
 from aimet_ext.recipes.recipe import CalibrationPlan
 from aimet_ext.registry import TECHNIQUES
+from aimet_ext.reporting.writing import write_run
 from aimet_ext.sim.protocol import adapt
 
 if TYPE_CHECKING:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from aimet_ext.cli.output import Result
-from aimet_ext.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from aimet_ext.recipes.recipe import Recipe
     from aimet_ext.reporting.comparison import RunComparison
     from aimet_ext.reporting.parts import Budget
-
-_log = logging.getLogger(__name__)
 
 EPILOG = """\b
 Examples:
@@ -65,43 +61,3 @@ def widths_of(source: str | None, recipe: Recipe) -> Budget | None:
     from aimet_ext.reporting.budget import read_beside
 
     return None if source is None else read_beside(Path(source), recipe)
-
-
-def write_run(
-    folder: Path, sim: Any, reports: dict[str, Any], quality: dict[str, Any], **facts: Any
-) -> None:
-    """Write the report of a run to its folder, as JSON, and as a page if that can be drawn.
-
-    Whatever fails here is a warning: the export beside it is finished, and may be hours of work.
-
-    :param folder: Folder of the run.
-    :param quality: Perplexities by state, their divergences, and the text; empty without text.
-    :param facts: Further arguments of :meth:`aimet_ext.RunReport.of`.
-    """
-    from aimet_ext import RunReport
-    from aimet_ext.core.divergence import Divergence
-    from aimet_ext.reporting.run_report import REPORT_HTML, REPORT_JSON
-
-    name = REPORT_JSON
-    try:
-        if quality:
-            divergences = quality["divergence"].items()
-            facts |= {
-                "perplexity": {name: quality[name] for name in ("float", "rounding", "quantized")},
-                "divergence": {name: Divergence(**fields) for name, fields in divergences},
-                "text": quality["text"],
-                "windows": quality["windows"],
-            }
-        run = RunReport.of(sim, reports, **facts)
-        run.save(folder / REPORT_JSON)
-        name = REPORT_HTML
-        run.save_html(folder / REPORT_HTML)
-    except MissingExtraError as error:
-        _log.warning("%s is not written: %s", name, error)
-    except Exception as error:  # noqa: BLE001  (whatever it is, the export is worth more)
-        _log.warning(
-            "%s is not written: %s: %s. The export beside it is whole",
-            name,
-            type(error).__name__,
-            error,
-        )

@@ -44,12 +44,14 @@ import aimet_ext  # noqa: E402
 from aimet_ext.integrations.olive_config import PASS  # noqa: E402
 from aimet_ext.integrations.olive_techniques import (  # noqa: E402
     check_techniques,
+    named_reports,
     reports_of,
     steps_of,
     with_defaults,
 )
 from aimet_ext.integrations.olive_widths import apply_widths, check_widths  # noqa: E402
 from aimet_ext.registry import load  # noqa: E402
+from aimet_ext.reporting.writing import write_run  # noqa: E402
 from aimet_ext.sim.onnx.build import build_with  # noqa: E402
 from aimet_ext.sim.onnx.files import name_nodes, qdq_model  # noqa: E402
 from aimet_ext.sim.onnx.state import deviation, layer_biases, run, run_file, uncalibrated  # noqa: E402
@@ -187,14 +189,20 @@ class AimetQuantization(shipped.AimetQuantization):
         settings = config.model_dump()
         path = resolve_onnx_path(output_model_path, _FILE)
         with tempfile.TemporaryDirectory(prefix="olive_tmp") as folder:
+            record = aimet_ext.Recorder()
             calibration = _Batches(config.data_config, model)
-            sim = _simulation(model, settings, folder, next(iter(calibration)))
-            apply_widths(sim, settings["widths"], calibration)
+            with record.phase("make the simulation"):
+                sim = _simulation(model, settings, folder, next(iter(calibration)))
+            if settings["widths"] is not None:
+                with record.phase("assign the widths"):
+                    apply_widths(sim, settings["widths"], calibration)
             techniques = with_defaults(settings["techniques"] or ())
             load(_CHECK)(adapt(sim), steps_of(techniques))
             for technique in _with_references(sim, techniques, calibration, model):
-                sim = _apply(sim, technique, calibration, model)
-            sim.compute_encodings(iter(calibration))
+                with record.phase(technique["name"].lower()):
+                    sim = _apply(sim, technique, calibration, model)
+            with record.phase("calibrate"):
+                sim.compute_encodings(iter(calibration))
             _check_calibrated(sim)
             biases = self._int32_biases(settings["bias"])
             qdq = qdq_model(sim, export_int32_bias=biases)
@@ -211,8 +219,10 @@ class AimetQuantization(shipped.AimetQuantization):
                 bias: Literal["float", "int32"] = "int32" if biases else "float"
                 prefix = f"{Path(model.model_path).stem}_float"
                 made = Path(path).parent / "aimet_ext"
-                aimet_ext.export(sim, made, prefix, batch, bias=bias, qdq=False)
-                _add_files(made, sim, handler, model)
+                with record.phase("export"):
+                    aimet_ext.export(sim, made, prefix, batch, bias=bias, qdq=False)
+                _write_reports(made, sim, record, model, settings)
+                _add_files(made, handler, model)
         return handler
 
     def _int32_biases(self, bias: Any) -> bool:
@@ -363,13 +373,24 @@ def _check_outputs(sim: Any, source: str, written: str, batch: dict[str, Any]) -
         )
 
 
-def _add_files(export: Path, sim: Any, handler: ONNXModelHandler, source: Any) -> None:
-    """Write the reports, and tell Olive which files belong to the model.
+def _write_reports(
+    folder: Path, sim: Any, record: aimet_ext.Recorder, model: Any, settings: dict[str, Any]
+) -> None:
+    """Write the reports of the techniques, and that of the run."""
+    (folder / REPORT).write_text(json.dumps(reports_of(sim), indent=2) + "\n", encoding="utf-8")
+    reports = named_reports(sim)
+    widths = reports.pop("assign_widths", None)
+    kept = {name: str(settings[name]) for name in ("precision", "activation_type", "quant_scheme")}
+    facts = {"model": Path(model.model_path).name, "recorder": record, "widths": widths}
+    write_run(folder, sim, reports, {}, settings=kept, **facts)
+
+
+def _add_files(export: Path, handler: ONNXModelHandler, source: Any) -> None:
+    """Tell Olive which files belong to the model.
 
     Olive hands them on to later passes by their names alone, without folders: those of the export
     go beside the model too, where all of them together are an export again.
     """
-    (export / REPORT).write_text(json.dumps(reports_of(sim), indent=2) + "\n", encoding="utf-8")
     files = [file.rename(export.parent / file.name) for file in export.iterdir()]
     export.rmdir()
     attributes = dict(source.model_attributes or {})

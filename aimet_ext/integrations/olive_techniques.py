@@ -135,10 +135,15 @@ def keep_report(sim: Any, name: str, report: Any) -> None:
     setattr(sim, _REPORTS, [*getattr(sim, _REPORTS, ()), (name, report)])
 
 
+def named_reports(sim: Any) -> dict[str, Any]:
+    """Return the reports of techniques by name, in order; each is applied once at most."""
+    return dict(getattr(sim, _REPORTS, ()))
+
+
 def reports_of(sim: Any) -> list[dict[str, Any]]:
     """Return the reports of techniques, in order: plain values, and a summary for people."""
     found = []
-    for name, report in getattr(sim, _REPORTS, ()):
+    for name, report in named_reports(sim).items():
         # The report of grids has no numbers, but may hold that of a search.
         numbers = report if hasattr(report, "to_dict") else getattr(report, "search", None)
         values = {} if numbers is None else numbers.to_dict()

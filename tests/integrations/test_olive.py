@@ -252,6 +252,12 @@ def test_float_model_encodings_and_reports_lie_beside_the_model(workflow: Workfl
     (report,) = json.loads((output / ours.REPORT).read_text("utf-8"))
     assert report["technique"] == "seqmse"
     assert report["settings"]["num_candidates"] == 20
+    run = aimet_ext.RunReport.read(output)
+    assert [technique.name for technique in run.techniques] == ["seqmse"]
+    assert [unit.name for unit in run.techniques[0].units] == [l["name"] for l in report["layers"]]
+    assert {"make the simulation", "seqmse", "calibrate", "export"} == {p.name for p in run.phases}
+    assert run.settings["precision"] == "int4"
+    assert "<html" in (output / "report.html").read_text("utf-8")
     sim = aimet_ext.load(output)
     batch = {"input": np.random.default_rng(3).standard_normal((4, WIDTH)).astype(np.float32)}
     (simulated,) = sim.session.run(None, batch)
