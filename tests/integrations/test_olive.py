@@ -254,7 +254,8 @@ def test_float_model_encodings_and_reports_lie_beside_the_model(workflow: Workfl
     assert report["settings"]["num_candidates"] == 20
     run = aimet_ext.RunReport.read(output)
     assert [technique.name for technique in run.techniques] == ["seqmse"]
-    assert [unit.name for unit in run.techniques[0].units] == [l["name"] for l in report["layers"]]
+    names = [unit.name for unit in run.techniques[0].units]
+    assert names == [layer["name"] for layer in report["layers"]]
     assert {"make the simulation", "seqmse", "calibrate", "export"} == {p.name for p in run.phases}
     assert run.settings["precision"] == "int4"
     assert "<html" in (output / "report.html").read_text("utf-8")
