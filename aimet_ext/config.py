@@ -66,7 +66,7 @@ _SPEC_TEXT = re.compile(r"u?int(\d+)")
 class QSpec:
     """Specification of a quantized tensor: width, symmetry and the cells that share a range.
 
-    :param bitwidth: Bits, 2 to 32.
+    :param bitwidth: Bits, 2 to 32; weights take 2 to 8, and 16.
     :param symmetric: True for signed and symmetric, false for unsigned with an offset.
     :param granularity: :class:`PerTensor`, :class:`PerChannel`, :class:`Blockwise` or
         :class:`LPBQ`. Activations are always per tensor.
@@ -109,6 +109,11 @@ class QSpec:
         """Input channels that share a range, or None where there are no blocks."""
         return getattr(self.granularity, "block_size", None)
 
+    @property
+    def width(self) -> str:
+        """Width and symmetry as :meth:`parse` reads them: ``"int4"`` or ``"uint4"``."""
+        return f"{'int' if self.symmetric else 'uint'}{self.bitwidth}"
+
     def to_dict(self) -> dict:
         """Return the spec as plain JSON values; :meth:`from_dict` reads it back."""
         plain = TypeAdapter(QSpec).dump_python(self, mode="json")
@@ -125,6 +130,23 @@ class QSpec:
         if name not in kinds:
             raise ValueError(f"granularity type must be one of {sorted(kinds)}, got {name!r}")
         return cls(granularity=kinds[name](**shape), **values)
+
+
+WEIGHT_BITS = (*range(2, 9), 16)
+"""Bits that a quantized weight may have: files and NPUs hold integers of no other width."""
+
+
+def check_weights(specs: Mapping[str, QSpec | None]) -> None:
+    """Refuse specs of weights whose width no target stores.
+
+    :param specs: Specs by the name of what they were given for, None for float.
+    :raises ValueError: one has other bits than :data:`WEIGHT_BITS`.
+    """
+    for name, spec in specs.items():
+        if spec is not None and spec.bitwidth not in WEIGHT_BITS:
+            raise ValueError(
+                f"{name}: weights of 2 to 8 bits, or of 16, are required, got {spec.bitwidth} bits"
+            )
 
 
 class WeightPlan(NamedTuple):

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from types import ModuleType
+from typing import Any
 
 
 class MissingExtraError(ImportError):
@@ -59,6 +60,20 @@ def require(module: str, extra: str) -> ModuleType:
             f"{module} is needed here and is not installed. "
             f'Install it with: pip install "aimet-ext[{extra}]"'
         ) from error
+
+
+def faults_of(error: Any) -> list[str]:
+    """Return each fault of settings: its place, what is required there, and what came.
+
+    :param error: ``pydantic.ValidationError``.
+    """
+    found = []
+    for fault in error.errors(include_url=False):
+        place = "".join(f"{part}: " for part in [".".join(map(str, fault["loc"]))] if part)
+        said = fault["type"] == "value_error"  # by this package, and the value in it
+        given = "" if said or "missing" in fault["type"] else f", got {fault['input']!r}"
+        found.append(f"{place}{str(fault['msg']).removeprefix('Value error, ')}{given}")
+    return found
 
 
 def some(names: Sequence[str], most: int = 4) -> str:

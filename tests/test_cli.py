@@ -102,6 +102,12 @@ def test_the_module_runs_as_a_program() -> None:
     [
         (["--weights", "4"], 'a width such as "int4"'),
         (["--weights", "int1"], "bitwidth"),
+        (
+            ["--weights", "int9"],
+            "--weights': width: weights of 2 to 8 bits, or of 16, are required",
+        ),
+        (["--lm-head", "int17"], "--lm-head': width: weights of 2 to 8 bits, or of 16, are"),
+        (["--override", "*.q_proj=int12"], "--override: width: weights of 2 to 8 bits"),
         (["--block-size", "32", "--lpbq", "32"], "not both"),
         (["--lpbq", "32", "--weights", "uint4"], "LPBQ needs symmetric=True"),
         (["--num-iterations", "0"], "--num-iterations"),

@@ -15,7 +15,7 @@ from torch import nn
 
 from aimet_ext.analysis.weight_costs import Fisher, Subject, Unit, divergences
 from aimet_ext.analysis.widths_report import LayerWidths, WidthsReport, label
-from aimet_ext.config import OnIndivisible, QSpec
+from aimet_ext.config import OnIndivisible, QSpec, check_weights
 from aimet_ext.core.knapsack import Items, Option, cheapest, hull_curve
 from aimet_ext.data.batches import ForwardFn
 from aimet_ext.errors import require, some
@@ -174,6 +174,7 @@ def _specs(choices: Sequence[QSpec | str], on_indivisible: OnIndivisible) -> dic
         spec = parse_choice(each, on_indivisible) if isinstance(each, str) else each
         if not isinstance(spec, QSpec):
             raise TypeError(f'choices must be QSpec or text such as "int4", got {each!r}')
+        check_weights({"choices": spec})
         if spec.on_indivisible == "pad":
             raise ValueError(
                 f'choices: {label(spec)} has on_indivisible="pad", which changes what is counted; '

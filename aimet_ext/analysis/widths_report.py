@@ -24,7 +24,7 @@ ASSIGNED = "assigned"
 
 def label(spec: QSpec) -> str:
     """Return a spec as short text, such as ``"int4"``, ``"int4:64"`` or ``"int4:lpbq64"``."""
-    width = f"{'int' if spec.symmetric else 'uint'}{spec.bitwidth}"
+    width = spec.width
     shape = spec.granularity
     if isinstance(shape, PerTensor):
         return f"{width}:tensor"

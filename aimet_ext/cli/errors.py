@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from aimet_ext.errors import CorruptFileError, MissingExtraError, TransformRefused
+from aimet_ext.errors import CorruptFileError, MissingExtraError, TransformRefused, faults_of
 
 EXIT_CODES: dict[type[BaseException], int] = {
     MissingExtraError: 5,
@@ -61,9 +61,6 @@ def message_of(error: BaseException) -> str:
     """Return an error's message as one sentence or two; pydantic's lists are shortened."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    details = getattr(error, "errors", None)
-    if callable(details):
-        return "; ".join(
-            f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg']}" for item in details()
-        )
+    if callable(getattr(error, "errors", None)):  # pydantic's, which need not be imported here
+        return "; ".join(faults_of(error))
     return str(error) or type(error).__name__

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from aimet_ext.cli.errors import message_of
-from aimet_ext.config import QSpec
+from aimet_ext.config import QSpec, check_weights
 from aimet_ext.errors import require
 from aimet_ext.recipes.recipe import check_order, offered, recipe_names
 from aimet_ext.registry import TECHNIQUES, load
@@ -130,17 +130,22 @@ class OnIndivisible(str, enum.Enum):
 
 
 def width(text: str) -> QSpec:
-    """Read ``int4`` or ``uint4``."""
-    try:
-        return QSpec.parse(text)
-    except ValueError as error:
-        raise typer.BadParameter(message_of(error)) from error
+    """Read ``int4`` or ``uint4``, the width of a weight."""
+    spec = _width(text)
+    with bad_parameter(None):
+        check_weights({"width": spec})
+    return spec
 
 
 def width_or_none(text: str) -> QSpec | str:
     """Read a width, or the word ``none``."""
     # None would stand for an option that was not given.
-    return "none" if text == "none" else width(text)
+    return "none" if text == "none" else _width(text)
+
+
+def _width(text: str) -> QSpec:
+    with bad_parameter(None):
+        return QSpec.parse(text)
 
 
 def width_or_word(text: str) -> QSpec | str:
@@ -223,8 +228,8 @@ def chosen_techniques(
 
 
 @contextlib.contextmanager
-def bad_parameter(option: str, place: str = "") -> Iterator[None]:
-    """Say of an error which option it is about."""
+def bad_parameter(option: str | None, place: str = "") -> Iterator[None]:
+    """Say of an error which option it is about; None where typer knows."""
     try:
         yield
     except ValueError as error:

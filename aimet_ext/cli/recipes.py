@@ -77,9 +77,7 @@ def chosen_recipe(source: str | None, options: Mapping[str, Any]) -> Recipe:
     if "lm_head" in options:
         changes["lm_head"] = Grid.of(options["lm_head"])
     if (activations := options.get("activations")) is not None:
-        changes["activations"] = (
-            activations if activations == "none" else Grid.of(activations).width
-        )
+        changes["activations"] = activations if activations == "none" else activations.width
     if options.get("override"):
         own = dict(map(_override, options["override"]))
         changes["overrides"] = {**own, **{k: v for k, v in base.overrides.items() if k not in own}}

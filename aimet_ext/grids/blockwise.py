@@ -56,7 +56,7 @@ class GridReport:
         spec = self.specs[name]
         if spec is None:
             return "float"
-        text = f"{'int' if spec.symmetric else 'uint'}{spec.bitwidth} {spec.granularity}"
+        text = f"{spec.width} {spec.granularity}"
         return text + (" instead" if name in self.per_channel_instead else "")
 
 

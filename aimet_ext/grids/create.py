@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from aimet_ext.config import PerChannel, PerTensor, QSpec, WeightPlan, fit_blocks
+from aimet_ext.config import PerChannel, PerTensor, QSpec, WeightPlan, check_weights, fit_blocks
 from aimet_ext.data.batches import (
     TARGET_IDS,
     as_tensors,
@@ -109,9 +109,9 @@ def create_sim(
         same; drop your own.
     :returns: the simulation. ``sim.aimet_ext_settings`` holds these settings as JSON values.
     :raises TypeError: no language model, a spec that is none, or a sample that holds no ids.
-    :raises ValueError: ids longer than the context, a pattern that fits no layer, a block size
-        that does not divide, two specs for one shared weight, or a larger share of matrices than
-        ``allow_float`` that cannot be quantized.
+    :raises ValueError: a width that no weight can have, ids longer than the context, a pattern that
+        fits no layer, a block size that does not divide, two specs for one shared weight, or a
+        larger share of matrices than ``allow_float`` that cannot be quantized.
     :raises MissingExtraError: aimet-torch is not installed.
 
     >>> sim = create_sim(model, ids, weights=QSpec(bitwidth=4, granularity=LPBQ(64)))
@@ -120,8 +120,13 @@ def create_sim(
     from aimet_ext.sim.torch.setup import build_sim
     from aimet_ext.sim.torch.unknown import is_registered
 
-    _check_specs(weights=weights, lm_head=lm_head, activations=activations)
-    _check_specs(embedding=None if embedding == "auto" else embedding)
+    overrides = dict(overrides or {})
+    stored = {"weights": weights, "lm_head": lm_head}
+    stored |= {f"overrides[{pattern!r}]": spec for pattern, spec in overrides.items()}
+    if embedding != "auto":
+        stored["embedding"] = embedding
+    _check_specs(**stored, activations=activations)
+    check_weights(stored)
     module = model
     if hasattr(model, "get_output_embeddings"):
         module = prepare_model(model, mask_value=None if activations is None else _MASK)
@@ -131,7 +136,6 @@ def create_sim(
     if embedding == "auto":
         embedding = _embedding(module, lm_head)
     specs = {"weights": weights, "lm_head": lm_head, "embedding": embedding}
-    overrides = dict(overrides or {})
     plan = plan_weights(module, **specs, overrides=overrides)
     layers: dict[str, Any] = {n: module.get_submodule(n) for n, spec in plan.specs.items() if spec}
     if bad := [name for name, layer in layers.items() if not bool(layer.weight.isfinite().all())]:

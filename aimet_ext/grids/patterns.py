@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from aimet_ext.config import QSpec, WeightPlan
+from aimet_ext.config import QSpec, WeightPlan, check_weights
 from aimet_ext.patterns import near
 from aimet_ext.sim.protocol import SimAdaptor
 
@@ -144,6 +144,9 @@ def select_specs(
                 f"none; names look like {table.example()}{near(pattern, table.shown())}"
             )
         specs.update(dict.fromkeys(fitting, other))
+    check_weights(
+        {"bitwidth": spec, **{f"overrides[{name!r}]": s for name, s in overrides.items()}}
+    )
     specs = {name: chosen for name, chosen in specs.items() if name not in excluded}
     if not specs:
         raise ValueError(

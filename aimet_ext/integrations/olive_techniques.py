@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from olive.passes.onnx.aimet_quantization import SUPPORTED_TECHNIQUES
 from pydantic import ValidationError
 
-from aimet_ext.errors import some
+from aimet_ext.errors import faults_of, some
 from aimet_ext.registry import TECHNIQUES, Step, Technique, load
 
 logger = logging.getLogger(__name__)
@@ -193,11 +193,7 @@ class OliveTechnique:
         try:
             self.params(**_plain({k: v for k, v in arguments.items() if k in fields}))
         except ValidationError as error:
-            wrong = "; ".join(
-                f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg']}, "
-                f"got {item['input']!r}"
-                for item in error.errors()
-            )
+            wrong = "; ".join(faults_of(error))
             raise ValueError(f"technique {self.name!r}: {wrong}") from error
         return True
 

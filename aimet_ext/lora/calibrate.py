@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from aimet_ext.config import PerTensor, QSpec
+from aimet_ext.config import PerTensor, QSpec, check_weights
 from aimet_ext.core.objective import outputs_sqnr, sqnr_db
 from aimet_ext.data.batches import call_model, iterate_batches
 from aimet_ext.lora.sim import add_adapters, fit_adapters, lora_state, switch
@@ -130,6 +130,7 @@ def quantize(
 def _check_weights(weights: QSpec | None, shared: bool) -> None:
     if weights is None:
         return
+    check_weights({"weights": weights})
     if weights.block_size is not None:
         raise ValueError(
             "weights of adapters take PerTensor or PerChannel, got "

@@ -13,8 +13,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
-from aimet_ext.config import LPBQ, STRICT, BlockSize, Blockwise, OnIndivisible, QSpec
-from aimet_ext.errors import some
+from aimet_ext.config import (
+    LPBQ,
+    STRICT,
+    BlockSize,
+    Blockwise,
+    OnIndivisible,
+    QSpec,
+    check_weights,
+)
+from aimet_ext.errors import faults_of, some
 from aimet_ext.files.folders import replace_file
 from aimet_ext.files.reading import naming
 from aimet_ext.registry import TECHNIQUES, load
@@ -44,7 +52,7 @@ class Grid:
     def _is_a_grid(self) -> Grid:
         if self.block_size is not None and self.lpbq is not None:
             raise ValueError("block_size or lpbq is required, got both; leave one out")
-        self.spec()
+        check_weights({"width": self.spec()})
         return self
 
     @classmethod
@@ -55,7 +63,7 @@ class Grid:
         size, shape = spec.block_size, spec.granularity
         low_power = isinstance(shape, LPBQ)
         return cls(
-            width=f"{'int' if spec.symmetric else 'uint'}{spec.bitwidth}",
+            width=spec.width,
             block_size=None if low_power else size,
             lpbq=size if low_power else None,
             on_indivisible=spec.on_indivisible,
@@ -79,6 +87,11 @@ class Grid:
 def _grid(value: Any) -> Any:
     """Read a grid, or a width alone."""
     return Grid(width=value) if isinstance(value, str) else _made(Grid, value)
+
+
+def _activations(width: str) -> QSpec | None:
+    """Return the spec of activations, which may have widths that no weight has."""
+    return None if width == FLOAT else QSpec.parse(width)
 
 
 def _made(kind: Any, value: Any) -> Any:
@@ -180,7 +193,19 @@ class Recipe:
     def _reads_widths(cls, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
-        return {name: _grid(grid) for name, grid in value.items()}
+        found = {}
+        for name, grid in value.items():
+            try:
+                found[name] = _grid(grid)
+            except ValidationError as error:
+                raise ValueError(f"{name}: {faults_of(error)[0]}") from None
+        return found
+
+    @field_validator("activations")
+    @classmethod
+    def _is_a_width(cls, value: str) -> str:
+        _activations(value)
+        return value
 
     @field_validator("calibration", mode="before")
     @classmethod
@@ -211,7 +236,6 @@ class Recipe:
 
     @model_validator(mode="after")
     def _can_be_applied(self) -> Recipe:
-        Grid(width=self.activations)
         unknown = [name for name in self.techniques if name not in offered()]
         if unknown:
             raise ValueError(
@@ -235,7 +259,7 @@ class Recipe:
             try:
                 found[name] = load(TECHNIQUES[name].params)(**values)
             except ValidationError as error:
-                raise ValueError(f"techniques: {name}: {_first(error)}") from None
+                raise ValueError(f"techniques: {name}: {faults_of(error)[0]}") from None
         return found
 
     def create_sim(self, model: Any, sample_input_ids: Any, *, in_place: bool = False) -> Any:
@@ -248,7 +272,7 @@ class Recipe:
         grids: dict[str, Any] = {
             "weights": self.weights.spec(),
             "lm_head": self.lm_head.spec(),
-            "activations": Grid(width=self.activations).spec(),
+            "activations": _activations(self.activations),
             "overrides": {name: grid.spec() for name, grid in self.overrides.items()},
             "in_place": in_place,
         }
@@ -429,16 +453,7 @@ def _parsed(text: str, source: str | Path) -> Recipe:
     try:
         return Recipe(**values)
     except ValidationError as error:
-        raise ValueError(f"{source}: {_first(error)}") from None
-
-
-def _first(error: ValidationError) -> str:
-    """Return the place and the text of the first fault."""
-    fault = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in fault["loc"])
-    text = str(fault["msg"]).removeprefix("Value error, ")
-    given = "" if fault["type"] == "value_error" else f", got {fault['input']!r}"
-    return f"{place}: {text}{given}" if place else text
+        raise ValueError(f"{source}: {faults_of(error)[0]}") from None
 
 
 def _brief(grid: Mapping[str, Any]) -> Any:

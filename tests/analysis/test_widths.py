@@ -324,6 +324,7 @@ def test_a_report_makes_a_recipe_and_the_model_is_left_alone(
         ("4 TB", {}, r"budget: average bits.*got '4 TB'"),
         (5, {"choices": []}, "choices: at least one"),
         (5, {"choices": ["int4/64"]}, r'a width such as "int4"'),
+        (5, {"choices": ["int4", "int9"]}, r"^choices: weights of 2 to 8 bits.* got 9 bits"),
         (5, {"choices": ["int4:x"]}, r"int4:lpbq64.*got 'int4:x'"),
         (5, {"choices": ["int4:48"]}, "block size that divides"),
         (5, {"choices": [QSpec(granularity=Blockwise(48), on_indivisible="pad")]}, "per_channel"),

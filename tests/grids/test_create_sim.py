@@ -122,6 +122,26 @@ def test_overrides_fit_names_of_checkpoint_or_model_and_the_first_counts(tiny_ll
         create_sim(tiny_llama, ids, overrides={"*.experts.*": None})
 
 
+@pytest.mark.parametrize("place", ["weights", "lm_head", "embedding", "*.q_proj"])
+def test_widths_that_no_weight_can_have_are_refused(tiny_llama, ids, place):
+    name = f"overrides['{place}']" if "*" in place else place
+    for bits in (9, 15, 17, 32):
+        spec = QSpec(bitwidth=bits)
+        with pytest.raises(ValueError) as caught:
+            create_sim(
+                tiny_llama, ids, **({"overrides": {place: spec}} if "*" in place else {place: spec})
+            )
+        assert str(caught.value).startswith(
+            f"{name}: weights of 2 to 8 bits, or of 16, are required"
+        )
+        assert f"got {bits} bits" in str(caught.value)
+
+
+def test_overrides_must_be_specs(tiny_llama, ids):
+    with pytest.raises(TypeError, match=r"overrides\['\*'\] must be a QSpec, .* got 'int4'"):
+        create_sim(tiny_llama, ids, overrides={"*": "int4"})
+
+
 def test_activations_take_a_spec(tiny_llama, ids):
     sim = create_sim(tiny_llama, ids, activations=QSpec(bitwidth=8, symmetric=True))
     for quantizer in adapt(sim).activation_quantizers().values():

@@ -523,6 +523,8 @@ class TestWhatIsRefused:
             {"block_size": 1},
             {"block_size": (1, 16)},
             {"bitwidth": 1},
+            {"bitwidth": 9},
+            {"overrides": {"conv": QSpec(bitwidth=17)}},
             {"scale_bits": 0},
             {"on_indivisible": "ignore"},
         ],
