@@ -6,6 +6,8 @@ built, so that a mistake is an error before any work is done.
 
 from __future__ import annotations
 
+import logging
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import field, replace
@@ -14,6 +16,10 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
+
+from aimet_ext.errors import some
+
+_log = logging.getLogger(__name__)
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 """Checks of every class of settings: known fields alone, and no conversion of values."""
@@ -166,13 +172,18 @@ class WeightPlan(NamedTuple):
 def fit_blocks(layers: Mapping[str, Any], specs: Mapping[str, QSpec | None]) -> WeightPlan:
     """Decide what becomes of layers whose width a block size does not divide.
 
+    A warning names those that have one range a row instead.
+
     :param layers: Layers by name, each with a ``weight`` ``[out, in, …]``.
     :raises ValueError: there are such layers, and their spec says ``on_indivisible="error"``.
     """
-    fitted, instead, pad, problems = dict(specs), [], [], []
+    fitted, instead, pad, problems, common = dict(specs), [], [], [], 0
     for name, spec in specs.items():
         width = layers[name].weight.shape[1]
-        if spec is None or spec.block_size is None or width % spec.block_size == 0:
+        if spec is None or spec.block_size is None:
+            continue
+        common = math.gcd(common, width)
+        if width % spec.block_size == 0:
             continue
         if spec.on_indivisible == "per_channel":
             fitted[name] = replace(spec, granularity=PerChannel())
@@ -184,9 +195,17 @@ def fit_blocks(layers: Mapping[str, Any], specs: Mapping[str, QSpec | None]) -> 
             grouped = f" in each of {groups} groups" if groups > 1 else ""
             problems.append(f"{name} (width {width}{grouped}, block size {spec.block_size})")
     if problems:
+        sizes = [str(size) for size in range(common, 1, -1) if common % size == 0]
         raise ValueError(
-            f"a block size that divides the input width is required, got {', '.join(problems)}; "
-            'choose another, or on_indivisible="per_channel" or "pad"'
+            f"a block size that divides the input width is required, got {some(problems)}; "
+            'choose another, or on_indivisible="per_channel" or "pad"; sizes that divide all layers '
+            f"with blocks: {some(sizes, 8) or 'none'}"
+        )
+    if instead:
+        _log.warning(
+            "%d layers have one range a row, as the block size does not divide their width: %s",
+            len(instead),
+            some(instead),
         )
     return WeightPlan(fitted, tuple(instead), tuple(pad))
 

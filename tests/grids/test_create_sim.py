@@ -190,9 +190,19 @@ class TestIndivisibleWidths:
         ):
             create_sim(model, ids, weights=QSpec(granularity=Blockwise(32)))
 
-    def test_per_channel_is_recorded(self, model, ids):
+    def test_error_counts_the_others_and_says_what_divides_all(self, tiny_model, ids):
+        model = tiny_model("llama", intermediate_size=100)  # the other layers are 64 wide
+        with pytest.raises(ValueError) as caught:
+            create_sim(model, ids, weights=QSpec(granularity=Blockwise(48)))
+        message = str(caught.value)
+        assert message.count("block size 48") == 4 and " and 10 more; choose another" in message
+        assert message.endswith("sizes that divide all layers with blocks: 4, 2")
+        create_sim(model, ids, weights=QSpec(granularity=Blockwise(4)))
+
+    def test_per_channel_is_recorded(self, model, ids, caplog):
         spec = QSpec(granularity=LPBQ(32), on_indivisible="per_channel")
         sim = create_sim(model, ids, weights=spec, activations=None)
+        assert "2 layers have one range a row" in caplog.text and DOWN in caplog.text
         assert spec_of(sim, Q).granularity == LPBQ(32)
         assert spec_of(sim, DOWN).granularity == PerChannel()
         assert DOWN in sim.aimet_ext_settings["per_channel_instead"]
