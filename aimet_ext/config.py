@@ -10,7 +10,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import field, replace
+from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -18,6 +18,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, model_valid
 from pydantic.dataclasses import dataclass
 
 from aimet_ext.errors import some
+from aimet_ext.patterns import near
 
 _log = logging.getLogger(__name__)
 
@@ -198,8 +199,8 @@ def fit_blocks(layers: Mapping[str, Any], specs: Mapping[str, QSpec | None]) -> 
         sizes = [str(size) for size in range(common, 1, -1) if common % size == 0]
         raise ValueError(
             f"a block size that divides the input width is required, got {some(problems)}; "
-            'choose another, or on_indivisible="per_channel" or "pad"; sizes that divide all layers '
-            f"with blocks: {some(sizes, 8) or 'none'}"
+            'choose another, or on_indivisible="per_channel" or "pad"; sizes that divide all '
+            f"layers with blocks: {some(sizes, 8) or 'none'}"
         )
     if instead:
         _log.warning(
@@ -232,7 +233,15 @@ class TechniqueParams:
     @classmethod
     def _by_former_names(cls, given: Any) -> Any:
         arguments = getattr(given, "kwargs", None)
-        return type(given)(given.args, cls.renamed(arguments)) if arguments else given
+        if not arguments:
+            return given
+        settings, known = cls.renamed(arguments), [each.name for each in fields(cls)]
+        if unknown := [name for name in settings if name not in known]:
+            raise ValueError(
+                f"{', '.join(unknown)} is no setting; these are {', '.join(known)}"
+                f"{near(unknown, known)}"
+            )
+        return type(given)(given.args, settings)
 
     @classmethod
     def renamed(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -246,7 +255,9 @@ class TechniqueParams:
         known = {**{key: {} for key in PRESETS}, **cls.presets}
         if preset not in known:
             names = ", ".join(f'"{name}"' for name in PRESETS)
-            raise ValueError(f"preset: {names} is required, got {preset!r}")
+            raise ValueError(
+                f"preset: {names} is required, got {preset!r}{near(str(preset), known)}"
+            )
         for name, value in rest.items():
             now = cls.former.get(name, name)
             if now in found:

@@ -24,12 +24,12 @@ def scopes(name: str) -> Iterator[str]:
 
 
 def near(patterns: str | Iterable[str], names: Iterable[str], most: int = 3) -> str:
-    """Return the names like patterns that fit none, for a message; nothing where there is none.
+    """Return a question after names like those that fit none, the end of a message; "" for none.
 
     A pattern is compared with whole names and with their ends, of which each counts once.
 
     >>> near("*.down_prj", ["layers.0.mlp.down_proj", "layers.1.mlp.down_proj"])
-    "; near: 'layers.0.mlp.down_proj'"
+    "; did you mean 'layers.0.mlp.down_proj'?"
     """
     every = list(dict.fromkeys(names))
     found: dict[str, tuple[float, str]] = {}
@@ -40,7 +40,13 @@ def near(patterns: str | Iterable[str], names: Iterable[str], most: int = 3) -> 
             if likeness >= _LEAST and likeness > found.get(_end(name), (0.0, ""))[0]:
                 found[_end(name)] = (likeness, name)
     best = sorted(found.values(), key=lambda pair: -pair[0])[:most]
-    return f"; near: {', '.join(repr(name) for _, name in best)}" if best else ""
+    return meant(name for _, name in best)
+
+
+def meant(names: Iterable[str]) -> str:
+    """Return the question if one of these names was meant, the end of a message; "" for none."""
+    shown = " or ".join(map(repr, names))
+    return f"; did you mean {shown}?" if shown else ""
 
 
 def _end(name: str) -> str:

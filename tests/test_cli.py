@@ -112,6 +112,9 @@ def test_the_module_runs_as_a_program() -> None:
         (["--lpbq", "32", "--weights", "uint4"], "LPBQ needs symmetric=True"),
         (["--num-iterations", "0"], "--num-iterations"),
         (["--technique", "magic"], "magic"),
+        (["--technique", "omniqant"], "did you mean 'omniquant'?"),
+        (["--set", "gtpq.beams=2"], "did you mean 'gptq'?"),
+        ([*then("gptq"), "--set", "gptq.beems=2"], "did you mean 'beams'?"),
         ([*then("gptq"), "--num-iterations", "5"], "add --technique omniquant"),
         (["--num-iterations", "5", "--set", "omniquant.num_iterations=6"], "given twice"),
         (["--set", "gptq.beams=2"], "add --technique gptq"),
@@ -402,7 +405,9 @@ def test_layers_are_excluded_by_pattern_and_the_recipe_says_so(
         *("--no-check-export", "--exclude"),
     ]
     done = run(*arguments, "*.down_prj")
-    assert done.exit_code == 3 and "near: 'model" in done.stderr and "down_proj" in done.stderr
+    assert (
+        done.exit_code == 3 and "did you mean 'model" in done.stderr and "down_proj" in done.stderr
+    )
     done = run(*arguments, "*.down_proj", "--exclude", "*.layers.0", "--json")
     assert done.exit_code == 0, done.stderr
     layers = [layer["name"] for layer in json.loads(done.stdout)["reports"]["rtn"]["layers"]]

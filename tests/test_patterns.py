@@ -33,7 +33,7 @@ def test_scopes_are_what_a_name_is_in() -> None:
 @pytest.mark.parametrize("pattern", ["*.down_prj", "model.layers.0.mlp.dwn_proj", "down"])
 def test_near_names_begin_with_the_most_alike(pattern: str) -> None:
     text = near(pattern, NAMES)
-    assert text.startswith("; near: '") and "0.mlp.down_proj'" in text.partition(",")[0]
+    assert text.startswith("; did you mean '") and "0.mlp.down_proj'" in text.partition(" or ")[0]
 
 
 def test_nothing_is_near_what_is_of_another_kind() -> None:
@@ -87,14 +87,14 @@ def _is_layer(module: nn.Module) -> bool:
 
 @pytest.mark.parametrize("technique", ["rtn", "autoround", "lpbq"])
 def test_a_pattern_that_fits_nothing_names_near_ones(sim: Any, technique: str) -> None:
-    with pytest.raises(ValueError, match=r"'\*\.down_prj'; near: '[\w.]*\.down_proj'"):
+    with pytest.raises(ValueError, match=r"'\*\.down_prj'; did you mean '[\w.]*\.down_proj'"):
         getattr(aimet_ext, f"apply_{technique}")(
             sim, [torch.arange(16)[None]], modules_to_exclude=["*.down_prj"], progress=False
         )
 
 
 def test_an_override_that_fits_nothing_names_near_ones(tiny_model: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match=r"near: 'model\.layers\.0\.mlp\.down_proj'"):
+    with pytest.raises(ValueError, match=r"did you mean 'model\.layers\.0\.mlp\.down_proj'"):
         aimet_ext.create_sim(
             tiny_model("llama"), torch.arange(8)[None], overrides={"*.down_prj": None}
         )
@@ -105,5 +105,5 @@ def test_a_graph_knows_layers_by_the_same_patterns() -> None:
     report = aimet_ext.apply_rtn(sim, modules_to_exclude=["*.down_proj"], progress=False)
     names = [layer.name for layer in report.layers]
     assert names and not any("down_proj" in name for name in names)
-    with pytest.raises(ValueError, match=r"near: '[^']*up_proj"):
+    with pytest.raises(ValueError, match=r"did you mean '[^']*up_proj"):
         aimet_ext.apply_rtn(sim, modules_to_exclude=["*.up_prj"], progress=False)

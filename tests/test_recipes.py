@@ -64,6 +64,13 @@ def test_grids_become_those_of_a_simulation(tiny_model: Any) -> None:
         ("activations: 16 bits", "width"),
         ("technique: [gptq]", "got technique"),
         ("techniques: [magic]", "got magic"),
+        ("techniques: [gtpq]", "got gtpq; did you mean 'gptq'?"),
+        (
+            "tecniques: [gptq]",
+            "got tecniques; a file of a later version needs a later aimet_ext; did",
+        ),
+        ("techniques: [{gptq: {beems: 2, dampin: 1}}]", "did you mean 'damping' or 'beams'?"),
+        ("techniques: [{gptq: {preset: bst}}]", "required, got 'bst'; did you mean 'best'?"),
         ("techniques: [gptq, awq]", "awq cannot follow gptq"),
         ("techniques: [awq, omniquant]", "freezes the ranges"),
         ("techniques: [gptq, gptq]", "gptq twice"),
@@ -88,6 +95,8 @@ def test_mistakes_are_named(text: str, message: str, tmp_path: pathlib.Path) -> 
 def test_a_recipe_that_is_not_there_names_those_that_are() -> None:
     with pytest.raises(ValueError, match=rf"{NAMES[0]}.*, or a file, is required, got magic"):
         read_recipe("magic")
+    with pytest.raises(ValueError, match=r"got w4a16-fats; did you mean 'w4a16-fast' or"):
+        read_recipe("w4a16-fats")
 
 
 def test_the_command_lists_and_prints_recipes(tmp_path: pathlib.Path) -> None:

@@ -15,6 +15,7 @@ import typer
 from aimet_ext.cli.errors import message_of
 from aimet_ext.config import QSpec, check_weights
 from aimet_ext.errors import require
+from aimet_ext.patterns import near
 from aimet_ext.recipes.recipe import check_order, offered, recipe_names
 from aimet_ext.registry import TECHNIQUES, load
 
@@ -175,7 +176,7 @@ def technique_name(text: str) -> str:
     """Read the name of a technique."""
     if text not in technique_names():
         names = ", ".join(map(repr, technique_names()))
-        raise typer.BadParameter(f"{text!r} is not one of {names}.")
+        raise typer.BadParameter(f"{text!r} is not one of {names}{near(text, technique_names())}")
     return text
 
 
@@ -249,13 +250,15 @@ def _parsed(text: str) -> tuple[str, str, Any]:
         )
     if name not in offered():
         raise typer.BadParameter(
-            f"{name!r} is no technique with settings; these are {', '.join(offered())}",
+            f"{name!r} is no technique with settings; these are {', '.join(offered())}"
+            f"{near(name, offered())}",
             param_hint="--set",
         )
     fields = [field.name for field in dataclasses.fields(load(TECHNIQUES[name].params))]
     if field not in (*fields, "preset"):
         raise typer.BadParameter(
-            f"{name} has no setting {field!r}; it has {', '.join(fields)}", param_hint="--set"
+            f"{name} has no setting {field!r}; it has {', '.join(fields)}{near(field, fields)}",
+            param_hint="--set",
         )
     try:
         value = json.loads(word)

@@ -17,6 +17,7 @@ from olive.passes.onnx.aimet_quantization import SUPPORTED_TECHNIQUES
 from pydantic import ValidationError
 
 from aimet_ext.errors import faults_of, some
+from aimet_ext.patterns import near
 from aimet_ext.registry import TECHNIQUES, Step, Technique, load
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def check_techniques(techniques: Any) -> None:
         if name not in SUPPORTED_TECHNIQUES:
             raise ValueError(
                 f"{technique['name']!r} is no technique of AimetQuantization; these are "
-                f"{', '.join(sorted(SUPPORTED_TECHNIQUES))}"
+                f"{', '.join(sorted(SUPPORTED_TECHNIQUES))}{near(name, SUPPORTED_TECHNIQUES)}"
             )
         arguments = {key: value for key, value in technique.items() if key != "name"}
         if not SUPPORTED_TECHNIQUES[name].validate_args(**arguments):
@@ -187,7 +188,7 @@ class OliveTechnique:
         if unknown:
             raise ValueError(
                 f"technique {self.name!r} has no argument {', '.join(map(repr, unknown))}; it has "
-                f"{', '.join(known)}"
+                f"{', '.join(known)}{near(unknown, known)}"
             )
         fields = {*(field.name for field in dataclasses.fields(self.params)), "preset"}
         try:

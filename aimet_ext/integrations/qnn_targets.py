@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from aimet_ext.patterns import near
+
 #: Masked scores below this leave the others less than 40 dB, even at 16 bits.
 MASK_LIMIT = -1e4
 
@@ -173,5 +175,8 @@ def find_target(name: str | HtpTarget) -> HtpTarget:
         return name
     target = _TARGETS.get(name.lower())
     if target is None:
-        raise ValueError(f"target: one of {', '.join(target_names())} was required, got {name!r}")
+        raise ValueError(
+            f"target: one of {', '.join(target_names())} was required, got {name!r}"
+            f"{near(name, target_names())}"
+        )
     return target

@@ -25,6 +25,7 @@ from aimet_ext.config import (
 from aimet_ext.errors import faults_of, some
 from aimet_ext.files.folders import replace_file
 from aimet_ext.files.reading import naming
+from aimet_ext.patterns import near
 from aimet_ext.registry import TECHNIQUES, load
 
 FLOAT = "none"
@@ -240,6 +241,7 @@ class Recipe:
         if unknown:
             raise ValueError(
                 f"techniques: some of {', '.join(offered())} are required, got {', '.join(unknown)}"
+                f"{near(unknown, offered())}"
             )
         check_order(list(self.techniques))
         params = self.params()
@@ -426,6 +428,7 @@ def read_recipe(source: str | Path) -> Recipe:
     elif not Path(source).is_file():
         raise ValueError(
             f"recipe: one of {', '.join(recipe_names())}, or a file, is required, got {source}"
+            f"{near(str(source), recipe_names())}"
         )
     else:
         with naming(Path(source)):
@@ -448,7 +451,7 @@ def _parsed(text: str, source: str | Path) -> Recipe:
     if strange := [str(key) for key in values if key not in known]:
         raise ValueError(
             f"{source}: the fields {', '.join(known)} are known, got {some(strange)}; a file of a "
-            "later version needs a later aimet_ext"
+            f"later version needs a later aimet_ext{near(strange, known)}"
         )
     try:
         return Recipe(**values)

@@ -20,6 +20,7 @@ from torch import nn
 from aimet_ext.config import TechniqueParams
 from aimet_ext.data.batches import ForwardFn
 from aimet_ext.files.folders import check_output
+from aimet_ext.patterns import near
 from aimet_ext.registry import TECHNIQUES, Technique, load
 from aimet_ext.techniques.session import RunOptions
 
@@ -222,7 +223,10 @@ def merge_params(
         raise ValueError(f"{who}(): {error}") from None
     unknown = sorted(set(settings) - set(fields))
     if unknown:
-        raise TypeError(f"{who}() has no setting {', '.join(unknown)}; it has {', '.join(fields)}")
+        raise TypeError(
+            f"{who}() has no setting {', '.join(unknown)}; it has {', '.join(fields)}"
+            f"{near(unknown, fields)}"
+        )
     given = {n: v for n, v in number.items() if not chosen or v != fields[n].default}
     values = {**settings, **given}
     base = {} if params is None else {name: getattr(params, name) for name in fields}

@@ -378,7 +378,8 @@ def test_int32_biases_of_float_activations_are_refused(biased: Workflow) -> None
         ({"techniques": [{"num_candidates": 3}]}, 'must be an object with a "name"'),
         (
             {"techniques": [{"name": "seqmse", "num_candidate": 3}]},
-            "'seqmse' has no argument 'num_candidate'; it has data_config, num_candidates",
+            "'seqmse' has no argument 'num_candidate'; it has data_config, num_candidates.*"
+            "did you mean 'num_candidates'",
         ),
         (
             {"techniques": [{"name": "lpbq", "blocks": 64}]},
