@@ -47,6 +47,8 @@ def test_a_cached_model_is_found(cache: pathlib.Path) -> None:
         ("org/absent", r"it is not there.*hf download org/absent \(huggingface-cli"),
         ("made/up@next", r"hf download made/up --revision next"),
         ("made/up@old", r"only .*config\.json.* is there.*hf download made/up --revision old"),
+        ("absent.onnx", "there is no file absent.onnx"),
+        ("/no/such/place", "no model of the Hugging Face hub is called so; the path exists as far"),
         ("./absent", "a folder, or a name such as org/model, is required"),
         ("a/b/c", "a folder, or a name such as org/model, is required"),
     ],
@@ -54,6 +56,37 @@ def test_a_cached_model_is_found(cache: pathlib.Path) -> None:
 def test_what_is_not_there_is_told_how_to_get(cache: pathlib.Path, name: str, message: str) -> None:
     with pytest.raises(FileNotFoundError, match=message):
         model_folder(name)
+
+
+def test_a_path_like_one_that_exists_is_asked_for(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "llama-w4").mkdir()
+    (tmp_path / "vision.onnx").touch()
+    monkeypatch.chdir(tmp_path)
+    for name, meant in (
+        ("./lama-w4", "llama-w4"),
+        ("lama-w4", "llama-w4"),
+        ("visoin.onnx", "vision.onnx"),
+        (f"{tmp_path}/lama-w4", f"{tmp_path}/llama-w4"),
+    ):
+        with pytest.raises(FileNotFoundError) as caught:
+            model_folder(name)
+        assert str(caught.value).endswith(f"did you mean '{meant}'?"), name
+
+
+def test_a_shard_that_is_not_in_the_cache_is_named(cache: pathlib.Path) -> None:
+    folder = model_folder("made/up")
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    whole.rename(folder / "model-00001-of-00002.safetensors")
+    shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    index.write_text(json.dumps({"weight_map": dict(zip("ab", shards, strict=True))}))
+    with pytest.raises(FileNotFoundError) as caught:
+        model_folder("made/up")
+    assert "not all of it is" in str(caught.value) and "hf download made/up" in str(caught.value)
+    assert shards[1] in str(caught.value) and shards[0] not in str(caught.value)
+    (folder / shards[1]).touch()
+    assert model_folder("made/up") == folder
 
 
 def test_the_command_line_takes_names(cache: pathlib.Path) -> None:
