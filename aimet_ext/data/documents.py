@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from aimet_ext.errors import CorruptFileError, require, some
 from aimet_ext.files.reading import check_regular, naming, parse_json, read_text
+
+_log = logging.getLogger(__name__)
 
 SUFFIXES = (".txt", ".raw", ".jsonl", ".json", ".csv", ".parquet")
 """Ends of names of files with documents."""
@@ -28,11 +31,12 @@ def read_documents(path: Path, render: Render, field: str | None = None) -> Iter
 
     :param path: ``.jsonl`` with one document a line, ``.json`` with a list of them, ``.csv`` and
         ``.parquet`` with one a row. A document is a text, a chat, or a mapping with one of them.
-        Any other file is one text.
+        Those that are null, in CSV empty, are left out, which a warning says. Any other file is
+        one text.
     :param render: Function that writes a chat as one text.
     :param field: Name of the field or column; None for the first of :data:`FIELDS` that is there.
     :raises FileNotFoundError: there is no such file.
-    :raises CorruptFileError: a document is none; its place is named.
+    :raises CorruptFileError: a document is none, and its place is named; or all are null.
     :raises MissingExtraError: a Parquet file, and pyarrow is not installed.
     """
     if not path.exists():
@@ -45,8 +49,20 @@ def read_documents(path: Path, render: Render, field: str | None = None) -> Iter
     if records is None:
         yield read_text(path)
         return
-    for place, record in records(path, field):
-        yield _text(record, place, render, field)
+    given = left_out = 0
+    try:
+        for place, record in records(path, field):
+            text = _text(record, place, render, field)
+            if text is None:
+                left_out += 1
+            else:
+                given += 1
+                yield text
+    finally:  # also where the reader wants no more
+        if given and left_out:
+            _log.warning("%s: %d documents are null and left out", path, left_out)
+    if left_out and not given:
+        raise CorruptFileError(f"{path}: a document with text is required, all {left_out} are null")
 
 
 def _lines(path: Path, _: str | None) -> Iterator[tuple[str, Any]]:
@@ -67,9 +83,18 @@ def _entries(path: Path, _: str | None) -> Iterator[tuple[str, Any]]:
 def _rows(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
     before = csv.field_size_limit(_LONGEST_CELL)
     try:
-        rows = csv.DictReader(io.StringIO(read_text(path), newline=""))
-        column = _column(path, rows.fieldnames or (), field)
-        found = [(f"{path}, line {rows.line_num}", row[column] or "") for row in rows]
+        rows = csv.reader(io.StringIO(read_text(path), newline=""))
+        names = next(rows, [])
+        at = names.index(_column(path, names, field))
+        found = []
+        for row in filter(None, rows):  # blank lines are none
+            place = f"{path}, line {rows.line_num}"
+            if len(row) != len(names):
+                raise CorruptFileError(
+                    f"{place}: {len(names)} columns as in the first line are required, got "
+                    f"{len(row)}; put texts with commas or ends of lines in quotes"
+                )
+            found.append((place, row[at] or None))
     except csv.Error as error:
         raise CorruptFileError(f"{path}, line {rows.line_num}: CSV is required: {error}") from error
     finally:
@@ -100,8 +125,11 @@ def _column(path: Path, names: Iterable[str], field: str | None) -> str:
     return found
 
 
-def _text(entry: Any, place: str, render: Render, field: str | None) -> str:
-    """Return the text of an entry: a string, a chat, or a mapping that holds one of them."""
+def _text(entry: Any, place: str, render: Render, field: str | None) -> str | None:
+    """Return the text of an entry, None if it is null.
+
+    An entry is a string, a chat, or a mapping that holds one of them.
+    """
     value = entry
     if isinstance(entry, Mapping):
         wanted = (field,) if field is not None else FIELDS
@@ -111,8 +139,8 @@ def _text(entry: Any, place: str, render: Render, field: str | None) -> str:
                 f"{place}: a field {wanted[0]!r} is required, got {some([*map(repr, entry)])}"
                 f"{_choose(field)}"
             )
-        value = entry[name]
-    if isinstance(value, str):
+        value = next((entry[each] for each in wanted if entry.get(each) is not None), None)
+    if value is None or isinstance(value, str):
         return value
     if isinstance(value, list) and value and all(map(_is_message, value)):
         try:

@@ -125,6 +125,10 @@ def test_text_in_the_encodings_of_editors(tmp_path, encoding):
         ("bad.json", b'["a", 3]', r"bad\.json, \[1\]: .*text.* required, got '3'"),
         ("bad.json", b"[" * 100_000, r"bad\.json is nested too deeply"),
         ("bad.csv", b"words\nb\n", r"bad\.csv: a column 'text' is required, got \['words'\]"),
+        ("bad.csv", b"id,text\n1,ab\n2\n", r"bad\.csv, line 3: 2 columns .* required, got 1; put"),
+        ("bad.csv", b"id,text\n1,a,b\n", r"bad\.csv, line 2: 2 columns .* required, got 3; put"),
+        ("bad.csv", b'id,text\n1,""\n2,\n', r"bad\.csv: a document .* required, all 2 are null"),
+        ("bad.jsonl", b'{"text": null}\nnull\n', r"bad\.jsonl: a document .*, all 2 are null"),
         ("bad.txt", b"caf\xe9", r"bad\.txt: text in UTF-8 is required, but byte 3"),
         ("bad.parquet", b"PAR1\x80", r"bad\.parquet: a Parquet file is required"),
     ],
@@ -183,6 +187,32 @@ def test_fields_are_chosen(tmp_path, end):
     assert rows(calibration_batches(Letters(), file, 4, 2)) != expected[:2]
     with pytest.raises(CorruptFileError, match=r"'tale' is required, got .*text.*story"):
         calibration_batches(Letters(), file, 4, 3, text_field="tale")
+
+
+@pytest.mark.parametrize("end", [".jsonl", ".json", ".csv", ".parquet"])
+def test_documents_that_are_null_are_left_out_and_counted(tmp_path, caplog, end):
+    file = tmp_path / f"text{end}"
+    texts = [None, *DOCUMENTS, None]
+    match end:
+        case ".jsonl":
+            file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        case ".json":
+            file.write_text(json.dumps(texts))
+        case ".csv":
+            file.write_text("id,text\n" + "".join(f"1,{text or ''}\n" for text in texts))
+        case ".parquet":
+            pa = pytest.importorskip("pyarrow")
+            importlib.import_module("pyarrow.parquet").write_table(pa.table({"text": texts}), file)
+    expected = rows(calibration_batches(Letters(), DOCUMENTS, 4, None))
+    assert rows(calibration_batches(Letters(), file, 4, None)) == expected
+    assert f"{file}: 2 documents are null and left out" in caplog.text
+
+
+def test_a_field_that_is_null_leaves_the_word_to_another(tmp_path):
+    file = tmp_path / "text.jsonl"
+    file.write_text("".join(json.dumps({"text": None, "content": t}) + "\n" for t in DOCUMENTS))
+    expected = rows(calibration_batches(Letters(), DOCUMENTS, 4, 3))
+    assert rows(calibration_batches(Letters(), file, 4, 3)) == expected
 
 
 def test_chats_go_through_the_template(tmp_path):
