@@ -108,7 +108,9 @@ def test_the_command_lists_and_prints_recipes(tmp_path: pathlib.Path) -> None:
     assert run("recipes", "magic").exit_code == 2
 
 
-def test_a_run_writes_the_recipe_that_repeats_it(tmp_path: pathlib.Path) -> None:
+def test_a_run_writes_the_recipe_that_repeats_it(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n".join(examples.documents("calibration")), "utf-8")
     given = tmp_path / "given.yaml"
@@ -131,8 +133,18 @@ def test_a_run_writes_the_recipe_that_repeats_it(tmp_path: pathlib.Path) -> None
         "*.v_proj": "int8",  # what was given beside the recipe counts
         "*.k_proj": "int6",
     }
-    done = run(*common, "--output", tmp_path / "two", "--recipe", written)
+    assert read_recipe(written).calibration.files == [str(text)]
+    assert "- ../text.txt\n" in written.read_text("utf-8")  # whatever folder all of it is in
+    measured = (  # as the package's have it
+        "measured: [{model: m, text: t, float_perplexity: 1.0, rounding: 3.0, quantized: 2.0, "
+        "seconds: 1.0}]\n"
+    )
+    written.with_name("more.yaml").write_text(written.read_text("utf-8") + measured, "utf-8")
+    monkeypatch.chdir(tmp_path / "one")
+    done = run("quantize", model, "--output", "../two", "--recipe", "more.yaml")
     assert done.exit_code == 0, done.output
+    again = (tmp_path / "two" / "recipe.yaml").read_text("utf-8")
+    assert "- ../text.txt\n" in again and "measured" not in again
     one, two = (
         dict(aimet_ext.load(tmp_path / name).model.named_parameters()) for name in ("one", "two")
     )

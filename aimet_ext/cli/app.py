@@ -43,7 +43,7 @@ from aimet_ext.cli.options import (
 )
 from aimet_ext.cli.output import Result, command, table
 from aimet_ext.cli.recipes import EPILOG as RECIPES_EPILOG
-from aimet_ext.cli.recipes import chosen_recipe, recipes, with_text
+from aimet_ext.cli.recipes import as_written, chosen_recipe, recipes, with_text
 from aimet_ext.cli.report import EPILOG as REPORT_EPILOG
 from aimet_ext.cli.report import report, widths_of
 from aimet_ext.cli.verify import EPILOG as VERIFY_EPILOG
@@ -224,7 +224,7 @@ def quantize(
 
     files = [*map(Path, plan.calibration.files)]
     common: dict[str, Any] = {
-        "recipe": plan,
+        "recipe": as_written(plan, output),
         "widths": widths_of(recipe, plan),
         "checkpoint_dir": checkpoint_dir,
         "cache_dir": cache_dir,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -116,6 +117,22 @@ def with_text(recipe: Recipe, files: Sequence[Path] | None, field: str | None) -
         )
     plan = dataclasses.replace(own, files=named, text_field=field or own.text_field)
     return dataclasses.replace(recipe, calibration=plan)
+
+
+def as_written(recipe: Recipe, folder: Path) -> Recipe:
+    """Return a recipe as a run writes it to its folder.
+
+    Without what the package measured, which is of other models; and the files of text by their way
+    from the folder, unless all that they have in common with it is the root.
+    """
+    home = folder.resolve()
+    files = []
+    for name in recipe.calibration.files:
+        path = Path(name).resolve()
+        near = path.drive == home.drive and path.parts[1:2] == home.parts[1:2]
+        files.append(Path(os.path.relpath(path, home)).as_posix() if near else str(path))
+    plan = dataclasses.replace(recipe.calibration, files=files)
+    return dataclasses.replace(recipe, calibration=plan, measured=[])
 
 
 def _weights(base: Grid, options: Mapping[str, Any]) -> Grid:

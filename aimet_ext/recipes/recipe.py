@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import field, fields
+from dataclasses import field, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -107,7 +108,8 @@ class CalibrationPlan:
     :param seq_length: Tokens in a window.
     :param num_batches: Batches.
     :param batch_size: Windows in a batch.
-    :param files: Files of text, each of which gives the same number of windows.
+    :param files: Files of text, each of which gives the same number of windows; in a file, names
+        are relative to its folder.
     :param text_field: Field or column with the text, None for the usual ones.
     """
 
@@ -454,9 +456,12 @@ def _parsed(text: str, source: str | Path) -> Recipe:
             f"later version needs a later aimet_ext{near(strange, known)}"
         )
     try:
-        return Recipe(**values)
+        recipe = Recipe(**values)
     except ValidationError as error:
         raise ValueError(f"{source}: {faults_of(error)[0]}") from None
+    plan, home = recipe.calibration, Path(source).parent
+    files = [os.path.normpath(home / name) for name in plan.files]
+    return replace(recipe, calibration=replace(plan, files=files))
 
 
 def _brief(grid: Mapping[str, Any]) -> Any:
