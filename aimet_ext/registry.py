@@ -7,6 +7,7 @@ Olive's techniques and the contract tests follow from the rows.
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -254,6 +255,24 @@ class Step:
         if self.row.freezes_if is not None:
             return bool(self.settings.get(self.row.freezes_if, True))
         return self.row.decides in ("scales", "ranges", "integers")
+
+
+def check_order(names: Sequence[str], rows: Mapping[str, Technique]) -> None:
+    """Refuse an order of techniques that would fail in the middle of the work.
+
+    :param names: Techniques in the order in which they are to be applied.
+    :param rows: Rows of all that there are, by those names.
+    :raises ValueError: One follows another that decides as much or more.
+    """
+    for earlier, later in itertools.pairwise(names):
+        if rows[earlier].rank >= rows[later].rank:
+            ordered = sorted(rows, key=lambda name: rows[name].rank)
+            groups = itertools.groupby(ordered, lambda name: rows[name].rank)
+            *first, last = (" or ".join(group) for _, group in groups)
+            raise ValueError(
+                f"{later!r} cannot follow {earlier!r}; the order is {', '.join(first)}, then {last}"
+                ", each at most once"
+            )
 
 
 def load(home: str) -> Any:

@@ -71,7 +71,7 @@ def test_grids_become_those_of_a_simulation(tiny_model: Any) -> None:
         ),
         ("techniques: [{gptq: {beems: 2, dampin: 1}}]", "did you mean 'damping' or 'beams'?"),
         ("techniques: [{gptq: {preset: bst}}]", "required, got 'bst'; did you mean 'best'?"),
-        ("techniques: [gptq, awq]", "awq cannot follow gptq"),
+        ("techniques: [gptq, awq]", "'awq' cannot follow 'gptq'"),
         ("techniques: [awq, omniquant]", "freezes the ranges"),
         ("techniques: [gptq, gptq]", "gptq twice"),
         ("techniques: [{gptq: {beems: 2}}]", "gptq: beems"),

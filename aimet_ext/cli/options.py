@@ -16,7 +16,7 @@ from aimet_ext.cli.errors import message_of
 from aimet_ext.config import QSpec, check_weights
 from aimet_ext.errors import require
 from aimet_ext.patterns import near
-from aimet_ext.recipes.recipe import check_order, offered, recipe_names
+from aimet_ext.recipes.recipe import check_turns, offered, recipe_names
 from aimet_ext.registry import TECHNIQUES, load
 
 NEAREST = "nearest"
@@ -203,7 +203,7 @@ def chosen_techniques(
         )
     chosen = [name for name in names if name != NEAREST]
     with bad_parameter("--technique"):
-        check_order(chosen)
+        check_turns(chosen)
     values: dict[str, dict[str, Any]] = {name: {} for name in chosen}
     given = [("--set", *_parsed(text)) for text in settings]
     if num_iterations is not None:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from aimet_ext.errors import faults_of, some
 from aimet_ext.patterns import near
-from aimet_ext.registry import TECHNIQUES, Step, Technique, load
+from aimet_ext.registry import TECHNIQUES, Step, Technique, check_order, load
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,9 @@ def check_techniques(techniques: Any) -> None:
         if not SUPPORTED_TECHNIQUES[name].validate_args(**arguments):
             # Of a technique that is not ours, which logs what is wrong.
             raise ValueError(f"technique {name!r} does not take {', '.join(arguments)}")
-    _check_order(techniques)
+    # What excludes nodes may have layers of its own, which is seen when it is applied.
+    whole = [step.name for step in steps_of(techniques) if not step.exclude]
+    check_order(whole, {row.olive: row for row in TECHNIQUES.values() if row.olive is not None})
     _check_open(steps_of(with_defaults(techniques)))
 
 
@@ -69,26 +71,6 @@ def steps_of(techniques: Sequence[Mapping[str, Any]]) -> list[Step]:
         for each in techniques
         if each["name"].lower() in rows
     ]
-
-
-def _check_order(techniques: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse an order that would fail in the middle of the work.
-
-    Techniques that exclude nodes may have layers of their own, which is seen when they are applied.
-
-    :raises ValueError: A technique follows one that decides as much or more.
-    """
-    whole = [step for step in steps_of(techniques) if not step.exclude]
-    for earlier, later in itertools.pairwise(whole):
-        if earlier.row.rank >= later.row.rank:
-            rows = (row for row in TECHNIQUES.values() if row.olive is not None)
-            ordered = sorted(rows, key=lambda row: row.rank)
-            groups = itertools.groupby(ordered, lambda row: row.rank)
-            *first, last = (" or ".join(str(row.olive) for row in group) for _, group in groups)
-            raise ValueError(
-                f"technique {later.name!r} cannot follow {earlier.name!r}; the order is "
-                f"{', '.join(first)}, then {last}, each at most once"
-            )
 
 
 def _check_open(steps: Sequence[Step]) -> None:

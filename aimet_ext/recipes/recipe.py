@@ -27,7 +27,7 @@ from aimet_ext.errors import faults_of, some
 from aimet_ext.files.folders import replace_file
 from aimet_ext.files.reading import naming
 from aimet_ext.patterns import near
-from aimet_ext.registry import TECHNIQUES, load
+from aimet_ext.registry import TECHNIQUES, check_order, load
 
 FLOAT = "none"
 """Width of what stays float."""
@@ -245,7 +245,7 @@ class Recipe:
                 f"techniques: some of {', '.join(offered())} are required, got {', '.join(unknown)}"
                 f"{near(unknown, offered())}"
             )
-        check_order(list(self.techniques))
+        check_turns(list(self.techniques))
         params = self.params()
         check_open(params)
         if (weights := self.weights.spec()) is not None:
@@ -363,19 +363,12 @@ def offered() -> list[str]:
     return [row.name for row in rows if row.decides != "grids"]
 
 
-def check_order(names: Sequence[str]) -> None:
-    """Refuse an order that would fail in the middle of the work.
+def check_turns(names: Sequence[str]) -> None:
+    """Refuse an order of techniques that would fail in the middle of the work.
 
     :raises ValueError: one technique after another that leaves it nothing to decide.
     """
-    for earlier, later in itertools.pairwise(names):
-        if TECHNIQUES[earlier].rank >= TECHNIQUES[later].rank:
-            ranks = itertools.groupby(offered(), lambda name: TECHNIQUES[name].rank)
-            *first, last = (" or ".join(names) for _, names in ranks)
-            raise ValueError(
-                f"{later} cannot follow {earlier}; the order is {', '.join(first)}, then {last}, "
-                "each at most once"
-            )
+    check_order(names, {name: TECHNIQUES[name] for name in offered()})
 
 
 def check_open(techniques: Mapping[str, Any]) -> None:

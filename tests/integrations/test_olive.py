@@ -25,8 +25,6 @@ from olive.package_config import OlivePackageConfig  # noqa: E402
 from olive.passes.onnx import aimet_quantization as shipped  # noqa: E402
 from olive.workflows import run as olive_run  # noqa: E402
 
-SHIPPED = dict(shipped.SUPPORTED_TECHNIQUES)
-
 from aimet_ext.integrations import olive as ours  # noqa: E402
 from aimet_ext.integrations import olive_techniques  # noqa: E402
 from aimet_ext.integrations.olive_config import package_config  # noqa: E402
@@ -196,7 +194,9 @@ def olives_own() -> Iterator[None]:
     saved = dict(techniques), dict(passes)
     try:
         techniques.clear()
-        techniques.update(SHIPPED)
+        techniques.update(
+            (own.__name__.lower(), own) for own in shipped._AimetTechnique.__subclasses__()
+        )
         del passes["aimetquantization"]
         yield
     finally:
