@@ -22,11 +22,6 @@ from pathlib import Path, PurePosixPath
 from packaging.metadata import Metadata
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKED = (
-    "aimet_ext/py.typed",
-    "aimet_ext/examples/pydoc_llama/model.safetensors",
-    "aimet_ext/recipes/w4a16.yaml",
-)
 QUICK_TESTS = ("tests/test_docs.py", "tests/test_language.py")
 SMOKE = """
 import sys
@@ -64,7 +59,9 @@ def check(source: Path, wheel: Path) -> None:
     assert described.description_content_type == "text/markdown"
     assert described.license_expression == "BSD-3-Clause"
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert {name for name in PACKED if name not in names} == set()
+    files = (path for path in (ROOT / "aimet_ext").rglob("*") if path.is_file())
+    wanted = {path.relative_to(ROOT).as_posix() for path in files if path.suffix != ".pyc"}
+    assert wanted - names == set(), "not in the wheel, see package-data in pyproject.toml"
     assert {PurePosixPath(name).parts[0] for name in names} == {
         "aimet_ext",
         PurePosixPath(metadata).parts[0],
