@@ -21,6 +21,7 @@ extensions = [
     "measurements",
     "licences",
     "notebooks",
+    "unbuilt",
 ]
 html_math_renderer = "mathml"
 html_static_path = ["static"]

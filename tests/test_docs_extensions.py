@@ -134,3 +134,14 @@ def test_the_most_exact_statement_counts(
     for name, value in fields:
         said[name] = value
     assert extension.licence_of(said) == licence
+
+
+@pytest.mark.parametrize("extension", ["unbuilt"], indirect=True)
+def test_a_page_that_is_not_whole_in_its_source_says_so_there_alone(extension: ModuleType) -> None:
+    for page in sorted((ROOT / "docs").glob("*.rst")):
+        text = page.read_text("utf-8")
+        assert text.count(extension.NOTE) == bool(extension.INCLUDES.search(text)), page.name
+        source = [text]
+        extension.take_out(None, page.stem, source)
+        assert extension.NOTE not in source[0]
+        assert len(source[0]) == len(text) - text.count(extension.NOTE) * len(extension.NOTE)
