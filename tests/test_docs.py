@@ -52,7 +52,6 @@ WITHOUT_SNIPPET = {
     "api": "docstrings, whose examples stand there",
     "architecture": "the inside of the package",
     "benchmarks": "made of the results at every build",
-    "command_line": "commands, which tests/test_cli.py runs",
     "formats": "files, not calls",
     "htp_patterns": "written by a benchmark",
     "index": "leads to the others",
