@@ -240,7 +240,7 @@ def quantize(
         *map(str, result.reports.values()),
         f"{table(result.files)}\n",
         quality_lines(result.quality) if result.quality else "Not scored, for want of text.",
-        f"Done in {result.seconds:.0f} s. Next: aimet-ext verify {output} --text HELD_OUT.txt",
+        f"Done in {result.seconds:.0f} s. Next: aimet-ext verify {output} --text held_out.txt",
     )
     return Result("\n".join(text), {"output": str(output), **result.to_dict()})
 
@@ -278,7 +278,7 @@ command(app, epilog=WIDTHS_EPILOG)(assign_widths)
     app,
     epilog="""\b
 Examples:
-  aimet-ext evaluate ./llama-w4 --text held_out.jsonl --json
+  aimet-ext evaluate ./llama-w4 --text held_out.txt --json
   aimet-ext evaluate llama.onnx --tokenizer ./llama --text held_out.txt
 """,
 )

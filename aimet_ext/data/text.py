@@ -49,7 +49,7 @@ def calibration_batches(
     :raises CorruptFileError: a file that does not hold documents in its form; the line is named.
     :raises MissingExtraError: a Parquet file, and pyarrow is not installed.
 
-    >>> batches = calibration_batches(tokenizer, "stories.jsonl", seq_length=256, num_batches=64)
+    >>> batches = calibration_batches(tokenizer, "text.txt", seq_length=256, num_batches=64)
     """
     numbers = {"seq_length": seq_length, "batch_size": batch_size, "num_batches": num_batches}
     for name, number in numbers.items():
