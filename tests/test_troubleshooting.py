@@ -7,11 +7,14 @@ import pathlib
 import re
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import aimet_ext
+from aimet_ext import cli
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs/troubleshooting"
@@ -35,7 +38,8 @@ def entry_of(sections: list, text: str) -> str | None:
     """Return the title of the entry that lists a message as a user sees it."""
     for section in sections:
         for entry in section.entries:
-            for known in [*(m.text for m in entry.found), *(f"…{t}…" for t in entry.others)]:
+            also = (f"…{text}…" for text in (*entry.others, *entry.reports))
+            for known in [*(m.text for m in entry.found), *also]:
                 parts = map(re.escape, known.split("…"))
                 if re.search(".*".join(parts), text, re.DOTALL):
                     return entry.title
@@ -106,6 +110,100 @@ def test_an_error_as_a_user_sees_it_is_found(
     with pytest.raises(Exception) as caught:
         call()
     assert entry_of(sections, str(caught.value)) == title
+
+
+KNOWN = "An option of the command line is missing, or is not known"
+THERE = "A file is not there"
+RANGE = "A setting is out of its range or not known"
+QUANTIZE = ("quantize", str(aimet_ext.examples.model_dir()), "--output", "out")
+
+
+def said_by_command(*arguments: str) -> str:
+    """Return what the command line says of arguments that it does not take."""
+    done = CliRunner().invoke(cli.app, arguments)
+    assert done.exit_code == 2, done.output
+    return " ".join(done.stderr.split())
+
+
+def said_by_click(kind: str, value: str, **options: Any) -> str:
+    """Return what click says of a value, whose texts typer has in some versions."""
+    click = pytest.importorskip("click")
+    with pytest.raises(click.BadParameter) as caught:
+        getattr(click, kind)(**options).convert(value, None, None)
+    return caught.value.message  # type: ignore[no-any-return]
+
+
+def said_in_report(make: Callable[..., Any]) -> str:
+    ids = torch.arange(16)[None]
+    sim = aimet_ext.create_sim(make("llama", tie_word_embeddings=True), ids, activations=None)
+    return str(aimet_ext.apply_rtn(sim, progress=False).skipped)
+
+
+TEXTS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "Missing option '…'": (KNOWN, lambda _: said_by_command(*QUANTIZE[:2])),
+    "Missing argument '…'": (KNOWN, lambda _: said_by_command("quantize")),
+    "No such option: …": (KNOWN, lambda _: said_by_command(*QUANTIZE, "--nosuch")),
+    "No such command '…'": (KNOWN, lambda _: said_by_command("nosuch")),
+    "Got unexpected extra argument": (KNOWN, lambda _: said_by_command(*QUANTIZE, "more")),
+    "requires an argument": (KNOWN, lambda _: said_by_command(*QUANTIZE[:3])),
+    "does not take a value": (KNOWN, lambda _: said_by_command("recipes", "--json=3")),
+    "Input should be greater than or equal to …": (
+        RANGE,
+        lambda _: said_by_command(*QUANTIZE, "--set", "omniquant.num_iterations=0"),
+    ),
+    "Input should be less than or equal to …": (
+        RANGE,
+        lambda _: said_by_command(*QUANTIZE, "--weights", "int40"),
+    ),
+    "Input should be greater than …": (
+        RANGE,
+        lambda _: said_by_command(*QUANTIZE, "--set", "omniquant.lwc_lr=0"),
+    ),
+    "Input should be a valid …": (
+        RANGE,
+        lambda _: said_by_command(*QUANTIZE, "--set", "omniquant.lwc=3"),
+    ),
+    "Input should be '…' or '…'": (
+        RANGE,
+        lambda _: said_by_command(*QUANTIZE, "--set", "omniquant.lr_schedule=none"),
+    ),
+    "Unexpected keyword argument": (RANGE, lambda _: str(raised_by_an_unknown_field())),
+    "is not in the range": (RANGE, lambda _: said_by_click("IntRange", "1", min=2)),
+    "is not a valid …": (RANGE, lambda _: said_by_click("IntRange", "two")),
+    "does not exist": (
+        THERE,
+        lambda _: said_by_command("evaluate", QUANTIZE[1], "--text", "nowhere.txt"),
+    ),
+    "is a directory": (THERE, lambda _: said_by_command("evaluate", QUANTIZE[1], "--text", ".")),
+    "shares its weight with the embedding": ("Layers share one weight", said_in_report),
+}
+
+
+def raised_by_an_unknown_field() -> BaseException:
+    with pytest.raises(ValueError) as caught:
+        aimet_ext.QSpec(bits=4)  # type: ignore[arg-type]
+    return caught.value
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_what_the_command_line_and_checks_of_settings_say_is_found(
+    sections: list, text: str, tiny_model: Callable[..., Any]
+) -> None:
+    title, provoke = TEXTS[text]
+    said = provoke(tiny_model)
+    assert re.search(".*".join(map(re.escape, text.split("…"))), said), said
+    assert entry_of(sections, said) == title
+
+
+def test_each_of_these_texts_is_provoked(sections: list) -> None:
+    listed = [
+        text
+        for section in sections
+        for entry in section.entries
+        if entry.title in (KNOWN, RANGE, THERE) or entry.reports
+        for text in (*entry.others, *entry.reports)
+    ]
+    assert sorted(listed) == sorted(TEXTS)
 
 
 def test_errors_that_pages_quote_are_found(sections: list) -> None:

@@ -28,6 +28,7 @@ class Entry:
     :param remedy: what to do.
     :param messages: parts of messages. A message belongs to the entry with the longest part in it.
     :param others: parts of messages of AIMET or another package.
+    :param reports: parts of what reports say of layers that were left alone.
     :param where: files or folders (with ``/`` at the end) whose other messages belong here.
     """
 
@@ -36,6 +37,7 @@ class Entry:
     remedy: str
     messages: Sequence[str] = ()
     others: Sequence[str] = ()
+    reports: Sequence[str] = ()
     where: Sequence[str] = ()
     found: list[Message] = field(default_factory=list)
 
@@ -113,6 +115,7 @@ def render(sections: Sequence[Section]) -> Iterator[str]:
             yield from ("", entry.title, "-" * len(entry.title), "")
             yield from (entry.cause, "", f"*What to do:* {entry.remedy}", "")
             texts = {text: ["of another package"] for text in entry.others}
+            texts |= {text: ["in a report"] for text in entry.reports}
             for message in entry.found:
                 texts.setdefault(message.text, []).append(message.error.lstrip("_"))
             for text, errors in texts.items():
