@@ -22,7 +22,7 @@ from aimet_ext.data.batches import (
     map_tensors,
     module_device,
 )
-from aimet_ext.data.moments import TRANSPOSED
+from aimet_ext.data.geometry import TRANSPOSED
 from aimet_ext.errors import require, some
 from aimet_ext.files.reading import read_json
 from aimet_ext.grids.patterns import LAYERS

@@ -20,7 +20,7 @@ from torch import nn
 
 from aimet_ext.core.equivalence import PairKind, ScalePair
 from aimet_ext.data.batches import call_model
-from aimet_ext.data.moments import Geometry
+from aimet_ext.data.geometry import Geometry
 from aimet_ext.models.description import (
     TopologyDescription,
     UnavailableError,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from aimet_ext.data.moments import TRANSPOSED
+from aimet_ext.data.geometry import TRANSPOSED
 from aimet_ext.models.topology import BlockTopology
 from aimet_ext.patterns import fits, near, scopes
 from aimet_ext.sim.protocol import SimAdaptor

@@ -23,7 +23,7 @@ from aimet_ext.data.batches import (
     module_device,
     tensors_in,
 )
-from aimet_ext.data.moments import Geometry
+from aimet_ext.data.geometry import Geometry
 from aimet_ext.walk.routing import is_sent_to
 
 Activation: TypeAlias = Callable[[Tensor], Tensor]

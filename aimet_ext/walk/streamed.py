@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from aimet_ext.data.cache import TensorCache, ValueCache
-from aimet_ext.data.moments import Geometry
+from aimet_ext.data.geometry import Geometry
 from aimet_ext.walk.alternatives import alternative
 from aimet_ext.walk.experts import Call, Inputs, Pool, Routed, pool_of, routed
 from aimet_ext.walk.hooks import (

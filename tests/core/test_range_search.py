@@ -20,7 +20,8 @@ from aimet_ext.core.affine import fake_quantize, integer_scale, lpbq_scale
 from aimet_ext.core.clipping import GridLayout, free_layout, search_ranges
 from aimet_ext.core.objective import row_errors
 from aimet_ext.core.range_search import best_ranges, compatible_ranges
-from aimet_ext.data.moments import Geometry, MomentSum
+from aimet_ext.data.geometry import Geometry
+from aimet_ext.data.moments import MomentSum
 
 KINDS = [
     (kind, symmetric)

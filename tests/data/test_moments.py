@@ -11,8 +11,10 @@ from torch import nn
 
 from aimet_ext.core.objective import row_errors
 from aimet_ext.core.transposed import as_convolution
+from aimet_ext.data import geometry as rows_of_layers
 from aimet_ext.data import moments
-from aimet_ext.data.moments import Geometry, MomentSum
+from aimet_ext.data.geometry import Geometry
+from aimet_ext.data.moments import MomentSum
 
 CONVOLUTIONS = {
     "plain": {"kernel_size": 3},
@@ -169,7 +171,7 @@ def test_unfit_mask(mask, normal):
 def test_chunks_are_the_rows_in_order_and_small(settings, limit, normal, monkeypatch):
     geometry, x = Geometry.of(convolution(settings)), normal(3, CHANNELS, 7, 8)
     rows = geometry.rows(x)
-    monkeypatch.setattr(moments, "_CHUNK", limit)
+    monkeypatch.setattr(rows_of_layers, "_CHUNK", limit)
     chunks = list(geometry.chunks(x))
     assert torch.equal(torch.cat(chunks, 1), rows)
     line = max(rows.shape[0] * rows.shape[2] * 10, limit)  # no output here is wider than 10
@@ -178,7 +180,7 @@ def test_chunks_are_the_rows_in_order_and_small(settings, limit, normal, monkeyp
 
 
 def test_linear_chunks(normal, monkeypatch):
-    monkeypatch.setattr(moments, "_CHUNK", 12)
+    monkeypatch.setattr(rows_of_layers, "_CHUNK", 12)
     geometry, x = Geometry.of(nn.Linear(5, 4)), normal(2, 3, 5)
     assert [list(chunk.shape) for chunk in geometry.chunks(x)] == [[1, 2, 5]] * 3
     assert torch.equal(geometry.rows(x)[0], x.flatten(0, 1))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from aimet_ext.config import LPBQ, Blockwise, PerChannel, PerTensor, QSpec
-from aimet_ext.data.moments import Geometry
+from aimet_ext.data.geometry import Geometry
 from aimet_ext.sim.protocol import adapt
 
 W4 = QSpec(bitwidth=4)

@@ -16,7 +16,7 @@ from onnx import NodeProto
 from torch import nn
 from torch.nn import functional
 
-from aimet_ext.data.moments import Geometry
+from aimet_ext.data.geometry import Geometry
 from aimet_ext.onnx.graph import OnnxGraph
 from aimet_ext.onnx.index import FLOATS, attribute, elements, reads
 from aimet_ext.onnx.layers import OnnxLayer

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from aimet_ext.core.affine import Grid, symmetric_offset
 from aimet_ext.core.clipping import GridLayout
 from aimet_ext.core.transposed import as_convolution
-from aimet_ext.data.moments import TRANSPOSED
+from aimet_ext.data.geometry import TRANSPOSED
 from aimet_ext.sim.protocol import WeightQuantizer
 from aimet_ext.sim.torch.state import uninitialize
 

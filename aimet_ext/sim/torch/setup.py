@@ -18,7 +18,7 @@ from aimet_torch.quantization.tensor import QuantizedTensorBase
 from torch import Tensor, nn
 
 from aimet_ext.config import LPBQ, PerTensor, QSpec
-from aimet_ext.data.moments import TRANSPOSED
+from aimet_ext.data.geometry import TRANSPOSED
 from aimet_ext.files.scratch import temporary
 from aimet_ext.models.attention import every_module, own_projections
 from aimet_ext.models.experts import all_tokens

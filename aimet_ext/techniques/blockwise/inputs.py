@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from aimet_ext.core.objective import SecondMoment
-from aimet_ext.data.moments import Geometry, MomentSum
+from aimet_ext.data.geometry import Geometry
+from aimet_ext.data.moments import MomentSum
 
 
 class StageInputs:

@@ -22,7 +22,7 @@ from aimet_ext.core.equivalence import (
     search_smoothing,
 )
 from aimet_ext.core.objective import SecondMoment, row_errors
-from aimet_ext.data.moments import Geometry
+from aimet_ext.data.geometry import Geometry
 from aimet_ext.techniques.blockwise.block import Block, BlockState
 from aimet_ext.techniques.blockwise.inputs import Magnitudes, StageInputs
 from aimet_ext.techniques.blockwise.pairs import ReadPair, read_pairs

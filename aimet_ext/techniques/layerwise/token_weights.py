@@ -20,7 +20,7 @@ from torch import Tensor
 from aimet_ext.analysis.divergence import counted_rows, row_mask
 from aimet_ext.core.divergence import outcome_likelihood
 from aimet_ext.data.batches import ForwardFn
-from aimet_ext.data.moments import Geometry
+from aimet_ext.data.geometry import Geometry
 from aimet_ext.errors import TransformRefused
 from aimet_ext.progress import bar as progress_bar
 from aimet_ext.sim.protocol import SimAdaptor
