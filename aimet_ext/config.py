@@ -171,17 +171,24 @@ class WeightPlan(NamedTuple):
 
 
 def fit_blocks(layers: Mapping[str, Any], specs: Mapping[str, QSpec | None]) -> WeightPlan:
-    """Decide what becomes of layers whose width a block size does not divide.
+    """Decide what becomes of layers that a block size does not fit.
 
-    A warning names those that have one range a row instead.
+    Of a transposed convolution no block size does: dimension 1 of its weight ``[in, out, …]`` holds
+    output channels, of which each gets a range. A warning names others that have one range a row
+    instead.
 
-    :param layers: Layers by name, each with a ``weight`` ``[out, in, …]``.
+    :param layers: Layers by name, each other one with a ``weight`` ``[out, in, …]``.
     :raises ValueError: there are such layers, and their spec says ``on_indivisible="error"``.
     """
-    fitted, instead, pad, problems, common = dict(specs), [], [], [], 0
+    fitted, turned, instead, pad, problems = dict(specs), [], [], [], []
+    common = 0
     for name, spec in specs.items():
         width = layers[name].weight.shape[1]
         if spec is None or spec.block_size is None:
+            continue
+        if getattr(layers[name], "transposed", False):
+            fitted[name] = replace(spec, granularity=PerChannel())
+            turned.append(name)
             continue
         common = math.gcd(common, width)
         if width % spec.block_size == 0:
@@ -208,7 +215,7 @@ def fit_blocks(layers: Mapping[str, Any], specs: Mapping[str, QSpec | None]) -> 
             len(instead),
             some(instead),
         )
-    return WeightPlan(fitted, tuple(instead), tuple(pad))
+    return WeightPlan(fitted, (*turned, *instead), tuple(pad))
 
 
 PairKindName = Literal["norm_qkv", "v_o", "norm_mlp", "up_down", "q_k"]

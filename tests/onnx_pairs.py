@@ -78,7 +78,7 @@ class Pair:
     def __init__(self, module: nn.Module, model: Any, batches: Any, feed: Any = None) -> None:
         self.module, self.model, self.batches = module, model, batches
         self.feed = feed or (lambda batch: {key: value.numpy() for key, value in batch.items()})
-        kinds = (nn.Linear, nn.Conv2d)
+        kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
         self.layers = [name for name, p in module.named_modules() if isinstance(p, kinds)]
         self._names: dict[str, str] | None = None
 
@@ -143,6 +143,21 @@ def network(module: nn.Module, *inputs: Tensor) -> Pair:
     return Pair(module, model, [{"x": x} for x in inputs])
 
 
+class Upsampling(nn.Module):
+    """Pictures that get larger, by transposed convolutions with all that these can have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(3, 8, 3, padding=1)
+        self.up = nn.ConvTranspose2d(8, 6, (4, 3), stride=2, padding=1)
+        self.again = nn.ConvTranspose2d(6, 5, 3, stride=2, padding=1, output_padding=1)
+        self.wide = nn.ConvTranspose2d(6, 4, 3, dilation=2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(self.enter(x).relu()).relu()
+        return self.again(x).mean((2, 3)) + self.wide(x).mean((1, 2, 3))[:, None]
+
+
 def perceptron() -> Pair:
     parts = []
     for width, after in itertools.pairwise(MLP):
@@ -157,5 +172,6 @@ PAIRS: dict[str, Callable[[], Pair]] = {
     "qwen2": functools.cache(lambda: language_model("qwen2")),
     "genai": functools.cache(lambda: as_genai_builds_it("qwen2")),
     "convolutions": functools.cache(lambda: network(seeded(Net), *IMAGES)),
+    "upsampling": functools.cache(lambda: network(seeded(Upsampling), *IMAGES)),
     "perceptron": functools.cache(perceptron),
 }

@@ -6,14 +6,13 @@ import copy
 import inspect
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from aimet_ext.config import PerChannel, PerTensor, QSpec, WeightPlan, check_weights, fit_blocks
+from aimet_ext.config import PerTensor, QSpec, WeightPlan, check_weights, fit_blocks
 from aimet_ext.data.batches import (
     TARGET_IDS,
     as_tensors,
@@ -202,14 +201,7 @@ def plan_weights(
             )
         specs.update(dict.fromkeys(fitting, spec))
     _check_shared(layers, specs)
-    # Blocks run along dimension 1, which holds the output channels of a transposed convolution.
-    turned = {
-        name: replace(spec, granularity=PerChannel())
-        for name, spec in specs.items()
-        if spec is not None and spec.block_size and isinstance(layers[name], TRANSPOSED)
-    }
-    plan = fit_blocks(layers, {**specs, **turned})
-    return plan._replace(per_channel_instead=(*turned, *plan.per_channel_instead))
+    return fit_blocks(layers, specs)
 
 
 def fits(name: str, pattern: str, model: nn.Module) -> bool:

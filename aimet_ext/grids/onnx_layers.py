@@ -9,8 +9,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from aimet_ext.config import WeightPlan
+from aimet_ext.data.geometry import TRANSPOSED
 from aimet_ext.errors import some
-from aimet_ext.grids.patterns import LayerTable
+from aimet_ext.grids.patterns import LAYERS, LayerTable
 from aimet_ext.patterns import fits, scopes
 from aimet_ext.sim.onnx.names import TYPES, layer_aliases, without_type
 from aimet_ext.sim.onnx.ranges import (
@@ -42,6 +43,13 @@ class OnnxTable(LayerTable):
         quantizers = parameter_quantizers(adaptor)
         live = {name: q for name, q in quantizers.items() if q.enabled}
         super().__init__(adaptor, {name: live.get(name) for name in self.found})
+
+    @cached_property
+    def layers(self) -> dict[str, Any]:
+        """Layers that can have a grid, transposed convolutions among them; see the base class."""
+        kinds = (*LAYERS, *TRANSPOSED)
+        every = ((name, self.model.get_submodule(name)) for name in self.quantizers)
+        return {name: layer for name, layer in every if isinstance(layer, kinds)}
 
     @cached_property
     def nodes(self) -> dict[str, list[Any]]:

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 _QUANTIZER = "QcQuantizeOp"
 _FUSED = "aimet.supergroup"  # domain of the functions in which AIMET fuses patterns of nodes
-_WEIGHT_INPUT = {"MatMul": 1, "Gemm": 1, "Conv": 1, "Gather": 0}
+_WEIGHT_INPUT = {"MatMul": 1, "Gemm": 1, "Conv": 1, "ConvTranspose": 1, "Gather": 0}
 
 
 class OnnxGraph(GraphIndex):

@@ -16,8 +16,8 @@ Kind = Literal["linear", "conv", "embedding", "other"]
 
 _TAKEN = frozenset(dir(nn.Linear(1, 1)))  # attributes of modules, which no child may be named
 _WEIGHTED = frozenset(("MatMul", "Gemm", "Conv", "ConvTranspose"))
+_SAME = ("SAME_UPPER", "SAME_LOWER")
 _UNSUPPORTED = {
-    "ConvTranspose": "transposed convolutions are not supported",
     "Einsum": "Einsum is not supported, rewrite it as MatMul",
     "FusedMatMul": "FusedMatMul is not supported, export without that fusion",
 }
@@ -52,6 +52,8 @@ class OnnxLayer:
     :param kernel: one number per spatial dimension; empty for all but convolutions, as the rest.
     :param pads: all begins, then all ends, as ONNX has them.
     :param auto_pad: ``NOTSET`` where ``pads`` count.
+    :param output_padding: one number per spatial dimension of a transposed convolution, whose
+        weight is ``[in, out / group, *kernel]`` as in torch; None for all else.
     """
 
     name: str
@@ -66,11 +68,22 @@ class OnnxLayer:
     pads: tuple[int, ...] = ()
     group: int = 1
     auto_pad: str = "NOTSET"
+    output_padding: tuple[int, ...] | None = None
+
+    @property
+    def channel_axis(self) -> int:
+        """Dimension of the stored weight's output channels."""
+        return int(self.transposed or self.output_padding is not None)
 
     @property
     def padding(self) -> tuple[int, ...] | None:
-        """Equal padding on both sides of each spatial dimension, None where it is not equal."""
+        """Equal padding on both sides of each spatial dimension, None where it is not equal.
+
+        Of a transposed convolution it is that before: less behind makes further outputs.
+        """
         half = len(self.kernel)
+        if self.output_padding is not None:
+            return self.pads[:half]
         if self.auto_pad not in ("NOTSET", "VALID") or self.pads[:half] != self.pads[half:]:
             return None
         return self.pads[:half]
@@ -113,7 +126,7 @@ def find_layers(graph: OnnxGraph) -> FoundLayers:
             # What a weight is applied with is a part of the layer, its uses are not.
             key = (
                 *(found.weight, found.kind, found.transposed, found.kernel, found.strides),
-                *(found.dilations, found.pads, found.group, found.auto_pad),
+                *(found.dilations, found.pads, found.group, found.auto_pad, found.output_padding),
             )
             first = merged.get(key)
             merged[key] = found if first is None else _joined(graph, first, found)
@@ -131,8 +144,8 @@ def find_layers(graph: OnnxGraph) -> FoundLayers:
 def other_weights(graph: OnnxGraph, known: Collection[str]) -> dict[str, OnnxLayer]:
     """Return stored float values of several dimensions, by names of their own.
 
-    Among them are the weights of all operators that are no layers: LSTM, ConvTranspose, a MatMul of
-    another form. Their uses are the nodes that read them, whatever these compute.
+    Among them are the weights of all operators that are no layers: LSTM, a MatMul of another form.
+    Their uses are the nodes that read them, whatever these compute.
 
     :param known: stored values to leave out, such as the weights of layers.
     """
@@ -174,7 +187,9 @@ def _layer(graph: OnnxGraph, index: int, node: NodeProto) -> OnnxLayer | str | N
     if node.op_type in _UNSUPPORTED:
         weighted = any(_weight(graph, name) is not None for name in node.input)
         return _UNSUPPORTED[node.op_type] if weighted else None
-    kinds = {"MatMul": _matmul, "Gemm": _gemm, "Conv": _conv, "Gather": _gather}
+    if node.op_type in ("Conv", "ConvTranspose"):
+        return _conv(graph, index, node)
+    kinds = {"MatMul": _matmul, "Gemm": _gemm, "Gather": _gather}
     read = kinds.get(node.op_type)
     return None if read is None else read(graph, index, node)
 
@@ -224,10 +239,15 @@ def _conv(graph: OnnxGraph, index: int, node: NodeProto) -> OnnxLayer | str | No
     shape = graph.shape(weight)
     if flipped or not 3 <= len(shape) <= 5:
         return f"a stored weight of 1 to 3 spatial dimensions is required, got {list(shape)}"
-    bias = _bias_input(graph, node)
-    if bias is not None and not _is_vector(graph, bias, shape[0]):
-        return f"a stored bias [{shape[0]}] is required, {bias!r} is not one"
-    ones = (1,) * (len(shape) - 2)
+    ones, group = (1,) * (len(shape) - 2), attribute(node, "group", 1)
+    turned = node.op_type == "ConvTranspose"
+    if turned and (
+        attribute(node, "output_shape", None) or attribute(node, "auto_pad", "NOTSET") in _SAME
+    ):
+        return "a transposed convolution with pads is required, not with an output_shape"
+    bias, out = _bias_input(graph, node), shape[1] * group if turned else shape[0]
+    if bias is not None and not _is_vector(graph, bias, out):
+        return f"a stored bias [{out}] is required, {bias!r} is not one"
     return _found(
         graph,
         index,
@@ -239,8 +259,11 @@ def _conv(graph: OnnxGraph, index: int, node: NodeProto) -> OnnxLayer | str | No
         strides=tuple(attribute(node, "strides", ones)),
         dilations=tuple(attribute(node, "dilations", ones)),
         pads=tuple(attribute(node, "pads", (0,) * (2 * len(ones)))),
-        group=attribute(node, "group", 1),
+        group=group,
         auto_pad=attribute(node, "auto_pad", "NOTSET"),
+        output_padding=(
+            tuple(attribute(node, "output_padding", (0,) * len(ones))) if turned else None
+        ),
     )
 
 
@@ -354,7 +377,7 @@ def _name(node: NodeProto, weight: str) -> str:
 
 
 def stored_weight(graph: OnnxGraph, layer: OnnxLayer) -> Tensor:
-    """Return a copy of a layer's weight, output channels first."""
+    """Return a copy of a layer's weight as a module of torch has it."""
     weight = graph.tensor(layer.weight)
     return weight.mT.contiguous() if layer.transposed else weight
 

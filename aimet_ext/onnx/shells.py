@@ -43,7 +43,10 @@ class _Embedding(_Shell, nn.Embedding):
 
 
 class _Convolution(_Shell):
-    """A Conv. Its padding is 0 where it is not the same on both sides: inputs come padded then."""
+    """A Conv. Its padding is 0 where it is not the same on both sides: inputs come padded then.
+
+    Or a ConvTranspose, where less padding behind the outputs than before is output padding.
+    """
 
     padding_mode: Any
 
@@ -51,11 +54,18 @@ class _Convolution(_Shell):
         _Shell.__init__(self, graph, layer)
         shape = graph.shape(layer.weight)
         self.out_channels, self.in_channels = shape[0], shape[1] * layer.group
+        self.transposed = layer.output_padding is not None
+        if self.transposed:
+            self.out_channels, self.in_channels = self.in_channels, self.out_channels
         self.kernel_size, self.stride = layer.kernel, layer.strides
         self.padding: Any = layer.padding or (0,) * len(layer.kernel)
         self.dilation, self.groups = layer.dilations, layer.group
-        self.padding_mode, self.transposed = "zeros", False
-        self.output_padding = (0,) * len(layer.kernel)
+        self.padding_mode = "zeros"
+        self.output_padding: Any = (0,) * len(layer.kernel)
+        if layer.output_padding is not None:
+            half = len(layer.kernel)
+            sides = zip(layer.output_padding, layer.pads[:half], layer.pads[half:], strict=True)
+            self.output_padding = tuple(more + begin - end for more, begin, end in sides)
 
 
 class _Conv1d(_Convolution, nn.Conv1d):
@@ -70,13 +80,32 @@ class _Conv3d(_Convolution, nn.Conv3d):
     pass
 
 
+class _ConvTranspose1d(_Convolution, nn.ConvTranspose1d):
+    pass
+
+
+class _ConvTranspose2d(_Convolution, nn.ConvTranspose2d):
+    pass
+
+
+class _ConvTranspose3d(_Convolution, nn.ConvTranspose3d):
+    pass
+
+
+_CONVOLUTIONS = {
+    False: (_Conv1d, _Conv2d, _Conv3d),
+    True: (_ConvTranspose1d, _ConvTranspose2d, _ConvTranspose3d),
+}
+
+
 def shell(graph: OnnxGraph, layer: OnnxLayer) -> nn.Module:
-    """Return a layer as ``nn.Linear``, ``nn.Embedding`` or ``nn.Conv1d`` to ``nn.Conv3d``."""
+    """Return a layer as ``nn.Linear``, ``nn.Embedding`` or a convolution, transposed or not."""
     if layer.kind == "linear":
         return _Linear(graph, layer)
     if layer.kind == "embedding":
         return _Embedding(graph, layer)
-    return (_Conv1d, _Conv2d, _Conv3d)[len(layer.kernel) - 1](graph, layer)
+    kinds = _CONVOLUTIONS[layer.output_padding is not None]
+    return kinds[len(layer.kernel) - 1](graph, layer)
 
 
 def linear_module(graph: OnnxGraph, layer: OnnxLayer) -> nn.Linear:

@@ -463,3 +463,16 @@ class TestApply:
         sim = cnn()
         report = aimet_ext.apply_lpbq(sim, None, 8, op_types=["Gemm"])
         assert report.search is None and len(report.specs) == 2
+
+
+def test_transposed_convolutions_get_a_range_for_each_channel():
+    """Where blocks are asked for: dimension 1 of their weight holds output channels."""
+    onnx_pairs = pytest.importorskip("onnx_pairs")
+    sim = onnx_pairs.PAIRS["upsampling"]().sims(QSpec(bitwidth=8))[1]
+    report = set_blockwise(sim, 4, bitwidth=4, layers="ConvTranspose")
+    assert {*report.per_channel_instead} == {*report.specs}
+    assert len(report.specs) == 3
+    for name in report.specs:
+        assert spec_of(sim, name) == QSpec(bitwidth=4, symmetric=report.specs[name].symmetric)
+        weight = adapt(sim).weight_quantizer(name)
+        assert weight.shape == (weight.weight.shape[0], 1, 1, 1)

@@ -12,7 +12,8 @@ pytest.importorskip("onnxruntime")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from onnx_models import conv_model, mlp_model, run_onnx  # noqa: E402
 
-from aimet_ext.data.moments import Geometry  # noqa: E402
+from aimet_ext.core.transposed import as_convolution  # noqa: E402
+from aimet_ext.data.geometry import Geometry  # noqa: E402
 from aimet_ext.onnx.graph import OnnxGraph  # noqa: E402
 from aimet_ext.onnx.layers import find_layers, node_names  # noqa: E402
 from aimet_ext.onnx.shells import module_tree, shell  # noqa: E402
@@ -51,6 +52,33 @@ def test_convolutions_are_torch_modules_with_their_geometry() -> None:
             assert name in ("stem", "depthwise") and module.padding == (0, 0)
             x = nn.functional.pad(x, (1, 0, 0, 1) if name == "stem" else (1, 1, 1, 1))
         torch.testing.assert_close(module(x), y, rtol=1e-4, atol=1e-5)
+
+
+TRANSPOSED = {
+    "unequal pads": ((4, 6, 3, 3), {"strides": [2, 2], "pads": [1, 0, 0, 1]}),
+    "output padding": ((4, 6, 2, 3), {"strides": [2, 3], "output_padding": [1, 2]}),
+    "groups": ((4, 3, 3, 3), {"group": 2, "dilations": [2, 1], "pads": [1, 1, 1, 1]}),
+}
+
+
+@pytest.mark.parametrize(("shape", "settings"), TRANSPOSED.values(), ids=TRANSPOSED)
+def test_a_transposed_convolution_is_a_product_with_its_rows(shape, settings) -> None:
+    """Rows that its shell's geometry gives, times the weight seen as that of a convolution."""
+    random = np.random.default_rng(0)
+    bias = np.zeros(shape[1] * settings.get("group", 1))
+    weights = {"w": random.standard_normal(shape), "b": bias}
+    node = helper.make_node("ConvTranspose", ["x", "w", "b"], ["y"], "up", **settings)
+    x = random.standard_normal((2, 4, 5, 6)).astype(np.float32)
+    model = layer_model([node], weights)
+    model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", FLOAT, x.shape))
+    graph = OnnxGraph(model)
+    module = shell(graph, find_layers(graph)["up"])
+    rows = Geometry.of(module).rows(torch.from_numpy(x))  # [groups, tokens, in]
+    matrix = as_convolution(module.weight, module.groups).flatten(1)
+    found = rows @ matrix.view(module.groups, -1, matrix.shape[1]).mT
+    (y,) = (torch.from_numpy(a) for a in run_onnx(model, {"x": x}, ["y"]))
+    expected = y.unflatten(1, (module.groups, -1)).movedim(2, -1).movedim(1, 0).flatten(1, -2)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def layer_model(nodes, weights, *, outputs=("y",)):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import aimet_ext
 from aimet_ext.config import QSpec
 from aimet_ext.core.affine import fake_quantize
-from aimet_ext.data.moments import Geometry
+from aimet_ext.data.geometry import Geometry
 from aimet_ext.sim.protocol import adapt
 from aimet_ext.techniques.layerwise import loop as layerwise
 from aimet_ext.techniques.layerwise.deploy import Problem
@@ -98,6 +98,9 @@ def _layers(report: Any) -> Any:
     return getattr(report, "search", report).layers
 
 
+_PICTURES = ("convolutions", "upsampling")
+
+
 @pytest.mark.slow
 @pytest.mark.techniques(where=lambda t: not t.by_blocks)
 def test_both_adaptors_decide_the_same(technique: Any, comparison: Comparison) -> None:
@@ -106,12 +109,21 @@ def test_both_adaptors_decide_the_same(technique: Any, comparison: Comparison) -
         for kind in ("channel", "LPBQ"):
             settings: dict[str, Any] = {}
             if technique.name == "lpbq":
-                kinds = [nn.Linear, nn.Conv2d] if model == "convolutions" else nn.Linear
+                kinds = [nn.Linear, nn.Conv2d] if model in _PICTURES else nn.Linear
                 settings = {"layers": kinds, "on_indivisible": "per_channel"}
-            if kind == "channel" or (model != "convolutions" and technique.name != "lpbq"):
+            if kind == "channel" or (model not in _PICTURES and technique.name != "lpbq"):
                 comparison.run(technique.apply, pair, GRIDS[kind], **settings)
     assert comparison.total.rows > 2000
     comparison.total.check()
+
+
+@pytest.mark.parametrize("name", ["gptq", "seq_mse", "adaround"])
+def test_transposed_convolutions(comparison: Comparison, name: str) -> None:
+    """Each of them is decided, as on PyTorch."""
+    apply, pair = getattr(aimet_ext, f"apply_{name}"), PAIRS["upsampling"]()
+    comparison.run(apply, pair, GRIDS["channel"], progress=False)
+    assert {*comparison.problems} == {"enter", "up", "again", "wide"}
+    comparison.total.check(0)
 
 
 @pytest.mark.parametrize("model", ["llama", "perceptron"])

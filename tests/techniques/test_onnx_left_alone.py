@@ -28,7 +28,7 @@ FORMS: dict[str, tuple[list[tuple[Any, ...]], dict[str, Any]]] = {
     "ConvTranspose": (
         [
             ("Reshape", ["x", "to3"], ["x3"]),
-            ("ConvTranspose", ["x3", "w"], ["h3"]),
+            ("ConvTranspose", ["x3", "w"], ["h3"], {"auto_pad": "SAME_UPPER"}),
             ("Reshape", ["h3", "to2"], ["h"]),
         ],
         {"w": values(8, 8, 1), "to3": ints(1, 8, 16), "to2": ints(16, 8)},

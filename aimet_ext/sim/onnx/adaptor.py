@@ -37,6 +37,7 @@ from aimet_ext.sim.onnx.quantizers import (
     quantizer_state,
     restore_quantizer,
     uninitialize,
+    weight_quantizer_of,
 )
 from aimet_ext.sim.onnx.state import FloatState, rebuild_session
 from aimet_ext.sim.protocol import Range, SimAdaptor, WeightQuantizer, carried
@@ -105,14 +106,8 @@ class OnnxSim(OnnxPoints, SimAdaptor):
         quantizer = self.sim.qc_quantize_op_dict.get(layer.weight)
         if not is_integer(quantizer) or layer.weight in self.sim._folded_param_quantizers:
             return None
-        return OnnxWeightQuantizer(
-            layer.name,
-            self.graph,
-            layer,
-            quantizer,
-            self.touch,
-            parameter=self._is_parameter(layer.weight),
-        )
+        parameter = self._is_parameter(layer.weight)
+        return weight_quantizer_of(self.graph, layer, quantizer, self.touch, parameter)
 
     def counts_as_weight(self, name: str) -> bool:
         if name in self.others:

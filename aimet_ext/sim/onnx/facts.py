@@ -8,7 +8,7 @@ from typing import Any
 from aimet_ext.onnx.index import MOVES
 from aimet_ext.onnx.layers import OnnxLayer
 from aimet_ext.sim.facts import FIXED_RANGES, Activation, LintLayer, NormFacts, SimFacts
-from aimet_ext.sim.onnx.quantizers import OnnxWeightQuantizer, is_integer
+from aimet_ext.sim.onnx.quantizers import is_integer, weight_quantizer_of
 from aimet_ext.sim.protocol import WeightQuantizer
 
 # Operators whose output holds values of their first input, so that its quantizer counts.
@@ -47,6 +47,7 @@ class _Reader:
             layers=tuple(
                 self._layer(name, layer, name in shared)
                 for name, layer in self.adaptor.layers.items()
+                if layer.output_padding is None
             ),
             activations=tuple(self.activations.values()),
             norms=tuple(self._norms()),
@@ -88,7 +89,7 @@ class _Reader:
             "tied": shared,
         }
         if layer.kind == "embedding":
-            return LintLayer(**common, weight=self._table(name, layer))
+            return LintLayer(**common, weight=self._table(layer))
         sides = {"input": self.source(use.input), "output": self._made(layer)}
         return LintLayer(
             **common,
@@ -101,12 +102,12 @@ class _Reader:
             floats=tuple(side for side, found in sides.items() if found is None),
         )
 
-    def _table(self, name: str, layer: OnnxLayer) -> WeightQuantizer | None:
+    def _table(self, layer: OnnxLayer) -> WeightQuantizer | None:
         """Return the quantizer of a lookup table, which AIMET counts among the activations."""
         quantizer = self.adaptor.sim.qc_quantize_op_dict.get(layer.weight)
         if not is_integer(quantizer):
             return None
-        return OnnxWeightQuantizer(name, self.graph, layer, quantizer, self.adaptor.touch)
+        return weight_quantizer_of(self.graph, layer, quantizer, self.adaptor.touch)
 
     def _made(self, layer: OnnxLayer) -> Activation | None:
         """Return the quantizer of a layer's result, before the Add of its bias if that has one."""

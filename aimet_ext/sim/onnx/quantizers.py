@@ -32,6 +32,7 @@ from aimet_ext.core.affine import (
 )
 from aimet_ext.core.clipping import GridLayout
 from aimet_ext.core.interrupts import uninterrupted
+from aimet_ext.core.transposed import as_convolution
 from aimet_ext.onnx.graph import OnnxGraph
 from aimet_ext.onnx.layers import OnnxLayer, stored_weight
 from aimet_ext.sim.protocol import WeightQuantizer
@@ -430,6 +431,47 @@ class OnnxWeightQuantizer(WeightQuantizer):
     def _cells(self, stored: Tensor) -> Tensor:
         """Return numbers of all cells, which are in AIMET's order, in the grid's shape."""
         return self._turned(stored.reshape(stored_cells(self.quantizer, self._dims))).contiguous()
+
+
+class TransposedQuantizer(OnnxWeightQuantizer):
+    """The quantizer of a transposed convolution's weight, seen as that of a convolution.
+
+    See :func:`~aimet_ext.core.transposed.as_convolution`. Groups share the ranges of their output
+    channels, so that a grid by channels has rows of its own without groups only.
+    """
+
+    @property
+    def weight(self) -> Tensor:
+        return as_convolution(super().weight, self.layer.group)
+
+    def set_weight(self, values: Tensor) -> None:
+        super().set_weight(self.stored(values))
+
+    def stored(self, values: Tensor) -> Tensor:
+        return as_convolution(values, self.layer.group).contiguous()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        out, width, *kernel = super().shape
+        return (width, out, *kernel)
+
+    def _cells(self, stored: Tensor) -> Tensor:
+        return super()._cells(stored).reshape(self.shape)
+
+
+def weight_quantizer_of(
+    graph: OnnxGraph,
+    layer: OnnxLayer,
+    quantizer: QcQuantizeOp,
+    changed: Callable[[], None],
+    parameter: bool = True,
+) -> OnnxWeightQuantizer:
+    """Return the weight quantizer of a layer; see :class:`OnnxWeightQuantizer`."""
+    by_channel = bool(quantizer.quant_info.usePerChannelMode)
+    rows = not by_channel or (layer.group == 1 and not is_blockwise(quantizer))
+    turned = layer.output_padding is not None and rows
+    kind = TransposedQuantizer if turned else OnnxWeightQuantizer
+    return kind(layer.name, graph, layer, quantizer, changed, parameter)
 
 
 def live_quantizer(quantizer: Any) -> Callable[[Tensor], Tensor]:

@@ -23,12 +23,12 @@ from aimet_ext.onnx.rewrite.rotate import ENDING as ROTATION
 from aimet_ext.onnx.rewrite.rotate import HADAMARD
 from aimet_ext.sim.onnx.quantizers import (
     RAW_SCALE,
-    OnnxWeightQuantizer,
     calibrate_on,
     load_scale,
     quantizer_state,
     restore_quantizer,
     uninitialize,
+    weight_quantizer_of,
 )
 from aimet_ext.sim.onnx.state import (
     absent_tensors,
@@ -98,7 +98,7 @@ def put_grids(adaptor: OnnxSim, specs: Mapping[str, QSpec | None], undo: ExitSta
         if layer.weight not in made:
             own = quantizers.get(name)
             stored = adaptor.graph.array(layer.weight)
-            copy = _weight_copy(name, own, spec, stored, int(layer.transposed))
+            copy = _weight_copy(name, own, spec, stored, layer.channel_axis)
             made[layer.weight] = (own, copy)
             made.update(_bias_copies(adaptor, layer, spec))
     for quantizer, copy in made.values():
@@ -352,7 +352,7 @@ class _Loader:
         value = self.graph.tensor(name)
         layer = self.layers.get(name)
         single = entry["enc_type"] == "PER_TENSOR"
-        axis = int(layer is not None and layer.transposed)
+        axis = 0 if layer is None else layer.channel_axis
         grid = _grid(entry, () if single else tuple(value.shape), axis)
         self.graph.set_tensor(name, fake_quantize(value, grid))
         quantizer = self.sim.qc_quantize_op_dict[name]
@@ -391,9 +391,9 @@ class _Loader:
             bitwidth=_bits(grid), symmetric=bool(entry["is_sym"]), granularity=_granularity(entry)
         )
         quantizer.set_qspec(aimet_spec(spec))
-        weight = OnnxWeightQuantizer(layer.name, self.graph, layer, quantizer, self.adaptor.touch)
+        weight = weight_quantizer_of(self.graph, layer, quantizer, self.adaptor.touch)
         scale, offset = grid.scale, grid.offset
-        if layer.transposed:
+        if layer.channel_axis:
             scale, offset = scale.transpose(0, 1), offset.transpose(0, 1)
         first = (
             offset + grid.qmin - weight.layout.qmin
