@@ -114,6 +114,48 @@ def transform(
     return changed
 
 
+def stored_scales(
+    params: Mapping[str, Tensor],
+    pairs_and_scales: Sequence[tuple[ScalePair, Tensor]],
+    dtypes: Mapping[str, torch.dtype],
+) -> list[Tensor]:
+    """Return the scales of pairs as the gains of norms carry them once they are stored.
+
+    A gain ``g / s`` is rounded when it is stored, most of all where a norm multiplies by
+    ``1 + weight`` and ``g / s`` is small, and what follows may amplify that. The columns of the
+    readers take any multiplier: ``g / g'`` in place of ``s``, of the gain ``g'`` that was stored.
+
+    :param params: see :func:`transform`.
+    :param pairs_and_scales: pairs in the order they are multiplied in, with their scales.
+    :param dtypes: types that the parameters are stored in.
+    :returns: the scales ``[pair.size]``, float64; of a pair without a norm as they were.
+    """
+    current, found = dict(params), []
+    for pair, scale in pairs_and_scales:
+        exact = scale.double()
+        producers = [side for side in pair.sides if side.power == -1]
+        if len(producers) == 1 and _is_norm(producers[0], params):
+            side, name = producers[0], f"{producers[0].module}.weight"
+            gain = current[name]
+            stored = _apply(side, exact, current)[name].to(dtypes[name]).to(gain.dtype)
+            ratio = (gain + side.gain_offset).double() / (stored + side.gain_offset).double()
+            exact = torch.where(ratio.isfinite() & (ratio > 0), ratio, exact)
+            current[name] = stored
+        found.append(exact)
+    return found
+
+
+def powers_of_two(scale: Tensor) -> Tensor:
+    """Return the nearest powers of two, which multiply a weight exactly; gradients pass."""
+    return scale * (scale.detach().log2().round().exp2() / scale.detach())
+
+
+def _is_norm(side: Side, params: Mapping[str, Tensor]) -> bool:
+    """Return True for a side that is a vector of gains, one for each entry of the scale."""
+    gains = params[f"{side.module}.weight"].dim() == 1
+    return gains and side.index is None and side.rows is None
+
+
 def _apply(side: Side, scale: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weight, and the bias if it has one, of a side's module after multiplication."""
     weight_name, bias_name = f"{side.module}.weight", f"{side.module}.bias"

@@ -2,7 +2,7 @@ import pytest
 import torch
 from equivalence_reference import transform_by_loop
 
-from aimet_ext.core.equivalence import ScalePair, Side, expand, transform
+from aimet_ext.core.equivalence import ScalePair, Side, expand, stored_scales, transform
 
 HIDDEN, HEADS, KV_HEADS, D = 8, 4, 2, 4
 
@@ -161,3 +161,25 @@ def test_wrong_sizes_and_names_are_errors():
     del params["qkv.weight"]
     with pytest.raises(ValueError, match=r"qkv\.weight is required"):
         transform(params, [(norm_pair(), scale(HIDDEN))])
+
+
+@pytest.mark.parametrize("gain_offset", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_readers_make_up_for_what_a_gain_lost_when_it_was_stored(dtype, gain_offset):
+    """``g' s' = g`` of the gain that is stored, and ``s'`` is ``s`` up to that rounding."""
+    params = {name: value.to(dtype).float() for name, value in parameters().items()}
+    pair, given = norm_pair(gain_offset), scale(HIDDEN)
+    (found,) = stored_scales(params, [(pair, given)], dict.fromkeys(params, dtype))
+    gain = (params["norm.weight"] + gain_offset).double()
+
+    def lost(own):
+        stored = transform(params, [(pair, own)])["norm.weight"].to(dtype).float()
+        return (((stored + gain_offset).double() * own - gain) / gain).abs().max()
+
+    bits = torch.finfo(dtype).eps
+    assert lost(found) <= 1e-12 < 0.05 * bits <= lost(given)
+    assert ((found - given) / given).abs().max() <= 0.5 * bits * (
+        1 + 2 * gain_offset * given / gain.abs()
+    ).max()
+    values = stored_scales(params, [(value_pair(), scale(8))], dict.fromkeys(params, dtype))
+    assert torch.equal(values[0], scale(8))  # no norm, nothing to make up for

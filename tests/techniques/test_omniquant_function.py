@@ -368,3 +368,47 @@ def test_layers_that_see_all_tokens_in_one_row() -> None:
         losses.append((block.loss_nearest, block.loss_after))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0][1] < losses[0][0]
+
+
+def test_scales_are_powers_of_two_where_a_block_amplifies_what_others_round() -> None:
+    """Behind a delta rule: there scales of any size cost ten times the rounding of float32."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "qwen3_5_text",
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=128,
+        head_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        layer_types=["linear_attention", "full_attention"],
+        tie_word_embeddings=False,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter += 0.2 * torch.randn_like(parameter)
+            elif parameter.dim() > 1:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    batches = list(torch.randint(3, 128, (6, 2, 32)))
+    sim = aimet_ext.create_sim(model, batches[0], weights=QSpec(bitwidth=3), activations=None)
+    report = aimet_ext.apply_omniquant(sim, batches[:4], num_iterations=4, progress=False)
+    assert all(block.loss_after < block.loss_nearest for block in report.blocks)
+    norms = [e for e in sim.aimet_ext_ledger.entries if e.pair.startswith("input_layernorm")]
+    linear, full = (entry.sides[-1].factor for entry in norms)
+    assert torch.equal(linear.log2(), linear.log2().round())
+    assert len(linear.unique()) > 1
+    assert len(full.unique()) > 32
+    with torch.no_grad(), adapt(sim).disabled_quantizers():
+        for batch in batches[4:]:
+            wanted = model(input_ids=batch, use_cache=False).logits
+            change = (sim.model(batch) - wanted).abs().max() / wanted.abs().max()
+            assert float(change) <= 2e-6

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -21,7 +21,7 @@ from aimet_ext.core.affine import (
     short_scale,
 )
 from aimet_ext.core.clipping import GridLayout
-from aimet_ext.core.equivalence import ScalePair, expand, transform
+from aimet_ext.core.equivalence import ScalePair, expand, powers_of_two, stored_scales, transform
 from aimet_ext.core.objective import SecondMoment, squared_error
 from aimet_ext.data.cache import TensorCache
 from aimet_ext.data.moments import sum_moments
@@ -74,6 +74,8 @@ class Block:
     :param stages: Layers to quantize, relative names, those that share an input together.
     :param quantizers: Weight quantizers of those layers.
     :param pairs: Scale pairs that were proved.
+    :param exact: Names of the pairs whose scales are powers of two, as the block amplifies what
+        other ones round.
     :param params: Float parameters as they were, float32 (or float64), detached.
     :param targets: Outputs of the float block on the float stream.
     :param adaptor: Adaptor of the simulation.
@@ -93,6 +95,7 @@ class Block:
     stages: Sequence[Sequence[str]]
     quantizers: Mapping[str, WeightQuantizer]
     pairs: Sequence[ScalePair]
+    exact: Collection[str]
     params: Params
     targets: TensorCache
     adaptor: SimAdaptor
@@ -138,7 +141,11 @@ class Block:
 
     def chosen(self, smooth: Mapping[str, Tensor]) -> list[tuple[ScalePair, Tensor]]:
         """Return the pairs that have a scale, with it, in the order they are folded in."""
-        return [(pair, smooth[pair.name]) for pair in self.pairs if pair.name in smooth]
+        return [(p, self.scale(p.name, smooth)) for p in self.pairs if p.name in smooth]
+
+    def scale(self, pair: str, smooth: Mapping[str, Tensor]) -> Tensor:
+        """Return the scale of a pair as it is folded in."""
+        return powers_of_two(smooth[pair]) if pair in self.exact else smooth[pair]
 
     def multipliers(self, layer: str, smooth: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the factors of a layer's rows ``[out]`` and columns ``[in]`` in a transform."""
@@ -147,7 +154,7 @@ class Block:
         for pair in self.pairs:
             for side in pair.sides:
                 if side.module == layer and pair.name in smooth:
-                    values = smooth[pair.name]
+                    values = self.scale(pair.name, smooth)
                     if side.axis == "out":
                         rows = rows * expand(side, values, len(rows))
                     else:
@@ -332,6 +339,20 @@ class Block:
             least = least.to(scale)
             scale = torch.maximum(scale, least if len(scale) == len(least) else least.max())
         return short_scale(scale.float())
+
+    @torch.no_grad()
+    def as_stored(self, state: BlockState) -> BlockState:
+        """Return a state with the scales that its norms carry once their gains are stored."""
+        pairs = self.chosen(state.smooth)
+        dtypes = {name: value.dtype for name, value in self.module.named_parameters()}
+        stored = stored_scales(self.params, pairs, dtypes)
+        return replace(
+            state,
+            smooth={
+                pair.name: given if pair.name in self.exact else scale
+                for (pair, given), scale in zip(pairs, stored, strict=True)
+            },
+        )
 
     @torch.no_grad()
     def deploy(self, state: BlockState) -> None:

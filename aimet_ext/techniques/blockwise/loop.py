@@ -30,7 +30,13 @@ from aimet_ext.files.scales import check_aimet_keys, write_scales
 from aimet_ext.files.starts import write_clips
 from aimet_ext.files.tensors import Checkpoints
 from aimet_ext.models.description import TopologyDescription
-from aimet_ext.models.proof import PairFailure, failing_pairs, probe, probe_inputs
+from aimet_ext.models.proof import (
+    BlockFn,
+    PairFailure,
+    judge_pairs,
+    probe,
+    probe_inputs,
+)
 from aimet_ext.models.topology import BlockTopology, select_pairs
 from aimet_ext.progress import bar as progress_bar
 from aimet_ext.sim.protocol import (
@@ -369,8 +375,12 @@ class BlockwiseRun:
         with adaptor.disabled_quantizers(name):
             idle = data.look(layers).idle
             call = data.flows["float"].select(0)
-            tokens = probe_inputs(data.module, call.args, call.kwargs)
-            failures = failing_pairs(probe(data.module, (), tokens), params, pairs)
+
+            def block_fn(length: int) -> BlockFn:
+                tokens = probe_inputs(data.module, call.args, call.kwargs, length=length)
+                return probe(data.module, (), tokens)
+
+            failures, exact = judge_pairs(block_fn, params, pairs)
         pairs = self._without(name, pairs, failures)
         stages = [stage for stage in self._stages(number) if not set(stage) & set(idle)]
         if idle:
@@ -385,6 +395,7 @@ class BlockwiseRun:
             stages=stages,
             quantizers={layer: self.quantizers[f"{name}.{layer}"] for layer in layers},
             pairs=pairs,
+            exact=exact,
             params=params,
             targets=targets,
             adaptor=adaptor,

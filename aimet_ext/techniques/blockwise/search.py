@@ -289,7 +289,7 @@ class _Stage:
             candidate_multipliers(columns, _MULTIPLIERS, _REACH),
         )
         first = torch.stack([group[0] for group in groups])
-        smooth[name] = smooth[name] * (found / columns)[first]
+        smooth[name] = self.block.scale(name, smooth) * (found / columns)[first]
 
 
 @torch.enable_grad()

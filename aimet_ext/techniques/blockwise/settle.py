@@ -57,7 +57,7 @@ def settle(
     :param started: Start of the work on the block, of ``time.perf_counter``.
     :returns: Report, and the scales that were folded in.
     """
-    best, kept = choice.state, choice.kept
+    best, kept = block.as_stored(choice.state), choice.kept
     block.deploy(best)
     if not best.codes:
         _check_function(block)
@@ -125,8 +125,8 @@ def record(block: Block, technique: str, smooth: Mapping[str, Tensor]) -> None:
     for pair, scale in block.chosen(smooth):
         sides = []
         for side in pair.sides:
-            width = block.params[f"{side.module}.weight"].shape[side.axis == "in"]
-            multiplier = expand(side, scale, width)
+            weight = block.params[f"{side.module}.weight"]
+            multiplier = expand(side, scale.to(weight.dtype), weight.shape[side.axis == "in"])
             sides.append((f"{block.name}.{side.module}", side.axis, multiplier))
         producer = next((s.module for s in pair.sides if s.power == -1), "")
         block.adaptor.ledger.record(
