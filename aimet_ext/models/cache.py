@@ -71,5 +71,5 @@ def _absent(name: str, found: str) -> FileNotFoundError:
         f"{name} is no folder, and as a name of the Hugging Face hub it is looked for in the local "
         f"cache {constants.HF_HUB_CACHE}, where {found}. Nothing is downloaded here; get it with: "
         f"hf download {known}{more} (huggingface-cli download in older versions); or give the path "
-        f"of a folder or .onnx file{_like(name)}"
+        f"of a folder or .onnx file{_like(name) if Path(name).parent.is_dir() else ''}"
     )

@@ -44,7 +44,7 @@ def test_a_cached_model_is_found(cache: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("org/absent", r"it is not there.*hf download org/absent \(huggingface-cli"),
+        ("org/absent", r"it is not there.*hf download org/absent \(huggingface-cli.*\.onnx file$"),
         ("made/up@next", r"hf download made/up --revision next"),
         ("made/up@old", r"only .*config\.json.* is there.*hf download made/up --revision old"),
         ("absent.onnx", "there is no file absent.onnx"),
