@@ -342,7 +342,10 @@ class Recipe:
         return {key: value for key, value in plain.items() if value not in ({}, [], "")}
 
     def save(self, path: str | Path) -> None:
-        """Write the recipe as YAML, from which :func:`read_recipe` reads the same."""
+        """Write the recipe as YAML, from which :func:`read_recipe` reads the same.
+
+        :param path: File; ``calibration.files`` must be whole paths, or those from its folder.
+        """
         replace_file(path, self.to_yaml().encode())
 
     def to_yaml(self) -> str:
@@ -412,7 +415,7 @@ def read_recipe(source: str | Path) -> Recipe:
     """Read a recipe of the package, or a file.
 
     :param source: Name, see :func:`recipe_names`, or path of a YAML file, of which nothing is
-        executed.
+        executed; files of text that it names are those by their way from its folder.
     :raises ValueError: there is none of that name, or the file is no recipe; the field is named.
 
     >>> aimet_ext.read_recipe("w4a16-fast").techniques
