@@ -70,8 +70,7 @@ def test_the_example_of_the_readme(warm_python: WarmPython, tmp_path: pathlib.Pa
     code, changes = re.subn(r"(num_batches|num_iterations)=\d+", r"\1=2", code)
     assert changes == 2
     shutil.copytree(examples.model_dir(), tmp_path / "my_model")
-    lines = [json.dumps({"text": document}) for document in examples.documents("calibration")]
-    (tmp_path / "text.jsonl").write_text("\n".join(lines), "utf-8")
+    (tmp_path / "text.txt").write_text("\n".join(examples.documents("calibration")), "utf-8")
     (tmp_path / "example.py").write_text(code, "utf-8")
     done = warm_python.run(tmp_path / "example.py", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
