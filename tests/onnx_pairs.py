@@ -152,10 +152,11 @@ class Upsampling(nn.Module):
         self.up = nn.ConvTranspose2d(8, 6, (4, 3), stride=2, padding=1)
         self.again = nn.ConvTranspose2d(6, 5, 3, stride=2, padding=1, output_padding=1)
         self.wide = nn.ConvTranspose2d(6, 4, 3, dilation=2, bias=False)
+        self.head = nn.Linear(5, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(self.enter(x).relu()).relu()
-        return self.again(x).mean((2, 3)) + self.wide(x).mean((1, 2, 3))[:, None]
+        return self.head(self.again(x).mean((2, 3))) + self.wide(x).mean((2, 3))
 
 
 def perceptron() -> Pair:
