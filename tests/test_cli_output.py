@@ -18,6 +18,23 @@ from typer.testing import CliRunner, Result
 from aimet_ext import cli, progress
 from aimet_ext.artifact import inspect
 
+TEXT, OUT = ("--text", "text.txt"), ("--output", "out")
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "quantize": (".", *OUT),
+    "recipes": (),
+    "assign-widths": (".", "--calibration", "text.txt", "--budget", "4", *OUT),
+    "evaluate": (".", *TEXT),
+    "analyze": (".", *TEXT),
+    "inspect": (".",),
+    "olive-config": (),
+    "report": (".",),
+    "verify": (".",),
+    "demo": (),
+    "lora fold": (".", "--scales", "text.txt", *OUT),
+    "lora quantize": (".", ".", "--calibration", "text.txt", *OUT),
+}
+"""Arguments without which a command does not begin."""
+
 OPTIONS = ("--json", "--quiet", "--verbose", "--log-file")
 SAID = {
     "debug": "ours, in detail",
@@ -52,8 +69,6 @@ def test_every_command_has_the_options_of_output(command: tuple[str, ...]) -> No
     assert shown.exit_code == 0
     for option in OPTIONS:
         assert option in shown.stdout, option
-    with_file = run(*command, "--quiet", "--verbose")
-    assert with_file.exit_code == 2  # of arguments that are missing, or of both
 
 
 def test_completion_is_offered() -> None:
@@ -153,15 +168,46 @@ def test_handlers_of_our_own_loggers_hear_messages_too(folder: pathlib.Path) -> 
 
 
 def test_logging_is_as_before_afterwards(folder: pathlib.Path) -> None:
-    before = (logging.Logger.callHandlers, logging.getLogger("aimet_ext").level, sys.stdout)
-    run("inspect", folder, "--verbose")
-    after = (logging.Logger.callHandlers, logging.getLogger("aimet_ext").level, sys.stdout)
-    assert after == before
+    def state() -> tuple[Any, ...]:
+        level = logging.getLogger("aimet_ext").level
+        return logging.Logger.callHandlers, level, sys.stdout, warnings.showwarning
+
+    before, during = state(), list[Any]()
+    handler = logging.Handler()
+    handler.emit = lambda _: during.append(state())  # type: ignore[method-assign]
+    logging.getLogger("aimet_ext").addHandler(handler)
+    try:
+        run("inspect", folder, "--verbose")
+    finally:
+        logging.getLogger("aimet_ext").removeHandler(handler)
+    assert state() == before
+    assert all(now != then for now, then in zip(during[0], before, strict=True))
 
 
-def test_quiet_and_verbose_exclude_each_other() -> None:
-    done = run("recipes", "--quiet", "--verbose")
+@pytest.mark.parametrize("command", ALL, ids=" ".join)
+def test_quiet_and_verbose_exclude_each_other(
+    command: tuple[str, ...], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every command, given all that it requires."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("text")
+    done = run(*command, *REQUIRED[" ".join(command)], "--quiet", "--verbose")
     assert done.exit_code == 2 and "not both" in done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_a_line_that_is_printed_in_parts_is_one_message(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def talk(_: Any) -> None:
+        print("layers", 12, "of", 24, end="\n100 % sure\n")  # noqa: T201
+        print("no", "end", sep=" ", end="")  # noqa: T201
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(inspect, "inspect_export", talk)
+    lines = run("inspect", tmp_path, "--verbose").stderr.splitlines()
+    said = [line for line in lines if line.startswith("stdout:")]
+    assert said == [f"stdout: warning: {text}" for text in ("layers 12 of 24", "100 % sure", "no end")]
 
 
 def test_results_alone_are_on_stdout() -> None:

@@ -50,7 +50,9 @@ def messages(*, quiet: bool, verbose: bool, log_file: Path | None) -> Iterator[N
         stack.enter_context(_handled_by(handlers))
         stack.enter_context(_level(logging.DEBUG if verbose or log_file else logging.INFO))
         stack.enter_context(_heard_warnings())
-        stack.enter_context(contextlib.redirect_stdout(_Prints()))
+        prints = _Prints()
+        stack.callback(prints.end)
+        stack.enter_context(contextlib.redirect_stdout(prints))
         if quiet:
             stack.enter_context(progress.hidden())
         _log.debug("%s %s: %s", _OURS, aimet_ext.__version__, shlex.join(sys.argv[1:]))
@@ -80,13 +82,23 @@ class _Screen(logging.Handler):
 
 
 class _Prints(io.TextIOBase):
-    """Stream that turns what libraries print into messages of theirs."""
+    """Stream that turns what libraries print into messages of theirs, one a line."""
+
+    _begun = ""
 
     def write(self, text: str) -> int:
-        """Pass on each line."""
-        for line in filter(str.strip, text.splitlines()):
-            logging.getLogger("stdout").warning(line)
+        """Pass on each line that is whole: ``print`` writes a line in several parts."""
+        lines = (self._begun + text).splitlines(keepends=True)
+        whole = bool(lines) and lines[-1] != lines[-1].rstrip("\r\n")
+        self._begun = "" if whole or not lines else lines.pop()
+        for line in filter(str.strip, lines):
+            logging.getLogger("stdout").warning(line.rstrip())
         return len(text)
+
+    def end(self) -> None:
+        """Pass on what has no end of a line."""
+        if self._begun:
+            self.write("\n")
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
