@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import aimet_ext
+from aimet_ext.drawing.page import size
 from aimet_ext.errors import CorruptFileError, require
 from aimet_ext.files.folders import check_output, replace_folder, write_json
 from aimet_ext.files.manifest import is_export, read_export, relist_files
@@ -365,10 +366,3 @@ def list_files(folder: Path) -> list[tuple[str, str]]:
     """Return each file below a folder by its relative name, with its size."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return [(path.relative_to(folder).as_posix(), size(path.stat().st_size)) for path in files]
-
-
-def size(count: int) -> str:
-    """Return a number of bytes for people: ``"1.5 MB"``."""
-    if count < 1000:
-        return f"{count} B"
-    return f"{count / 1e3:.1f} kB" if count < 1e6 else f"{count / 1e6:.1f} MB"

@@ -6,8 +6,8 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from aimet_ext.cli.jobs import size
 from aimet_ext.cli.output import table
+from aimet_ext.drawing.page import size
 
 WIDTH = 100
 
