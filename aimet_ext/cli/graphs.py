@@ -7,6 +7,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -299,8 +300,8 @@ def _array_feeds(
 ) -> list[Feed]:
     """Return batches of the arrays in files, as many of each file, in turn.
 
-    :raises ValueError: a file lacks an input, an input has another type or shape, or there are more
-        files than batches.
+    :raises ValueError: a file lacks an input, an input has another type or shape, there are more
+        files than batches, or one of several has fewer batches than its share.
     """
     fixed = {spec.sizes[0] for spec in inputs.values() if spec.sizes and spec.sizes[0] is not None}
     size = min(fixed, default=plan.batch_size)
@@ -309,14 +310,21 @@ def _array_feeds(
             f"a batch of each file is required at least, got {plan.num_batches} batches for "
             f"{len(files)} files; ask for more, or give fewer files"
         )
-    most = -(-plan.num_batches // len(files))
-    parts = [_file_feeds(file, inputs, size, most) for file in files]
-    feeds = [feed for turn in zip(*parts, strict=False) for feed in turn][: plan.num_batches]
-    if len(files) > 1:
-        counts = (len(range(number, len(feeds), len(files))) for number in range(len(files)))
-        shares = (f"{count} of {file}" for count, file in zip(counts, files, strict=True))
-        _log.info("batches of at most %d samples: %s", size, ", ".join(shares))
-    return feeds
+    if len(files) == 1:
+        return _file_feeds(files[0], inputs, size, plan.num_batches)
+    parts = []
+    for number, file in enumerate(files):
+        share = len(range(number, plan.num_batches, len(files)))
+        parts.append(_file_feeds(file, inputs, size, share))
+        if len(parts[-1]) < share:
+            raise ValueError(
+                f"{file}, whose share is equal to that of each other file: arrays for {share} "
+                f"batches of {size} samples are required, got enough for {len(parts[-1])}; give "
+                "more samples, or ask for fewer or smaller batches"
+            )
+    shares = (f"{len(part)} of {file}" for part, file in zip(parts, files, strict=True))
+    _log.info("batches of at most %d samples: %s", size, ", ".join(shares))
+    return [feed for turn in zip_longest(*parts) for feed in turn if feed is not None]
 
 
 def _file_feeds(file: Path, inputs: Mapping[str, InputSpec], size: int, most: int) -> list[Feed]:
