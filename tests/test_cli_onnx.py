@@ -83,8 +83,18 @@ def test_the_run_has_its_report(exported: pathlib.Path) -> None:
     assert found.quality is not None and found.quality.states["quantized"].kl > 0
     names = [phase.name for phase in found.phases]
     assert "gptq" in names and names[-1] == "export"
-    loaded = RunReport.of(aimet_ext.load(exported), {}).weights
-    assert found.weights and [use.codes for use in loaded] == [use.codes for use in found.weights]
+    graph = onnx.load(exported / "model.onnx").graph
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    encodings = json.loads((exported / "model.encodings").read_text("utf-8"))["param_encodings"]
+    grids = {grid["name"]: grid for grid in encodings}
+    products = {node.name: node.input[1] for node in graph.node if node.op_type == "MatMul"}
+    uses = {products[use.name]: use for use in found.weights if use.name in products}
+    assert len(uses) == 15
+    for name, use in uses.items():
+        scale, offset = (np.array(grids[name][key]) for key in ("scale", "offset"))  # [out]
+        codes = np.rint(values[name] / scale).astype(int) - offset.astype(int)  # [in, out]
+        counts = np.bincount(codes.ravel(), minlength=2 ** grids[name]["bw"])
+        assert use.codes == tuple(counts.reshape(len(use.codes), -1).sum(1)), name
     assert {use.bitwidth for use in found.weights} >= {4, 8}
     assert "llama.onnx" in (exported / "report.html").read_text("utf-8")
 
@@ -237,10 +247,15 @@ def test_files_of_arrays_are_taken_in_equal_shares(tmp_path: pathlib.Path) -> No
         np.save(file, data.normal(size=(batches * size + 1, *shape)).astype(np.float32))
     both = [word for file in files for word in ("--calibration", file)]
     common = ("quantize", graph, "--output", tmp_path / "out", "--technique", "rtn")
-    done = run(*common, *both, "--batch-size", str(size))
-    assert done.exit_code == 0, done.stderr
+    fit = ("--batch-size", str(size), "--num-batches")
+    for batches, first in (("2", 1), ("3", 2)):
+        done = run(*common, *both, *fit, batches)
+        assert done.exit_code == 0, done.stderr
+        assert f"{first} of {files[0]}, 1 of {files[1]}" in " ".join(done.stderr.split())
+    done = run(*common, *both, *fit, "4")  # the others are not cut to what a short file has
     said = " ".join(done.stderr.split())
-    assert f"1 of {files[0]}, 1 of {files[1]}" in said
+    assert done.exit_code == 3 and f"{files[1]}, whose share" in said
+    assert f"2 batches of {size} samples are required, got enough for 1" in said
     assert size == 1 or "fill no batch" in said
     done = run(*common, *both, "--num-batches", "1")
     assert done.exit_code == 3 and "a batch of each file" in " ".join(done.stderr.split())
