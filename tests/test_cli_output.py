@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import pathlib
 import re
 import sys
@@ -207,7 +208,26 @@ def test_a_line_that_is_printed_in_parts_is_one_message(
     monkeypatch.setattr(inspect, "inspect_export", talk)
     lines = run("inspect", tmp_path, "--verbose").stderr.splitlines()
     said = [line for line in lines if line.startswith("stdout:")]
-    assert said == [f"stdout: warning: {text}" for text in ("layers 12 of 24", "100 % sure", "no end")]
+    texts = ("layers 12 of 24", "100 % sure", "no end")
+    assert said == [f"stdout: warning: {text}" for text in texts]
+
+
+def test_json_has_null_for_numbers_that_it_lacks(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"losses": (math.inf, 1.5), "worst": {"kl": math.nan}}
+    monkeypatch.setattr(inspect, "inspect_export", lambda _: found)
+    monkeypatch.setattr("aimet_ext.cli.summary.summary", str)
+    assert json.loads(run("inspect", tmp_path, "--json").stdout) == {
+        "losses": [None, 1.5],
+        "worst": {"kl": None},
+    }
+    from aimet_ext.techniques.range_report import ActivationRangesReport
+
+    losses = {"kl_before": math.inf, "kl_after": 0.5}
+    report = ActivationRangesReport(ranges=(), **losses, kept=0, seconds=1.0)
+    report.save(tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text("utf-8"))["kl_before"] is None
 
 
 def test_results_alone_are_on_stdout() -> None:

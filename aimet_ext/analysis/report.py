@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import field, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from aimet_ext.drawing.figures import cost_bars
-from aimet_ext.files.folders import replace_file
+from aimet_ext.files.folders import json_text, replace_file
 
 _SHOWN = 20  # rows of the table and the drawing
 _HEAD = ("", "kind", "bits", "range", "SQNR", "KL alone", "KL removed")
@@ -128,8 +127,8 @@ class AnalysisReport:
         return TypeAdapter(AnalysisReport).dump_python(self, mode="json")
 
     def save(self, path: str | Path) -> None:
-        """Write it to a JSON file, atomically."""
-        replace_file(path, json.dumps(self.to_dict(), indent=2).encode())
+        """Write it to a JSON file, atomically; numbers that JSON lacks are null."""
+        replace_file(path, json_text(self.to_dict()).encode())
 
     def plot(self, path: str | Path) -> None:
         """Draw the worst quantizers' divergences, alone and removed, to an SVG file.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from dataclasses import field
@@ -15,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from aimet_ext.config import LPBQ, Blockwise, PerTensor, QSpec
 from aimet_ext.drawing.figures import pareto
 from aimet_ext.drawing.page import render, trusted
-from aimet_ext.files.folders import replace_file
+from aimet_ext.files.folders import json_text, replace_file
 from aimet_ext.recipes.recipe import Grid, Recipe
 
 ASSIGNED = "assigned"
@@ -170,8 +169,8 @@ class WidthsReport:
         return {**plain, "average_bits": self.average_bits, "bytes": self.bytes}
 
     def save(self, path: str | Path) -> None:
-        """Write it to a JSON file, atomically."""
-        replace_file(path, json.dumps(self.to_dict(), indent=2).encode())
+        """Write it to a JSON file, atomically; numbers that JSON lacks are null."""
+        replace_file(path, json_text(self.to_dict()).encode())
 
     def plot(self, path: str | Path) -> None:
         """Draw the divergence over the average bits, logarithmic: one point for each budget.

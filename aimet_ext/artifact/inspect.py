@@ -73,16 +73,18 @@ def _quality(report: dict[str, Any]) -> dict[str, Any]:
     """Return median and lowest SQNR of the units of a technique's report; empty without any."""
     found = {}
     for unit in (*report.get("layers", ()), *report.get("blocks", ())):
-        after = unit.get("sqnr_db")
-        if after is None and unit["loss_after"] > 0:
-            after = sqnr_db(unit["signal"], unit["loss_after"])
+        after, loss = unit.get("sqnr_db"), unit.get("noise", unit["loss_after"])
+        if after is None and loss and unit.get("signal"):
+            after = sqnr_db(unit["signal"], loss)
         if after is not None and math.isfinite(after):
             found[unit["name"]] = after
     if not found:
         return {}
     lowest = min(found, key=lambda name: found[name])
+    layers = report.get("layers", ())
+    units = "weights" if any("noise" in each for each in layers) else "layers' outputs"
     return {
-        "units": "layers" if report.get("layers") else "blocks",
+        "units": units if layers else "blocks' outputs",
         "median_sqnr_db": statistics.median(found.values()),
         "lowest_sqnr_db": found[lowest],
         "lowest": lowest,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +80,7 @@ def command(app: typer.Typer, **options: Any) -> Callable[[F], F]:
                 raise typer.BadParameter("give --quiet or --verbose, not both")
             with messages(**shared):
                 result = function(**arguments)
-            typer.echo(json.dumps(result.plain, indent=2) if as_json else result.text)
+            typer.echo(_json(result.plain) if as_json else result.text)
             if not result.passed:
                 raise typer.Exit(FAILED)
 
@@ -93,6 +92,12 @@ def command(app: typer.Typer, **options: Any) -> Callable[[F], F]:
         return function
 
     return decorate
+
+
+def _json(plain: Any) -> str:
+    from aimet_ext.files.folders import json_text
+
+    return json_text(plain)
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -224,9 +225,22 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _sync(path.parent)
 
 
+def json_text(content: Any) -> str:
+    """Return a value as indented JSON, with null for infinities and NaN, which JSON lacks."""
+    return json.dumps(_finite(content), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write a value as an indented JSON file."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    """Write a value as an indented JSON file, see :func:`json_text`."""
+    path.write_text(json_text(content) + "\n", encoding="utf-8")
 
 
 def _refuse_foreign(target: Path) -> None:
