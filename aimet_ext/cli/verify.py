@@ -13,21 +13,25 @@ from aimet_ext.cli.output import Result
 
 EPILOG = """\b
 Examples:
-  aimet-ext verify ./llama-w4 --target htp_v79 --text held_out.txt
+  aimet-ext verify ./llama-w4 --text held_out.txt --reference ./llama
 \b
   Keep the QDQ model, the context binary and the report:
     aimet-ext verify ./llama-w4 --target sm8650 --text held_out.txt --output ./llama-sm8650
 \b
-  Against the model as it was before any technique, for other programs:
-    aimet-ext verify ./llama-w4 --text held_out.txt --reference ./llama --json | jq .passed
+  For other programs:
+    aimet-ext verify ./llama-w4 --text held_out.txt --json | jq .passed
 """
 
 
 def verify(
     folder: Export,
     target: Annotated[
-        str, typer.Option(help="An architecture, htp_v68 to htp_v81, or a chip such as sm8650.")
-    ] = "htp_v75",
+        str | None,
+        typer.Option(
+            show_default="what the export was made for",
+            help="An architecture, htp_v68 to htp_v81, or a chip such as sm8650.",
+        ),
+    ] = None,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -49,7 +53,7 @@ def verify(
             parser=model_path,
             metavar="MODEL",
             show_default="the export with its quantizers off",
-            help="The float model, as it was before any technique.",
+            help="The original model, as it was before any technique, to compare with.",
         ),
     ] = None,
     output: Annotated[

@@ -21,6 +21,9 @@ from aimet_ext.files.folders import replace_file
 
 Status: TypeAlias = Literal["passed", "failed", "not run"]
 _LAYERS_SHOWN = 8
+_NO_REFERENCE = """\
+  (quantizers off: the export with float activations and the weights that the techniques left; not
+  the original model: --reference MODEL, in Python reference=model, compares with that)"""
 Array: TypeAlias = np.ndarray[Any, Any]
 
 
@@ -111,12 +114,13 @@ class Measures:
 
     :param device_sim_db: Ratio of the device's outputs to those of the exported sim.
     :param device_onnx_db: Ratio to the ONNX sim, which has the device's quantizers too.
-    :param sim_float_db: Ratio of the sim to the float model.
+    :param sim_float_db: Ratio of the sim to the float model: the original where it was given, else
+        the export with its quantizers off.
     :param same_numbers_db: Ratio of the ONNX sim with exactly the sim's quantizers to the sim.
     :param top1: Share of tokens whose largest logit on the device is the sim's.
     :param perplexity_device: Perplexity on the windows, computed by the device.
     :param perplexity_sim: Perplexity of the sim.
-    :param perplexity_float: Perplexity of the float model.
+    :param perplexity_float: Perplexity of that float model.
     """
 
     device_sim_db: float | None = None
@@ -135,6 +139,8 @@ class VerifyReport:
 
     :param folder: Folder of the export.
     :param target: Name of the target, for example ``"htp_v75"``.
+    :param reference: True if the original model was given; false if the float model of the measures
+        is the export itself with its quantizers off.
     :param backend: Backend of the comparison: ``"HTP simulation"``, or ``"onnxruntime CPU"``, which
         says nothing about the target.
     :param data: Description of the inputs.
@@ -155,6 +161,7 @@ class VerifyReport:
 
     folder: str
     target: str
+    reference: bool = False
     backend: str = "none"
     data: str = ""
     steps: tuple[StepResult, ...] = ()
@@ -195,6 +202,8 @@ class VerifyReport:
             for s in self.steps
         ]
         lines += self._numbers()
+        if self.measures.sim_float_db is not None and not self.reference:
+            lines.append(_NO_REFERENCE)
         lines += self._weakest()
         if self.first_divergence is not None:
             why = self.cause or "no known cause"
@@ -216,20 +225,23 @@ class VerifyReport:
 
     def _numbers(self) -> list[str]:
         found, decibels, number = self.measures, "{:.1f} dB", "{:.4f}"
+        float_model = "the original model" if self.reference else "quantizers off"
+        with_it = "of the original model" if self.reference else "with quantizers off"
         rows = {
             "device against sim": (found.device_sim_db, decibels),
             "device against ONNX sim": (found.device_onnx_db, decibels),
-            "sim against float": (found.sim_float_db, decibels),
+            f"sim against {float_model}": (found.sim_float_db, decibels),
             "ONNX sim against sim": (found.same_numbers_db, decibels),
             "top-1 agreement": (found.top1, "{:.2%}"),
             "perplexity on the device": (found.perplexity_device, number),
             "perplexity of the sim": (found.perplexity_sim, number),
-            "perplexity of the float model": (found.perplexity_float, number),
+            f"perplexity {with_it}": (found.perplexity_float, number),
         }
         shown = {
             name: form.format(value) for name, (value, form) in rows.items() if value is not None
         }
-        return [f"  {name:<30}{value:>12}" for name, value in shown.items()]
+        width = max([30, *(len(name) + 2 for name in shown)])
+        return [f"  {name:<{width}}{value:>10}" for name, value in shown.items()]
 
     def _weakest(self) -> list[str]:
         if not self.layers:

@@ -49,7 +49,10 @@ Array: TypeAlias = np.ndarray[Any, Any]
 
 HTP, MIXED, CPU = "HTP simulation", "HTP simulation and the CPU", "onnxruntime CPU"
 
-_ASK_AGAIN = "look at the layers below, and export again once they are mended"
+_ASK_AGAIN = (
+    "mend the first operator that diverges, else the weakest ones that this report lists, and "
+    "export again"
+)
 _NODES_NAMED = 12
 _WIDE_PRODUCTS = 73
 
@@ -153,9 +156,9 @@ class Verification:
                 perplexity_sim=perplexity(self.expected, self.windows),
                 perplexity_float=perplexity(floats, self.windows),
             )
-        rounded = self.reference is None and bool(self.manifest.get("techniques"))
-        note = "; its float weights are those that the techniques left" if rounded else ""
-        return f"{ratio:.1f} dB against float{note}"
+        own = "itself with its quantizers off"
+        with_it = own if self.reference is None else "the original model"
+        return f"{ratio:.1f} dB against {with_it}"
 
     def same_numbers(self) -> str:
         """Build the ONNX sim, which must compute the same as the sim before more is quantized."""
@@ -174,8 +177,8 @@ class Verification:
             self._fault(
                 "same numbers",
                 f"{self.prefix}.onnx",
-                f"an ONNX sim with the exported encodings must be {required:.1f} dB or more from "
-                f"the exported sim, but is {ratio:.1f} dB",
+                f"the ONNX model with the exported encodings must compute what the exported sim "
+                f"does, to {required:.1f} dB of signal to noise or more, and has {ratio:.1f} dB",
                 "export the model again; encodings and weights may be of two different sims",
             )
         return f"{ratio:.1f} dB; {len(self.hand.added)} more quantizers for the target"
@@ -238,7 +241,8 @@ class Verification:
             self._fault(
                 "context binary",
                 self.context.name,
-                f"it must compute what was compiled, but is {ratio:.1f} dB",
+                "it must give the outputs of the model as compiled, bit by bit, and differs from "
+                f"them: {ratio:.1f} dB of signal to noise",
                 "compile it again, with another version of onnxruntime-qnn if that does not help",
             )
 
@@ -259,8 +263,8 @@ class Verification:
         required, name = self._ask("output_db"), self.session.outputs[0]
         if not ratio >= required:
             message = (
-                f"{required:.1f} dB or more against the sim is required on the device, "
-                f"and it is {ratio:.1f} dB"
+                f"outputs on {self.backend} must have {required:.1f} dB of signal to noise or more "
+                f"against the sim's, and have {ratio:.1f} dB"
             )
             self._fault("output", name, message, _ASK_AGAIN)
         if places is not None:
@@ -290,10 +294,14 @@ class Verification:
         ]
         lowest = min(self.layers, key=lambda check: check.sqnr_db)
         if wrong:
-            place = culprit(shown, [check.sqnr_db for check in self.layers], wrong[0])
-            layer = shown[place]
-            cause = known_cause(layer, found[layer.tensor], targets[layer.tensor], self.fallbacks)
-            self._diverges(place, wrong, cause)
+            most = culprit(shown, [check.sqnr_db for check in self.layers], wrong[0])
+            causes = {}
+            for place in (most, wrong[0]):
+                layer, tensor = shown[place], shown[place].tensor
+                causes[place] = known_cause(layer, found[tensor], targets[tensor], self.fallbacks)
+            # Where the largest loss has no known cause, that of the first that is wrong counts.
+            place = next((each for each, cause in causes.items() if cause), most)
+            self._diverges(place, wrong, causes[place])
         return f"{len(self.layers)} operators, the lowest {lowest.sqnr_db:.1f} dB ({lowest.name})"
 
     def close(self) -> None:
@@ -319,22 +327,25 @@ class Verification:
         check, first = self.layers[place], self.layers[wrong[0]]
         self.first_divergence = check.name
         self.cause = None if cause is None else cause.message
+        off = "" if first.error_steps is None else f", {first.error_steps:.1f} steps off"
         message = (
-            f"{self.thresholds.layer_db:.1f} dB of the ONNX sim or more is required, and "
-            f"{check.name} is at {check.sqnr_db:.1f} dB"
+            f"every operator must have {self.thresholds.layer_db:.1f} dB of signal to noise or "
+            "more against the ONNX sim, or be less than a step of its output's grid off, and "
+            f"{len(wrong)} of {len(self.layers)} are not: the first is {first.name} with "
+            f"{first.sqnr_db:.1f} dB{off}"
         )
         if first is not check:
-            message += f", by which {first.name} falls to {first.sqnr_db:.1f} dB"
-        message += f" ({len(wrong)} of {len(self.layers)} operators are below)"
-        message += f": {self.cause or 'the cause is not known'}"
-        remedy = "compare the layer's inputs and weights" if cause is None else cause.remedy
+            message += f"; most is lost before it, in {check.name} with {check.sqnr_db:.1f} dB"
+        message += f"; cause: {self.cause}" if self.cause else "; the cause is not known"
+        unknown = f"compare the inputs and the weight of {check.name} with those of the sim"
+        remedy = unknown if cause is None else cause.remedy
         self._fault("layer", check.name, message, remedy)
 
     def _crashed(self, error: HtpCrashed) -> None:
         """Name the operator that may have crashed QNN, and run the model on the CPU."""
         causes = ((layer, pattern_cause(layer)) for layer in self.facts)
         suspects = [(layer, cause) for layer, cause in causes if cause is not None]
-        name, message = self.qdq.name, str(error)
+        name, message = self.qdq.name, f"the compiled model must run; {error}"
         remedy = "try another version of onnxruntime-qnn"
         if suspects:
             layer, cause = suspects[0]
@@ -354,13 +365,18 @@ class Verification:
             self._fault(
                 "assignment",
                 node if layer is None else layer.name,
-                f"HTP {self.target.name} does not take this {op_type}"
+                f"every node must run on HTP {self.target.name}, which does not take this {op_type}"
                 + (f": {cause.message}" if cause else ""),
                 cause.remedy if cause else "quantize its inputs and output, or replace it",
             )
         if not error.nodes or len(error.nodes) > _NODES_NAMED:
-            more = f"{len(error.nodes)} nodes in all: " if error.nodes else ""
-            self._fault("assignment", self.qdq.name, f"{more}{error.reason}", "see aimet_ext.lint")
+            count = f"{len(error.nodes)} of its nodes" if error.nodes else "it"
+            message = (
+                f"every node must run on HTP {self.target.name}, which does not take {count}: "
+                f"{error.reason}"
+            )
+            remedy = "change what aimet_ext.lint(sim, target) names, or verify for another target"
+            self._fault("assignment", self.qdq.name, message, remedy)
         self.backend, self.session = CPU, None
         if error.nodes:
             try:
@@ -375,13 +391,13 @@ class Verification:
             self.session = CpuSession(self.qdq)
 
     def _check_top1(self, name: str, places: TopOne, noise_db: float) -> None:
-        beyond, limits = places.beyond(noise_db), self.thresholds
-        if len(beyond) <= limits.flips_allowed(places.tokens):
+        beyond, allowed = places.beyond(noise_db), self.thresholds.flips_allowed(places.tokens)
+        if len(beyond) <= allowed:
             return
         message = (
-            f"the largest logit must be the sim's for {limits.top1:.2%} of the tokens or more, "
-            f"near-ties aside, and it is another for {len(beyond)} of {places.tokens}, by up to "
-            f"{max(beyond):.3g} times the root mean square of the logits"
+            f"the largest logit must be the sim's for all but {allowed} of {places.tokens} tokens, "
+            f"near-ties aside, and is another for {len(beyond)}, by up to {max(beyond):.3g} times "
+            "the root mean square of the logits"
         )
         self._fault("top-1", name, message, _ASK_AGAIN)
 
@@ -391,8 +407,8 @@ class Verification:
         if device is None or sim is None or abs(device / sim - 1) <= limit:
             return
         message = (
-            f"perplexity on the device must be within {limit:.2%} of the sim's {sim:.4f}, "
-            f"and it is {device:.4f}"
+            f"perplexity on {self.backend} must be within {limit:.2%} of the sim's {sim:.4f}, "
+            f"and is {device:.4f}, {device / sim - 1:+.2%}"
         )
         self._fault("perplexity", name, message, _ASK_AGAIN)
 

@@ -24,6 +24,7 @@ from aimet_ext.verification.report import Status, StepResult, Thresholds, Verify
 from aimet_ext.verification.steps import Verification
 
 REPORT = "verify.json"
+_DEFAULT = "htp_v79"
 
 _STEPS: tuple[tuple[str, Callable[[Verification], str]], ...] = (
     ("sim rebuilt", Verification.rebuild),
@@ -42,7 +43,7 @@ def verify(
     path: str | Path,
     dataloader: Any = None,
     *,
-    target: str | HtpTarget = "htp_v75",
+    target: str | HtpTarget | None = None,
     output: str | Path | None = None,
     reference: Any = None,
     windows: int = 4,
@@ -66,11 +67,13 @@ def verify(
         of the model's inputs; cut to the length that the model was exported with. All of them
         calibrate the quantizers that only the target has. None: generated inputs, on which
         perplexity has no meaning.
-    :param target: Architecture (``"htp_v75"``) or chip (``"sm8650"``).
+    :param target: Architecture (``"htp_v75"``) or chip (``"sm8650"``); None: the one whose
+        placement of quantizers the export has (:func:`target_of`).
     :param output: Folder for the QDQ model, the encodings of all its quantizers, the context
         binary and the report (``verify.json``); None: nothing is kept.
-    :param reference: Float model as it was before any technique, a module that takes the same
-        inputs; None: the sim with its quantizers off.
+    :param reference: Original model, as it was before any technique, a module that takes the same
+        inputs. None: the export with its quantizers off, whose weights are those that the
+        techniques left, rounded by some of them; so the loss by rounding is not seen.
     :param windows: Number of batches of the exported shape to compare on.
     :param thresholds: Limits; None: the defaults of :class:`Thresholds`.
     :param kv_bitwidth: Bits of keys and values that are kept between calls; None: as the others.
@@ -86,12 +89,17 @@ def verify(
     """
     if type(windows) is not int or windows < 1:
         raise ValueError(f"windows must be an integer of at least 1, got {windows!r}")
-    folder, chip = Path(path), find_target(target)
+    folder = Path(path)
+    chip = target_of(folder) if target is None else find_target(target)
     if output is not None:
         check_output(output)
     asked = thresholds or Thresholds()
     blank = VerifyReport(
-        folder=str(folder), target=chip.name, thresholds=asked, versions=_versions()
+        folder=str(folder),
+        target=chip.name,
+        reference=reference is not None,
+        thresholds=asked,
+        versions=_versions(),
     )
     first, findings = _files(folder)
     if findings:
@@ -131,6 +139,20 @@ def verify(
             added=run.hand.added if run.hand is not None else (),
         )
         return _finish(work, report) if output is not None else report
+
+
+def target_of(folder: str | Path) -> HtpTarget:
+    """Return the target that an export was made for, by the placement of its quantizers.
+
+    :param folder: Folder of the export; where it tells of no HTP, the target is that of
+        :func:`aimet_ext.create_sim`.
+    """
+    config = None
+    with suppress(CorruptFileError, OSError):  # what is wrong with the manifest is found later
+        config = (read_manifest(folder, verify=False).get("settings") or {}).get("config_file")
+    with suppress(ValueError):
+        return find_target(str(config))
+    return find_target(_DEFAULT)
 
 
 def exported_length(path: Path) -> int:

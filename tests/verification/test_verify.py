@@ -19,7 +19,7 @@ import aimet_ext
 from aimet_ext import LPBQ, QSpec, cli
 from aimet_ext.data.feeds import graph_feeds
 from aimet_ext.errors import CorruptFileError, Finding
-from aimet_ext.files.manifest import read_manifest
+from aimet_ext.files.manifest import read_manifest, write_manifest
 from aimet_ext.integrations.qnn import HtpRejected, is_available
 from aimet_ext.integrations.qnn_process import HtpCrashed
 from aimet_ext.integrations.qnn_targets import find_target
@@ -28,7 +28,7 @@ from aimet_ext.verification import steps as verify_steps
 from aimet_ext.verification.layers import compared_layers
 from aimet_ext.verification.report import Thresholds, VerifyReport
 from aimet_ext.verification.steps import Verification
-from aimet_ext.verification.verify import REPORT, verify
+from aimet_ext.verification.verify import REPORT, target_of, verify
 
 pytest.importorskip("aimet_torch")
 pytest.importorskip("aimet_onnx")
@@ -120,11 +120,21 @@ def test_a_sound_export_passes_and_the_report_says_where_it_ran(sound: Any) -> N
     report, _ = sound
     assert report.passed, str(report)
     assert report.backend == "onnxruntime CPU"
-    assert "passed on the CPU; nothing was run for htp_v75" in str(report)
+    assert "passed on the CPU; nothing was run for htp_v79" in str(report)  # as it was exported
     assert [step.status for step in report.steps] == ["passed"] * 8
     assert report.first_divergence is None
     assert report.measures.device_sim_db > report.measures.sim_float_db + 15
     assert report.measures.device_onnx_db > 40
+
+
+def test_the_target_is_that_of_the_export(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    assert target_of(folder).name == "htp_v79"
+    settings = read_manifest(folder)["settings"]
+    for config, name in (("htp_v73", "htp_v73"), ({"defaults": {}}, "htp_v79")):
+        (other := tmp_path / name).mkdir()
+        write_manifest(other, "export", settings={**settings, "config_file": config})
+        assert target_of(other).name == name
+    assert target_of(tmp_path / "absent").name == "htp_v79"
 
 
 def test_every_linear_layer_is_compared_under_its_modules_name(sound: Any) -> None:
@@ -229,6 +239,16 @@ def test_a_dropped_bias_is_named(
     assert "keep MatMul and Add apart" in finding.remedy
 
 
+def test_a_known_cause_counts_before_a_larger_loss_without_one(
+    prepared: Callable[..., Verification], without_qnn: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_on(monkeypatch, without_bias("layers.0.self_attn.k_proj"))
+    monkeypatch.setattr(verify_steps, "culprit", lambda *_: 0)
+    run = finish(prepared())
+    assert run.first_divergence == "model.model.layers.0.self_attn.k_proj" != run.layers[0].name
+    assert run.cause is not None and "is dropped" in run.cause
+
+
 def test_a_wrong_weight_is_found_and_no_cause_made_up(
     prepared: Callable[..., Verification], without_qnn: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +264,12 @@ def test_a_wrong_weight_is_found_and_no_cause_made_up(
     assert run.cause is None
     assert {finding.check for finding in run.findings} >= {"output", "layer"}
     assert "the cause is not known" in str(run.findings[-1])
+    layer = next(each for each in run.findings if each.check == "layer")
+    wrong = [c for c in run.layers if not LOOSE.near_enough(c.sqnr_db, c.error_steps)]
+    said = rf"{len(wrong)} of {len(run.layers)} are not: the first is {wrong[0].name} with "
+    assert said + f"{wrong[0].sqnr_db:.1f} dB" in layer.message
+    assert "must have 25.0 dB of signal to noise or more" in layer.message
+    assert wrong[0].sqnr_db < LOOSE.layer_db and wrong[0].error_steps >= 1
 
 
 def test_a_changed_file_stops_before_anything_runs(

@@ -389,6 +389,15 @@ def test_a_report_is_json_even_where_a_ratio_is_infinite(tmp_path: pathlib.Path)
     assert "100.00%" in str(full)
 
 
+def test_a_report_says_what_the_sim_was_compared_with() -> None:
+    measures = Measures(sim_float_db=20.0, perplexity_float=4.0)
+    own, original = (str(report(measures=measures, reference=given)) for given in (False, True))
+    assert "sim against quantizers off" in own and "perplexity with quantizers off" in own
+    assert "--reference MODEL" in own and "of the original model" not in own
+    assert "sim against the original model" in original and "--reference" not in original
+    assert "quantizers off" not in original and max(map(len, own.splitlines())) <= 100
+
+
 def test_thresholds_follow_what_the_sim_loses_itself() -> None:
     asked = Thresholds(margin_db=15, enough_db=40)
     assert asked.output_db(12) == 27
