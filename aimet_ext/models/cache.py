@@ -63,6 +63,19 @@ def _like(name: str) -> str:
     return meant(str(parent / each) for each in names)
 
 
+def model_name(folder: Path) -> str:
+    """Return what a model is called: its name on the hub if it is in the cache, else its folder's.
+
+    :param folder: Folder of the model; in the cache, where a commit names it,
+        ``models--ORG--MODEL/snapshots/COMMIT``.
+    """
+    place = folder.resolve()
+    kind, _, name = place.parent.parent.name.partition("--")
+    if kind != "models" or place.parent.name != "snapshots":
+        return place.name
+    return name.replace("--", "/", 1)
+
+
 def _absent(name: str, found: str) -> FileNotFoundError:
     constants = require("huggingface_hub.constants", "torch")
     known, _, revision = name.partition("@")

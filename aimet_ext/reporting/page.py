@@ -99,7 +99,7 @@ def _technique(number: int, result: TechniqueResult) -> dict[str, Any]:
         "share": median(shares) if shares else None,
         "better": sum(share < 1 for share in shares),
         "compared": len(shares),
-        "worst": result.worst(),
+        "worst": next(iter(result.worst()), None),
         "units": [result.units[i] for i in sorted(by_loss)],
     }
 

@@ -35,7 +35,7 @@ StateName = Literal["float", "rounding", "quantized"]
 
 STATES: dict[StateName, str] = {
     "float": "float model",
-    "rounding": "rounding",
+    "rounding": "plain rounding",
     "quantized": "as deployed",
 }
 """Words for the states of a model, in order."""
@@ -93,16 +93,13 @@ class TechniqueResult:
         """Return losses as shares of plain rounding's, of the units that have both."""
         return [unit.share for unit in self.units if unit.share is not None]
 
-    def worst(self) -> UnitResult | None:
-        """Return the unit with the lowest SQNR, or else the highest share; None without either."""
+    def worst(self, count: int = 1) -> list[UnitResult]:
+        """Return units with the lowest SQNR, or else the highest share; none without either."""
         known = [unit for unit in self.units if unit.sqnr_db is not None]
         if known:
-            return min(known, key=lambda unit: unit.sqnr_db or 0.0)
-        return max(
-            (unit for unit in self.units if unit.share is not None),
-            key=lambda unit: unit.share or 0.0,
-            default=None,
-        )
+            return sorted(known, key=lambda unit: unit.sqnr_db or 0.0)[:count]
+        known = [unit for unit in self.units if unit.share is not None]
+        return sorted(known, key=lambda unit: -(unit.share or 0.0))[:count]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -54,6 +54,8 @@ class RunReport:
     :param quality: Perplexities and divergences; None where they were not measured.
     :param phases: Time and memory of each part of the run.
     :param warnings: Warnings, and what techniques left alone or refused.
+    :param infos: What is as it must be, but may be missed: an output layer that has the embedding's
+        grid.
     :param widths: Choice of the widths; None where they were not assigned.
     :param format: Version of the form of the file.
     """
@@ -69,6 +71,7 @@ class RunReport:
     quality: Quality | None = None
     phases: tuple[Phase, ...] = ()
     warnings: tuple[str, ...] = ()
+    infos: tuple[str, ...] = ()
     widths: Budget | None = None
     format: Literal[1] = 1
 
@@ -129,6 +132,7 @@ class RunReport:
             quality=_quality(perplexity or {}, divergence or {}, text, windows),
             phases=tuple(recorder.phases) if recorder else (),
             warnings=(*logged, *notes),
+            infos=tuple(technique_notes(reports, "infos")),
             widths=widths if widths is None or isinstance(widths, Budget) else budget_of(widths),
         )
 

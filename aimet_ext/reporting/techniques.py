@@ -33,10 +33,13 @@ def technique_results(reports: Mapping[str, Any]) -> tuple[TechniqueResult, ...]
     return tuple(found)
 
 
-def technique_notes(reports: Mapping[str, Any]) -> list[str]:
-    """Return what the reports note of what was left alone, refused or in short supply."""
+def technique_notes(reports: Mapping[str, Any], kind: str = "notes") -> list[str]:
+    """Return what the reports note of what was left alone, refused or in short supply.
+
+    :param kind: ``"infos"`` for what is as it must be.
+    """
     named = ((name, _report(name, given)) for name, given in reports.items())
-    return [f"{name}: {note}" for name, report in named if report for note in report.notes]
+    return [f"{name}: {note}" for name, report in named if report for note in getattr(report, kind)]
 
 
 def _report(name: str, given: Any) -> Report | None:

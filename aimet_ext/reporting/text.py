@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING
 
 from aimet_ext.drawing.page import duration, number, percent, size
-from aimet_ext.reporting.parts import STATES, Quality, StateQuality, TechniqueResult
+from aimet_ext.reporting.parts import STATES, Quality, StateName, StateQuality, TechniqueResult
 
 if TYPE_CHECKING:
     from aimet_ext.reporting.comparison import RunComparison
@@ -16,14 +16,15 @@ if TYPE_CHECKING:
 
 _WIDTH = 100
 _MOST = 12  # rows of a list that are shown
+_WORST = 3  # units of a technique that are named
 
 
 def summary(run: RunReport) -> str:
     """Return the summary of a run."""
     lines = [f"{run.model}, {run.created}, aimet-ext {run.versions.get('aimet-ext', '')}".strip()]
     if run.quality is not None:
-        lines += _quality(run.quality)
-    lines += [line for result in run.techniques for line in _technique(result)]
+        lines += quality_table(run.quality)
+    lines += [line for result in run.techniques for line in technique(result)]
     if run.weights:
         worst = max(run.weights, key=lambda use: use.at_edges)
         lines += _folded(
@@ -39,11 +40,16 @@ def summary(run: RunReport) -> str:
         ]
         lines += _columns(("part", "time", "memory"), rows)
         lines.append(f"{duration(run.seconds)} in all")
-    for warning in run.warnings[:_MOST]:
-        lines += _folded(f"! {warning}")
-    if (rest := len(run.warnings) - _MOST) > 0:
-        lines.append(f"! and {rest} more")
-    return "\n".join(lines)
+    return "\n".join([*lines, *remarks(run.warnings, run.infos)])
+
+
+def remarks(warnings: Sequence[str], infos: Sequence[str]) -> Iterator[str]:
+    """Yield warnings, marked, and what else is worth a line, as far as there is room."""
+    for mark, said in (("! ", warnings), ("", infos)):
+        for each in said[:_MOST]:
+            yield from _folded(f"{mark}{each}")
+        if (rest := len(said) - _MOST) > 0:
+            yield f"{mark}and {rest} more"
 
 
 def comparison(found: RunComparison) -> str:
@@ -71,8 +77,15 @@ def comparison(found: RunComparison) -> str:
     return "\n".join([*lines, *_section("time and memory", head, rows_of_time)])
 
 
-def _quality(quality: Quality) -> Iterator[str]:
+def quality_table(quality: Quality, words: Mapping[StateName, str] = STATES) -> Iterator[str]:
+    """Yield the measures of the states of a model as a table, with what they are of.
+
+    :param words: Words for the states.
+    """
+    divergence = any(state.kl is not None for state in quality.states.values())
     yield from _folded(f"on {quality.windows or 'some'} windows of {quality.text}")
+    if divergence:
+        yield "(KL to the float model: divergence of the next token; flips: another token is likeliest)"
     start = quality.states.get("float", StateQuality()).perplexity
     rows = []
     for name, state in quality.states.items():
@@ -80,24 +93,34 @@ def _quality(quality: Quality) -> Iterator[str]:
         if start and state.perplexity is not None and name != "float":
             change = f"{state.perplexity / start - 1:+.1%}"
         measures = (number(state.kl), number(state.kl_high), percent(state.flips))
-        rows.append((STATES[name], number(state.perplexity), change, *measures))
-    head = ("", "perplexity", "", "KL", "99.9th perc.", "flips")
+        rows.append((words[name], number(state.perplexity), change, *measures * divergence))
+    head = ("", "perplexity", "", *("mean KL", "99.9th perc.", "flips") * divergence)
     yield from _columns(head, rows)
-    if quality.recovered is not None:
+    if quality.recovered is not None and quality.recovered >= 0:
         yield f"{quality.recovered:.0%} of the loss of plain rounding is gained back"
+    elif quality.recovered is not None:
+        times = f"{1 - quality.recovered:.1f}"
+        yield f"as deployed the loss is {times} times that of plain rounding of the weights alone"
 
 
-def _technique(result: TechniqueResult) -> Iterator[str]:
+def technique(result: TechniqueResult) -> Iterator[str]:
+    """Yield the summary of a technique's outcome, and the units that are worst off."""
     text = f"{result.name}: {duration(result.seconds)}"
     if shares := result.shares():
         text += (
             f"; losses of {len(shares)} {result.unit}s are {percent(median(shares))} of plain "
             "rounding's (median)"
         )
-    if (worst := result.worst()) is not None and worst.sqnr_db is not None:
-        text += f"; lowest SQNR {worst.sqnr_db:.1f} dB ({worst.name})"
-    numbers = "".join(f"; {name} {number(value)}" for name, value in result.numbers.items())
-    yield from _folded(text + numbers)
+    text += "".join(f"; {name} {number(value)}" for name, value in result.numbers.items())
+    worst = result.worst(_WORST)
+    if by_ratio := any(unit.sqnr_db is not None for unit in worst):
+        text += "; lowest SQNR:"
+    elif worst:
+        text += "; highest losses:"
+    yield from _folded(text)
+    for unit in worst:
+        measure = f"{unit.sqnr_db:.1f} dB" if by_ratio else percent(unit.share)
+        yield f"  {measure:>8}  {unit.name}"
 
 
 def _section(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

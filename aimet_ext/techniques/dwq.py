@@ -42,7 +42,7 @@ from aimet_ext.techniques.polished import (
     moves_of,
     own_gains,
 )
-from aimet_ext.techniques.report import Report, UnitReport
+from aimet_ext.techniques.report import Report, UnitReport, left_alone
 from aimet_ext.techniques.session import (
     choose_layers,
     open_checkpoints,
@@ -124,12 +124,12 @@ class DWQReport(Report):
             f"gains of {self.num_norms} norms by {self.gains_moved:.2%}, "
             f"{self.integers_moved:.2%} of the integers; {self.seconds:.1f} s in all",
         ]
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*lines, *self.notes, *self.infos])
 
     @property
     def notes(self) -> list[str]:
         """Layers that were left alone, and ranges that no longer fit."""
-        lines = [f"left alone: {name}: {why}" for name, why in self.skipped.items()]
+        lines = left_alone(self.skipped)
         if self.reset_encodings:
             lines.append(f"ranges to set anew: {', '.join(self.reset_encodings)}")
         return lines

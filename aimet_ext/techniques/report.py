@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +11,10 @@ from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from aimet_ext.core.objective import TOKENS_AN_INPUT, is_short, sqnr_db
-from aimet_ext.files.folders import replace_file
+from aimet_ext.files.folders import json_text, replace_file
+
+TIED = "shares its weight with the embedding"
+"""Reason for leaving an output layer alone, with nothing wrong: the embedding's grid is its own."""
 
 _LITTLE = 0.005  # share below which an expert decided by itself
 
@@ -59,9 +62,14 @@ class Report(_Plain):
         """Lines about what was left alone, refused or in short supply."""
         return []
 
+    @property
+    def infos(self) -> list[str]:
+        """Lines about what is as it must be, but may be missed in the table."""
+        return _tied(getattr(self, "skipped", {}))
+
     def save(self, path: str | Path) -> None:
-        """Write it to a JSON file, atomically."""
-        replace_file(path, json.dumps(self.to_dict(), indent=2).encode())
+        """Write it to a JSON file, atomically; numbers that JSON lacks are null."""
+        replace_file(path, json_text(self.to_dict()).encode())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +155,7 @@ class LayerwiseReport(Report):
         ]
         lines = [f"{self.technique}: errors of the layers' outputs, as shares of their signal"]
         lines += [f"{head}  grid", *rows, f"{self.seconds:.1f} s in all", *self.notes]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.infos])
 
     @property
     def notes(self) -> list[str]:
@@ -174,11 +182,26 @@ class LayerwiseReport(Report):
             for x in self.layers
             if x.leaned >= _LITTLE
         ]
-        lines += [f"left alone: {name}: {why}" for name, why in self.skipped.items()]
+        lines += left_alone(self.skipped)
         mapped = [layer.name for layer in self.layers if layer.storage == "mapped"]
         if mapped:
             lines.append(f"second moments in mapped files, for want of memory: {', '.join(mapped)}")
         return lines
+
+
+def left_alone(skipped: Mapping[str, str]) -> list[str]:
+    """Return a line for each layer that was left alone, but for output layers that are tied."""
+    return [
+        f"left alone: {name}: {why}" for name, why in skipped.items() if not why.startswith(TIED)
+    ]
+
+
+def _tied(skipped: Mapping[str, str]) -> list[str]:
+    return [
+        f"{name} {why} and is rounded to nearest with it"
+        for name, why in skipped.items()
+        if why.startswith(TIED)
+    ]
 
 
 def _tokens(layer: LayerReport) -> str:
@@ -263,12 +286,12 @@ class WeightsReport(Report):
                 + f"{share:>12}" * chosen
                 + f"{layer.seconds:>8.2f}  {layer.spec}"
             )
-        return "\n".join([*lines, f"{self.seconds:.1f} s in all", *self.notes])
+        return "\n".join([*lines, f"{self.seconds:.1f} s in all", *self.notes, *self.infos])
 
     @property
     def notes(self) -> list[str]:
         """Layers that were left alone."""
-        return [f"left alone: {name}: {why}" for name, why in self.skipped.items()]
+        return left_alone(self.skipped)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,7 +336,9 @@ class BlockwiseReport(Report):
     refused_pairs: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        head = f"{'block':<28}{'nearest':>12}{'before':>12}{'after':>12}{'SQNR':>9}{'s':>8}  kept"
+        head = (
+            f"{'block':<28}{'rounding':>12}{'before':>12}{'deployed':>12}{'SQNR':>9}{'s':>8}  kept"
+        )
         rows = [
             f"{b.name:<28}{b.loss_nearest:>12.4g}{b.loss_before:>12.4g}{b.loss_after:>12.4g}"
             f"{b.sqnr_db:>7.1f}dB{b.seconds:>8.1f}  {b.kept}"

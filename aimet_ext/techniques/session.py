@@ -22,6 +22,7 @@ from aimet_ext.files.tensors import Checkpoints, UndoJournal, environment, hash_
 from aimet_ext.models.topology import BlockTopology
 from aimet_ext.sim.protocol import SimAdaptor, SimHandle, WeightQuantizer
 from aimet_ext.techniques.excluded import LAYERS, excluded_names
+from aimet_ext.techniques.report import TIED
 
 try:
     import resource
@@ -386,7 +387,7 @@ def choose_layers(
         elif quantizer.frozen and not rounds:
             skipped[name] = f"{_frozen_by(adaptor, name)} froze its range"
         elif any(isinstance(adaptor.model.get_submodule(t), nn.Embedding) for t in twins):
-            skipped[name] = f"shares its weight with the embedding {twins[0]}"
+            skipped[name] = f"{TIED} {twins[0]}"
         elif twins:
             raise ValueError(
                 f"{name} and {', '.join(twins)} share one weight, which cannot be decided twice; "

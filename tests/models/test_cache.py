@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from aimet_ext import cli, examples
-from aimet_ext.models.cache import model_folder
+from aimet_ext.models.cache import model_folder, model_name
 
 constants = pytest.importorskip("huggingface_hub.constants")
 
@@ -34,6 +34,13 @@ def cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Pa
 
 def test_a_folder_is_itself(tmp_path: pathlib.Path) -> None:
     assert model_folder(str(tmp_path)) == tmp_path
+
+
+def test_a_cached_model_is_called_by_its_name(cache: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    assert model_name(model_folder("made/up")) == "made/up"
+    assert model_name(examples.model_dir()) == examples.model_dir().name
+    (plain := tmp_path / "models--a--b").mkdir()
+    assert model_name(plain) == "models--a--b"
 
 
 def test_a_cached_model_is_found(cache: pathlib.Path) -> None:

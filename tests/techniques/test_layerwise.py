@@ -93,6 +93,9 @@ def test_an_output_layer_tied_to_the_embedding(
     before = weights(sim)[EMBED]
     report = technique.apply(sim, batches)
     assert report.skipped == {HEAD: f"shares its weight with the embedding {EMBED}"}
+    assert not any(HEAD in note for note in report.notes)  # nothing is wrong
+    (info,) = report.infos
+    assert info.startswith(f"{HEAD} shares its weight") and info in str(report).splitlines()
     assert torch.equal(weights(sim)[EMBED], before)
     assert len(report.layers) == 7
 
