@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,9 +16,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import aimet_ext
-from aimet_ext import cli, examples
+from aimet_ext import RunReport, cli, examples
 from aimet_ext.cli import demo
 from aimet_ext.errors import CorruptFileError, MissingExtraError, TransformRefused
+from aimet_ext.files.manifest import relist_files
 
 COMMANDS = (
     "quantize",
@@ -280,6 +282,31 @@ def test_quantize_ends_with_a_verdict(exported: pathlib.Path) -> None:
     assert "divergence" in shown and "%" in shown.partition("divergence")[2]
 
 
+def test_evaluate_scores_what_quantize_scored(
+    exported: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    quality = json.loads((exported / "reports" / "quality.json").read_text("utf-8"))
+    with_reference = ("evaluate", exported, "--reference", examples.model_dir())
+    found = json.loads(run(*with_reference, "--json").stdout)
+    assert (found["windows"], found["seq_length"]) == (quality["windows"], 32) == (16, 32)
+    assert found["perplexity"] == pytest.approx(quality["quantized"], rel=1e-5)
+    assert found["reference_perplexity"] == pytest.approx(quality["float"], rel=1e-5)
+    divergence = quality["divergence"]["quantized"]
+    for name in ("kl", "kl_high", "flips", "rows"):
+        assert found[name] == pytest.approx(divergence[name], rel=1e-3), name
+    shown = run(*with_reference).stdout
+    for words in ("float model", "as deployed", "mean KL", f"{quality['quantized']:.4g}"):
+        assert words in shown, words
+    copy = shutil.copytree(exported, tmp_path / "copy")
+    recipe = copy / "recipe.yaml"
+    recipe.write_text(recipe.read_text("utf-8").replace("text.jsonl", "gone.jsonl"), "utf-8")
+    relist_files(copy)
+    done = run("evaluate", copy)
+    assert done.exit_code == 3 and "gone.jsonl is absent" in " ".join(done.stderr.split())
+    done = run("evaluate", examples.model_dir())
+    assert done.exit_code == 3 and "give --text FILE" in " ".join(done.stderr.split())
+
+
 def test_what_quantize_wrote_can_be_evaluated(exported: pathlib.Path, text: pathlib.Path) -> None:
     options = ("--text", text, "--seq-length", "64", "--num-windows", "4", "--json")
     quantized = run("evaluate", exported, *options)
@@ -353,7 +380,11 @@ def test_techniques_follow_one_another_with_their_settings(
         assert report["settings"].items() >= values.items()
         assert any((kept / name).iterdir())
     shown = done.stdout
-    assert shown.count(" s in all") == 2
+    summaries = [f"{name}: " for name in techniques]
+    assert [line[: line.find(" ") + 1] for line in shown.splitlines()][:1] == summaries[:1]
+    assert all(re.search(f"^{each}", shown, re.MULTILINE) for each in summaries)
+    rows = re.findall(r"^ +-?[\d.]+ dB  \S+$", shown, re.MULTILINE)
+    assert 0 < len(rows) <= 3 * len(techniques)  # the worst, of seven a block
     assert f"reports/{techniques[-1]}.json" in shown
 
     again = run(*arguments)  # nothing is computed twice
@@ -391,9 +422,46 @@ def test_plain_rounding_has_no_report(
         *("--activations", "none", "--seq-length", "32", "--num-batches", "1"),
     )
     assert done.exit_code == 0, done.stderr
-    assert "in all" not in done.stdout
+    assert "in all" not in done.stdout and done.stdout.startswith("config.json")
+    assert runs(next_of(done)) is None
     assert [file.name for file in (output / "reports").iterdir()] == ["quality.json"]
     assert json.loads(run("inspect", output, "--json").stdout)["techniques"] == []
+
+
+def next_of(done: Result) -> list[str]:
+    """Return the arguments of the command that quantize ends with."""
+    before, line = done.stdout.splitlines()[-2:]
+    program, *arguments = shlex.split(line)
+    assert before.endswith("Next:") and program == "aimet-ext"
+    return arguments
+
+
+def runs(arguments: list[str]) -> str | None:
+    """Run a command, and return its complaint."""
+    done = run(*arguments)
+    return None if done.exit_code == 0 else done.stdout + done.stderr
+
+
+def test_quantize_ends_with_a_command_that_verifies(
+    tiny: pathlib.Path, text: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    (spaced := tmp_path / "my text.jsonl").write_text(text.read_text("utf-8"), "utf-8")
+    log = tmp_path / "log.txt"
+    done = run(
+        *("quantize", tiny, "--calibration", spaced, "--output", tmp_path / "out", *then("rtn")),
+        *("--seq-length", "16", "--num-batches", "2", "--no-check-export", "-q"),
+        *("--log-file", log),
+    )
+    assert done.exit_code == 0 and done.stderr == ""
+    layers = [unit.name for unit in RunReport.read(tmp_path / "out").techniques[0].units]
+    assert sum(name in done.stdout for name in layers) == 3 < len(layers)
+    assert all(name in log.read_text("utf-8") for name in layers)
+    arguments = next_of(done)
+    assert arguments[0] == "verify" and arguments[2:4] == ["--target", "htp_v79"]
+    assert arguments[-2:] == ["--reference", str(tiny)]
+    said = runs(arguments)
+    assert said is None or "FAULT" in said, said  # of random weights
 
 
 def test_layers_are_excluded_by_pattern_and_the_recipe_says_so(

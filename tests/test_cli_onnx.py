@@ -7,10 +7,12 @@ import os
 import pathlib
 import shutil
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
 from onnx_models import conv_model, exported_llama
+from qdq_graphs import QdqGraph
 from typer.testing import CliRunner, Result
 
 import aimet_ext
@@ -132,6 +134,41 @@ def test_a_graph_is_inspected(place: pathlib.Path) -> None:
     assert sorted(set(found["layers"].values())) == ["embedding", "linear"]
     shown = run("inspect", place / "llama.onnx").stdout
     assert "input input_ids" in shown and "15 linear" in shown
+
+
+def test_a_quantized_graph_and_a_compiled_one_are_told_apart(tmp_path: pathlib.Path) -> None:
+    graph = QdqGraph(x=(1, 4, 64))
+    codes = np.ones((64, 8), ml_dtypes.int4)
+    stored = graph.constant("codes", codes), graph.constant("scale", np.ones((2, 8), np.float32))
+    weight = graph.op("DequantizeLinear", *stored, name="w", block_size=32, axis=0)
+    graph.op("MatMul", "x", weight, name="product")
+    value = onnx.helper.make_tensor_value_info
+    made = [value("product_out", onnx.TensorProto.FLOAT, (1, 4, 8))]
+    parts = (graph.nodes, "g", graph.inputs, made, graph.initializers)
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(
+        onnx.helper.make_model(onnx.helper.make_graph(*parts), opset_imports=opsets),
+        tmp_path / "q.onnx",
+    )
+    found = json.loads(run("inspect", tmp_path / "q.onnx", "--json").stdout)
+    assert found["layers"] == {"product": "linear"} and found["skipped"] == {}
+    assert found["integers"] == {"product": "int4 in blocks of 32"} and found["quantized"]
+
+    context = {"ep_cache_context": "q.bin", "embed_mode": 0, "source": "QNNExecutionProvider"}
+    node = onnx.helper.make_node(
+        "EPContext", ["x"], ["product_out"], domain="com.microsoft", **context
+    )
+    compiled = onnx.helper.make_graph([node], "g", graph.inputs, made)
+    onnx.save(onnx.helper.make_model(compiled, opset_imports=opsets), tmp_path / "q.htp_v79.onnx")
+    write_manifest(
+        tmp_path, "verified", target="htp_v79", backend="onnxruntime CPU", passed=True, export="out"
+    )
+    shown = run("inspect", tmp_path / "q.htp_v79.onnx").stdout
+    assert "compiled model for htp_v79" in shown and "q.bin" in shown and "float" not in shown
+    assert shown.splitlines()[-1].split() == ["opset", "com.microsoft", "1"]
+    shown = run("inspect", tmp_path).stdout
+    assert "built of the export out" in shown and "passed, on onnxruntime CPU" in shown
+    assert "q.htp_v79.onnx: the compiled model" in shown and "rounding to nearest" not in shown
 
 
 def test_a_graph_of_other_inputs_is_quantized_on_arrays(tmp_path: pathlib.Path) -> None:

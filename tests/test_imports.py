@@ -189,7 +189,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "cli*": (
         {
             *("cli", "verification", "lora", "artifact", "integrations", "models", "files"),
-            *("onnx", "data", "reporting"),
+            *("onnx", "data", "reporting", "drawing.page"),
             *("sim.protocol", "core", "config", "registry", "recipes", "public"),
         },
         {"typer", "torch", "transformers", "numpy"},

@@ -5,6 +5,7 @@ Everything heavy is imported inside the commands, so that ``--help`` answers at 
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,8 @@ import typer
 from aimet_ext.cli.demo import EPILOG as DEMO_EPILOG
 from aimet_ext.cli.demo import demo
 from aimet_ext.cli.errors import EXIT_CODES_HELP, ErrorsAsCodes
+from aimet_ext.cli.evaluate import EPILOG as EVALUATE_EPILOG
+from aimet_ext.cli.evaluate import evaluate
 from aimet_ext.cli.inspect import EPILOG as INSPECT_EPILOG
 from aimet_ext.cli.inspect import inspect
 from aimet_ext.cli.lora import app as lora_app
@@ -35,7 +38,6 @@ from aimet_ext.cli.options import (
     check_plot,
     complete_recipe,
     complete_technique,
-    model_path,
     technique_name,
     technique_names,
     width,
@@ -51,6 +53,8 @@ from aimet_ext.cli.verify import verify
 from aimet_ext.cli.widths import EPILOG as WIDTHS_EPILOG
 from aimet_ext.cli.widths import assign_widths
 
+_log = logging.getLogger(__name__)
+
 _HELP = """Quantize language models with AIMET and techniques that AIMET lacks.
 
 \b
@@ -59,9 +63,9 @@ A first look, without a model of your own:
 \b
 Your own model, a folder that transformers can read:
   aimet-ext quantize ./llama --weights int4 --calibration text.txt --output ./llama-w4
-  aimet-ext evaluate ./llama-w4 --text held_out.txt
+  aimet-ext evaluate ./llama-w4 --reference ./llama
   aimet-ext inspect ./llama-w4
-  aimet-ext verify ./llama-w4 --target htp_v79 --text held_out.txt
+  aimet-ext verify ./llama-w4 --text held_out.txt --reference ./llama
 """
 
 app = typer.Typer(
@@ -220,7 +224,7 @@ def quantize(
     """Quantize a model and export it."""
     plan = with_text(chosen_recipe(recipe, _options_of(ctx, recipe)), calibration, text_field)
     from aimet_ext.cli import graphs, jobs
-    from aimet_ext.cli.summary import quality_lines
+    from aimet_ext.cli.summary import next_command, quality_lines, technique_lines
 
     files = [*map(Path, plan.calibration.files)]
     common: dict[str, Any] = {
@@ -236,11 +240,13 @@ def quantize(
     else:
         checks: dict[str, Any] = {"hf_checkpoint": hf_checkpoint, "check_export": check_export}
         result = jobs.quantize(model_dir, files, output, **checks, **common)
+    for each in result.reports.values():
+        _log.debug("%s", each)
     text = (
-        *map(str, result.reports.values()),
+        *technique_lines(result.reports),
         f"{table(result.files)}\n",
         quality_lines(result.quality) if result.quality else "Not scored, for want of text.",
-        f"Done in {result.seconds:.0f} s. Next: aimet-ext verify {output} --text held_out.txt",
+        f"Done in {result.seconds:.0f} s. Next:\n  {next_command(model_dir, output, plan)}",
     )
     return Result("\n".join(text), {"output": str(output), **result.to_dict()})
 
@@ -274,55 +280,7 @@ command(app, epilog=RECIPES_EPILOG)(recipes)
 command(app, epilog=WIDTHS_EPILOG)(assign_widths)
 
 
-@command(
-    app,
-    epilog="""\b
-Examples:
-  aimet-ext evaluate ./llama-w4 --text held_out.txt --json
-  aimet-ext evaluate llama.onnx --tokenizer ./llama --text held_out.txt
-""",
-)
-def evaluate(
-    folder: Annotated[
-        Path,
-        typer.Argument(
-            parser=model_path,
-            metavar="MODEL",
-            help="A Hugging Face model, its name in the local cache, an .onnx file, or what "
-            "quantize wrote.",
-        ),
-    ],
-    text: Annotated[
-        Path, typer.Option(exists=True, dir_okay=False, help=f"Text to score: {TEXTS}.")
-    ],
-    text_field: TextField = None,
-    tokenizer: Tokenizer = None,
-    seq_length: SeqLength = 256,
-    num_windows: Annotated[
-        int, typer.Option(min=1, help="Windows to score at most; less text than that is fine.")
-    ] = 200,
-    reference: Annotated[
-        Path | None,
-        typer.Option(
-            parser=model_path,
-            metavar="MODEL",
-            help="The float model, to measure the divergence from.",
-        ),
-    ] = None,
-) -> Result:
-    """Print a model's perplexity on a text."""
-    from aimet_ext.cli import jobs
-
-    result = jobs.evaluate(
-        folder,
-        text,
-        text_field=text_field,
-        tokenizer=tokenizer,
-        seq_length=seq_length,
-        num_windows=num_windows,
-        reference=reference,
-    )
-    return Result(table([(name, str(value)) for name, value in result.items()]), result)
+command(app, epilog=EVALUATE_EPILOG)(evaluate)
 
 
 @command(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -15,7 +14,6 @@ import numpy as np
 
 import aimet_ext
 from aimet_ext.cli import jobs
-from aimet_ext.cli.output import table
 from aimet_ext.errors import require
 from aimet_ext.files.folders import check_output, replace_folder, write_json
 from aimet_ext.files.manifest import is_export, read_export, relist_files
@@ -222,50 +220,6 @@ def is_quantized(path: Path) -> bool:
 
     nodes = read_model(path, external=False).graph.node
     return any(node.op_type == "DequantizeLinear" for node in nodes)
-
-
-def inspect(path: Path) -> dict[str, Any]:
-    """Return what a graph takes, gives and holds, as JSON values.
-
-    :returns: ``inputs`` and ``outputs`` with their shapes, ``opset``, ``nodes`` by type, ``layers``
-        with weights by name, ``skipped`` ones with the reason, and ``quantized``.
-    """
-    from aimet_ext.onnx.graph import OnnxGraph
-    from aimet_ext.onnx.layers import find_layers
-    from aimet_ext.onnx.reading import read_model
-    from aimet_ext.onnx.values import input_specs
-
-    model = read_model(path)
-    with naming(path):
-        graph = OnnxGraph(model)
-        layers = find_layers(graph)
-        outputs = {value.name: value for value in model.graph.output}
-        shapes = {name: list(spec.shape or ()) for name, spec in input_specs(graph.inputs).items()}
-        return {
-            "kind": "graph",
-            "inputs": shapes,
-            "outputs": {n: list(spec.shape or ()) for n, spec in input_specs(outputs).items()},
-            "opset": graph.opset,
-            "nodes": dict(Counter(node.op_type for node in model.graph.node).most_common()),
-            "layers": {name: layer.kind for name, layer in layers.items()},
-            "skipped": dict(layers.skipped),
-            "quantized": is_quantized(path),
-        }
-
-
-def inspected(found: Mapping[str, Any]) -> str:
-    """Return the findings of :func:`inspect` as text."""
-    kinds = Counter(found["layers"].values())
-    rows = [
-        ("kind", "quantized graph" if found["quantized"] else "float graph"),
-        *((f"input {name}", str(shape)) for name, shape in found["inputs"].items()),
-        *((f"output {name}", str(shape)) for name, shape in found["outputs"].items()),
-        ("layers", ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"),
-        *(("left out", f"{name}: {reason}") for name, reason in found["skipped"].items()),
-        ("nodes", ", ".join(f"{count} {kind}" for kind, count in found["nodes"].items())),
-        ("opset", ", ".join(f"{name or 'ai.onnx'} {n}" for name, n in found["opset"].items())),
-    ]
-    return table(rows)
 
 
 # ------------------------------------------------------------------------------------------ inputs

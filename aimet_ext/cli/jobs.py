@@ -15,6 +15,7 @@ from aimet_ext.drawing.page import size
 from aimet_ext.errors import CorruptFileError, require
 from aimet_ext.files.folders import check_output, replace_folder, write_json
 from aimet_ext.files.manifest import is_export, read_export, relist_files
+from aimet_ext.models.cache import model_name
 from aimet_ext.progress import bar, step, steps
 from aimet_ext.recipes.recipe import CalibrationPlan
 from aimet_ext.registry import TECHNIQUES
@@ -47,8 +48,8 @@ class Quantized:
     """Result of ``quantize``.
 
     :param reports: Reports by technique, in order.
-    :param quality: Perplexities of the float model, with weights rounded to nearest, and as
-        exported, divergences of the latter two from the float model, and the text that they were
+    :param quality: Perplexities of the float model, of plain rounding of its weights, and as
+        deployed, divergences of the latter two from the float model, and the text that they were
         measured on.
     :param files: Files with their sizes.
     :param seconds: Seconds of all the work.
@@ -100,7 +101,7 @@ def quantize(
         text_field=plan.text_field,
     )
     held_out, described = held_out_text(tokenizer, calibration, batches, plan.text_field)
-    _check_ids(model_dir, model, [*batches, *held_out])
+    check_ids(model_dir, model, [*batches, *held_out])
     with part(record, "score the float model"):
         quality: dict[str, Any] = {"float": aimet_ext.evaluate_perplexity(model, held_out)}
         reference = aimet_ext.float_logits(model, held_out)
@@ -134,7 +135,7 @@ def quantize(
         (folder / REPORTS).mkdir(exist_ok=True)
         write_json(folder / REPORTS / "quality.json", quality)
         facts = {"recipe": recipe, "recorder": record, "widths": widths}
-        write_run(folder, sim, reports, quality, model=model_dir.resolve().name, **facts)
+        write_run(folder, sim, reports, quality, model=model_name(model_dir), **facts)
         relist_files(folder)
     return Quantized(reports, quality, list_files(output), time.perf_counter() - start)
 
@@ -163,15 +164,17 @@ def held_out_text(
     batches: Sequence[Tensor],
     text_field: str | None,
     size: int = 1,
+    count: int = QUALITY_WINDOWS,
 ) -> tuple[list[Tensor], str]:
     """Return windows of a text beyond those of the batches, and a description of them.
 
     Where the text has no more, these are windows of the batches.
 
     :param size: Windows of a batch returned, which divides those of the batches given.
+    :param count: Windows to return.
     """
     used, length = sum(map(len, batches)) // size, batches[0].shape[1]
-    more = max(1, QUALITY_WINDOWS // size)
+    more = max(1, count // size)
     try:
         windows = aimet_ext.calibration_batches(
             tokenizer, text, length, used + more, size, text_field=text_field
@@ -181,56 +184,6 @@ def held_out_text(
     except ValueError:
         return [batch[:size] for batch in batches[:more]], "the calibration text"
     return windows[used:], "text that was not calibrated on"
-
-
-@steps("evaluate", 3)
-def evaluate(
-    folder: Path,
-    text: Path,
-    *,
-    seq_length: int,
-    num_windows: int,
-    reference: Path | None = None,
-    text_field: str | None = None,
-    tokenizer: Path | None = None,
-) -> dict[str, Any]:
-    """Measure the perplexity of a model folder, or of an export with quantization simulated.
-
-    A graph of a fixed shape, also as the reference, sets tokens of a window and windows of a batch.
-
-    :param reference: The float model, from which the divergence is measured too.
-    :param tokenizer: Folder of the tokenizer, None for that of the model.
-    """
-    from aimet_ext.cli import graphs
-
-    step("load the model")
-    model, quantized = _any_model(folder)
-    size, length = graphs.fixed_shape(folder, *(() if reference is None else (reference,)))
-    size, seq_length = size or 1, length or seq_length
-    read = graphs.tokenizer_of(folder, tokenizer)
-    windows = aimet_ext.calibration_batches(
-        read, text, seq_length, None, size, text_field=text_field
-    )
-    batches = [batch for batch in windows[: max(1, num_windows // size)] if len(batch) == size]
-    if not batches:
-        raise ValueError(
-            f"{text}: text for {size} windows of {seq_length} tokens is required, a batch of the "
-            f"graph, got enough for {len(windows[0])}; give more text"
-        )
-    _check_ids(folder, model, batches)
-    step("score")
-    found = {
-        "perplexity": aimet_ext.evaluate_perplexity(model, batches),
-        "windows": sum(len(batch) for batch in batches),
-        "seq_length": seq_length,
-        "quantized": quantized,
-    }
-    if reference is not None:
-        step("compare with the float model")
-        original, _ = _any_model(reference)
-        _check_ids(reference, original, batches)
-        found |= dataclasses.asdict(aimet_ext.evaluate_divergence(model, batches, original))
-    return found
 
 
 def analyze(
@@ -298,7 +251,7 @@ def assign_widths(
         batches = aimet_ext.calibration_batches(
             own, calibration, *cut.values(), text_field=text_field
         )
-        _check_ids(model_dir, model, batches)
+        check_ids(model_dir, model, batches)
         step("weigh the layers")
         report = aimet_ext.assign_widths(model, batches, budget, choices, **options)
     made = report.recipe
@@ -308,18 +261,7 @@ def assign_widths(
     )
 
 
-def _any_model(path: Path) -> tuple[Any, bool]:
-    """Return a model to score, and if it is quantized: a folder of either kind, or a graph."""
-    from aimet_ext.cli import graphs
-
-    if graphs.is_graph(path):
-        return graphs.open_graph(path), graphs.is_quantized(path)
-    if is_export(path):
-        return aimet_ext.load(path), True
-    return load_model(path)[0], False
-
-
-def _check_ids(folder: Path, model: Any, batches: Sequence[Tensor]) -> None:
+def check_ids(folder: Path, model: Any, batches: Sequence[Tensor]) -> None:
     """Refuse a folder with the tokenizer of another model."""
     if not hasattr(model, "get_input_embeddings"):
         return  # a graph or simulation, whose tokenizer was given with it

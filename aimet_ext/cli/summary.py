@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from collections.abc import Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from aimet_ext.cli.output import table
 from aimet_ext.drawing.page import size
 
-WIDTH = 100
+if TYPE_CHECKING:
+    from aimet_ext.recipes.recipe import Recipe
+
+WIDTH, _INDENT = 100, 14
 
 
 def summary(found: Mapping[str, Any]) -> str:
     """Return the findings of :func:`aimet_ext.artifact.inspect.inspect_export` as text."""
-    width = max(map(len, found["files"]), default=0)
-    files = [(f"  {name:<{width}}", size(e["bytes"])) for name, e in found["files"].items()]
-    lines = [_lines(name, value) for name, value in _rows(found) if value]
-    return "\n".join(
-        [*lines, f"{len(files)} files, each of which agrees with its hash:", table(files)]
-    )
+    rows = _of_verification(found) if found["kind"] == "verified" else _of_export(found)
+    made = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    also = [("made by", made), ("unlisted", ", ".join(found.get("unlisted", ())))]
+    files = [(f"  {name}", size(each["bytes"])) for name, each in found["files"].items()]
+    head = f"{len(files)} files, each of which agrees with its hash:"
+    return "\n".join([*laid_out([*rows, *also]), head, *([table(files)] if files else [])])
 
 
-def _lines(name: str, value: str) -> str:
-    """Return a row, folded to :data:`WIDTH` columns."""
-    indent = " " * 13
-    text = textwrap.fill(value, WIDTH, initial_indent=indent, subsequent_indent=indent)
-    return f"{name:<12} {text.strip()}"
+def laid_out(rows: Iterator[tuple[str, str]] | list[tuple[str, str]]) -> Iterator[str]:
+    """Yield rows of a name and a text, each text folded beside its name; empty ones are left out.
+
+    A name that the row before has too is not repeated. A text of several lines stays as it is.
+    """
+    before = ""
+    for name, value in rows:
+        if not value:
+            continue
+        lines = value.splitlines() if "\n" in value else textwrap.wrap(value, WIDTH - _INDENT)
+        for number, line in enumerate(lines):
+            shown = name if number == 0 and name != before else ""
+            yield f"{shown:<{_INDENT - 1}} {line}".rstrip()
+        before = name
 
 
-def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _of_export(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     versions = found["versions"]
     made = "onnx" if found.get("framework") == "onnx" else "torch"
     of = f" of a simulation of aimet-{made} {versions.get(f'aimet-{made}', '')}"
@@ -44,31 +58,59 @@ def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield name, spec.partition(",")[0] if name == "activations" else spec
     if overrides := settings.get("overrides"):
         yield "overrides", ", ".join(f"{name}: {_spec(spec)}" for name, spec in overrides.items())
-    counts = found.get("quantizers", {})
-    for name in ("parameters", "activations"):
-        of_name = counts.get(name, {})
-        yield f"{name[:5]}. grids", ", ".join(f"{n} of {kind}" for kind, n in of_name.items())
-    if counts:
-        yield "quantizers", f"{counts['frozen']} frozen, {counts['without_range']} without a range"
+    config = settings.get("config_file")
+    of_its_own = "a configuration of its own" if config else ""
+    yield "target", config if isinstance(config, str) else of_its_own
+    yield from _quantizers(found.get("quantizers", {}))
     yield from _quality(found)
     pairs = found.get("scales", {}).get("pairs", {})
     yield "transforms", ", ".join(f"{n} of {kind}" for kind, n in pairs.items())
-    for name, entry in found.get("encodings", {}).items():
-        counted = ", ".join(
-            f"{n} {key.replace('_', ' ')}" for key, n in entry.items() if key != "version"
-        )
-        yield "encodings", f"{name}: version {entry['version']}, {counted}"
+    yield from _encodings(found)
     deviation = found.get("checks", {}).get("onnxruntime_relative_deviation")
     if deviation is not None:
         yield "checked", f"ONNX model in onnxruntime: {deviation:.1e} off, relative to the outputs"
-    config = settings.get("config_file")
-    yield "config", config if isinstance(config, str) else "of its own" if config else ""
-    yield "made by", ", ".join(f"{name} {number}" for name, number in versions.items())
-    yield "unlisted", ", ".join(found.get("unlisted", ()))
+
+
+def _of_verification(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what a folder holds that ``aimet-ext verify --output`` wrote."""
+    yield "kind", f"files for {found['target']} that verify built of the export {found['export']}"
+    verdict = "passed" if found["passed"] else "FAILED, see verify.json"
+    yield "verified", f"{verdict}, on {found['backend']}"
+    roles = {
+        ".qdq.onnx": "with all quantizers of the target",
+        f".{found['target']}.onnx": "the compiled model, for onnxruntime-qnn",
+        "_qnn.bin": "context binary: the compiled model itself, for QNN",
+    }
+    for name in found["files"]:
+        for ending, role in roles.items():
+            if name.endswith(ending):
+                yield "for the target", f"{name}: {role}"
+    yield from _encodings(found)
+
+
+def _quantizers(counts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, of in (("parameters", "of parameters"), ("activations", "of activations")):
+        kinds = ", ".join(f"{n} {kind}" for kind, n in counts.get(name, {}).items())
+        yield "quantizers", f"{of}: {kinds}" if kinds else ""
+    if counts:
+        left = counts["without_range"]
+        ranges = f"{left} have no range yet" if left else "all have a range"
+        yield "quantizers", f"{counts['frozen']} frozen by techniques; {ranges}"
+
+
+def _encodings(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    words = {
+        "encodings": "tensors",
+        "param_encodings": "parameters",
+        "activation_encodings": "activations",
+    }
+    for name, entry in found.get("encodings", {}).items():
+        counted = ", ".join(f"{entry[key]} {word}" for key, word in words.items() if key in entry)
+        yield "encodings", f"{name}: {counted}, format {entry['version']}"
 
 
 def _spec(spec: Mapping[str, Any] | None) -> str:
-    """Return a grid in words: ``int4, PerChannel``."""
+    """Return a grid in words: ``int4, per_channel``."""
     if spec is None:
         return "float"
     grid = dict(spec["granularity"])
@@ -84,41 +126,62 @@ def _quality(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, report in found.get("reports", {}).items():
         low, middle = report["lowest_sqnr_db"], report["median_sqnr_db"]
         yield (
-            "quality",
+            "SQNR",
             (
-                f"{name}: SQNR of the {report['units']}' outputs: median {middle:.1f} dB, lowest "
+                f"{name}, of the {report['units']}: median {middle:.1f} dB, lowest "
                 f"{low:.1f} dB ({report['lowest']})"
             ),
         )
     if quality := found.get("quality"):
-        yield "perplexity", " ".join(_perplexities(quality).split())
-        yield "divergence", "; ".join(" ".join(line.split()) for line in _divergences(quality))
+        yield "quality", quality_lines(quality)
 
 
-_STATES = (("rounding", "weights rounded to nearest"), ("quantized", "as exported"))
+def technique_lines(reports: Mapping[str, Any]) -> list[str]:
+    """Return the outcome of techniques: a summary, the worst layers, and what was noted."""
+    from aimet_ext.reporting.techniques import technique_notes, technique_results
+    from aimet_ext.reporting.text import remarks, technique
+
+    lines = [line for result in technique_results(reports) for line in technique(result)]
+    said = (technique_notes(reports, kind) for kind in ("notes", "infos"))
+    return [*lines, *remarks(*said)]
 
 
 def quality_lines(quality: Mapping[str, Any]) -> str:
-    """Return the perplexities and divergences that ``quantize`` measured, one a line."""
-    lines = [_perplexities(quality)]
-    if found := list(_divergences(quality)):
-        lines += ["KL to the float model, its 99.9th percentile, changed predictions:", *found]
-    return "\n".join(lines)
+    """Return the perplexities and divergences that ``quantize`` measured, as a table."""
+    from aimet_ext.reporting.parts import STATES, Quality, StateQuality
+    from aimet_ext.reporting.text import quality_table
+
+    divergence = quality.get("divergence", {})
+    states = {
+        name: StateQuality(perplexity=quality[name], **divergence.get(name, {}))
+        for name in STATES
+        if name in quality
+    }
+    measured = Quality(text=quality["text"], windows=quality["windows"], states=states)
+    return "\n".join(quality_table(measured))
 
 
-def _perplexities(quality: Mapping[str, Any]) -> str:
-    float_ = quality["float"]
-    rows = [
-        (f"  {name}", f"{quality[key]:.4g}  {quality[key] / float_ - 1:+.1%}")
-        for key, name in _STATES
-    ]
-    head = f"Perplexity on {quality['windows']} windows of {quality['text']}:"
-    return f"{head}\n{table([('  float model', f'{float_:.4g}'), *rows])}"
+def next_command(model: Path, output: Path, recipe: Recipe) -> str:
+    """Return the command that checks what ``quantize`` wrote, on the text that it was given.
 
+    What no HTP computes, with float activations or sizes that are free, is scored instead.
 
-def _divergences(quality: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line for each state that was measured."""
-    for key, name in _STATES:
-        if found := quality.get("divergence", {}).get(key):
-            numbers = f"{found['kl']:.4g}  {found['kl_high']:.4g}  {found['flips']:.2%}"
-            yield f"  {name:<26}  {numbers}"
+    :param model: Model that was quantized.
+    :param output: Folder that was written.
+    """
+    from aimet_ext.cli.graphs import ARRAYS, fixed_shape, is_graph
+    from aimet_ext.models.cache import model_name
+    from aimet_ext.verification.verify import target_of
+
+    name, plan = model_name(model), recipe.calibration
+    reference = ["--reference", name if "/" in name else str(model)]
+    on_text = not plan.files[0].lower().endswith(ARRAYS)
+    size, length = fixed_shape(model) if is_graph(model) else (1, plan.seq_length)
+    if recipe.activations == "none" or size != 1 or length is None:
+        scored = ["evaluate", str(output), *reference] if on_text else ["inspect", str(output)]
+        return shlex.join(["aimet-ext", *scored])
+    words = ["aimet-ext", "verify", str(output), "--target", target_of(output).name]
+    if on_text:
+        words += ["--text", plan.files[0]]
+        words += ["--text-field", plan.text_field] if plan.text_field else []
+    return shlex.join([*words, *([] if is_graph(model) else reference)])

@@ -85,7 +85,7 @@ def quality_table(quality: Quality, words: Mapping[StateName, str] = STATES) -> 
     divergence = any(state.kl is not None for state in quality.states.values())
     yield from _folded(f"on {quality.windows or 'some'} windows of {quality.text}")
     if divergence:
-        yield "(KL to the float model: divergence of the next token; flips: another token is likeliest)"
+        yield "(KL to the float model: divergence of the next token; flips: another is likeliest)"
     start = quality.states.get("float", StateQuality()).perplexity
     rows = []
     for name, state in quality.states.items():
