@@ -1,6 +1,7 @@
 """Experts that few tokens reach: their errors on other text, against plain rounding.
 
     python benchmarks/experts.py [--tokens 256 1024] [--experts 16] [--bits 4] [--seeds 3]
+                                 [--technique autoround]
 
 The MLPs of stories260K become mixtures: each expert is the MLP with noise of a third of its size,
 and a random router sends a token to two of them. Errors of a layer's output are those on the tokens
@@ -28,6 +29,11 @@ from aimet_ext.core.objective import SecondMoment
 from aimet_ext.walk.routing import is_routed
 
 BOUNDS = (0, 1, 16, 64, 256, 1 << 30)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "gptq": {"inp_symmetry": "symqt"},
+    "autoround": {"num_iterations": 100},
+    "omniquant": {"num_iterations": 100, "let": False},
+}
 
 
 def mixture(experts: int, seed: int) -> Any:
@@ -96,7 +102,10 @@ def simulation(model: Any, windows: Tensor, spec: QSpec | None) -> Any:
 
 
 def weight(sim: Any, name: str) -> Tensor:
-    return sim.model.get_submodule(name).weight.detach().as_subclass(Tensor)
+    layer = sim.model.get_submodule(name)
+    quantizer = getattr(layer, "param_quantizers", {"weight": None})["weight"]
+    own = layer.weight.detach() if quantizer is None else quantizer(layer.weight.detach())
+    return own.as_subclass(Tensor)
 
 
 @torch.no_grad()
@@ -111,6 +120,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--technique", choices=[*SETTINGS], default="gptq")
     options = parser.parse_args()
     tokenizer = load(ASSETS / "stories260K-hf")[1]
     text = [ASSETS / "tinystories" / name for name in ("calib.jsonl", "eval.jsonl")]
@@ -126,22 +136,22 @@ def main() -> None:
             windows = calib[seed * tokens // 128 :][: max(1, tokens // 128)]
             original, plain = (simulation(model, windows, each) for each in (None, spec))
             aimet_ext.apply_rtn(plain, progress=False)
-            seen, counts = inputs(original, held), {}
+            seen = inputs(original, held)
+            counts = {name: len(x) for name, x in inputs(original, windows).items()}
             divergences["plain"].append(divergence(original, plain, held))
-            for kind in ("alone", "leaning"):
+            # Without a moment of their own, block-wise techniques leave experts on plain rounding.
+            for kind in ("alone", "leaning") if options.technique == "gptq" else ("leaning",):
                 sim = simulation(model, windows, spec)
                 with alone() if kind == "alone" else nullcontext():
-                    report = aimet_ext.apply_gptq(
-                        sim, [windows], inp_symmetry="symqt", progress=False
-                    )
-                counts = counts or {layer.name: layer.tokens for layer in report.layers}
+                    apply = getattr(aimet_ext, f"apply_{options.technique}")
+                    apply(sim, [windows], progress=False, **SETTINGS[options.technique])
                 divergences[kind].append(divergence(original, sim, held))
                 for name, x in seen.items():
                     ours, theirs = (
                         float((x @ (weight(s, name) - weight(original, name)).T).square().sum())
                         for s in (sim, plain)
                     )
-                    place = max(bound for bound in BOUNDS if bound <= counts[name])
+                    place = max(bound for bound in BOUNDS if bound <= counts.get(name, 0))
                     part = "down" if "down" in name else "up"
                     ratios[f"{kind} {part}", place].append(math.log(ours / theirs))
         print(f"{tokens} tokens, {options.experts} experts, {options.bits} bits")

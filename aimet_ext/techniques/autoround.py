@@ -41,6 +41,11 @@ class AutoRound(BlockSolver[AutoRoundParams]):
         return self.params.num_iterations
 
     @property
+    def leans(self) -> bool:
+        """True: GPTQ decides experts without tokens by those of all."""
+        return True
+
+    @property
     def trim(self) -> float:
         """Share of a block's outputs that count in no score."""
         return self.params.trim
@@ -74,7 +79,8 @@ def round_layers(block: Block, asym_strength: float) -> BlockState:
         like = block.weight(stage[0])
         # As in a layer-wise run: a rounding is a chain of choices.
         dtype = torch.float64 if like.device.type == "cpu" else like.dtype
-        moment = block.moment(stage, ("quantized", "float"), dtype=dtype).shrunk(asym_strength)
+        moment = block.moment(stage, ("quantized", "float"), dtype=dtype, lean=True)
+        moment = moment.shrunk(asym_strength)
         for layer in stage:
             quantizer, layout = block.quantizers[layer], block.layout(layer)
             problem = Problem.of(

@@ -56,22 +56,52 @@ def test_experts_are_rescaled_with_their_router(tiny_model: Any, batches: Any, a
     assert sum(block.loss_after for block in report.blocks) > 0
 
 
-def test_experts_without_tokens_keep_plain_rounding(
-    tiny_model: Any, batches: Any, caplog: Any
-) -> None:
+def with_an_idle_expert(tiny_model: Any) -> Any:
     model = tiny_model("mixtral", **EXPERTS)
     with torch.no_grad():
         router = model.model.layers[0].mlp.gate
         router.weight[:2] = router.weight[:1] * torch.tensor([[90.0], [-90.0]])
         router.weight[5] = router.weight[2:5].mean(0)  # never the best of these
-    sim = simulated(model, batches)
+    return model
+
+
+def test_experts_without_tokens_keep_plain_rounding(
+    tiny_model: Any, batches: Any, caplog: Any
+) -> None:
+    sim = simulated(with_an_idle_expert(tiny_model), batches)
     with caplog.at_level(logging.WARNING):
-        for apply in (aimet_ext.apply_omniquant, aimet_ext.apply_autoround):
-            apply(simulated(model, batches), batches[:1], **BRIEF)
+        aimet_ext.apply_omniquant(sim, batches[:1], **BRIEF)
     assert "no token of the batches is sent to" in caplog.text
     assert "layers.0.mlp.experts.down_proj.5" in caplog.text
+    sim = simulated(with_an_idle_expert(tiny_model), batches)
     report = aimet_ext.apply_awq(sim, batches[:1], progress=False)
     assert all(block.loss_after <= block.loss_nearest for block in report.blocks)
+
+
+def test_autoround_decides_experts_without_tokens_on_those_of_all(
+    tiny_model: Any, batches: Any, caplog: Any
+) -> None:
+    """Their error on what the others get is lower than that of plain rounding."""
+    model = with_an_idle_expert(tiny_model)
+    sims = [simulated(model, batches) for _ in range(3)]
+    original, ours, plain = sims
+    aimet_ext.apply_rtn(plain, progress=False)
+    with caplog.at_level(logging.WARNING):
+        aimet_ext.apply_autoround(ours, batches[:1], **BRIEF)
+    assert "no token of the batches" not in caplog.text
+    experts = "model.model.layers.0.mlp.experts"
+    seen: list[Tensor] = []
+    with torch.no_grad(), adapt(original).disabled_quantizers():
+        holder = original.model.get_submodule(experts)
+        hook = holder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        original.model(batches[-1])
+        hook.remove()
+    layer = f"{experts}.gate_up_proj.5"
+    every = [sim.model.get_submodule(layer) for sim in sims]
+    with torch.no_grad():
+        weights = [m.param_quantizers["weight"](m.weight) for m in every[1:]]
+        lost = [float((seen[0] @ (w - every[0].weight).T).square().sum()) for w in weights]
+    assert lost[0] < lost[1]
 
 
 def test_parallel_attention_and_mlp(tiny_model: Any, batches: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -28,6 +28,7 @@ from aimet_ext.data.moments import sum_moments
 from aimet_ext.sim.points import Point
 from aimet_ext.sim.protocol import Range, SimAdaptor, WeightQuantizer
 from aimet_ext.techniques.blockwise.inputs import StageInputs
+from aimet_ext.techniques.pooled import pooled_moment
 from aimet_ext.walk.stream import BlockCall, BlockStream
 from aimet_ext.walk.streamed import StreamedBlock
 
@@ -249,12 +250,14 @@ class Block:
         streams: Sequence[str],
         *,
         dtype: torch.dtype | None = None,
-        also: Iterable[Callable[[Tensor, Tensor], None]] = (),
+        lean: bool = False,
+        also: Sequence[Callable[[Tensor, Tensor], None]] = (),
     ) -> SecondMoment:
         """Return second moments of what reaches layers of one input, with the weights decided.
 
         :param streams: ``"quantized"``, and ``"float"`` for ``C`` as well.
         :param dtype: Type of the result, None for that of the float parameters.
+        :param lean: True to have those of an expert that few tokens reach lean on those of all.
         :param also: Functions that are given the rows of both streams too.
         :raises ValueError: An input holds NaN or infinity.
         """
@@ -268,8 +271,19 @@ class Block:
                     mapped_dir=self.quantized_stream.hidden.cache_dir,
                     also=also,
                 )
-            assert total is not None, "a run without batches"
-            moment = total.result(dtype or like.dtype)
+                dtype = dtype or like.dtype
+                seen = total is not None and total.tokens > 0
+                none = SecondMoment.of_none(like.shape[1], dtype, like)
+                moment = total.result(dtype) if total is not None and seen else none
+                pool = self.data.pool(layers, streams) if lean and moment.is_noisy else None
+                if pool is not None:
+                    every, among = pooled_moment(
+                        pool,
+                        self.module.get_submodule(layers[0]),
+                        dtype=dtype,
+                        mapped_dir=self.quantized_stream.hidden.cache_dir,
+                    )
+                    moment = moment if every is None else moment.leaning(every, among)
         except ValueError as error:
             named = ", ".join(f"{self.name}.{layer}" for layer in layers)
             raise ValueError(f"{named}: {error}") from error

@@ -105,6 +105,11 @@ class BlockSolver(ABC, Generic[P]):
         return None
 
     @property
+    def leans(self) -> bool:
+        """True to decide experts that no token reaches, by the tokens of all experts."""
+        return False
+
+    @property
     def judged(self) -> int | None:
         """Number of tokens that scores are taken over, about; None for all."""
         return None
@@ -373,7 +378,7 @@ class BlockwiseRun:
         layers = [layer for layer in topology.linears if f"{name}.{layer}" in self.quantizers]
         pairs = self._pairs(topology, set(layers))
         with adaptor.disabled_quantizers(name):
-            idle = data.look(layers).idle
+            idle = self._idle(data, layers)
             call = data.flows["float"].select(0)
 
             def block_fn(length: int) -> BlockFn:
@@ -405,6 +410,18 @@ class BlockwiseRun:
             trim=self.solver.trim,
             quantize_activations=self.solver.quantize_activations,
         )
+
+    def _idle(self, data: StreamedBlock, layers: Sequence[str]) -> list[str]:
+        """Return the layers of experts that nothing decides, as no token can be sent there."""
+        found = data.look(layers).idle
+        if not self.solver.leans:
+            return found
+        pools = {layer: data.pool([layer]) for layer in found}
+        return [
+            layer
+            for layer, pool in pools.items()
+            if pool is None or not any(True for _ in pool.inputs(1)[1])
+        ]
 
     def _without(
         self, name: str, pairs: Sequence[ScalePair], failures: Sequence[PairFailure]

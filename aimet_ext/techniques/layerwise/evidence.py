@@ -14,6 +14,7 @@ from aimet_ext.data.moments import sum_moments
 from aimet_ext.sim.protocol import WeightQuantizer
 from aimet_ext.techniques.layerwise.deploy import SampleSum, UpstreamError
 from aimet_ext.techniques.layerwise.token_weights import TokenWeights
+from aimet_ext.techniques.pooled import pooled_moment
 from aimet_ext.techniques.session import RunOptions
 from aimet_ext.walk.experts import Pool
 from aimet_ext.walk.hooks import Activation, uncalled
@@ -59,7 +60,8 @@ class Evidence:
     believes: bool
     options: RunOptions
     token_weights: TokenWeights | None
-    _pools: dict[str, SecondMoment] = field(default_factory=dict)  # the last one, by its name
+    # The last one, by its name.
+    _pools: dict[str, tuple[SecondMoment | None, int]] = field(default_factory=dict)
 
     def gather(self, stage: Stage) -> Seen:
         """Return the evidence of a stage.
@@ -122,28 +124,27 @@ class Evidence:
             return own, costs
         layer: Any = self.model.get_submodule(stage.layers[0])
         upstream = self._upstream(stage)
-        enough = POOLED_AN_INPUT * layer.weight.shape[1]
-        count, inputs = pool.inputs(enough)
         known = None if pool.shared is None else self._pools.get(pool.shared)
         if known is None:
-            total = sum_moments(
-                inputs,
+            known = pooled_moment(
+                pool,
                 layer,
-                dtype=torch.promote_types(layer.weight.dtype, torch.float32),
+                dtype=own.second.dtype,
                 mapped_dir=self.options.cache_dir,
                 also=[each.add for each in upstream.values()],
             )
-            if total is None or not total.tokens:
-                return own, costs
-            known = total.result(own.second.dtype)
             if pool.shared is not None:
                 self._pools = {pool.shared: known}
         elif upstream:
+            _, inputs = pool.inputs(POOLED_AN_INPUT * layer.weight.shape[1])
             for quantized, original, _ in inputs:
                 if quantized is not None and original is not None:
                     for each in upstream.values():
                         each.add(quantized[None], original[None])
-        moment = own.leaning(known, max(count, known.tokens))
+        every, among = known
+        if every is None:
+            return own, costs
+        moment = own.leaning(every, among)
         kept, leaned = 1 - moment.leaned, moment.leaned
         return moment, {n: kept * costs[n] + leaned * each.mean for n, each in upstream.items()}
 
