@@ -26,18 +26,13 @@ if TYPE_CHECKING:
     from aimet_ext.artifact.kv.export import export_with_cache as export_with_cache
     from aimet_ext.artifact.kv.run import CacheGraphs as CacheGraphs
     from aimet_ext.artifact.kv.run import load_cache_graphs as load_cache_graphs
-    from aimet_ext.config import LPBQ as LPBQ
     from aimet_ext.config import AdaRoundParams as AdaRoundParams
     from aimet_ext.config import AutoRoundParams as AutoRoundParams
     from aimet_ext.config import AWQParams as AWQParams
-    from aimet_ext.config import Blockwise as Blockwise
     from aimet_ext.config import DWQParams as DWQParams
     from aimet_ext.config import GPTQParams as GPTQParams
     from aimet_ext.config import HQQParams as HQQParams
     from aimet_ext.config import OmniQuantParams as OmniQuantParams
-    from aimet_ext.config import PerChannel as PerChannel
-    from aimet_ext.config import PerTensor as PerTensor
-    from aimet_ext.config import QSpec as QSpec
     from aimet_ext.config import RotationParams as RotationParams
     from aimet_ext.config import RTNParams as RTNParams
     from aimet_ext.config import SeqMSEParams as SeqMSEParams
@@ -68,6 +63,11 @@ if TYPE_CHECKING:
     from aimet_ext.reporting.comparison import RunComparison as RunComparison
     from aimet_ext.reporting.recorder import Recorder as Recorder
     from aimet_ext.reporting.run_report import RunReport as RunReport
+    from aimet_ext.specs import LPBQ as LPBQ
+    from aimet_ext.specs import Blockwise as Blockwise
+    from aimet_ext.specs import PerChannel as PerChannel
+    from aimet_ext.specs import PerTensor as PerTensor
+    from aimet_ext.specs import QSpec as QSpec
     from aimet_ext.techniques.adaround import apply_adaround as apply_adaround
     from aimet_ext.techniques.autoround import apply_autoround as apply_autoround
     from aimet_ext.techniques.awq import apply_awq as apply_awq
@@ -106,7 +106,7 @@ _HOMES = {
         "artifact.export": ("export", "load"),
         "artifact.kv.export": ("export_with_cache",),
         "artifact.kv.run": ("CacheGraphs", "load_cache_graphs"),
-        "config": ("Blockwise", "LPBQ", "PerChannel", "PerTensor", "QSpec"),
+        "specs": ("Blockwise", "LPBQ", "PerChannel", "PerTensor", "QSpec"),
         "data.text": ("calibration_batches",),
         "errors": ("CorruptFileError", "Finding", "MissingExtraError", "TransformRefused"),
         "evaluation.divergence": ("evaluate_divergence", "float_logits"),

@@ -11,8 +11,8 @@ Texts share the calibration windows equally. The first draw takes the first wind
 other one takes them at random; windows to score are held out, and the same for all. Perplexity is
 that of all texts; a share of rounding's loss of it is recovered. Each cell is a process of its own:
 its seconds are the processor's, its memory is the most resident above that held at its start, by
-the model, or by the simulation in its place, freed memory that it keeps included. Figures are means,
-± their standard deviation.
+the model, or by the simulation in its place, with freed memory that it keeps. Figures are means, ±
+their standard deviation.
 
 Cells go into the results as they are done, and are not run again without ``--again``.
 """

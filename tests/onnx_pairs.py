@@ -15,8 +15,8 @@ from layerwise_reference import IMAGES, Net, random, seeded
 from torch import Tensor, nn
 
 import aimet_ext
-from aimet_ext.config import LPBQ, Blockwise, PerTensor, QSpec
 from aimet_ext.sim.protocol import adapt
+from aimet_ext.specs import LPBQ, Blockwise, PerTensor, QSpec
 
 __all__ = ["GRIDS", "MLP", "PAIRS", "Pair", "encodings", "onnx_sim", "outputs", "state_of"]
 

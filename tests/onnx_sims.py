@@ -10,9 +10,9 @@ import aimet_onnx
 import onnx
 from aimet_onnx.qc_quantize_op import QcQuantizeOp
 
-from aimet_ext.config import QSpec
 from aimet_ext.sim.onnx.ranges import parameter_quantizers, put_grids
 from aimet_ext.sim.protocol import adapt
+from aimet_ext.specs import QSpec
 
 __all__ = ["build_sim"]
 

@@ -12,12 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from aimet_ext.analysis.weight_costs import Fisher, Numbers, Unit, stored_bits
-from aimet_ext.config import QSpec, fit_blocks
 from aimet_ext.core.affine import Grid, dequantize, quantize
 from aimet_ext.data.batches import ForwardFn
 from aimet_ext.grids.onnx_layers import OnnxTable, without_type
 from aimet_ext.sim.points import Run
 from aimet_ext.sim.protocol import SimAdaptor
+from aimet_ext.specs import QSpec, fit_blocks
 
 
 @dataclass(frozen=True, eq=False)

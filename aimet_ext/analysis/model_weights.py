@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from aimet_ext.analysis.weight_costs import Fisher, Numbers, Unit, stored_bits
-from aimet_ext.config import QSpec, fit_blocks
 from aimet_ext.core.interrupts import uninterrupted
 from aimet_ext.data.batches import ForwardFn, call_model, iterate_batches
 from aimet_ext.models.hidden import expose_weights
 from aimet_ext.models.huggingface import causal_lm, original_name, prepare_model
 from aimet_ext.sim.points import Run, first_output
 from aimet_ext.sim.protocol import SimAdaptor
+from aimet_ext.specs import QSpec, fit_blocks
 from aimet_ext.walk.hooks import evaluating, layer_input
 
 

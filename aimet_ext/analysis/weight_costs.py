@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from aimet_ext.analysis.divergence import Reference, counted_rows, row_mask
-from aimet_ext.config import LPBQ, QSpec
 from aimet_ext.data.batches import as_tensors, tensors_in
 from aimet_ext.progress import bar as progress_bar
 from aimet_ext.sim.points import Run
+from aimet_ext.specs import LPBQ, QSpec
 
 _DRAWS = 8  # of outcomes for each batch
 _CLASSES = 256  # of a row that are compared one by one

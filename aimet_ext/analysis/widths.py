@@ -15,13 +15,13 @@ from torch import nn
 
 from aimet_ext.analysis.weight_costs import Fisher, Subject, Unit, divergences
 from aimet_ext.analysis.widths_report import LayerWidths, WidthsReport, label
-from aimet_ext.config import OnIndivisible, QSpec, check_weights
 from aimet_ext.core.knapsack import Items, Option, cheapest, hull_curve
 from aimet_ext.data.batches import ForwardFn
 from aimet_ext.errors import require, some
 from aimet_ext.grids.widths import parse_choice
 from aimet_ext.patterns import fits, near
 from aimet_ext.sim.protocol import adapt
+from aimet_ext.specs import OnIndivisible, QSpec, check_weights
 
 _log = logging.getLogger(__name__)
 _UNITS = {"bits": 0, "bytes": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}

@@ -11,11 +11,11 @@ from typing import Any
 from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from aimet_ext.config import LPBQ, Blockwise, PerTensor, QSpec
 from aimet_ext.drawing.figures import pareto
 from aimet_ext.drawing.page import render, trusted
 from aimet_ext.files.folders import json_text, replace_file
 from aimet_ext.recipes.recipe import Grid, Recipe
+from aimet_ext.specs import LPBQ, Blockwise, PerTensor, QSpec
 
 ASSIGNED = "assigned"
 """Name of the result, in its recipe and its drawing."""

@@ -13,11 +13,11 @@ from typing import Annotated, Any
 import typer
 
 from aimet_ext.cli.errors import message_of
-from aimet_ext.config import QSpec, check_weights
 from aimet_ext.errors import require
 from aimet_ext.patterns import near
 from aimet_ext.recipes.recipe import check_turns, offered, recipe_names
 from aimet_ext.registry import TECHNIQUES, load
+from aimet_ext.specs import QSpec, check_weights
 
 NEAREST = "nearest"
 """Plain rounding, in the place of a technique."""

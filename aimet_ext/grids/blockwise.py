@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from aimet_ext.config import LPBQ, Blockwise, OnIndivisible, QSpec, WeightPlan, fit_blocks
 from aimet_ext.errors import some
 from aimet_ext.grids.patterns import Layers, LayerTable, select_specs
 from aimet_ext.sim.protocol import SimAdaptor, adapt
+from aimet_ext.specs import LPBQ, Blockwise, OnIndivisible, QSpec, WeightPlan, fit_blocks
 from aimet_ext.techniques.call import accepts_aimet_arguments
 from aimet_ext.techniques.report import LayerwiseReport
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from aimet_ext.config import PerTensor, QSpec, WeightPlan, check_weights, fit_blocks
 from aimet_ext.data.batches import (
     TARGET_IDS,
     as_tensors,
@@ -36,6 +35,7 @@ from aimet_ext.models.huggingface import (
 from aimet_ext.patterns import fits as fits_pattern
 from aimet_ext.patterns import near
 from aimet_ext.sim.protocol import adapt
+from aimet_ext.specs import PerTensor, QSpec, WeightPlan, check_weights, fit_blocks
 
 if TYPE_CHECKING:
     from aimet_torch import QuantizationSimModel

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from aimet_ext.config import QSpec
 from aimet_ext.errors import require
 from aimet_ext.grids.blockwise import set_grids
 from aimet_ext.sim.protocol import adapt
+from aimet_ext.specs import QSpec
 
 _CONFIG = "htp_v79"
 

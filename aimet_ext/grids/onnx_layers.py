@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from aimet_ext.config import WeightPlan
 from aimet_ext.data.geometry import TRANSPOSED
 from aimet_ext.errors import some
 from aimet_ext.grids.patterns import LAYERS, LayerTable
@@ -21,6 +20,7 @@ from aimet_ext.sim.onnx.ranges import (
     put_grids,
     readers,
 )
+from aimet_ext.specs import WeightPlan
 
 if TYPE_CHECKING:
     from aimet_ext.onnx.graph import OnnxGraph

@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from aimet_ext.config import QSpec, WeightPlan, check_weights
 from aimet_ext.patterns import near
 from aimet_ext.sim.protocol import SimAdaptor
+from aimet_ext.specs import QSpec, WeightPlan, check_weights
 
 #: Layers whose weight ``[out, in, …]`` can be cut into blocks along dimension 1.
 LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from aimet_ext.config import QSpec, WeightPlan
 from aimet_ext.grids.create import fits
 from aimet_ext.grids.patterns import LayerTable
 from aimet_ext.grids.widening import plan_widening
 from aimet_ext.models.huggingface import causal_lm, original_name
 from aimet_ext.sim.protocol import SimAdaptor
 from aimet_ext.sim.torch.state import calibrated_weight_quantizer, layer_parameters
+from aimet_ext.specs import QSpec, WeightPlan
 
 
 class TorchTable(LayerTable):

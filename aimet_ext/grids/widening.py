@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aimet_ext.config import WeightPlan
 from aimet_ext.errors import some
 from aimet_ext.models.huggingface import causal_lm
 from aimet_ext.models.padding import mlp_layers, pad_mlp, pad_rows
 from aimet_ext.models.topology import BlockTopology, find_blocks
 from aimet_ext.sim.protocol import SimAdaptor
 from aimet_ext.sim.torch.state import MADE, LayerParameter, describe_quantizer, make_quantizer
+from aimet_ext.specs import WeightPlan
 
 _Parameters = Mapping[str, Mapping[str, LayerParameter]]
 _Undo = Callable[..., Any]

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from aimet_ext.config import LPBQ, Blockwise, Granularity, OnIndivisible, QSpec
 from aimet_ext.files.reading import read_json
 from aimet_ext.grids.blockwise import GridReport, set_grids
 from aimet_ext.sim.protocol import adapt
+from aimet_ext.specs import LPBQ, Blockwise, Granularity, OnIndivisible, QSpec
 
 
 def set_widths(

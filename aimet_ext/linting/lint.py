@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from aimet_ext.config import PerTensor
 from aimet_ext.errors import Finding
 from aimet_ext.integrations.qnn_targets import (
     ANGLE_STEP,
@@ -22,6 +21,7 @@ from aimet_ext.integrations.qnn_targets import (
 )
 from aimet_ext.sim.facts import FIXED_RANGES, Activation, LintLayer, SimFacts
 from aimet_ext.sim.protocol import adapt
+from aimet_ext.specs import PerTensor
 
 _Rule: TypeAlias = Callable[[SimFacts, HtpLimits], Iterator[Finding]]
 

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from aimet_ext.config import PerTensor, QSpec, check_weights
 from aimet_ext.core.objective import outputs_sqnr, sqnr_db
 from aimet_ext.data.batches import call_model, iterate_batches
 from aimet_ext.lora.sim import add_adapters, fit_adapters, lora_state, switch
 from aimet_ext.sim.torch.lora import calibrating, share_ranges, slots
+from aimet_ext.specs import PerTensor, QSpec, check_weights
 
 _W8 = QSpec(bitwidth=8)
 _SCORED = 4  # batches whose logits are compared

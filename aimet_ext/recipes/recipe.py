@@ -14,20 +14,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
-from aimet_ext.config import (
-    LPBQ,
-    STRICT,
-    BlockSize,
-    Blockwise,
-    OnIndivisible,
-    QSpec,
-    check_weights,
-)
 from aimet_ext.errors import faults_of, some
 from aimet_ext.files.folders import replace_file
 from aimet_ext.files.reading import naming
 from aimet_ext.patterns import near
 from aimet_ext.registry import TECHNIQUES, check_order, load
+from aimet_ext.specs import LPBQ, STRICT, BlockSize, Blockwise, OnIndivisible, QSpec, check_weights
 
 FLOAT = "none"
 """Width of what stays float."""

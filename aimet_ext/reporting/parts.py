@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, PlainSerializer
 from pydantic.dataclasses import dataclass
 
-from aimet_ext.config import STRICT
+from aimet_ext.specs import STRICT
 
 _WORDS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 

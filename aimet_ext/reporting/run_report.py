@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from aimet_ext.config import STRICT
 from aimet_ext.files.folders import replace_file
 from aimet_ext.files.manifest import versions
 from aimet_ext.reporting.parts import (
@@ -25,6 +24,7 @@ from aimet_ext.reporting.parts import (
     WeightUse,
 )
 from aimet_ext.reporting.reading import plain_of, read_checked
+from aimet_ext.specs import STRICT
 
 if TYPE_CHECKING:
     from aimet_ext.analysis.widths_report import WidthsReport

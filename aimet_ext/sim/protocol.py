@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Unpack
 import torch
 from torch import Tensor, nn
 
-from aimet_ext.config import LPBQ, Blockwise, Granularity, PerChannel, PerTensor, QSpec
 from aimet_ext.core.affine import Grid
 from aimet_ext.core.clipping import GridLayout
 from aimet_ext.data.batches import ForwardFn
@@ -20,6 +19,7 @@ from aimet_ext.models.description import TopologyDescription
 from aimet_ext.models.residual import ResidualEnds, Survey
 from aimet_ext.models.topology import BlockTopology
 from aimet_ext.sim.points import Points, Range
+from aimet_ext.specs import LPBQ, Blockwise, Granularity, PerChannel, PerTensor, QSpec
 from aimet_ext.walk.passes import BlockPass, WalkOptions
 from aimet_ext.walk.walk import Streams, Walk
 
@@ -88,7 +88,7 @@ class WeightQuantizer(Protocol):
 
     @property
     def granularity(self) -> Granularity:
-        """The nearest word of :mod:`aimet_ext.config` for the grid's shape."""
+        """The nearest word of :mod:`aimet_ext.specs` for the grid's shape."""
         if self.layout.block_size is not None:
             # Input channels of a block, whatever the kernel.
             width, bits = self.weight.shape[1] // self.layout.shape[1], self.layout.scale_bits
@@ -96,7 +96,7 @@ class WeightQuantizer(Protocol):
         return PerTensor() if math.prod(self.shape) == 1 else PerChannel()
 
     def spec(self) -> QSpec:
-        """Return width, symmetry and granularity in the words of :mod:`aimet_ext.config`."""
+        """Return width, symmetry and granularity in the words of :mod:`aimet_ext.specs`."""
         return QSpec(
             bitwidth=self.bitwidth,
             symmetric=self.layout.symmetric,

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 from torch import nn
 
-from aimet_ext.config import OnIndivisible, QSpec, SeqMSEParams
+from aimet_ext.config import SeqMSEParams
 from aimet_ext.grids.blockwise import GridReport, lpbq_spec, set_grids
 from aimet_ext.grids.patterns import Layers
+from aimet_ext.specs import OnIndivisible, QSpec
 from aimet_ext.techniques.call import Call, technique
 from aimet_ext.techniques.layerwise.loop import run_layerwise
 from aimet_ext.techniques.seq_mse import SeqMSE

@@ -14,9 +14,9 @@ import torch
 
 from aimet_ext.artifact.inputs import positional_inputs
 from aimet_ext.artifact.torch_export import float32_model, write_onnx
-from aimet_ext.config import LPBQ, Blockwise, QSpec
 from aimet_ext.grids.create import create_sim
 from aimet_ext.onnx import apart
+from aimet_ext.specs import LPBQ, Blockwise, QSpec
 
 pytest.importorskip("aimet_torch")
 IDS = torch.arange(8)[None]

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from aimet_ext.config import LPBQ, Blockwise, PerChannel, PerTensor, QSpec
 from aimet_ext.evaluation.perplexity import evaluate_perplexity
 from aimet_ext.grids.create import arguments_from_settings, create_sim
 from aimet_ext.models.huggingface import prepare_model
 from aimet_ext.sim.protocol import adapt
+from aimet_ext.specs import LPBQ, Blockwise, PerChannel, PerTensor, QSpec
 
 aimet_torch = pytest.importorskip("aimet_torch")
 

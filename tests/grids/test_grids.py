@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import aimet_ext
-from aimet_ext.config import LPBQ, Blockwise, PerChannel, PerTensor, QSpec
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.files.ledger import Ledger
 from aimet_ext.grids import blockwise as grids
@@ -22,6 +21,7 @@ from aimet_ext.grids.blockwise import set_blockwise, set_lpbq
 from aimet_ext.grids.create import arguments_from_settings, create_sim
 from aimet_ext.sim.protocol import adapt
 from aimet_ext.sim.torch.state import LayerParameter, quantizers_to_tensors
+from aimet_ext.specs import LPBQ, Blockwise, PerChannel, PerTensor, QSpec
 
 aimet_torch = pytest.importorskip("aimet_torch")
 config_utils = pytest.importorskip("aimet_torch.quantsim.config_utils")

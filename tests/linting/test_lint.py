@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from aimet_ext.config import LPBQ, Blockwise, PerChannel, PerTensor, QSpec
 from aimet_ext.grids.create import create_sim
 from aimet_ext.integrations.qnn_targets import LIMITS, find_target, target_names
 from aimet_ext.linting.lint import lint
 from aimet_ext.sim.protocol import adapt
+from aimet_ext.specs import LPBQ, Blockwise, PerChannel, PerTensor, QSpec
 
 pytest.importorskip("aimet_torch")
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aimet_ext.config import LPBQ, Blockwise, PerChannel, PerTensor, QSpec
 from aimet_ext.data.geometry import Geometry
 from aimet_ext.sim.protocol import adapt
+from aimet_ext.specs import LPBQ, Blockwise, PerChannel, PerTensor, QSpec
 
 W4 = QSpec(bitwidth=4)
 LINEAR_GRIDS = {

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from aimet_ext.config import STRICT, LayerwiseParams
+from aimet_ext.config import LayerwiseParams
 from aimet_ext.core.affine import Grid, quantize
+from aimet_ext.specs import STRICT
 from aimet_ext.techniques.call import Call, technique
 from aimet_ext.techniques.layerwise.deploy import Decision, Problem
 from aimet_ext.techniques.layerwise.loop import Solver, run_layerwise

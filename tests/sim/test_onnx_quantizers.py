@@ -13,7 +13,6 @@ aimet_onnx = pytest.importorskip("aimet_onnx")
 from aimet_onnx.common.defs import QuantScheme  # noqa: E402
 from onnx import helper, numpy_helper  # noqa: E402
 
-from aimet_ext.config import LPBQ, Blockwise, PerChannel, PerTensor, QSpec  # noqa: E402
 from aimet_ext.core.affine import Grid, dequantize, fake_quantize, quantize  # noqa: E402
 from aimet_ext.sim.onnx.quantizers import (  # noqa: E402
     OnnxWeightQuantizer,
@@ -21,6 +20,7 @@ from aimet_ext.sim.onnx.quantizers import (  # noqa: E402
     restore_quantizer,
 )
 from aimet_ext.sim.protocol import adapt  # noqa: E402
+from aimet_ext.specs import LPBQ, Blockwise, PerChannel, PerTensor, QSpec  # noqa: E402
 
 OUT, IN = 24, 32
 GRANULARITIES = [PerTensor(), PerChannel(), Blockwise(8), LPBQ(8, 4)]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from aimet_ext.config import LPBQ, Blockwise, PerChannel, PerTensor, QSpec
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.sim.protocol import adapt, moved_ranges
+from aimet_ext.specs import LPBQ, Blockwise, PerChannel, PerTensor, QSpec
 
 aimet_torch = pytest.importorskip("aimet_torch")
 from aimet_ext.sim.torch.setup import weight_quantizer_for  # noqa: E402

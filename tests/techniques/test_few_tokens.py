@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import aimet_ext
-from aimet_ext.config import QSpec
 from aimet_ext.core.affine import Grid, fake_quantize
 from aimet_ext.core.objective import SecondMoment
+from aimet_ext.specs import QSpec
 
 pytest.importorskip("aimet_torch")
 

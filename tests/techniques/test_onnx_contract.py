@@ -13,10 +13,10 @@ from layerwise_reference import shrunk_by_definition
 from torch import Tensor, nn
 
 import aimet_ext
-from aimet_ext.config import QSpec
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.data.geometry import Geometry
 from aimet_ext.sim.protocol import adapt
+from aimet_ext.specs import QSpec
 from aimet_ext.techniques.layerwise import loop as layerwise
 from aimet_ext.techniques.layerwise.deploy import Problem
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import aimet_ext
-from aimet_ext.config import LPBQ, PerChannel, PerTensor, QSpec
 from aimet_ext.core.affine import fake_quantize
 from aimet_ext.sim.protocol import adapt
+from aimet_ext.specs import LPBQ, PerChannel, PerTensor, QSpec
 
 aimet_onnx = pytest.importorskip("aimet_onnx")
 onnx = pytest.importorskip("onnx")

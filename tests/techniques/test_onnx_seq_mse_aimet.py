@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import aimet_ext
-from aimet_ext.config import LPBQ, Blockwise, QSpec
 from aimet_ext.sim.protocol import adapt
+from aimet_ext.specs import LPBQ, Blockwise, QSpec
 
 aimet_onnx = pytest.importorskip("aimet_onnx")
 onnx_models = pytest.importorskip("onnx_models")

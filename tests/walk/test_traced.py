@@ -414,9 +414,9 @@ def test_a_simulation_with_its_quantizers_off(net, walk_class, config):
     """AIMET's modules are leaves; inputs and ReLUs are those of the float model."""
     aimet_nn = pytest.importorskip("aimet_torch.nn")
     aimet_nn.QuantizationMixin.ignore(walk_reference.PadShortcut)
-    from aimet_ext.config import PerChannel, QSpec
     from aimet_ext.sim.torch.adaptor import TorchSim
     from aimet_ext.sim.torch.setup import build_sim
+    from aimet_ext.specs import PerChannel, QSpec
 
     net, layers = net.float(), walk_reference.layer_names(net)
     batches = [batch.float() for batch in images()]

@@ -14,7 +14,6 @@ from aimet_onnx.common.defs import QuantizationDataType
 from aimet_onnx.qc_quantize_op import QcQuantizeOp
 from onnx import NodeProto
 
-from aimet_ext.config import LPBQ, Blockwise, Granularity, PerChannel, PerTensor, QSpec
 from aimet_ext.core.affine import Grid, fake_quantize
 from aimet_ext.files.encodings import Layout, to_grid
 from aimet_ext.onnx.index import MOVES
@@ -38,6 +37,7 @@ from aimet_ext.sim.onnx.state import (
     untie,
 )
 from aimet_ext.sim.protocol import Range, adapt
+from aimet_ext.specs import LPBQ, Blockwise, Granularity, PerChannel, PerTensor, QSpec
 
 if TYPE_CHECKING:
     from aimet_ext.onnx.layers import OnnxLayer

@@ -8,8 +8,8 @@ from typing import Any
 import onnx
 from aimet_onnx import QuantizationSimModel
 
-from aimet_ext.config import QSpec
 from aimet_ext.sim.protocol import adapt
+from aimet_ext.specs import QSpec
 
 _GAINS = 16  # bits at most of what is stored and is no layer's weight
 

@@ -15,7 +15,6 @@ from aimet_torch._base.nn.modules.custom import Add
 from aimet_torch.quantization.affine import QuantizeDequantize
 from torch import Tensor, nn
 
-from aimet_ext.config import PerTensor, QSpec
 from aimet_ext.data.batches import module_device
 from aimet_ext.sim.torch.setup import build_sim
 from aimet_ext.sim.torch.state import (
@@ -30,6 +29,7 @@ from aimet_ext.sim.torch.state import (
     restore_quantizer,
     uninitialize,
 )
+from aimet_ext.specs import PerTensor, QSpec
 
 # Quantizers of a slot that belong to its adapter, by their names within the slot.
 _QUANTIZERS = {

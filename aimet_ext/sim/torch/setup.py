@@ -17,12 +17,12 @@ from aimet_torch.quantization.base import QuantizerBase
 from aimet_torch.quantization.tensor import QuantizedTensorBase
 from torch import Tensor, nn
 
-from aimet_ext.config import LPBQ, PerTensor, QSpec
 from aimet_ext.data.geometry import TRANSPOSED
 from aimet_ext.files.scratch import temporary
 from aimet_ext.models.attention import every_module, own_projections
 from aimet_ext.models.experts import all_tokens
 from aimet_ext.sim.torch.unknown import unknown_modules
+from aimet_ext.specs import LPBQ, PerTensor, QSpec
 from aimet_ext.walk.routing import PackedLayers, is_sent_to
 
 # Bits of what has no spec: gains of norms, which NPUs take in 8 bits beside activations of 8.

@@ -16,10 +16,10 @@ from aimet_torch.quantization.affine import (
 from aimet_torch.quantization.base import QuantizerBase
 from torch import Tensor, nn
 
-from aimet_ext.config import QSpec
 from aimet_ext.core.interrupts import uninterrupted
 from aimet_ext.files.encodings import Layout
 from aimet_ext.sim.torch.setup import quiet, weight_quantizer_for
+from aimet_ext.specs import QSpec
 
 _STATIC = (
     "shape",
