@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -94,6 +94,7 @@ class LayerReport(UnitReport):
         ``token_weights``, more for an expert that leans on the tokens of all.
     :param leaned: Share of the tokens of all experts in what decided one's layer, and in its
         losses; 0 for other layers.
+    :param expert: Number of the expert that it is a layer of, None for other layers.
     :param inputs: Inputs of an output row.
     :param storage: Place of its second moments: ``"memory"``, or ``"mapped"`` files where they
         would not fit.
@@ -113,6 +114,7 @@ class LayerReport(UnitReport):
     inputs: int
     storage: str
     leaned: float = 0.0
+    expert: int | None = None
 
     @property
     def is_short_of_tokens(self) -> bool:
@@ -176,6 +178,7 @@ class LayerwiseReport(Report):
             for x in few
             if x.rows_nearest == x.rows
         ]
+        lines += _experts(self.layers)
         lines += [
             f"leans on the tokens of all experts: {x.name} saw {x.tokens}, and by {x.leaned:.0%} "
             "all decided"
@@ -202,6 +205,33 @@ def _tied(skipped: Mapping[str, str]) -> list[str]:
         for name, why in skipped.items()
         if why.startswith(TIED)
     ]
+
+
+def _experts(layers: Sequence[LayerReport]) -> list[str]:
+    """Return a line that says how calibration tokens are shared out among experts, if any."""
+    alike: dict[str, list[LayerReport]] = {}
+    for layer in layers:
+        if layer.expert is not None:
+            alike.setdefault(_of_any_expert(layer), []).append(layer)
+    shares = [
+        (layer.tokens / max(1, sum(other.tokens for other in each)), layer)
+        for each in alike.values()
+        for layer in each
+    ]
+    if not shares:
+        return []
+    none = sum(not layer.tokens for _, layer in shares)
+    share, least = min(shares, key=lambda found: found[0] or 2)
+    return [
+        f"tokens of experts: {none} of {len(shares)} layers got none; the fewest of the "
+        f"others are {least.tokens} of {least.name}, {share:.1%} of its like"
+    ]
+
+
+def _of_any_expert(layer: LayerReport) -> str:
+    """Return the name of an expert's layer with ``*`` for the number of the expert."""
+    head, _, tail = f".{layer.name}.".rpartition(f".{layer.expert}.")
+    return f"{head}.*.{tail}"
 
 
 def _tokens(layer: LayerReport) -> str:

@@ -143,13 +143,16 @@ class Pool:
         iterator over the inputs that the layers of a stage would have, batch by batch. It takes the
         number of tokens that is enough: from many more, every so many are taken.
     :param shared: Name for stages to which the same inputs come; None if there is no other.
+    :param expert: Number of the expert that they are sent to.
     """
 
     inputs: Callable[[int], tuple[int, Iterator[Inputs]]]
     shared: str | None
+    expert: int
 
 
 def pool_of(
+    expert: int,
     batches: int,
     sent: Callable[[int], Tensor],
     inputs: Callable[[int, Tensor], Mapping[str, Tensor]],
@@ -175,7 +178,7 @@ def pool_of(
         total = sum(int(each.sum()) for each in every)
         return total, drawn(every, max(1, total // enough))
 
-    return Pool(read, shared)
+    return Pool(read, shared, expert)
 
 
 def _chosen(calls: Mapping[str, Call]) -> Tensor:

@@ -205,7 +205,7 @@ class StreamedBlock:
                 runs = self._runs(streams, index, layers[0])
                 return other.inputs_of_all(self.module, runs, mask(index), taken)
 
-            return pool_of(len(self), counts, inputs)
+            return pool_of(other.number, len(self), counts, inputs)
         if expert is None:
             return None
 
@@ -218,7 +218,7 @@ class StreamedBlock:
             return expert.inputs(self.module, calls, self._params, taken)
 
         shared = expert.module if expert.reads_hidden(self.module) else None
-        return pool_of(len(self), sent, sent_there, shared)
+        return pool_of(expert.expert, len(self), sent, sent_there, shared)
 
     def _runs(
         self, streams: Sequence[str], index: int, layer: str

@@ -386,7 +386,9 @@ class RerunWalk(ModelWalk):
             assert other is not None
             return other.inputs_of_all(self._model, self._runs(batch), masks(batch), taken)
 
-        return None if expert is other is None else pool_of(len(self._batches), sent, inputs)
+        if expert is not None:
+            return pool_of(expert.expert, len(self._batches), sent, inputs)
+        return None if other is None else pool_of(other.number, len(self._batches), sent, inputs)
 
     def _places(self, layer: str) -> tuple[Routed | None, Alternative | None]:
         """Return a layer's place among experts, of either kind."""

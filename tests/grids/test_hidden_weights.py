@@ -97,6 +97,14 @@ def test_an_expert_without_tokens_is_decided_by_those_of_all(moe_sim, inp_symmet
         assert layer.loss_after < 0.9 * layer.loss_nearest
         assert f"leans on the tokens of all experts: {name} saw 0, and by 100% all" in str(report)
     assert all(layers[name].tokens > 0 for name in (*UP, *DOWN))
+    every = [layers[f"{BLOCK}mlp.experts.gate_up_proj.{number}"] for number in range(5)]
+    assert [layer.expert for layer in every] == [0, 1, 2, 3, 4]
+    tokens = [layer.tokens for layer in every]
+    fewest = min(filter(None, tokens))
+    (line,) = (line for line in report.notes if line.startswith("tokens of experts"))
+    assert "2 of 10 layers got none" in line
+    assert f"are {fewest} of {BLOCK}mlp.experts" in line and f"{fewest / sum(tokens):.1%}" in line
+    assert all(layer.expert is None for n, layer in layers.items() if "experts" not in n)
     assert all(layer.leaned == 0 for name, layer in layers.items() if "experts" not in name)
     # On the text itself, all of which is sent to it.
     for s in (sim, original):

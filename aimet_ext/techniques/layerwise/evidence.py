@@ -30,12 +30,14 @@ class Seen:
         :class:`~aimet_ext.techniques.report.LayerReport`; empty without data.
     :param samples: Inputs of layers that a ReLU follows, where the technique asks for them.
     :param upstream: Mean cost of upstream errors by layer, for those that compensate them.
+    :param expert: Number of the expert that the layers are of, None if they are of none.
     """
 
     moment: SecondMoment
     storage: str = ""
     samples: Mapping[str, SampleSum] = field(default_factory=dict)
     upstream: Mapping[str, float] = field(default_factory=dict)
+    expert: int | None = None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -102,7 +104,9 @@ class Evidence:
             raise ValueError(f"{', '.join(stage.layers)}: {error}") from error
         if not self.believes and moment.is_known:
             moment = moment.shrunk(self.params.asym_strength)
-        return Seen(moment, "memory" if total is None else total.storage, samples, costs)
+        storage = "memory" if total is None else total.storage
+        expert = None if stage.pool is None else stage.pool.expert
+        return Seen(moment, storage, samples, costs, expert)
 
     def _upstream(self, stage: Stage) -> dict[str, UpstreamError]:
         """Return collectors of the errors before layers, if these compensate them."""

@@ -344,13 +344,13 @@ class LayerwiseRun:
             with torch.no_grad():
                 decide = self.solver.decide if seen.moment.is_known else self._without_tokens
                 outcome = deploy(problem, quantizer, decide)
-            report = self._report(problem, quantizer, outcome, seen.storage)
+            report = self._report(problem, quantizer, outcome, seen)
             seconds = gathering + time.perf_counter() - started
             reports.append(replace(report, seconds=seconds))
         return reports
 
     def _report(
-        self, problem: Problem, quantizer: WeightQuantizer, outcome: Outcome, storage: str
+        self, problem: Problem, quantizer: WeightQuantizer, outcome: Outcome, seen: Seen
     ) -> UnitReport:
         """Return the report on a layer that was deployed, but its seconds."""
         rows, inputs = problem.weight.shape
@@ -368,7 +368,8 @@ class LayerwiseRun:
             leaned=problem.moment.leaned,
             effective_tokens=problem.moment.effective_tokens,
             inputs=inputs,
-            storage=storage,
+            storage=seen.storage,
+            expert=seen.expert,
             seconds=0.0,
         )
 

@@ -75,7 +75,7 @@ class WeightRun(LayerwiseRun):
         return decision
 
     def _report(
-        self, problem: Problem, quantizer: WeightQuantizer, outcome: Outcome, storage: str
+        self, problem: Problem, quantizer: WeightQuantizer, outcome: Outcome, seen: Seen
     ) -> UnitReport:
         nearest = fake_quantize(problem.stored, problem.nearest_grid())
         deployed = quantizer.weight.detach().flatten(1).to(nearest.device)
