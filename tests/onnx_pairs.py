@@ -156,7 +156,8 @@ class Upsampling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(self.enter(x).relu()).relu()
-        return self.head(self.again(x).mean((2, 3))) + self.wide(x).mean((2, 3))
+        again, wide = self.again(x).mean((2, 3)), self.wide(x).mean((2, 3))
+        return self.head(again) + wide
 
 
 def perceptron() -> Pair:
