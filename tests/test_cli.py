@@ -9,10 +9,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 import aimet_ext
@@ -440,6 +442,30 @@ def runs(arguments: list[str]) -> str | None:
     """Run a command, and return its complaint."""
     done = run(*arguments)
     return None if done.exit_code == 0 else done.stdout + done.stderr
+
+
+def test_verify_compares_on_windows_that_no_technique_saw(
+    exported: pathlib.Path,
+    text: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of the calibration text those behind it come first, of other text the first ones."""
+    (other := tmp_path / "other.jsonl").write_text(text.read_text("utf-8"), "utf-8")
+    given = []
+
+    def note(_: Any, dataloader: Any, **rest: Any) -> Any:
+        given.append(dataloader)
+        return types.SimpleNamespace(passed=True, to_json=dict)
+
+    monkeypatch.setattr("aimet_ext.verification.verify.verify", note)
+    for file in (text, other):
+        assert run("verify", exported, "--text", file).exit_code == 0
+    seen = 4  # windows: two batches of two
+    of_calibration, of_other = given
+    assert len(of_calibration) == len(of_other) == 16
+    for one, two in zip(of_calibration[:4], of_other[seen:], strict=False):
+        assert torch.equal(one, two)
 
 
 def test_quantize_ends_with_a_command_that_verifies(

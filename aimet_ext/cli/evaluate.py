@@ -30,8 +30,8 @@ Examples:
     aimet-ext evaluate llama.onnx --tokenizer ./llama --text held_out.txt
 """
 
-SEQ_LENGTH, NUM_WINDOWS = 256, 200
-"""Windows of a model that no recipe is beside."""
+SEQ_LENGTH = 512
+"""Tokens in a window, where no recipe is beside a model: those of the package's recipes."""
 
 
 def evaluate(
@@ -67,7 +67,7 @@ def evaluate(
         int | None,
         typer.Option(
             min=1,
-            show_default=f"as quantize, or {NUM_WINDOWS}",
+            show_default="as many as quantize scores",
             help="Windows to score at most; less text than that is fine.",
         ),
     ] = None,
@@ -121,7 +121,7 @@ def run(
     step("load the model")
     model, quantized = _any_model(folder)
     size, length = graphs.fixed_shape(folder, *(() if reference is None else (reference,)))
-    plan = _plan(folder)
+    plan = plan_of(folder)
     length = length or seq_length or (plan.seq_length if plan else SEQ_LENGTH)
     read = graphs.tokenizer_of(folder, tokenizer)
     if plan is not None and text is None:
@@ -132,7 +132,7 @@ def run(
             "--text FILE"
         )
     else:
-        most = num_windows or (jobs.QUALITY_WINDOWS if plan else NUM_WINDOWS)
+        most = num_windows or jobs.QUALITY_WINDOWS
         batches = _of_file(read, text, length, size or 1, most, text_field)
         described = text.name
     jobs.check_ids(folder, model, batches)
@@ -153,7 +153,7 @@ def run(
     return found
 
 
-def _plan(folder: Path) -> CalibrationPlan | None:
+def plan_of(folder: Path) -> CalibrationPlan | None:
     """Return what an export was calibrated on, None where that is not known."""
     from aimet_ext.cli.graphs import ARRAYS
     from aimet_ext.cli.jobs import RECIPE
@@ -226,7 +226,8 @@ def _table(found: dict[str, Any]) -> Sequence[str]:
     if "reference_perplexity" in found:
         float_model = StateQuality(perplexity=found["reference_perplexity"])
         states = {"float": float_model, "quantized": own}
-    text = f"{found['seq_length']} tokens of {found['text']}"
     words = {**STATES, "quantized": STATES["quantized"] if found["quantized"] else "this model"}
-    quality = Quality(text=text, windows=found["windows"], states=states)
+    quality = Quality(
+        text=found["text"], windows=found["windows"], states=states, tokens=found["seq_length"]
+    )
     return list(quality_table(quality, words))

@@ -133,7 +133,8 @@ def quantize(
             quality["quantized"] = aimet_ext.evaluate_perplexity(sim, held_out)
             divergences["quantized"] = aimet_ext.evaluate_divergence(sim, held_out, reference)
         quality["divergence"] = {name: dataclasses.asdict(d) for name, d in divergences.items()}
-        quality |= {"windows": sum(map(len, held_out)), "text": described}
+        quality |= {"windows": sum(map(len, held_out)), "seq_length": held_out[0].shape[1]}
+        quality["text"] = described
     with replace_folder(output) as folder:
         with jobs.part(record, "export"):
             aimet_ext.export(sim, folder, jobs.PREFIX, feeds[0])

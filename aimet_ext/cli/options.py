@@ -38,7 +38,7 @@ TextField = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        show_default="text, content, or messages",
+        show_default="text, content, messages, conversations or conversation",
         help="Field or column of the files that holds the text, or the messages of a chat.",
     ),
 ]

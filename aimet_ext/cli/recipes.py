@@ -44,7 +44,7 @@ def _lines(recipe: Recipe) -> list[str]:
     measured = [
         f"  {each.model}: perplexity {each.quantized:.2f} (float {each.float_perplexity:.2f}, "
         f"rounding {each.rounding:.2f}): {each.recovered:.0%} of the loss gained back in "
-        f"{each.seconds:.0f} s"
+        f"{each.seconds:.0f} processor s"
         for each in recipe.measured
     ]
     return [recipe.description, *measured]
@@ -85,7 +85,12 @@ def chosen_recipe(source: str | None, options: Mapping[str, Any]) -> Recipe:
     if options.get("exclude"):
         changes["exclude"] = [*base.exclude, *options["exclude"]]
     if source is not None and options:
-        changes |= {"name": "custom", "version": 1, "description": "", "measured": []}
+        changes |= {
+            "name": f"{base.name}, changed",
+            "version": 1,
+            "description": "",
+            "measured": [],
+        }
     with bad_parameter("--technique"):
         return dataclasses.replace(base, **changes)
 

@@ -157,7 +157,12 @@ def quality_lines(quality: Mapping[str, Any]) -> str:
         for name in STATES
         if name in quality
     }
-    measured = Quality(text=quality["text"], windows=quality["windows"], states=states)
+    measured = Quality(
+        text=quality["text"],
+        windows=quality["windows"],
+        states=states,
+        tokens=quality.get("seq_length", 0),  # of an export of before: not known
+    )
     return "\n".join(quality_table(measured))
 
 

@@ -81,12 +81,21 @@ def verify(
 
 
 def _batches(folder: Path, text: Path, field: str | None, tokenizer: Path | None) -> list[Any]:
-    """Return windows of the length that a folder's model was exported with."""
+    """Return windows of the length that a folder's model was exported with.
+
+    Of the text that it was calibrated on, windows that no technique saw come first.
+    """
     from aimet_ext.cli import jobs
+    from aimet_ext.cli.evaluate import plan_of
     from aimet_ext.files.manifest import read_export
     from aimet_ext.verification.verify import exported_length
 
     prefix = read_export(folder, verify=False)["prefix"]
     length = exported_length(folder / f"{prefix}.onnx")
     read = jobs.load_tokenizer(tokenizer or folder)
-    return aimet_ext.calibration_batches(read, text, length, None, text_field=field)
+    found = aimet_ext.calibration_batches(read, text, length, None, text_field=field)
+    plan = plan_of(folder)
+    if plan is None or text.resolve() not in [Path(file).resolve() for file in plan.files]:
+        return found
+    seen = -(-plan.num_batches * plan.batch_size * plan.seq_length // (length * len(plan.files)))
+    return [*found[seen:], *found[:seen]]

@@ -172,7 +172,7 @@ def _settings(run: RunReport, techniques: set[str]) -> dict[str, Any]:
         "settings of": {r.name: r.settings for r in run.techniques if r.name in techniques},
         "recipe": {key: value for key, value in recipe.items() if key != "techniques"},
         "settings": own,
-        "text": run.quality and f"{run.quality.windows} windows of {run.quality.text}",
+        "text": run.quality and run.quality.measured_on,
         "versions": run.versions,
         "machine": run.machine,
     }
@@ -180,7 +180,7 @@ def _settings(run: RunReport, techniques: set[str]) -> dict[str, Any]:
 
 def _same_windows(one: RunReport, other: RunReport) -> bool:
     """Return whether two runs were measured on the same tokens, as far as they tell."""
-    texts = [run.quality and (run.quality.text, run.quality.windows) for run in (one, other)]
+    texts = [run.quality and run.quality.measured_on for run in (one, other)]
     # Windows follow those that were calibrated on, and are cut as these are.
     plans = [run.recipe.get("calibration", {}) for run in (one, other) if run.recipe is not None]
     cuts = [

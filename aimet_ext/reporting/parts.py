@@ -186,11 +186,19 @@ class Quality:
     :param text: Description of the text.
     :param windows: Windows of it, 0 where that is not known.
     :param states: Measures of the float model, of plain rounding, and as deployed.
+    :param tokens: Tokens of a window, 0 where that is not known.
     """
 
     text: str
     windows: int
     states: dict[StateName, StateQuality]
+    tokens: int = 0
+
+    @property
+    def measured_on(self) -> str:
+        """Windows, their length and their text, in words."""
+        length = f" of {self.tokens} tokens" if self.tokens else ""
+        return f"{self.windows or 'some'} windows{length} of {self.text}"
 
     @property
     def recovered(self) -> float | None:

@@ -88,6 +88,7 @@ class RunReport:
         divergence: Mapping[str, Divergence] | None = None,
         text: str = "held-out text",
         windows: int = 0,
+        tokens: int = 0,
         recorder: Recorder | None = None,
         widths: WidthsReport | Budget | None = None,
     ) -> RunReport:
@@ -104,6 +105,7 @@ class RunReport:
         :param divergence: Results of :func:`aimet_ext.evaluate_divergence` by state, likewise.
         :param text: Description of that text.
         :param windows: Windows of it.
+        :param tokens: Tokens of a window.
         :param recorder: Recorder of time, memory and warnings.
         :param widths: Result of :func:`aimet_ext.assign_widths` that the run follows.
         :raises TypeError: ``sim`` is no simulation, or a report is none of a technique.
@@ -129,7 +131,7 @@ class RunReport:
             recipe=_shown(recipe) if recipe else None,
             techniques=technique_results(reports),
             weights=weight_uses(sim),
-            quality=_quality(perplexity or {}, divergence or {}, text, windows),
+            quality=_quality(perplexity or {}, divergence or {}, text, windows, tokens),
             phases=tuple(recorder.phases) if recorder else (),
             warnings=(*logged, *notes),
             infos=tuple(technique_notes(reports, "infos")),
@@ -215,7 +217,11 @@ def _shown(recipe: Recipe) -> dict[str, Any]:
 
 
 def _quality(
-    perplexity: Mapping[str, float], divergence: Mapping[str, Any], text: str, windows: int
+    perplexity: Mapping[str, float],
+    divergence: Mapping[str, Any],
+    text: str,
+    windows: int,
+    tokens: int,
 ) -> Quality | None:
     names = tuple(STATES)
     for parameter, given in (("perplexity", perplexity), ("divergence", divergence)):
@@ -231,7 +237,7 @@ def _quality(
         for name in names
         if name in perplexity or name in divergence
     }
-    return Quality(text=text, windows=windows, states=states) if states else None
+    return Quality(text=text, windows=windows, states=states, tokens=tokens) if states else None
 
 
 def _machine() -> dict[str, str]:

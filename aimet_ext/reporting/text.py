@@ -59,7 +59,7 @@ def comparison(found: RunComparison) -> str:
         for letter, run, name in zip("AB", found.runs, found.names, strict=True)
     ]
     lines += _section("settings that differ", ("", "A", "B"), found.settings)
-    more = f", {_MOST} of {len(found.grids)}" * (len(found.grids) > _MOST)
+    more = f", the first {_MOST} of {len(found.grids)}" * (len(found.grids) > _MOST)
     lines += _section(f"grids that differ{more}", ("", "A", "B"), found.grids[:_MOST])
     shown = [(name, number(a), number(b), _change(a, b)) for name, a, b in found.measures]
     lines += _section("measures", ("", "A", "B", "B to A"), shown)
@@ -83,7 +83,7 @@ def quality_table(quality: Quality, words: Mapping[StateName, str] = STATES) -> 
     :param words: Words for the states.
     """
     divergence = any(state.kl is not None for state in quality.states.values())
-    yield from _folded(f"on {quality.windows or 'some'} windows of {quality.text}")
+    yield from _folded(f"on {quality.measured_on}")
     if divergence:
         yield "(KL to the float model: divergence of the next token; flips: another is likeliest)"
     start = quality.states.get("float", StateQuality()).perplexity

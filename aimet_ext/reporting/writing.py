@@ -37,6 +37,7 @@ def write_run(
                 "divergence": {name: Divergence(**fields) for name, fields in divergences},
                 "text": quality["text"],
                 "windows": quality["windows"],
+                "tokens": quality["seq_length"],
             }
         run = RunReport.of(sim, reports, **facts)
         run.save(folder / REPORT_JSON)

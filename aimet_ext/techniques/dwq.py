@@ -25,6 +25,7 @@ from aimet_ext.analysis.divergence import Reference
 from aimet_ext.config import DWQParams
 from aimet_ext.core.divergence import Divergence
 from aimet_ext.data.batches import call_model, held_out, tensors_in
+from aimet_ext.errors import some
 from aimet_ext.evaluation.divergence import reference_for
 from aimet_ext.files.folders import replace_folder
 from aimet_ext.files.manifest import write_manifest
@@ -128,11 +129,15 @@ class DWQReport(Report):
 
     @property
     def notes(self) -> list[str]:
-        """Layers that were left alone, and ranges that no longer fit."""
-        lines = left_alone(self.skipped)
-        if self.reset_encodings:
-            lines.append(f"ranges to set anew: {', '.join(self.reset_encodings)}")
-        return lines
+        """Layers that were left alone."""
+        return left_alone(self.skipped)
+
+    @property
+    def infos(self) -> list[str]:
+        """Ranges that no longer fit, beside what others tell."""
+        few = some(self.reset_encodings)
+        lines = [f"ranges that compute_encodings sets anew: {few}"] if few else []
+        return [*super().infos, *lines]
 
 
 class _NotBetter(Exception):

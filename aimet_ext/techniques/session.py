@@ -382,12 +382,12 @@ def choose_layers(
         twins = [twin for twin in shared.get(name, ()) if twin != name]
         if quantizer.bitwidth > max_bitwidth:
             skipped[name] = f"{quantizer.bitwidth} bits, max_bitwidth is {max_bitwidth}"
+        elif any(isinstance(adaptor.model.get_submodule(t), nn.Embedding) for t in twins):
+            skipped[name] = f"{TIED} {twins[0]}"
         elif rounded and not (quantizer.initialized and _is_rounded(quantizer)):
             skipped[name] = "not rounded yet by a technique such as apply_gptq"
         elif quantizer.frozen and not rounds:
             skipped[name] = f"{_frozen_by(adaptor, name)} froze its range"
-        elif any(isinstance(adaptor.model.get_submodule(t), nn.Embedding) for t in twins):
-            skipped[name] = f"{TIED} {twins[0]}"
         elif twins:
             raise ValueError(
                 f"{name} and {', '.join(twins)} share one weight, which cannot be decided twice; "
