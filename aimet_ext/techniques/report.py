@@ -178,7 +178,8 @@ class LayerwiseReport(Report):
             for x in few
             if x.rows_nearest == x.rows
         ]
-        lines += _experts(self.layers)
+        none, shared = _experts(self.layers)
+        lines += shared if none else []
         lines += [
             f"leans on the tokens of all experts: {x.name} saw {x.tokens}, and by {x.leaned:.0%} "
             "all decided"
@@ -190,6 +191,12 @@ class LayerwiseReport(Report):
         if mapped:
             lines.append(f"second moments in mapped files, for want of memory: {', '.join(mapped)}")
         return lines
+
+    @property
+    def infos(self) -> list[str]:
+        """Shares of experts that all got tokens, beside what others tell."""
+        none, shared = _experts(self.layers)
+        return [*super().infos, *([] if none else shared)]
 
 
 def left_alone(skipped: Mapping[str, str]) -> list[str]:
@@ -207,8 +214,8 @@ def _tied(skipped: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _experts(layers: Sequence[LayerReport]) -> list[str]:
-    """Return a line that says how calibration tokens are shared out among experts, if any."""
+def _experts(layers: Sequence[LayerReport]) -> tuple[int, list[str]]:
+    """Return how many experts' layers got no token, and a line on the shares, if there are any."""
     alike: dict[str, list[LayerReport]] = {}
     for layer in layers:
         if layer.expert is not None:
@@ -219,10 +226,10 @@ def _experts(layers: Sequence[LayerReport]) -> list[str]:
         for layer in each
     ]
     if not shares:
-        return []
+        return 0, []
     none = sum(not layer.tokens for _, layer in shares)
     share, least = min(shares, key=lambda found: found[0] or 2)
-    return [
+    return none, [
         f"tokens of experts: {none} of {len(shares)} layers got none; the fewest of the "
         f"others are {least.tokens} of {least.name}, {share:.1%} of its like"
     ]
