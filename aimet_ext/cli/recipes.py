@@ -15,6 +15,8 @@ from aimet_ext.cli.output import Result, table
 from aimet_ext.errors import some
 from aimet_ext.recipes.recipe import Grid, Recipe, read_recipe, recipe_names
 
+_CHANGED = ", changed"  # behind the name of a recipe that options changed
+
 EPILOG = """\b
 Examples:
   aimet-ext recipes
@@ -86,7 +88,7 @@ def chosen_recipe(source: str | None, options: Mapping[str, Any]) -> Recipe:
         changes["exclude"] = [*base.exclude, *options["exclude"]]
     if source is not None and options:
         changes |= {
-            "name": f"{base.name}, changed",
+            "name": f"{base.name.removesuffix(_CHANGED)}{_CHANGED}",
             "version": 1,
             "description": "",
             "measured": [],
