@@ -468,6 +468,44 @@ def test_verify_compares_on_windows_that_no_technique_saw(
         assert torch.equal(one, two)
 
 
+def test_three_commands_score_the_same_windows_of_unequal_files(
+    tiny: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that calibration used up gives none, the other one all."""
+    words = " ".join(examples.documents("calibration")).split()
+    (short := tmp_path / "short.txt").write_text(" ".join(words[:120]), "utf-8")
+    (long := tmp_path / "long.txt").write_text(" ".join(words[120:2000]), "utf-8")
+    read = aimet_ext.cli.jobs.load_tokenizer(tiny)
+    cut = [torch.cat(aimet_ext.calibration_batches(read, f, 32, None)) for f in (short, long)]
+    used = len(cut[0])  # windows of either
+    out, scored = tmp_path / "out", []
+    done = run(
+        *("quantize", tiny, "--calibration", short, "--calibration", long, "--output", out),
+        *(*then("nearest"), "--activations", "none", "--no-check-export", "--seq-length", "32"),
+        *("--batch-size", "1", "--num-batches", str(2 * used)),
+    )
+    assert done.exit_code == 0, done.stderr
+    quality = json.loads((out / "reports" / "quality.json").read_text("utf-8"))
+    assert quality["text"] == "text that was not calibrated on"
+
+    def note(_: Any, batches: Any, **rest: Any) -> Any:
+        scored.append(torch.cat(list(batches)[: rest.get("windows")]))
+        return types.SimpleNamespace(passed=True, to_json=dict)
+
+    found = json.loads(run("evaluate", out, "--json").stdout)
+    assert found["perplexity"] == pytest.approx(quality["quantized"], rel=1e-5)
+    assert found["windows"] == quality["windows"] == 16
+    monkeypatch.setattr("aimet_ext.verification.verify.verify", note)
+    assert run("verify", out, "--windows", "16").exit_code == 0
+    monkeypatch.setattr(aimet_ext, "evaluate_perplexity", lambda *a: note(*a) and 1.0)
+    for options in ((), ("--seq-length", "48", "--num-windows", "4")):
+        assert run("evaluate", out, *options).exit_code == 0
+    behind = cut[1][used:]
+    assert torch.equal(scored[0], behind[:16]) and torch.equal(scored[1], behind[:16])
+    start = -(-32 * used // 48) * 48  # from where on no longer window holds calibrated tokens
+    assert torch.equal(scored[2].flatten(), cut[1].flatten()[start:][: 4 * 48])
+
+
 def test_quantize_ends_with_a_command_that_verifies(
     tiny: pathlib.Path, text: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

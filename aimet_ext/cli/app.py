@@ -65,7 +65,7 @@ Your own model, a folder that transformers can read:
   aimet-ext quantize ./llama --weights int4 --calibration text.txt --output ./llama-w4
   aimet-ext evaluate ./llama-w4 --reference ./llama
   aimet-ext inspect ./llama-w4
-  aimet-ext verify ./llama-w4 --text held_out.txt --reference ./llama
+  aimet-ext verify ./llama-w4 --reference ./llama
 """
 
 app = typer.Typer(

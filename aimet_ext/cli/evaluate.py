@@ -12,12 +12,12 @@ import typer
 import aimet_ext
 from aimet_ext.cli.options import TEXTS, TextField, Tokenizer, model_path
 from aimet_ext.cli.output import Result
+from aimet_ext.cli.windows import MOST, absent_files, files_of, plan_of, read_windows
+from aimet_ext.errors import some
 from aimet_ext.files.manifest import is_export
 from aimet_ext.progress import step, steps
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from aimet_ext.recipes.recipe import CalibrationPlan
 
 EPILOG = """\b
@@ -67,7 +67,7 @@ def evaluate(
         int | None,
         typer.Option(
             min=1,
-            show_default="as many as quantize scores",
+            show_default=f"{MOST}, as quantize scores",
             help="Windows to score at most; less text than that is fine.",
         ),
     ] = None,
@@ -108,10 +108,10 @@ def run(
 
     A graph of a fixed shape, also as the reference, sets tokens of a window and windows of a batch.
 
-    :param text: File; None for the text of the recipe beside an export, of which the windows behind
-        those that were calibrated on are scored.
+    :param text: File, of which the first windows are scored; None for the text of the recipe beside
+        an export, of which those are that no technique saw.
     :param seq_length: Tokens of a window; None for the recipe's.
-    :param num_windows: Most windows to score; None for as many as ``quantize`` scores.
+    :param num_windows: Most windows to score.
     :param reference: The float model, whose perplexity and divergence are measured too.
     :param tokenizer: Folder of the tokenizer, None for that of the model.
     :raises ValueError: no text is given and none is named beside the model, or it is too short.
@@ -122,26 +122,28 @@ def run(
     model, quantized = _any_model(folder)
     size, length = graphs.fixed_shape(folder, *(() if reference is None else (reference,)))
     plan = plan_of(folder)
+    if text is None:
+        _check_text(folder, plan)
     length = length or seq_length or (plan.seq_length if plan else SEQ_LENGTH)
-    read = graphs.tokenizer_of(folder, tokenizer)
-    if plan is not None and text is None:
-        batches, described = _of_run(read, plan, length, size, num_windows, text_field)
-    elif text is None:
-        raise ValueError(
-            f"{folder}: text to score is required, and no recipe beside the model names any; give "
-            "--text FILE"
-        )
-    else:
-        most = num_windows or jobs.QUALITY_WINDOWS
-        batches = _of_file(read, text, length, size or 1, most, text_field)
-        described = text.name
+    # Of a text that is given its first windows, so that other models can be compared on them.
+    windows = read_windows(
+        graphs.tokenizer_of(folder, tokenizer),
+        text,
+        length,
+        plan=plan if text is None else None,
+        text_field=text_field,
+        most=num_windows or MOST,
+        size=size or 1,
+    )
+    batches = windows.batches()
+    calibrated = text is not None and plan is not None and text.resolve() in files_of(plan)
     jobs.check_ids(folder, model, batches)
     step("score")
     found = {
         "perplexity": aimet_ext.evaluate_perplexity(model, batches),
         "windows": sum(len(batch) for batch in batches),
         "seq_length": length,
-        "text": described,
+        "text": windows.text + ", which was calibrated on" * calibrated,
         "quantized": quantized,
     }
     if reference is not None:
@@ -153,55 +155,18 @@ def run(
     return found
 
 
-def plan_of(folder: Path) -> CalibrationPlan | None:
-    """Return what an export was calibrated on, None where that is not known."""
-    from aimet_ext.cli.graphs import ARRAYS
-    from aimet_ext.cli.jobs import RECIPE
-
-    if not (is_export(folder) and (folder / RECIPE).is_file()):
-        return None
-    plan = aimet_ext.read_recipe(folder / RECIPE).calibration
-    return plan if plan.files and not plan.files[0].lower().endswith(ARRAYS) else None
-
-
-def _of_run(
-    tokenizer: Any,
-    plan: CalibrationPlan,
-    length: int,
-    size: int | None,
-    count: int | None,
-    field: str | None,
-) -> tuple[list[Tensor], str]:
-    """Return the windows that ``quantize`` scored, as long and as many as is asked for."""
-    from aimet_ext.cli import jobs
-    from aimet_ext.errors import some
-
-    files = [Path(file) for file in plan.files]
-    if absent := [str(file) for file in files if not file.is_file()]:
+def _check_text(folder: Path, plan: CalibrationPlan | None) -> None:
+    """Refuse to score without text."""
+    if plan is None:
+        raise ValueError(
+            f"{folder}: text to score is required, and no recipe beside the model names any; give "
+            "--text FILE"
+        )
+    if absent := absent_files(plan):
         raise ValueError(
             f"the text that the recipe beside the model names is required, but {some(absent)} is "
             "absent here; give --text FILE"
         )
-    field = field or plan.text_field
-    batches = aimet_ext.calibration_batches(
-        tokenizer, files, length, plan.num_batches, size or plan.batch_size, text_field=field
-    )
-    most = count or jobs.QUALITY_WINDOWS
-    return jobs.held_out_text(tokenizer, files, batches, field, size or 1, most)
-
-
-def _of_file(
-    tokenizer: Any, text: Path, length: int, size: int, most: int, field: str | None
-) -> list[Tensor]:
-    """Return the first windows of a text, in batches that are full."""
-    windows = aimet_ext.calibration_batches(tokenizer, text, length, None, size, text_field=field)
-    batches = [batch for batch in windows[: max(1, most // size)] if len(batch) == size]
-    if not batches:
-        raise ValueError(
-            f"{text}: text for {size} windows of {length} tokens is required, a batch of the "
-            f"graph, got enough for {len(windows[0])}; give more text"
-        )
-    return batches
 
 
 def _any_model(path: Path) -> tuple[Any, bool]:

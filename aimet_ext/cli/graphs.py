@@ -14,6 +14,8 @@ import numpy as np
 
 import aimet_ext
 from aimet_ext.cli import jobs
+from aimet_ext.cli.windows import read_windows
+from aimet_ext.data.text import shares
 from aimet_ext.errors import require
 from aimet_ext.files.folders import check_output, replace_folder, write_json
 from aimet_ext.files.manifest import is_export, read_export, relist_files
@@ -108,8 +110,11 @@ def quantize(
             read, calibration, length, plan.num_batches, size, text_field=plan.text_field
         )
         feeds = token_feeds(windows, inputs)
-        fixed = fixed_shape(path)[0] or 1
-        held_out, described = jobs.held_out_text(read, calibration, windows, plan.text_field, fixed)
+        used = dataclasses.replace(
+            plan, files=[*map(str, calibration)], seq_length=length, batch_size=size
+        )
+        found = read_windows(read, None, length, plan=used, size=fixed_shape(path)[0] or 1)
+        held_out = found.batches()
         with jobs.part(record, "score the float model"):
             session = open_graph(path)
             quality["float"] = aimet_ext.evaluate_perplexity(session, held_out)
@@ -134,7 +139,7 @@ def quantize(
             divergences["quantized"] = aimet_ext.evaluate_divergence(sim, held_out, reference)
         quality["divergence"] = {name: dataclasses.asdict(d) for name, d in divergences.items()}
         quality |= {"windows": sum(map(len, held_out)), "seq_length": held_out[0].shape[1]}
-        quality["text"] = described
+        quality["text"] = found.text
     with replace_folder(output) as folder:
         with jobs.part(record, "export"):
             aimet_ext.export(sim, folder, jobs.PREFIX, feeds[0])
@@ -268,8 +273,7 @@ def _array_feeds(
     if len(files) == 1:
         return _file_feeds(files[0], inputs, size, plan.num_batches)
     parts = []
-    for number, file in enumerate(files):
-        share = len(range(number, plan.num_batches, len(files)))
+    for file, share in zip(files, shares(plan.num_batches, len(files)), strict=True):
         parts.append(_file_feeds(file, inputs, size, share))
         if len(parts[-1]) < share:
             raise ValueError(
@@ -277,8 +281,8 @@ def _array_feeds(
                 f"batches of {size} samples are required, got enough for {len(parts[-1])}; give "
                 "more samples, or ask for fewer or smaller batches"
             )
-    shares = (f"{len(part)} of {file}" for part, file in zip(parts, files, strict=True))
-    _log.info("batches of at most %d samples: %s", size, ", ".join(shares))
+    taken = (f"{len(part)} of {file}" for part, file in zip(parts, files, strict=True))
+    _log.info("batches of at most %d samples: %s", size, ", ".join(taken))
     return [feed for turn in zip_longest(*parts) for feed in turn if feed is not None]
 
 

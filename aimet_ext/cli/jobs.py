@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import aimet_ext
+from aimet_ext.cli.windows import read_windows
 from aimet_ext.drawing.page import size
-from aimet_ext.errors import CorruptFileError, require
+from aimet_ext.errors import require
 from aimet_ext.files.folders import check_output, replace_folder, write_json
 from aimet_ext.files.manifest import is_export, read_export, relist_files
 from aimet_ext.models.cache import model_name
@@ -38,9 +39,6 @@ REPORTS = "reports"
 
 RECIPE = "recipe.yaml"
 """Recipe that repeats the work, in the exported folder."""
-
-QUALITY_WINDOWS = 16
-"""Windows of text on which ``quantize`` measures its result."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +98,10 @@ def quantize(
         plan.batch_size,
         text_field=plan.text_field,
     )
-    held_out, described = held_out_text(tokenizer, calibration, batches, plan.text_field)
+    files = [calibration] if isinstance(calibration, Path) else calibration
+    used = dataclasses.replace(plan, files=[*map(str, files)])
+    found = read_windows(tokenizer, None, plan.seq_length, plan=used)
+    held_out = found.batches()
     check_ids(model_dir, model, [*batches, *held_out])
     with part(record, "score the float model"):
         quality: dict[str, Any] = {"float": aimet_ext.evaluate_perplexity(model, held_out)}
@@ -126,7 +127,7 @@ def quantize(
         divergences["quantized"] = aimet_ext.evaluate_divergence(sim, held_out, reference)
     quality["divergence"] = {name: dataclasses.asdict(d) for name, d in divergences.items()}
     quality |= {"windows": sum(map(len, held_out)), "seq_length": held_out[0].shape[1]}
-    quality["text"] = described
+    quality["text"] = found.text
     with replace_folder(output) as folder:
         with part(record, "export"):
             aimet_ext.export(sim, folder, PREFIX, batches[0][:1], hf_checkpoint=hf_checkpoint)
@@ -157,34 +158,6 @@ def _check_export(sim: Any, ids: Tensor) -> None:
             f"{error}. Nothing was quantized: the result could not be exported; "
             "--no-check-export quantizes all the same"
         ) from error
-
-
-def held_out_text(
-    tokenizer: PreTrainedTokenizerBase,
-    text: Path | Sequence[Path],
-    batches: Sequence[Tensor],
-    text_field: str | None,
-    size: int = 1,
-    count: int = QUALITY_WINDOWS,
-) -> tuple[list[Tensor], str]:
-    """Return windows of a text beyond those of the batches, and a description of them.
-
-    Where the text has no more, these are windows of the batches.
-
-    :param size: Windows of a batch returned, which divides those of the batches given.
-    :param count: Windows to return.
-    """
-    used, length = sum(map(len, batches)) // size, batches[0].shape[1]
-    more = max(1, count // size)
-    try:
-        windows = aimet_ext.calibration_batches(
-            tokenizer, text, length, used + more, size, text_field=text_field
-        )
-    except CorruptFileError:
-        raise
-    except ValueError:
-        return [batch[:size] for batch in batches[:more]], "the calibration text"
-    return windows[used:], "text that was not calibrated on"
 
 
 def analyze(

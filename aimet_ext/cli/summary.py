@@ -167,7 +167,7 @@ def quality_lines(quality: Mapping[str, Any]) -> str:
 
 
 def next_command(model: Path, output: Path, recipe: Recipe) -> str:
-    """Return the command that checks what ``quantize`` wrote, on the text that it was given.
+    """Return the command that checks what ``quantize`` wrote, on the text that it scored.
 
     What no HTP computes, with float activations or sizes that are free, is scored instead.
 
@@ -186,7 +186,4 @@ def next_command(model: Path, output: Path, recipe: Recipe) -> str:
         scored = ["evaluate", str(output), *reference] if on_text else ["inspect", str(output)]
         return shlex.join(["aimet-ext", *scored])
     words = ["aimet-ext", "verify", str(output), "--target", target_of(output).name]
-    if on_text:
-        words += ["--text", plan.files[0]]
-        words += ["--text-field", plan.text_field] if plan.text_field else []
     return shlex.join([*words, *([] if is_graph(model) else reference)])

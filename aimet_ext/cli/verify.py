@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-import aimet_ext
 from aimet_ext.cli.options import TEXTS, Export, TextField, Tokenizer, model_path
 from aimet_ext.cli.output import Result
+from aimet_ext.cli.windows import MOST, Windows, absent_files, plan_of, read_windows
 
 EPILOG = """\b
 Examples:
-  aimet-ext verify ./llama-w4 --text held_out.txt --reference ./llama
+  aimet-ext verify ./llama-w4 --reference ./llama
 \b
   Keep the QDQ model, the context binary and the report:
-    aimet-ext verify ./llama-w4 --target sm8650 --text held_out.txt --output ./llama-sm8650
+    aimet-ext verify ./llama-w4 --target sm8650 --output ./llama-sm8650
 \b
   For other programs:
     aimet-ext verify ./llama-w4 --text held_out.txt --json | jq .passed
@@ -37,13 +37,18 @@ def verify(
         typer.Option(
             exists=True,
             dir_okay=False,
-            show_default="made-up tokens",
+            show_default="what quantize scored on, or else made-up tokens",
             help=f"Text to run on, of which the target's own ranges come too: {TEXTS}.",
         ),
     ] = None,
     text_field: TextField = None,
     tokenizer: Tokenizer = None,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of text to compare on.")] = 4,
+    windows: Annotated[
+        int,
+        typer.Option(
+            min=1, help=f"Windows of text to compare on: the first of the {MOST} of quantize."
+        ),
+    ] = 4,
     calibration_windows: Annotated[
         int, typer.Option(min=1, help="Windows of text to calibrate on, those included.")
     ] = 16,
@@ -68,34 +73,33 @@ def verify(
     from aimet_ext.cli import jobs
     from aimet_ext.verification.verify import verify as run
 
-    most = max(windows, calibration_windows)
+    found = _windows(folder, text, text_field, tokenizer, max(windows, calibration_windows))
+    batches = None if found is None else [*found.unseen, *found.seen]
+    compared = windows if found is None else min(windows, len(found.scored))
     report = run(
         folder,
-        None if text is None else _batches(folder, text, text_field, tokenizer)[:most],
+        None if batches is None else batches[: max(compared, calibration_windows)],
         target=target,
         output=output,
         reference=None if reference is None else jobs.load_model(reference)[0],
-        windows=windows,
+        windows=compared,
+        text="" if found is None else found.text,
     )
     return Result(str(report), report.to_json(), passed=report.passed)
 
 
-def _batches(folder: Path, text: Path, field: str | None, tokenizer: Path | None) -> list[Any]:
-    """Return windows of the length that a folder's model was exported with.
-
-    Of the text that it was calibrated on, windows that no technique saw come first.
-    """
-    from aimet_ext.cli import jobs
-    from aimet_ext.cli.evaluate import plan_of
+def _windows(
+    folder: Path, text: Path | None, field: str | None, tokenizer: Path | None, most: int
+) -> Windows | None:
+    """Return windows of the length that a model was exported with, None where there is no text."""
+    from aimet_ext.cli.jobs import load_tokenizer
     from aimet_ext.files.manifest import read_export
     from aimet_ext.verification.verify import exported_length
 
+    plan = plan_of(folder)
+    if text is None and (plan is None or absent_files(plan)):
+        return None
     prefix = read_export(folder, verify=False)["prefix"]
     length = exported_length(folder / f"{prefix}.onnx")
-    read = jobs.load_tokenizer(tokenizer or folder)
-    found = aimet_ext.calibration_batches(read, text, length, None, text_field=field)
-    plan = plan_of(folder)
-    if plan is None or text.resolve() not in [Path(file).resolve() for file in plan.files]:
-        return found
-    seen = -(-plan.num_batches * plan.batch_size * plan.seq_length // (length * len(plan.files)))
-    return [*found[seen:], *found[:seen]]
+    read = load_tokenizer(tokenizer or folder)
+    return read_windows(read, text, length, plan=plan, text_field=field, most=most)

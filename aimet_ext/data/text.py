@@ -56,8 +56,7 @@ def calibration_batches(
         optional = name == "num_batches" and number is None
         if not optional and (type(number) is not int or number < 1):
             raise ValueError(f"{name} must be an integer of at least 1, got {number!r}")
-    own = (getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
-    start = next((token for token in (bos_token_id, *own) if token is not None), None)
+    start = _start(tokenizer) if bos_token_id is None else bos_token_id
     wanted = None if num_batches is None else num_batches * batch_size
     files = _files(text_or_path)
     if wanted is not None and wanted < len(files):
@@ -66,19 +65,61 @@ def calibration_batches(
             "files; ask for more, or give fewer files"
         )
     parts: list[Tensor] = []
-    for number, file in enumerate(files or [None]):
+    sources: list[Path | None] = [*files] or [None]
+    counts = [None] * len(sources) if wanted is None else shares(wanted, len(sources))
+    for file, share in zip(sources, counts, strict=True):
         documents: Any = text_or_path if file is None else _read(tokenizer, file, text_field)
         documents = [documents] if isinstance(documents, str) else documents
-        share = None if wanted is None else len(range(number, wanted, max(1, len(files))))
         windows = _windows(tokenizer, documents, start, seq_length, share)
         if not len(windows) or (share is not None and len(windows) < share):
-            raise _too_little(len(windows), share, seq_length, file if len(files) > 1 else None)
+            raise too_little(len(windows), share, seq_length, file if len(files) > 1 else None)
         parts.append(windows)
     if len(files) > 1:
         parts = parts if wanted else [part[: min(map(len, parts))] for part in parts]
-        shares = (f"{len(part)} of {file}" for part, file in zip(parts, files, strict=True))
-        _log.info("windows of %d tokens: %s", seq_length, ", ".join(shares))
-    return list(_in_turn(parts).split(batch_size))
+        taken = (f"{len(part)} of {file}" for part, file in zip(parts, files, strict=True))
+        _log.info("windows of %d tokens: %s", seq_length, ", ".join(taken))
+    return list(in_turn(parts).split(batch_size))
+
+
+def file_windows(
+    tokenizer: Any, file: Path, seq_length: int, most: int, *, text_field: str | None = None
+) -> Tensor:
+    """Return the first windows of a file as :func:`calibration_batches` cuts it.
+
+    :param most: Most windows; fewer where the file has no more, none too.
+    :returns: ids, shape [windows, seq_length].
+    """
+    documents = _read(tokenizer, file, text_field)
+    return _windows(tokenizer, documents, _start(tokenizer), seq_length, most)
+
+
+def shares(wanted: int, files: int) -> list[int]:
+    """Return how many windows each of several files gives, in turn."""
+    return [len(range(number, wanted, files)) for number in range(files)]
+
+
+def in_turn(parts: Sequence[Tensor]) -> Tensor:
+    """Join windows [windows, seq]: the first of each part, then the second."""
+    order = [
+        (part, row) for row in range(max(map(len, parts))) for part in parts if row < len(part)
+    ]
+    return torch.stack([part[row] for part, row in order]) if order else parts[0]
+
+
+def too_little(got: int, wanted: int | None, length: int, file: Path | None) -> ValueError:
+    """Return the error of a text that has fewer windows than are wanted."""
+    place = "" if file is None else f"{file}, whose share is equal to that of each other file: "
+    return ValueError(
+        f"{place}text for {wanted or 1} windows of {length} tokens is required "
+        f"(num_batches × batch_size), got enough for {got}; "
+        "give more text, or ask for fewer or shorter windows"
+    )
+
+
+def _start(tokenizer: Any) -> int | None:
+    """Return the token before each document."""
+    own = (getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
+    return next((token for token in own if token is not None), None)
 
 
 def _files(source: Any) -> list[Path]:
@@ -114,22 +155,6 @@ def _read(tokenizer: Any, file: Path, field: str | None) -> Iterable[str]:
         return text.removeprefix(getattr(tokenizer, "bos_token", None) or "")
 
     return read_documents(file, render, field)
-
-
-def _too_little(got: int, wanted: int | None, length: int, file: Path | None) -> ValueError:
-    place = "" if file is None else f"{file}, whose share is equal to that of each other file: "
-    return ValueError(
-        f"{place}text for {wanted or 1} windows of {length} tokens is required "
-        f"(num_batches × batch_size), got enough for {got}; "
-        "give more text, or ask for fewer or shorter windows"
-    )
-
-
-def _in_turn(parts: Sequence[Tensor]) -> Tensor:
-    """Join windows: the first of each part, then the second."""
-    longest = max(map(len, parts))
-    order = [(part, row) for row in range(longest) for part in parts if row < len(part)]
-    return torch.stack([part[row] for part, row in order])
 
 
 def _windows(

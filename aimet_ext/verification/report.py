@@ -246,9 +246,11 @@ class VerifyReport:
     def _weakest(self) -> list[str]:
         if not self.layers:
             return []
-        weakest = sorted(self.layers, key=lambda layer: layer.sqnr_db)[:_LAYERS_SHOWN]
-        shown = [layer for layer in self.layers if layer in weakest]
-        head = f"weakest {len(shown)} of {len(self.layers)} operators, in order:"
+        shown = sorted(self.layers, key=lambda layer: layer.sqnr_db)[:_LAYERS_SHOWN]
+        head = (
+            f"weakest {len(shown)} of {len(self.layers)} operators, on the first window, against "
+            "the ONNX sim:"
+        )
         return [head, *(f"  {layer.sqnr_db:7.1f} dB  {layer.name}" for layer in shown)]
 
 

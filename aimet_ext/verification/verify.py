@@ -49,6 +49,7 @@ def verify(
     windows: int = 4,
     thresholds: Thresholds | None = None,
     kv_bitwidth: int | None = None,
+    text: str = "",
     progress: bool = True,
 ) -> VerifyReport:
     """Compare an export with the numbers that the target's processor computes.
@@ -77,6 +78,7 @@ def verify(
     :param windows: Number of batches of the exported shape to compare on.
     :param thresholds: Limits; None: the defaults of :class:`Thresholds`.
     :param kv_bitwidth: Bits of keys and values that are kept between calls; None: as the others.
+    :param text: Description of the data, for the report.
     :param progress: Show a progress bar.
     :returns: The report; ``report.passed`` is the verdict.
     :raises FileNotFoundError: there is no export at ``path``.
@@ -106,7 +108,7 @@ def verify(
         report = replace(blank, steps=(first, *_not_run(_STEPS)), findings=tuple(findings))
         with _work_folder(output) as work:
             return _finish(work, report) if output is not None else report
-    feeds, data = _feeds(folder, dataloader, windows)
+    feeds, data = _feeds(folder, dataloader, windows, text)
     with _work_folder(output) as work:
         run = Verification(
             folder,
@@ -214,16 +216,26 @@ def _not_run(steps: Any) -> list[StepResult]:
     return [StepResult(name=name, status="not run") for name, _ in steps]
 
 
-def _feeds(folder: Path, dataloader: Any, windows: int) -> tuple[list[Feed], str]:
+def _feeds(folder: Path, dataloader: Any, windows: int, text: str) -> tuple[list[Feed], str]:
     """Return inputs of the exported graph, and their description."""
     manifest = read_manifest(folder, verify=False)
     inputs = read_input_specs(folder / f"{manifest['prefix']}.onnx")
     if dataloader is not None:
         feeds = graph_feeds(dataloader, inputs)
-        compared = min(windows, len(feeds))
-        return feeds, f"{len(feeds)} batches to calibrate with, {compared} to compare on"
+        return feeds, _described(feeds, windows, text)
     feeds = random_feeds(inputs, windows, _vocabulary(folder))
     return feeds, f"{windows} batches of made-up inputs; pass data for figures that mean something"
+
+
+def _described(feeds: list[Feed], windows: int, text: str) -> str:
+    """Return what is compared, of which text, and what calibrates."""
+    ids, count = feeds[0].get("input_ids"), min(windows, len(feeds))
+    kind = "batches" if ids is None else f"windows of {ids.shape[1]} tokens"
+    more, of = (1 if ids is None else len(ids)), f" of {text}" * bool(text)
+    return (
+        f"compared on {count * more} {kind}{of}; {len(feeds) * more} calibrate what only the "
+        "target quantizes"
+    )
 
 
 def _vocabulary(folder: Path) -> int:
