@@ -306,7 +306,7 @@ def _replace(
             node = places.get(use.node)
             if node is None:
                 continue
-            other = layers[name].kind == "other"
+            other = layers[name].kind == "other" or bool(layers[name].directions)
             turned = not other and _is_turned(node)
             own = f"replaced_weight_{number}{'_turned' if turned else ''}"
             if other:
@@ -314,7 +314,10 @@ def _replace(
             else:
                 node.input[_WEIGHT_INPUT[node.op_type]] = own
             if own not in arrays:
-                arrays[own] = torch_array((weight.T if turned else weight).contiguous().cpu())
+                values = weight.T if turned else weight
+                if directions := layers[name].directions:
+                    values = weight.reshape(directions, -1, weight.shape[1])
+                arrays[own] = torch_array(values.contiguous().cpu())
                 model.graph.initializer.append(_declared(own, arrays[own]))
     return arrays
 

@@ -54,6 +54,9 @@ class OnnxLayer:
     :param auto_pad: ``NOTSET`` where ``pads`` count.
     :param output_padding: one number per spatial dimension of a transposed convolution, whose
         weight is ``[in, out / group, *kernel]`` as in torch; None for all else.
+    :param directions: number of directions of a recurrent node, whose stored weight is
+        ``[directions, out, in]``, and as that of a module has them one above the other; 0 for all
+        else.
     """
 
     name: str
@@ -69,6 +72,7 @@ class OnnxLayer:
     group: int = 1
     auto_pad: str = "NOTSET"
     output_padding: tuple[int, ...] | None = None
+    directions: int = 0
 
     @property
     def channel_axis(self) -> int:
@@ -164,7 +168,7 @@ def node_names(graph: OnnxGraph, layers: Mapping[str, OnnxLayer]) -> dict[str, s
     """Name of the layer by the name of any of its nodes, those that AIMET fused among them."""
     names: dict[str, str] = {}
     for name, layer in layers.items():
-        for use in layer.uses:
+        for use in layer.uses if not layer.directions else ():
             for index in (use.node, use.add):
                 if index is not None and graph.nodes[index].name:
                     names[graph.nodes[index].name] = name
@@ -289,7 +293,7 @@ def _found(
     """Return the layer of a node that reads a tensor, and of the Add of its bias."""
     last = graph.nodes[index if add is None else add]
     use = Use(node=index, input=source, output=last.output[0], add=add)
-    name = _name(graph.nodes[index], weight)
+    name = layer_name(graph.nodes[index], weight)
     return OnnxLayer(name=name, kind=kind, uses=(use,), weight=weight, **fields)
 
 
@@ -370,15 +374,25 @@ def _joined(graph: OnnxGraph, first: OnnxLayer, more: OnnxLayer) -> OnnxLayer:
     return replace(first, uses=uses, bias=None)
 
 
-def _name(node: NodeProto, weight: str) -> str:
+def layer_name(node: NodeProto, weight: str) -> str:
     """Return the name of a layer, such that a module of torch can have it."""
     pieces = (node.name or weight).split(".")
     return ".".join(f"{p}_" if not p or p in _TAKEN else p for p in pieces)
 
 
+def weight_shape(graph: OnnxGraph, layer: OnnxLayer) -> tuple[int, ...]:
+    """Return the shape of a layer's weight as a module of torch has it."""
+    shape = graph.shape(layer.weight)
+    if layer.directions:
+        return (shape[0] * shape[1], shape[2], *layer.kernel)
+    return shape[::-1] if layer.transposed else shape
+
+
 def stored_weight(graph: OnnxGraph, layer: OnnxLayer) -> Tensor:
     """Return a copy of a layer's weight as a module of torch has it."""
     weight = graph.tensor(layer.weight)
+    if layer.directions:
+        return weight.reshape(weight_shape(graph, layer))
     return weight.mT.contiguous() if layer.transposed else weight
 
 

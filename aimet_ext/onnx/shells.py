@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from aimet_ext.onnx.graph import OnnxGraph
-from aimet_ext.onnx.layers import OnnxLayer, stored_bias, stored_weight
+from aimet_ext.onnx.layers import OnnxLayer, stored_bias, stored_weight, weight_shape
 
 
 class _Shell(nn.Module):
@@ -28,8 +28,7 @@ class _Linear(_Shell, nn.Linear):
 
     def __init__(self, graph: OnnxGraph, layer: OnnxLayer) -> None:
         _Shell.__init__(self, graph, layer)
-        shape = graph.shape(layer.weight)
-        self.out_features, self.in_features = reversed(shape) if layer.transposed else shape
+        self.out_features, self.in_features = weight_shape(graph, layer)
 
 
 class _Embedding(_Shell, nn.Embedding):
@@ -52,7 +51,7 @@ class _Convolution(_Shell):
 
     def __init__(self, graph: OnnxGraph, layer: OnnxLayer) -> None:
         _Shell.__init__(self, graph, layer)
-        shape = graph.shape(layer.weight)
+        shape = weight_shape(graph, layer)
         self.out_channels, self.in_channels = shape[0], shape[1] * layer.group
         self.transposed = layer.output_padding is not None
         if self.transposed:

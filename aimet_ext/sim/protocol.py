@@ -33,6 +33,10 @@ _ADAPTORS = {
 }
 
 
+RECURRENT = "weights of recurrent layers are decided by layer-wise techniques alone"
+"""Reason why others leave them alone."""
+
+
 def carried(name: str) -> Any:
     """Return a property of an adaptor that AIMET's simulation carries, None before it is set.
 
@@ -210,6 +214,13 @@ class WeightQuantizers(Protocol):
                 f"{', '.join(missing)}; leave them out, or {self.how_to_quantize}"
             )
         return {name: found for name, found in every.items() if found is not None}
+
+    def recurrent_as_linear(self) -> AbstractContextManager[None]:
+        """Open a context in which the weights of recurrent layers are layers, as far as can be.
+
+        Before it and behind it they are none of :meth:`layer_names`. Names of layers that are
+        decided in it are known to the ledger.
+        """
 
     def other_quantizers(self) -> dict[str, WeightQuantizer]:
         """Return the quantizers of weights beside :meth:`weight_quantizers`, by other names."""

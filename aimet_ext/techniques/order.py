@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from aimet_ext.errors import some
 from aimet_ext.registry import Step
@@ -57,13 +58,14 @@ def _decided(adaptor: SimAdaptor, step: Step) -> Sequence[str]:
         return found
     if row.unit == "layer":
         most = step.settings.get("max_bitwidth", 8)
-        choice = choose_layers(
-            adaptor,
-            step.exclude,
-            technique=row.name,
-            max_bitwidth=most,
-            rounds=row.rounds or row.decides == "polish",
-        )
+        with nullcontext() if row.decides == "polish" else adaptor.recurrent_as_linear():
+            choice = choose_layers(
+                adaptor,
+                step.exclude,
+                technique=row.name,
+                max_bitwidth=most,
+                rounds=row.rounds or row.decides == "polish",
+            )
         return [quantizer.name for quantizer in choice.decided.values()]
     blocks = adaptor.find_blocks(None)
     if row.decides != "rotation":

@@ -53,6 +53,17 @@ class Trace:
             if node.op == "call_module"
         }
 
+    @cached_property
+    def last_use(self) -> dict[str, int]:
+        """Position of the last operation that computes with parameters of each module called."""
+        last = dict(self.last_call)
+        place = {node: position for position, node in enumerate(self.nodes)}
+        for node in self.nodes:
+            owner = str(node.target).rpartition(".")[0] if node.op == "get_attr" else ""
+            if owner in last:
+                last[owner] = max(last[owner], *(place[user] for user in node.users))
+        return last
+
     def call(self, layer: str) -> tuple[int, fx.Node]:
         """Return the position of a layer's call, and the node that gives its input."""
         for called, _ in self.places(layer):
@@ -242,6 +253,12 @@ class Executor(fx.Interpreter):
             return {node: self.env[node] for node in segment.kept}
         finally:
             self.env = {}
+
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return a constant, a weight that is read without its module as it was decided."""
+        owner, _, name = str(target).rpartition(".")
+        decided = self._weights.get(owner, {}).get(name)
+        return super().get_attr(target, args, kwargs) if decided is None else decided
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what a module computes with the weight decided for it."""

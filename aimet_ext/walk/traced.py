@@ -139,7 +139,7 @@ class GraphWalk(ModelWalk):
         self._segments += 1
         for own in self._weights.values():
             for name in list(own):
-                if all(trace.last_call[place] < stop for place, _ in self._places[name]):
+                if all(trace.last_use[place] < stop for place, _ in self._places[name]):
                     del own[name]
 
     def _placed(self, stream: str) -> Weights:

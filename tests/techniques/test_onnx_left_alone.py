@@ -33,18 +33,24 @@ FORMS: dict[str, tuple[list[tuple[Any, ...]], dict[str, Any]]] = {
         ],
         {"w": values(8, 8, 1), "to3": ints(1, 8, 16), "to2": ints(16, 8)},
     ),
-    "LSTM": (
+    "LSTM with lengths": (
         [
             ("Unsqueeze", ["x", "axis"], ["x3"]),
-            ("LSTM", ["x3", "w", "r"], ["h4"], {"hidden_size": 8}),
+            ("LSTM", ["x3", "w", "r", "", "lens"], ["h4"], {"hidden_size": 8}),
             ("Reshape", ["h4", "to2"], ["h"]),
         ],
-        {"w": values(1, 32, 8), "r": values(1, 32, 8, seed=2), "axis": ints(1), "to2": ints(16, 8)},
+        {
+            "w": values(1, 32, 8),
+            "r": values(1, 32, 8, seed=2),
+            "axis": ints(1),
+            "to2": ints(16, 8),
+            "lens": np.array([16], np.int32),
+        },
     ),
-    "GRU": (
+    "GRU with clip": (
         [
             ("Unsqueeze", ["x", "axis"], ["x3"]),
-            ("GRU", ["x3", "w", "r"], ["h4"], {"hidden_size": 8}),
+            ("GRU", ["x3", "w", "r"], ["h4"], {"hidden_size": 8, "clip": 4.0}),
             ("Reshape", ["h4", "to2"], ["h"]),
         ],
         {"w": values(1, 24, 8), "r": values(1, 24, 8, seed=2), "axis": ints(1), "to2": ints(16, 8)},

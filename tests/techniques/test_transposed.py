@@ -118,8 +118,11 @@ class Recurrent(nn.Module):
         return self.head(self.states(self.up(x).transpose(1, 2))[0])
 
 
-def test_recurrent_layers_are_named_and_scales_learnt_on_what_was_rounded():
-    """DWQ behind GPTQ reads and writes the weight of a transposed convolution as it lies there."""
+def test_scales_are_learnt_on_what_was_rounded():
+    """DWQ behind GPTQ reads and writes the weight of a transposed convolution as it lies there.
+
+    The weights of the recurrent layer, which it leaves alone, stay as GPTQ decided them.
+    """
     from aimet_torch import QuantizationSimModel
 
     torch.manual_seed(0)
@@ -127,9 +130,16 @@ def test_recurrent_layers_are_named_and_scales_learnt_on_what_was_rounded():
     batches = [torch.randn(8, 3, 6, generator=torch.Generator().manual_seed(n)) for n in range(4)]
     sim = QuantizationSimModel(model, batches[0], default_param_bw=3, default_output_bw=16)
     report = aimet_ext.apply_gptq(sim, batches, progress=False)
-    assert report.skipped == {"states": "recurrent layers are not supported"}
-    assert {layer.name for layer in report.layers} == {"up", "head"}
+    assert report.skipped == {}
+    states = {"states.weight_ih_l0", "states.weight_hh_l0"}
+    assert {layer.name for layer in report.layers} == {"up", *states, "head"}
+    weight, own = sim.model.states.weight_hh_l0, sim.model.states.param_quantizers["weight_hh_l0"]
+    decided = weight.detach().clone()
     codes = sim.model.up.weight.detach().unique().numel()
     learnt = aimet_ext.apply_dwq(sim, batches, reference=model, progress=False)
     assert learnt.after.kl < learnt.before.kl
+    assert (
+        list(learnt.skipped) == ["states"] and "layer-wise techniques" in learnt.skipped["states"]
+    )
+    assert torch.equal(weight, decided) and torch.equal(own(weight), decided)
     assert sim.model.up.weight.detach().unique().numel() == codes

@@ -14,7 +14,7 @@ from aimet_ext.data.batches import TARGET_IDS, TARGET_MASK, token_mask
 from aimet_ext.data.cache import ValueCache
 from aimet_ext.data.feeds import check_inputs
 from aimet_ext.onnx.graph import OnnxGraph, Part
-from aimet_ext.onnx.layers import OnnxLayer
+from aimet_ext.onnx.layers import OnnxLayer, weight_shape
 from aimet_ext.onnx.values import input_specs
 from aimet_ext.onnx.walk.schedule import PlannedStage, Section, plan_stages, plan_transitions
 from aimet_ext.walk.hooks import LayerOrder
@@ -117,8 +117,7 @@ class OnnxWalk(StagedWalk):
     def _checked(self, layer: str, weight: Tensor) -> Tensor:
         """Return a weight on the CPU, in the type of the stored one."""
         stored = self._all[layer]
-        shape = self._graph.shape(stored.weight)
-        shape = shape[::-1] if stored.transposed else shape
+        shape = weight_shape(self._graph, stored)
         if tuple(weight.shape) != shape:
             raise ValueError(
                 f"the weight of {layer!r} must be of shape {list(shape)}, got {list(weight.shape)}"

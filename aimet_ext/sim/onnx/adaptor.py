@@ -24,6 +24,7 @@ from aimet_ext.onnx.layers import (
     node_names,
     other_weights,
 )
+from aimet_ext.onnx.recurrent import OPERATORS, is_matrix_of, with_states
 from aimet_ext.onnx.shells import module_tree, shell
 from aimet_ext.onnx.values import input_specs
 from aimet_ext.sim.facts import SimFacts
@@ -40,7 +41,7 @@ from aimet_ext.sim.onnx.quantizers import (
     weight_quantizer_of,
 )
 from aimet_ext.sim.onnx.state import FloatState, rebuild_session
-from aimet_ext.sim.protocol import Range, SimAdaptor, WeightQuantizer, carried
+from aimet_ext.sim.protocol import RECURRENT, Range, SimAdaptor, WeightQuantizer, carried
 from aimet_ext.walk.passes import BlockPass, WalkOptions
 from aimet_ext.walk.walk import Streams, Walk
 
@@ -65,6 +66,7 @@ class OnnxSim(OnnxPoints, SimAdaptor):
         self.sim = sim
         self.parts: dict[str, OnnxPart] = {}
         self.copied: tuple[str, ...] = ()
+        self._helpers: frozenset[str] = frozenset()  # names of nodes that compute states
 
     @cached_property
     def graph(self) -> OnnxGraph:
@@ -237,13 +239,32 @@ class OnnxSim(OnnxPoints, SimAdaptor):
         named = {n: name for name, every in layer_aliases(self).items() for n in every}
         return {**named, **node_names(self.graph, self.layers)}
 
+    @contextmanager
+    def recurrent_as_linear(self) -> Iterator[None]:
+        if not any(node.op_type in OPERATORS for node in self.graph.nodes):
+            yield
+            return
+        names = ("graph", "layers", "others", "shells", "model")
+        before = {name: self.__dict__.pop(name) for name in names if name in self.__dict__}
+        self.graph, self.layers, self._helpers = with_states(before["graph"])
+        try:
+            yield
+        finally:
+            for name in names:
+                self.__dict__.pop(name, None)
+            self.__dict__.update(before)
+            self._helpers = frozenset()
+
     def unsupported_layers(self) -> dict[str, str]:
         found: dict[str, str] = {}
         for name in self.other_quantizers():
             for use in self.others[name].uses:
                 node = self.graph.nodes[use.node]
                 place = node.name or f"{node.op_type} of {node.output[0]}"
-                found[place] = f"{name} is quantized to nearest, not decided"
+                if is_matrix_of(node, self.others[name].weight):
+                    found[place] = RECURRENT
+                elif node.op_type not in OPERATORS and node.name not in self._helpers:
+                    found[place] = f"{name} is quantized to nearest, not decided"
         return {**found, **self.layers.skipped}
 
     def shared_weights(self) -> dict[str, list[str]]:

@@ -26,9 +26,9 @@ def layer_aliases(adaptor: OnnxSim) -> dict[str, tuple[str, ...]]:
     bodies, nodes, found = body_names(adaptor), readers(adaptor), {}
     for name, layer in adaptor.layers.items():
         names = [name, layer.weight]
-        for use in layer.uses:
+        for use in layer.uses if not layer.directions else ():
             names += [adaptor.graph.nodes[n].name for n in (use.node, use.add) if n is not None]
-        for node in nodes.get(layer.weight, ()):
+        for node in nodes.get(layer.weight, ()) if not layer.directions else ():
             names += [node.name, *bodies.get(node.domain, ())]
         names += [without_type(long) for long in names]
         names += [long.strip("/").replace("/", ".") for long in names]

@@ -459,6 +459,20 @@ class TransposedQuantizer(OnnxWeightQuantizer):
         return super()._cells(stored).reshape(self.shape)
 
 
+class RecurrentQuantizer(OnnxWeightQuantizer):
+    """The quantizer of a recurrent node's weight, seen as one matrix; AIMET gives it one range."""
+
+    def set_weight(self, values: Tensor) -> None:
+        super().set_weight(values.reshape(self.graph.shape(self.layer.weight)))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (1,) * (2 + len(self.layer.kernel))
+
+    def _cells(self, stored: Tensor) -> Tensor:
+        return stored.reshape(self.shape)
+
+
 def weight_quantizer_of(
     graph: OnnxGraph,
     layer: OnnxLayer,
@@ -471,6 +485,7 @@ def weight_quantizer_of(
     rows = not by_channel or (layer.group == 1 and not is_blockwise(quantizer))
     turned = layer.output_padding is not None and rows
     kind = TransposedQuantizer if turned else OnnxWeightQuantizer
+    kind = RecurrentQuantizer if layer.directions else kind
     return kind(layer.name, graph, layer, quantizer, changed, parameter)
 
 

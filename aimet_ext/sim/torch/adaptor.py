@@ -29,6 +29,7 @@ from aimet_ext.sim.torch.graph import Apart, write_graph
 from aimet_ext.sim.torch.places import Emptied
 from aimet_ext.sim.torch.points import TorchPoints, replaced_quantizers
 from aimet_ext.sim.torch.quantizers import TorchWeightQuantizer, weight_quantizer_of
+from aimet_ext.sim.torch.recurrent import as_linear, reason_to_leave
 from aimet_ext.sim.torch.state import (
     named_quantizers,
     quantizer_state,
@@ -218,14 +219,15 @@ class TorchSim(TorchPoints, SimAdaptor):
         original = self.original_names()
         return {original(name): name for name, _ in self.model.named_modules() if name}
 
+    def recurrent_as_linear(self) -> AbstractContextManager[None]:
+        return as_linear(self.model)
+
     def unsupported_layers(self) -> dict[str, str]:
         # What else is no layer is known by its type.
-        kinds: tuple[type[Any], ...] = (nn.RNNBase, nn.RNNCellBase)
         return {
-            name: "recurrent layers are not supported"
+            name: reason
             for name, module in self.sim.named_qmodules()
-            if isinstance(module, kinds)
-            and any(quantizer is not None for quantizer in module.param_quantizers.values())
+            if (reason := reason_to_leave(module)) is not None
         }
 
     def shared_weights(self) -> dict[str, list[str]]:

@@ -134,10 +134,22 @@ def run_on_layers(
         has beside them, to that report.
     :param only: Names of the layers to decide at most; None for all.
     """
+    adaptor = adapt(call.sim)
+    with adaptor.recurrent_as_linear():
+        return _run(call, adaptor, solver_class, run_class, reported, only)
+
+
+def _run(
+    call: Call[P],
+    adaptor: SimAdaptor,
+    solver_class: type[Solver[P]],
+    run_class: type[LayerwiseRun],
+    reported: Callable[..., R],
+    only: Collection[str] | None,
+) -> R:
     started = time.perf_counter()
     row, options, settings = call.row, call.options, call.params.to_dict()
     solver = solver_class(call.params, row.name, row.rounds)
-    adaptor = adapt(call.sim)
     choice = choose_layers(
         adaptor,
         call.modules_to_exclude,
