@@ -86,7 +86,8 @@ def create_sim(
         mapping or tuple of what the prepared model takes; what it leaves out, such as masks, gets
         no quantizers.
     :param weights: Spec of linear layers and convolutions inside the blocks; None leaves them
-        float. Transposed convolutions have one range a channel in place of blocks.
+        float. Transposed convolutions have one range a channel in place of blocks, and each matrix
+        of a recurrent layer has one range.
     :param lm_head: Spec of the output layer.
     :param embedding: Spec of the token embedding, a row is a channel. Where it shares its weight
         with the output layer both need the same spec, and they share the quantizer too. ``"auto"``
@@ -152,7 +153,15 @@ def create_sim(
         activations = QSpec(bitwidth=activations, symmetric=False)
     config = _config(config_file)
     in_place |= module is not given  # a copy already
-    sim = build_sim(module, dummy_input, plan.specs, activations, config, in_place=in_place)
+    sim = build_sim(
+        module,
+        dummy_input,
+        plan.specs,
+        activations,
+        config,
+        recurrent=weights,
+        in_place=in_place,
+    )
     left = _left_float(sim, plan, 1.0 if weights is None else allow_float)
     adapt(sim).settings = {
         **{name: _plain(spec) for name, spec in specs.items()},

@@ -258,3 +258,21 @@ def test_inside_of_repeated_blocks_and_behind_a_forward_function():
         assert report.cost["walk"] == walk
         losses.append([layer.loss_after for layer in report.layers])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_create_sim_gives_them_the_bits_of_weights():
+    """One range for each matrix, whatever the granularity; float where weights are."""
+    from aimet_ext import Blockwise, QSpec
+
+    model, spec = Tagger("LSTM").eval(), QSpec(bitwidth=4, granularity=Blockwise(4))
+    sim = aimet_ext.create_sim(model, DATA[0], weights=spec, activations=None)
+    held = sim.model.rnn.param_quantizers
+    weights = matrices(model.rnn)
+    assert {(tuple(held[name].shape), held[name].bitwidth) for name in weights} == {((), 4)}
+    assert all(held[name] is None for name in held if name not in weights)
+    plain = error(sim, model)
+    report = aimet_ext.apply_gptq(sim, DATA, progress=False)
+    assert len(report.layers) == 9 and error(sim, model) < plain
+    sim = aimet_ext.create_sim(model, DATA[0], weights=None, lm_head=None, allow_float=1.0)
+    held = sim.model.rnn.param_quantizers
+    assert all(held[name] is None for name in weights) and held["bias_ih_l0"].bitwidth == 16

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ def build_sim(
     activations: QSpec | None,
     config: str | Mapping[str, Any],
     *,
+    recurrent: QSpec | None = None,
     in_place: bool = False,
     ranges: bool = True,
 ) -> QuantizationSimModel:
@@ -60,6 +62,8 @@ def build_sim(
         float.
     :param activations: Spec of every input and output quantizer, None for float.
     :param config: Alias or path of AIMET's configuration file, or its content.
+    :param recurrent: Spec of the matrices of recurrent layers but its granularity: each has one
+        range, as AIMET gives it on both frameworks.
     :param ranges: False if ranges are loaded next: AIMET looks for a 16-bit grid for seconds.
     """
     narrow = activations is not None and activations.bitwidth <= _NARROW
@@ -89,7 +93,12 @@ def build_sim(
     weights = {name: spec for name, spec in weights.items() if name not in dead}
     _set_activations(sim, activations)
     _share_ranges(sim)
-    _set_weights(sim, weights, keep_others=activations is not None, ranges=ranges)
+    _set_weights(sim, weights, keep_others=activations is not None)
+    _set_recurrent(sim, recurrent, dead)
+    if ranges:
+        with quiet():
+            for module in sim.qmodules():
+                module.compute_param_encodings()
     return sim
 
 
@@ -204,7 +213,6 @@ def _set_weights(
     weights: Mapping[str, QSpec | None],
     *,
     keep_others: bool,
-    ranges: bool,
 ) -> None:
     made: dict[int, nn.Module | None] = {}  # tied weights share one quantizer
     for name, layer in sim.model.named_modules():
@@ -221,9 +229,20 @@ def _set_weights(
         elif not keep_others:
             for parameter in layer.param_quantizers:
                 layer.param_quantizers[parameter] = None
-        if ranges:
-            with quiet():
-                layer.compute_param_encodings()
+
+
+def _set_recurrent(sim: QuantizationSimModel, spec: QSpec | None, dead: Collection[str]) -> None:
+    """Give each matrix of a recurrent layer one range.
+
+    :param dead: Modules that the model does not call.
+    """
+    own = None if spec is None else replace(spec, granularity=PerTensor())
+    for name, module in sim.named_qmodules():
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase) and name not in dead:
+            held: Any = module.param_quantizers
+            for key in [key for key in held if key.startswith("weight")]:
+                weight = getattr(module, key)
+                held[key] = None if own is None else weight_quantizer_for(own, weight)
 
 
 @contextmanager
