@@ -82,7 +82,8 @@ def _quality(report: dict[str, Any]) -> dict[str, Any]:
         return {}
     lowest = min(found, key=lambda name: found[name])
     layers = report.get("layers", ())
-    units = "weights" if any("noise" in each for each in layers) else "layers' outputs"
+    of_weights = any("noise" in each for each in layers)
+    units = "weights" if of_weights else "layers' outputs, with the errors that come in"
     return {
         "units": units if layers else "blocks' outputs",
         "median_sqnr_db": statistics.median(found.values()),

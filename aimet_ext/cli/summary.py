@@ -139,9 +139,9 @@ def _quality(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def technique_lines(reports: Mapping[str, Any]) -> list[str]:
     """Return the outcome of techniques: a summary, the worst layers, and what was noted."""
     from aimet_ext.reporting.techniques import technique_notes, technique_results
-    from aimet_ext.reporting.text import remarks, technique
+    from aimet_ext.reporting.text import remarks, techniques
 
-    lines = [line for result in technique_results(reports) for line in technique(result)]
+    lines = techniques(technique_results(reports))
     said = (technique_notes(reports, kind) for kind in ("notes", "infos"))
     return [*lines, *remarks(*said)]
 

@@ -358,6 +358,14 @@ def offered() -> list[str]:
     return [row.name for row in rows if row.decides != "grids"]
 
 
+def preset_settings(technique: str, preset: str) -> Mapping[str, Any]:
+    """Return the settings that a preset of a technique stands for; empty where it has none."""
+    found: Mapping[str, Any] = {}
+    if technique in TECHNIQUES:
+        found = load(TECHNIQUES[technique].params).presets.get(preset, {})
+    return found
+
+
 def check_turns(names: Sequence[str]) -> None:
     """Refuse an order of techniques that would fail in the middle of the work.
 

@@ -9,7 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from aimet_ext.config import PRESETS
 from aimet_ext.files.folders import replace_file
+from aimet_ext.recipes.recipe import preset_settings
 from aimet_ext.reporting.parts import STATES, Phase, share_at_edges
 from aimet_ext.reporting.run_report import RunReport
 
@@ -67,8 +69,8 @@ class RunComparison:
     @cached_property
     def settings(self) -> list[tuple[str, str, str]]:
         """Name and both values of each setting, version or fact of the machine that differs."""
-        both = set.intersection(*({each.name for each in run.techniques} for run in self.runs))
-        one, other = (dict(_flat(_settings(run, both))) for run in self.runs)
+        one = dict(_flat(_settings(self.first, self.second)))
+        other = dict(_flat(_settings(self.second, self.first)))
         return [
             (name, one.get(name, "–"), other.get(name, "–"))
             for name in dict.fromkeys([*one, *other])
@@ -158,10 +160,10 @@ class RunComparison:
         replace_file(path, comparison_page(self).encode())
 
 
-def _settings(run: RunReport, techniques: set[str]) -> dict[str, Any]:
+def _settings(run: RunReport, other: RunReport) -> dict[str, Any]:
     """Return the settings of a run without what is said elsewhere: grids of layers, by layer.
 
-    :param techniques: Techniques whose settings are of interest: those that both runs have.
+    :param other: Run to compare with: settings of a technique that it lacks are of no interest.
     """
     recipe = {key: value for key, value in (run.recipe or {}).items() if key != "overrides"}
     # A recipe says what create_sim was called with.
@@ -169,13 +171,43 @@ def _settings(run: RunReport, techniques: set[str]) -> dict[str, Any]:
     return {
         "model": run.model,
         "techniques": ", then ".join(result.name for result in run.techniques),
-        "settings of": {r.name: r.settings for r in run.techniques if r.name in techniques},
+        **_technique_settings(run, other),
         "recipe": {key: value for key, value in recipe.items() if key != "techniques"},
         "settings": own,
         "text": run.quality and run.quality.measured_on,
         "versions": run.versions,
         "machine": run.machine,
     }
+
+
+def _given(run: RunReport) -> dict[str, Mapping[str, Any]]:
+    """Return the settings of techniques that the recipe of a run gives, presets among them."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for each in (run.recipe or {}).get("techniques", ()):
+        found |= each if isinstance(each, Mapping) else {each: {}}
+    return found
+
+
+def _technique_settings(run: RunReport, other: RunReport) -> dict[str, dict[str, Any]]:
+    """Return the settings of the techniques that two runs have, those of the first run.
+
+    Where the presets differ these are named, and what follows from them is left out.
+    """
+    both = {each.name for each in other.techniques}
+    one, two, found = _given(run), _given(other), {}
+    for result in run.techniques:
+        if result.name not in both:
+            continue
+        own, others = one.get(result.name, {}), two.get(result.name, {})
+        names = [each.get("preset", PRESETS[1]) for each in (own, others)]
+        settings = dict(result.settings)
+        if names[0] != names[1]:
+            implied = {key for name in names for key in preset_settings(result.name, name)}
+            implied -= {*own, *others}
+            settings = {k: v for k, v in settings.items() if k not in implied}
+            settings["preset"] = names[0]
+        found[result.name] = settings
+    return found
 
 
 def _same_windows(one: RunReport, other: RunReport) -> bool:
@@ -194,10 +226,10 @@ def _same_windows(one: RunReport, other: RunReport) -> bool:
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Yield plain values by dotted names."""
+    """Yield plain values by names, each behind those of what it is in."""
     if isinstance(value, Mapping) and value:
         for key, each in value.items():
-            yield from _flat(each, f"{name}.{key}" if name else str(key))
+            yield from _flat(each, f"{name} {key}" if name else str(key))
     elif value not in ({}, None):
         yield name, str(value)
 

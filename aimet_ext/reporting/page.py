@@ -11,6 +11,7 @@ from aimet_ext.drawing.page import bars, render, trusted
 from aimet_ext.reporting.comparison import RunComparison
 from aimet_ext.reporting.parts import STATES, TechniqueResult, WeightUse, share_at_edges
 from aimet_ext.reporting.run_report import RunReport
+from aimet_ext.reporting.text import grids, measured
 
 MOST_ROWS = figures.MOST_UNITS
 """Layers that a page lists; of a larger model the ones that are worst off, in their order."""
@@ -29,7 +30,11 @@ def run_page(run: RunReport) -> str:
         "run.html",
         run=run,
         states=STATES,
-        techniques=[_technique(i, result) for i, result in enumerate(run.techniques)],
+        techniques=[
+            {**_technique(i, result), "later": [r.name for r in run.techniques[i + 1 :]]}
+            for i, result in enumerate(run.techniques)
+        ],
+        grids=grids(run.weights),
         weights=_weights(run.weights),
         pareto=_pareto(run),
         recipe=_recipe(run),
@@ -63,7 +68,9 @@ def comparison_page(found: RunComparison) -> str:
         note=found.note,
         settings=found.settings[:MOST_ROWS],
         grids=found.grids[:MOST_ROWS],
-        measures=found.measures,
+        measures=[
+            (name, measured(name, a), measured(name, b), a, b) for name, a, b in found.measures
+        ],
         losses=losses,
         phases=found.phases,
     )

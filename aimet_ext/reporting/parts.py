@@ -48,6 +48,7 @@ class UnitResult:
     :param name: Name of the layer, block or tensor.
     :param rounding: Loss of plain rounding, or the loss before; None if there is none.
     :param result: Loss as deployed.
+    :param upstream: Part of either loss that the units before it cause; None if it is not known.
     :param sqnr_db: SQNR as deployed, in dB; None if it is not known.
     :param grid: Grid of the weight, or what became of the unit.
     :param seconds: Seconds of work.
@@ -56,6 +57,7 @@ class UnitResult:
     name: str
     rounding: Number | None = None
     result: Number | None = None
+    upstream: Number | None = None
     sqnr_db: Number | None = None
     grid: str = ""
     seconds: float = 0.0
@@ -66,6 +68,16 @@ class UnitResult:
         if self.rounding is None or self.result is None or not self.rounding > 0:
             return None
         return self.result / self.rounding
+
+    @property
+    def own(self) -> float | None:
+        """Loss as deployed less that of the units before it, None if that is not known.
+
+        It is negative where the unit makes up for some of theirs.
+        """
+        if self.result is None or self.upstream is None:
+            return None
+        return self.result - self.upstream
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -94,7 +106,10 @@ class TechniqueResult:
         return [unit.share for unit in self.units if unit.share is not None]
 
     def worst(self, count: int = 1) -> list[UnitResult]:
-        """Return units with the lowest SQNR, or else the highest share; none without either."""
+        """Return units with the highest loss of their own, or else the lowest SQNR, or share."""
+        known = [unit for unit in self.units if unit.own is not None]
+        if known:
+            return sorted(known, key=lambda unit: -(unit.own or 0.0))[:count]
         known = [unit for unit in self.units if unit.sqnr_db is not None]
         if known:
             return sorted(known, key=lambda unit: unit.sqnr_db or 0.0)[:count]
@@ -159,6 +174,17 @@ def share_at_edges(uses: Sequence[WeightUse]) -> float | None:
     """Return the share of all weights at the ends of their grids, None where none was counted."""
     counted = sum(use.counted for use in uses)
     return sum(use.at_edges * use.counted for use in uses) / counted if counted else None
+
+
+def bits_by_grid(uses: Sequence[WeightUse]) -> list[tuple[str, float, float]]:
+    """Return each grid with its share of all weights, and bits of a weight with scales on it."""
+    total = sum(use.weights for use in uses)
+    found = []
+    for grid in dict.fromkeys(use.grid for use in uses):
+        alike = [use for use in uses if use.grid == grid]
+        count = sum(use.weights for use in alike)
+        found.append((grid, count / total, sum(use.bits for use in alike) / count))
+    return sorted(found, key=lambda each: -each[1])
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -40,6 +40,7 @@ class Recorder:
         self.phases: list[Phase] = []
         self.warnings: list[str] = []
         self._open = 0
+        self._started = time.perf_counter()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -62,6 +63,13 @@ class Recorder:
                     gpu_memory_bytes=watch.most_on_gpu,
                 )
             )
+
+    def add_rest(self) -> None:
+        """Add the time since the recorder was made that no part took, as a part of its own."""
+        passed = time.perf_counter() - self._started
+        rest = passed - sum(phase.seconds for phase in self.phases)
+        if rest > 0:
+            self.phases.append(Phase(name="the rest", seconds=rest))
 
     def note(self, text: str) -> None:
         """Keep a warning, each text once."""

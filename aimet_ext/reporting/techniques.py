@@ -69,6 +69,7 @@ def _(report: LayerwiseReport) -> dict[str, Any]:
             name=layer.name,
             rounding=_share(layer.loss_nearest, layer.signal),
             result=_share(layer.loss_after, layer.signal),
+            upstream=_share(layer.loss_upstream, layer.signal),
             sqnr_db=layer.sqnr_db,
             grid=f"{layer.bitwidth} bits, {layer.spec}",
             seconds=layer.seconds,
@@ -132,7 +133,7 @@ def _(report: ActivationRangesReport) -> dict[str, Any]:
         )
         for entry in report.ranges
     )
-    numbers = {"KL before": report.kl_before, "KL after": report.kl_after}
+    numbers = {"KL, before": report.kl_before, "KL, after": report.kl_after}
     measure = "divergence of the outputs, or error of the block's output, with this range"
     return {"measure": measure, "numbers": numbers, **_units(units, "range")}
 

@@ -8,7 +8,15 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from aimet_ext.drawing.page import duration, number, percent, size
-from aimet_ext.reporting.parts import STATES, Quality, StateName, StateQuality, TechniqueResult
+from aimet_ext.reporting.parts import (
+    STATES,
+    Quality,
+    StateName,
+    StateQuality,
+    TechniqueResult,
+    WeightUse,
+    bits_by_grid,
+)
 
 if TYPE_CHECKING:
     from aimet_ext.reporting.comparison import RunComparison
@@ -16,6 +24,7 @@ if TYPE_CHECKING:
 
 _WIDTH = 100
 _MOST = 12  # rows of a list that are shown
+_MOST_GRIDS = 3
 _WORST = 3  # units of a technique that are named
 
 
@@ -24,12 +33,13 @@ def summary(run: RunReport) -> str:
     lines = [f"{run.model}, {run.created}, aimet-ext {run.versions.get('aimet-ext', '')}".strip()]
     if run.quality is not None:
         lines += quality_table(run.quality)
-    lines += [line for result in run.techniques for line in technique(result)]
+    lines += techniques(run.techniques)
     if run.weights:
         worst = max(run.weights, key=lambda use: use.at_edges)
         lines += _folded(
-            f"weights: {len(run.weights)}, of {number(run.bits)} bits with scales; most at the "
-            f"edges of its grid: {percent(worst.at_edges)} of {worst.name}"
+            f"weights: {len(run.weights)}, of {number(run.bits)} bits with scales"
+            f"{grids(run.weights)}; most at the edges of its grid: {percent(worst.at_edges)} of "
+            f"{worst.name}"
         )
     if run.widths is not None:
         choices = ", ".join(f"{count} of {name}" for name, count in run.widths.choices.items())
@@ -52,6 +62,14 @@ def remarks(warnings: Sequence[str], infos: Sequence[str]) -> Iterator[str]:
             yield f"{mark}and {rest} more"
 
 
+def grids(uses: Sequence[WeightUse]) -> str:
+    """Return in brackets which grids the average bits are of; empty for one grid."""
+    found = bits_by_grid(uses)
+    parts = [f"{percent(share)} {name} of {number(bits)}" for name, share, bits in found]
+    more = f", {len(parts) - _MOST_GRIDS} more grids" * (len(parts) > _MOST_GRIDS)
+    return f" ({', '.join(parts[:_MOST_GRIDS])}{more})" if len(parts) > 1 else ""
+
+
 def comparison(found: RunComparison) -> str:
     """Return the differences of two runs as text."""
     lines = [
@@ -61,7 +79,9 @@ def comparison(found: RunComparison) -> str:
     lines += _section("settings that differ", ("", "A", "B"), found.settings)
     more = f", the first {_MOST} of {len(found.grids)}" * (len(found.grids) > _MOST)
     lines += _section(f"grids that differ{more}", ("", "A", "B"), found.grids[:_MOST])
-    shown = [(name, number(a), number(b), _change(a, b)) for name, a, b in found.measures]
+    shown = [
+        (name, measured(name, a), measured(name, b), _change(a, b)) for name, a, b in found.measures
+    ]
     lines += _section("measures", ("", "A", "B", "B to A"), shown)
     if found.note:
         lines += _folded(f"! {found.note}")
@@ -103,24 +123,56 @@ def quality_table(quality: Quality, words: Mapping[StateName, str] = STATES) -> 
         yield f"as deployed the loss is {times} times that of plain rounding of the weights alone"
 
 
-def technique(result: TechniqueResult) -> Iterator[str]:
-    """Yield the summary of a technique's outcome, and the units that are worst off."""
+def measured(name: str, value: float | None) -> str:
+    """Return a measure of a model: shares as percentages, other numbers as they are."""
+    return percent(value) if name.startswith("share of") else number(value)
+
+
+def techniques(results: Sequence[TechniqueResult]) -> Iterator[str]:
+    """Yield the summaries of techniques in order, each as it left the model to the later ones."""
+    for place, result in enumerate(results, 1):
+        yield from technique(result, [later.name for later in results[place:]])
+
+
+def technique(result: TechniqueResult, later: Sequence[str] = ()) -> Iterator[str]:
+    """Yield the summary of a technique's outcome, and the units that are worst off.
+
+    :param later: Techniques that followed, of which losses tell nothing.
+    """
     text = f"{result.name}: {duration(result.seconds)}"
+    if later and result.units:
+        text += f"; before {' and '.join(later)}"
     if shares := result.shares():
         text += (
             f"; losses of {len(shares)} {result.unit}s are {percent(median(shares))} of plain "
             "rounding's (median)"
         )
-    text += "".join(f"; {name} {number(value)}" for name, value in result.numbers.items())
+    text += "".join(f"; {line}" for line in _numbers(result.numbers))
     worst = result.worst(_WORST)
-    if by_ratio := any(unit.sqnr_db is not None for unit in worst):
+    if by_itself := any(unit.own is not None for unit in worst):
+        text += "; most of the output lost in a layer itself, and with what comes in:"
+    elif by_ratio := any(unit.sqnr_db is not None for unit in worst):
         text += "; lowest SQNR:"
     elif worst:
         text += "; highest losses:"
     yield from _folded(text)
     for unit in worst:
-        measure = f"{unit.sqnr_db:.1f} dB" if by_ratio else percent(unit.share)
+        if by_itself:
+            measure = f"{percent(unit.own):>7}  {percent(unit.result):>7}"
+        else:
+            measure = f"{unit.sqnr_db:.1f} dB" if by_ratio else percent(unit.share)
         yield f"  {measure:>8}  {unit.name}"
+
+
+def _numbers(numbers: Mapping[str, float]) -> Iterator[str]:
+    """Yield further measures, those before and after in one."""
+    for name, value in numbers.items():
+        what, _, when = name.rpartition(", ")
+        after = numbers.get(f"{what}, after")
+        if when == "before" and after is not None:
+            yield f"{what} {number(value)} to {number(after)}, {_change(value, after)}"
+        elif when != "after" or f"{what}, before" not in numbers:
+            yield f"{name} {number(value)}"
 
 
 def _section(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -39,6 +39,8 @@ def write_run(
                 "windows": quality["windows"],
                 "tokens": quality["seq_length"],
             }
+        if recorder := facts.get("recorder"):
+            recorder.add_rest()
         run = RunReport.of(sim, reports, **facts)
         run.save(folder / REPORT_JSON)
         name = REPORT_HTML

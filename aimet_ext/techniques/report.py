@@ -86,6 +86,8 @@ class LayerReport(UnitReport):
     :param bitwidth: Bits of its weight.
     :param loss_nearest: Loss of plain nearest rounding.
     :param loss_after: Loss as deployed.
+    :param loss_upstream: Part of either loss that the errors of the layers before it cause,
+        whatever its own weight; 0 where that is not told apart.
     :param signal: Mean square of the float output, likewise.
     :param rows_nearest: Output rows for which plain rounding was better and was kept.
     :param rows: Output rows.
@@ -113,6 +115,7 @@ class LayerReport(UnitReport):
     effective_tokens: float
     inputs: int
     storage: str
+    loss_upstream: float = 0.0
     leaned: float = 0.0
     expert: int | None = None
 

@@ -8,6 +8,7 @@ import logging
 import math
 import pathlib
 import sys
+import time
 import types
 import warnings
 from collections.abc import Callable
@@ -27,10 +28,12 @@ pytest.importorskip("aimet_torch")
 IDS = torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(0))
 
 
-def made(model: Any, techniques: dict[str, Any]) -> tuple[Any, dict[str, Any], RunReport]:
+def made(
+    model: Any, techniques: dict[str, Any], **grids: Any
+) -> tuple[Any, dict[str, Any], RunReport]:
     """Return a simulation, the reports of its techniques, and the report of the run."""
     recipe = aimet_ext.Recipe(
-        weights="int4", lm_head="int8", activations="none", techniques=techniques
+        weights="int4", lm_head="int8", activations="none", techniques=techniques, **grids
     )
     recorder = Recorder()
     sim = recipe.create_sim(model, IDS)
@@ -69,6 +72,23 @@ def test_losses_are_those_of_the_technique(gptq: Any) -> None:
         assert unit.rounding == layer.loss_nearest / layer.signal
         assert unit.share == pytest.approx(layer.loss_after / layer.loss_nearest)
     assert result.seconds == reports["gptq"].seconds
+
+
+def test_layers_are_named_by_what_they_lose_themselves(tiny_model: Callable[..., Any]) -> None:
+    """One of 8 bits behind layers of 4 bits has their errors in its loss, and adds none."""
+    _, _, run = made(tiny_model("llama"), {"gptq": {}}, overrides={"*.o_proj": "int8"})
+    result = run.techniques[0]
+    wide = [unit for unit in result.units if "o_proj" in unit.name]
+    narrow = [unit for unit in result.units if "o_proj" not in unit.name]
+    assert wide and max(u.own for u in wide) < 0.2 * max(u.own for u in narrow)
+    assert min(u.result for u in wide) > min(u.result for u in narrow)
+    assert not {unit.name for unit in wide} & {unit.name for unit in result.worst(3)}
+    assert result.worst()[0].own == max(unit.own for unit in result.units)
+    polished = {"KL held out, before": 0.1, "KL held out, after": 0.05}
+    later = TechniqueResult(name="dwq", numbers=polished)
+    shown = " ".join(str(dataclasses.replace(run, techniques=(result, later))).split())
+    for words in ("; before dwq; losses of", "; KL held out 0.1 to 0.05, -50.0%", " int8 of "):
+        assert words in shown
 
 
 def test_codes_and_scales_are_those_that_aimet_computes(gptq: Any) -> None:
@@ -253,6 +273,19 @@ def test_a_part_has_its_time_and_memory() -> None:
         assert large.memory_bytes - small.memory_bytes > 0.9 * 4 * held.numel()
 
 
+def test_parts_and_the_rest_are_all_the_time() -> None:
+    started = time.perf_counter()
+    recorder = Recorder()
+    with recorder.phase("one"):
+        time.sleep(0.02)
+    time.sleep(0.05)
+    recorder.add_rest()
+    passed = time.perf_counter() - started
+    run = RunReport(model="m", created="now", phases=tuple(recorder.phases))
+    assert [phase.name for phase in run.phases] == ["one", "the rest"]
+    assert run.phases[1].seconds >= 0.05 and run.seconds == pytest.approx(passed, abs=0.02)
+
+
 def test_warnings_are_kept_and_still_shown(caplog: pytest.LogCaptureFixture) -> None:
     recorder, shown = Recorder(), warnings.showwarning
     code = compile("import warnings\nwarnings.warn('old')", "/x/aimet_ext/y.py", "exec")
@@ -298,6 +331,30 @@ def test_two_runs_differ_in_what_differs(
     same = first.compare(first)
     assert same.settings == same.grids == []
     assert all(row.distance == 0 for rows in same.losses.values() for row in rows)
+
+
+def test_presets_that_differ_are_named_and_not_what_they_set(gptq: Any) -> None:
+    """But for settings that a recipe gives itself."""
+    first = gptq[2]
+
+    def changed(given: dict[str, Any]) -> RunReport:
+        settings = aimet_ext.GPTQParams(**given).to_dict()
+        (result,) = first.techniques
+        return dataclasses.replace(
+            first,
+            recipe={**first.recipe, "techniques": [{"gptq": given}]},
+            techniques=(dataclasses.replace(result, settings=settings),),
+        )
+
+    fast = changed({"preset": "fast", "damping": 0.5})
+    assert fast.techniques[0].settings != first.techniques[0].settings
+    assert first.compare(fast).settings == [
+        ("gptq damping", str(aimet_ext.GPTQParams().damping), "0.5"),
+        ("gptq preset", "balanced", "fast"),
+    ]
+    assert "share of flips, as deployed" in str(first.compare(fast))
+    flips = f"{100 * first.quality.states['quantized'].flips:.3g} %"
+    assert str(first.compare(fast)).count(flips) >= 2
 
 
 def test_measures_on_other_windows_are_not_compared(gptq: Any) -> None:

@@ -134,10 +134,14 @@ class Decision:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Losses of plain rounding and as deployed, and number of rows that plain rounding keeps."""
+    """Losses of plain rounding and as deployed, and number of rows that plain rounding keeps.
+
+    :param upstream: Part of either loss that the layers before cause; 0 where it is not told apart.
+    """
 
     nearest: float
     after: float
+    upstream: float
     signal: float
     rows_nearest: int
 
@@ -188,6 +192,7 @@ def deploy(
     return Outcome(
         nearest=max(0.0, float(before.sum(dtype=torch.float64)) + upstream),
         after=max(0.0, float(after.sum(dtype=torch.float64)) + upstream),
+        upstream=upstream,
         signal=problem.signal(),
         rows_nearest=int(given_back.sum()),
     )

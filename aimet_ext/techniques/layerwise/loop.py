@@ -373,6 +373,7 @@ class LayerwiseRun:
             bitwidth=quantizer.bitwidth,
             loss_nearest=outcome.nearest,
             loss_after=outcome.after,
+            loss_upstream=outcome.upstream,
             signal=outcome.signal,
             rows_nearest=outcome.rows_nearest if problem.moment.is_known else rows,
             rows=rows,
