@@ -70,7 +70,8 @@ _SPEC_TEXT = re.compile(r"u?int(\d+)")
 class QSpec:
     """Specification of a quantized tensor: width, symmetry and the cells that share a range.
 
-    :param bitwidth: Bits, 2 to 32; weights take 2 to 8, and 16.
+    :param bitwidth: Bits, 2 to 32, as quantizers of AIMET have them; what is deployed takes 2 to
+        8, and 16.
     :param symmetric: True for signed and symmetric, false for unsigned with an offset.
     :param granularity: :class:`PerTensor`, :class:`PerChannel`, :class:`Blockwise` or
         :class:`LPBQ`. Activations are always per tensor.
@@ -136,21 +137,38 @@ class QSpec:
         return cls(granularity=kinds[name](**shape), **values)
 
 
-WEIGHT_BITS = (*range(2, 9), 16)
-"""Bits that a quantized weight may have: files and NPUs hold integers of no other width."""
+Kind = Literal["weights", "activations"]
+
+STORED_BITS = (*range(2, 9), 16)
+"""Bits that a quantized tensor may have: files and NPUs hold integers of no other width."""
 
 
-def check_weights(specs: Mapping[str, QSpec | None]) -> None:
-    """Refuse specs of weights whose width no target stores.
+def check_widths(kind: Kind, specs: Mapping[str, QSpec | None]) -> None:
+    """Refuse specs of a width that no target stores.
 
     :param specs: Specs by the name of what they were given for, None for float.
-    :raises ValueError: one has other bits than :data:`WEIGHT_BITS`.
+    :raises ValueError: one has other bits than :data:`STORED_BITS`.
     """
     for name, spec in specs.items():
-        if spec is not None and spec.bitwidth not in WEIGHT_BITS:
-            raise ValueError(
-                f"{name}: weights of 2 to 8 bits, or of 16, are required, got {spec.bitwidth} bits"
-            )
+        if spec is not None:
+            _check_bits(kind, name, spec.bitwidth)
+
+
+def parse_width(kind: Kind, text: str) -> QSpec:
+    """Return the spec of a width such as ``"int4"`` or ``"uint16"``, that a target stores.
+
+    :raises ValueError: ``text`` is not of that form, or names another width.
+    """
+    if match := _SPEC_TEXT.fullmatch(text):
+        _check_bits(kind, "width", int(match[1]))
+    return QSpec.parse(text)
+
+
+def _check_bits(kind: Kind, name: str, bits: int) -> None:
+    if bits not in STORED_BITS:
+        raise ValueError(
+            f"{name}: {kind} of 2 to 8 bits, or of 16, are required, got {bits} as bitwidth"
+        )
 
 
 class WeightPlan(NamedTuple):

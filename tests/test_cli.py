@@ -110,6 +110,11 @@ def test_the_module_runs_as_a_program() -> None:
             ["--weights", "int9"],
             "--weights': width: weights of 2 to 8 bits, or of 16, are required",
         ),
+        (
+            ["--weights", "int44"],
+            "--weights': width: weights of 2 to 8 bits, or of 16, are required",
+        ),
+        (["--activations", "int9"], "--activations': width: activations of 2 to 8 bits, or of 16,"),
         (["--lm-head", "int17"], "--lm-head': width: weights of 2 to 8 bits, or of 16, are"),
         (["--override", "*.q_proj=int12"], "--override: width: weights of 2 to 8 bits"),
         (["--block-size", "32", "--lpbq", "32"], "not both"),

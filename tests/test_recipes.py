@@ -58,6 +58,7 @@ def test_grids_become_those_of_a_simulation(tiny_model: Any) -> None:
         ("weights: int9", "weights: width: weights of 2 to 8 bits, or of 16, are required, got 9"),
         ("lm_head: {width: int17}", "lm_head: width: weights of 2 to 8 bits, or of 16,"),
         ('overrides: {"*.q_proj": int12}', "overrides: *.q_proj: width: weights of 2 to 8 bits"),
+        ("activations: int9", "activations: width: activations of 2 to 8 bits, or of 16, are"),
         ("activations: int40", "activations.bitwidth: Input should be less than or equal to 32"),
         ("weights: {width: int4, lpbq: 64, block_size: 32}", "got both"),
         ("weights: {size: 4}", "size"),

@@ -153,7 +153,7 @@ TEXTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     ),
     "Input should be less than or equal to …": (
         RANGE,
-        lambda _: said_by_command(*QUANTIZE, "--weights", "int40"),
+        lambda _: said_by_command(*QUANTIZE, "--set", "omniquant.smooth_alpha=3"),
     ),
     "Input should be greater than …": (
         RANGE,

@@ -21,7 +21,7 @@ from aimet_ext.errors import require, some
 from aimet_ext.grids.widths import parse_choice
 from aimet_ext.patterns import fits, near
 from aimet_ext.sim.protocol import adapt
-from aimet_ext.specs import OnIndivisible, QSpec, check_weights
+from aimet_ext.specs import OnIndivisible, QSpec, check_widths
 
 _log = logging.getLogger(__name__)
 _UNITS = {"bits": 0, "bytes": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -174,7 +174,7 @@ def _specs(choices: Sequence[QSpec | str], on_indivisible: OnIndivisible) -> dic
         spec = parse_choice(each, on_indivisible) if isinstance(each, str) else each
         if not isinstance(spec, QSpec):
             raise TypeError(f'choices must be QSpec or text such as "int4", got {each!r}')
-        check_weights({"choices": spec})
+        check_widths("weights", {"choices": spec})
         if spec.on_indivisible == "pad":
             raise ValueError(
                 f'choices: {label(spec)} has on_indivisible="pad", which changes what is counted; '

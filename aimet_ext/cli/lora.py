@@ -18,7 +18,7 @@ from aimet_ext.cli.options import (
     TextField,
     folder_argument,
     model_path,
-    width_or_none,
+    weights_or_none,
     width_or_word,
 )
 from aimet_ext.cli.output import Result, command
@@ -105,7 +105,7 @@ def quantize(
     name: Name = None,
     weights: Annotated[
         Any,
-        typer.Option(parser=width_or_none, metavar="WIDTH", help="Adapter weights; none: float."),
+        typer.Option(parser=weights_or_none, metavar="WIDTH", help="Adapter weights; none: float."),
     ] = "int8",
     activations: Annotated[
         Any,

@@ -17,7 +17,7 @@ from aimet_ext.errors import require
 from aimet_ext.patterns import near
 from aimet_ext.recipes.recipe import check_turns, offered, recipe_names
 from aimet_ext.registry import TECHNIQUES, load
-from aimet_ext.specs import QSpec, check_weights
+from aimet_ext.specs import QSpec, parse_width
 
 NEAREST = "nearest"
 """Plain rounding, in the place of a technique."""
@@ -132,21 +132,21 @@ class OnIndivisible(str, enum.Enum):
 
 def width(text: str) -> QSpec:
     """Read ``int4`` or ``uint4``, the width of a weight."""
-    spec = _width(text)
     with bad_parameter(None):
-        check_weights({"width": spec})
-    return spec
+        return parse_width("weights", text)
+
+
+def weights_or_none(text: str) -> QSpec | str:
+    """Read a width of weights, or the word ``none``."""
+    return text if text == "none" else width(text)
 
 
 def width_or_none(text: str) -> QSpec | str:
-    """Read a width, or the word ``none``."""
-    # None would stand for an option that was not given.
-    return "none" if text == "none" else _width(text)
-
-
-def _width(text: str) -> QSpec:
+    """Read a width of activations, or the word ``none``."""
+    if text == "none":
+        return text  # None would stand for an option that was not given
     with bad_parameter(None):
-        return QSpec.parse(text)
+        return parse_width("activations", text)
 
 
 def width_or_word(text: str) -> QSpec | str:

@@ -35,7 +35,7 @@ from aimet_ext.models.huggingface import (
 from aimet_ext.patterns import fits as fits_pattern
 from aimet_ext.patterns import near
 from aimet_ext.sim.protocol import adapt
-from aimet_ext.specs import PerTensor, QSpec, WeightPlan, check_weights, fit_blocks
+from aimet_ext.specs import PerTensor, QSpec, WeightPlan, check_widths, fit_blocks
 
 if TYPE_CHECKING:
     from aimet_torch import QuantizationSimModel
@@ -126,7 +126,10 @@ def create_sim(
     if embedding != "auto":
         stored["embedding"] = embedding
     _check_specs(**stored, activations=activations)
-    check_weights(stored)
+    if isinstance(activations, int):
+        activations = QSpec(bitwidth=activations, symmetric=False)
+    check_widths("weights", stored)
+    check_widths("activations", {"activations": activations})
     module = model
     if hasattr(model, "get_output_embeddings"):
         module = prepare_model(model, mask_value=None if activations is None else _MASK)
@@ -149,8 +152,6 @@ def create_sim(
 
         module = copy.deepcopy(module) if module is given and not in_place else module
         padded = pad_mlps(module, plan)
-    if isinstance(activations, int):
-        activations = QSpec(bitwidth=activations, symmetric=False)
     config = _config(config_file)
     in_place |= module is not given  # a copy already
     sim = build_sim(

@@ -12,7 +12,7 @@ from torch import nn
 
 from aimet_ext.patterns import near
 from aimet_ext.sim.protocol import SimAdaptor
-from aimet_ext.specs import QSpec, WeightPlan, check_weights
+from aimet_ext.specs import QSpec, WeightPlan, check_widths
 
 #: Layers whose weight ``[out, in, …]`` can be cut into blocks along dimension 1.
 LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -144,9 +144,8 @@ def select_specs(
                 f"none; names look like {table.example()}{near(pattern, table.shown())}"
             )
         specs.update(dict.fromkeys(fitting, other))
-    check_weights(
-        {"bitwidth": spec, **{f"overrides[{name!r}]": s for name, s in overrides.items()}}
-    )
+    given = {"bitwidth": spec, **{f"overrides[{name!r}]": s for name, s in overrides.items()}}
+    check_widths("weights", given)
     specs = {name: chosen for name, chosen in specs.items() if name not in excluded}
     if not specs:
         raise ValueError(

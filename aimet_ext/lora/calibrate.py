@@ -14,7 +14,7 @@ from aimet_ext.core.objective import outputs_sqnr, sqnr_db
 from aimet_ext.data.batches import call_model, iterate_batches
 from aimet_ext.lora.sim import add_adapters, fit_adapters, lora_state, switch
 from aimet_ext.sim.torch.lora import calibrating, share_ranges, slots
-from aimet_ext.specs import PerTensor, QSpec, check_weights
+from aimet_ext.specs import PerTensor, QSpec, check_widths
 
 _W8 = QSpec(bitwidth=8)
 _SCORED = 4  # batches whose logits are compared
@@ -130,7 +130,7 @@ def quantize(
 def _check_weights(weights: QSpec | None, shared: bool) -> None:
     if weights is None:
         return
-    check_weights({"weights": weights})
+    check_widths("weights", {"weights": weights})
     if weights.block_size is not None:
         raise ValueError(
             "weights of adapters take PerTensor or PerChannel, got "
@@ -160,8 +160,9 @@ def _names(adapters: Iterable[str] | str | None, known: Mapping[str, Any]) -> li
 
 def _activations(sim: Any, asked: int | QSpec | str | None) -> QSpec | None:
     if isinstance(asked, int):
-        return QSpec(bitwidth=asked, symmetric=False)
+        asked = QSpec(bitwidth=asked, symmetric=False)
     if asked is None or isinstance(asked, QSpec):
+        check_widths("activations", {"activations": asked})
         return asked
     return next((spec for slot in slots(sim).values() if (spec := slot.output_spec)), None)
 

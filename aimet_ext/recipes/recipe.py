@@ -19,7 +19,7 @@ from aimet_ext.files.folders import replace_file
 from aimet_ext.files.reading import naming
 from aimet_ext.patterns import near
 from aimet_ext.registry import TECHNIQUES, check_order, load
-from aimet_ext.specs import LPBQ, STRICT, BlockSize, Blockwise, OnIndivisible, QSpec, check_weights
+from aimet_ext.specs import LPBQ, STRICT, BlockSize, Blockwise, OnIndivisible, QSpec, check_widths
 
 FLOAT = "none"
 """Width of what stays float."""
@@ -46,7 +46,7 @@ class Grid:
     def _is_a_grid(self) -> Grid:
         if self.block_size is not None and self.lpbq is not None:
             raise ValueError("block_size or lpbq is required, got both; leave one out")
-        check_weights({"width": self.spec()})
+        check_widths("weights", {"width": self.spec()})
         return self
 
     @classmethod
@@ -84,8 +84,10 @@ def _grid(value: Any) -> Any:
 
 
 def _activations(width: str) -> QSpec | None:
-    """Return the spec of activations, which may have widths that no weight has."""
-    return None if width == FLOAT else QSpec.parse(width)
+    """Return the spec of activations."""
+    spec = None if width == FLOAT else QSpec.parse(width)
+    check_widths("activations", {"width": spec})
+    return spec
 
 
 def _made(kind: Any, value: Any) -> Any:
