@@ -644,3 +644,9 @@ def test_the_demo_compares_and_exports(
         assert name in done.stdout
     for name in re.findall(r"\w+\.\w+", "\n".join(name for name, _ in demo.WHERE)):
         assert (output / name).is_file(), name
+    report = RunReport.read(output)
+    states = {name: state.perplexity for name, state in report.quality.states.items()}
+    assert states["float"] == pytest.approx(found["float"], rel=1e-3)
+    assert states["quantized"] == pytest.approx(found["OmniQuant"], rel=1e-3)
+    assert [each.name for each in report.techniques] == ["omniquant"]
+    assert json.loads(run("inspect", output, "--json").stdout)["unlisted"] == []

@@ -13,6 +13,9 @@ import typer
 import aimet_ext
 from aimet_ext.cli.options import Output, Seed
 from aimet_ext.cli.output import Result, table
+from aimet_ext.files.folders import check_output, replace_folder
+from aimet_ext.files.manifest import relist_files
+from aimet_ext.reporting.writing import write_run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,9 +109,9 @@ def run(output: Path, *, num_iterations: int, seed: int) -> Demo:
     Only weights are quantized, so that the figures show what happens to the weights.
     """
     from aimet_ext.cli import jobs
-    from aimet_ext.files.folders import check_output
 
     check_output(output)
+    record = aimet_ext.Recorder()
     model, tokenizer = jobs.load_model(aimet_ext.examples.model_dir())
     documents = aimet_ext.examples.documents
     batches = aimet_ext.calibration_batches(
@@ -121,29 +124,45 @@ def run(output: Path, *, num_iterations: int, seed: int) -> Demo:
         "adaround": {"seed": seed},
         "omniquant": {"seed": seed, "num_iterations": num_iterations},
     }
+    float_perplexity = aimet_ext.evaluate_perplexity(model, held_out)
+    kept: tuple[Any, ...] = ()
     perplexity: dict[str, tuple[float, ...]] = {}
     seconds: dict[str, float] = {}
     for name in _LABELS:
         start, found = time.process_time(), []
         for bits in BITWIDTHS:
             settings = SETTINGS.get(name, {}) | given.get(name, {})
-            sim = _quantized(model, batches, name, bits, settings)
-            found.append(aimet_ext.evaluate_perplexity(sim, held_out))
-            if name == "omniquant" and bits == BITWIDTHS[0]:
-                aimet_ext.export(sim, output, jobs.PREFIX, batches[0][:1])
+            with record.phase(f"{_LABELS[name]} at {bits} bits"):
+                sim, report = _quantized(model, batches, name, bits, settings)
+                found.append(aimet_ext.evaluate_perplexity(sim, held_out))
+            if (name, bits) == ("omniquant", BITWIDTHS[0]):
+                kept = sim, {name: report}
         perplexity[name], seconds[name] = tuple(found), time.process_time() - start
-    float_perplexity = aimet_ext.evaluate_perplexity(model, held_out)
+    quality = {
+        "float": float_perplexity,
+        "rounding": perplexity["nearest"][0],
+        "quantized": perplexity["omniquant"][0],
+        "windows": sum(map(len, held_out)),
+        "seq_length": held_out[0].shape[1],
+        "text": "text that was not calibrated on",
+    }
+    with replace_folder(output) as folder:
+        with record.phase("export"):
+            aimet_ext.export(kept[0], folder, jobs.PREFIX, batches[0][:1])
+        write_run(folder, *kept, quality, model="the packaged model", recorder=record)
+        relist_files(folder)
     return Demo(float_perplexity, perplexity, seconds, jobs.list_files(output))
 
 
 def _quantized(
     model: Any, batches: Sequence[Tensor], name: str, bits: int, settings: dict[str, Any]
-) -> Any:
-    """Return a simulation of the model with a technique applied, ready to evaluate."""
+) -> tuple[Any, Any]:
+    """Return a simulation of the model with a technique applied, ready to evaluate; its report."""
     sim = aimet_ext.create_sim(
         model, batches[0], weights=aimet_ext.QSpec(bitwidth=bits), activations=None
     )
+    report = None
     if name != "nearest":
-        getattr(aimet_ext, f"apply_{name}")(sim, batches, **settings)
+        report = getattr(aimet_ext, f"apply_{name}")(sim, batches, **settings)
     sim.compute_encodings(lambda quantized: quantized(batches[0]))
-    return sim
+    return sim, report

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,10 +22,15 @@ from aimet_ext.cli.options import (
     weights_or_none,
     width_or_word,
 )
-from aimet_ext.cli.output import Result, command
+from aimet_ext.cli.output import Result, command, table
 
 if TYPE_CHECKING:
-    from aimet_ext.lora import Adapter
+    from aimet_ext.lora import Adapter, LoraReport
+    from aimet_ext.reporting.parts import TechniqueResult
+
+_log = logging.getLogger(__name__)
+
+_WORST = 3  # adapters that are shown
 
 app = typer.Typer(
     name="lora",
@@ -124,8 +130,12 @@ def quantize(
     from aimet_ext import lora
     from aimet_ext.cli import jobs
     from aimet_ext.files.folders import check_output
+    from aimet_ext.files.manifest import relist_files
+    from aimet_ext.models.cache import model_name
+    from aimet_ext.reporting.writing import write_run
 
     check_output(output)
+    record = aimet_ext.Recorder()
     source = adapter if name is None else lora.read_adapter(adapter, name)
     batches = aimet_ext.calibration_batches(
         jobs.load_tokenizer(export_dir),
@@ -135,17 +145,58 @@ def quantize(
         batch_size,
         text_field=text_field,
     )
-    sim = lora.create_sim(source, export_dir)
-    report = lora.quantize(
-        sim,
-        None,
-        batches,
-        weights=None if weights == "none" else weights,
-        activations=None if activations == "none" else activations,
-    )
-    lora.export(sim, output, jobs.PREFIX, batches[0][:1])
-    files = [f"{file:<44}  {size}" for file, size in jobs.list_files(output)]
-    return Result("\n".join([str(report), *files]), report.to_dict())
+    with record.phase("load the base"):
+        sim = lora.create_sim(source, export_dir)
+    with record.phase("quantize the adapters"):
+        report = lora.quantize(
+            sim,
+            None,
+            batches,
+            weights=None if weights == "none" else weights,
+            activations=None if activations == "none" else activations,
+        )
+    _log.debug("%s", report)
+    results = _results(report)
+    with record.phase("export"):
+        lora.export(sim, output, jobs.PREFIX, batches[0][:1])
+    facts: dict[str, Any] = {"model": model_name(export_dir), "recorder": record}
+    write_run(output, sim, {each.name: each for each in results}, {}, **facts)
+    relist_files(output)
+    return Result("\n".join(_outcome(results, output)), report.to_dict())
+
+
+def _results(report: LoraReport) -> list[TechniqueResult]:
+    """Return the outcome of each adapter, of its modules by the change that they make."""
+    from aimet_ext.reporting.parts import TechniqueResult, UnitResult
+
+    return [
+        TechniqueResult(
+            name=adapter.name,
+            measure="change of the module's weight",
+            unit="module",
+            units=tuple(
+                UnitResult(name=name, sqnr_db=sqnr, grid=f"rank {adapter.ranks[name]}")
+                for name, sqnr in adapter.change_sqnr_db.items()
+            ),
+            numbers={"SQNR of the logits in dB": adapter.logits_sqnr_db},
+            settings={key: value for key, value in report.to_dict().items() if key != "adapters"},
+            seconds=adapter.seconds,
+        )
+        for adapter in report.adapters
+    ]
+
+
+def _outcome(results: Sequence[TechniqueResult], output: Path) -> Iterator[str]:
+    """Yield the adapters whose logits are furthest from the float ones, and the files."""
+    from aimet_ext.cli import jobs
+    from aimet_ext.reporting.text import technique
+
+    worst = sorted(results, key=lambda each: min(each.numbers.values()))[:_WORST]
+    for result in worst:
+        yield from technique(result)
+    if more := len(results) - len(worst):
+        yield f"and {more} adapters with a higher SQNR of the logits; -v shows all"
+    yield table(jobs.list_files(output))
 
 
 def _summary(adapter: Adapter) -> dict[str, Any]:

@@ -21,11 +21,14 @@ from aimet_ext.techniques.report import (
 def technique_results(reports: Mapping[str, Any]) -> tuple[TechniqueResult, ...]:
     """Return the outcome of each technique.
 
-    :param reports: Reports by the names of the techniques, in order.
+    :param reports: Reports by the names of the techniques, in order, or their outcomes themselves.
     :raises TypeError: something that is no report of a technique.
     """
     found = []
     for name, given in reports.items():
+        if isinstance(given, TechniqueResult):
+            found.append(given)
+            continue
         report = _report(name, given)
         if report is not None:
             common = {"name": name, "settings": report.to_dict()["settings"]}
@@ -38,7 +41,11 @@ def technique_notes(reports: Mapping[str, Any], kind: str = "notes") -> list[str
 
     :param kind: ``"infos"`` for what is as it must be.
     """
-    named = ((name, _report(name, given)) for name, given in reports.items())
+    named = (
+        (name, _report(name, given))
+        for name, given in reports.items()
+        if not isinstance(given, TechniqueResult)
+    )
     return [f"{name}: {note}" for name, report in named if report for note in getattr(report, kind)]
 
 

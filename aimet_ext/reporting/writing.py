@@ -31,7 +31,7 @@ def write_run(
     name = REPORT_JSON
     try:
         if quality:
-            divergences = quality["divergence"].items()
+            divergences = quality.get("divergence", {}).items()
             facts |= {
                 "perplexity": {name: quality[name] for name in ("float", "rounding", "quantized")},
                 "divergence": {name: Divergence(**fields) for name, fields in divergences},

@@ -96,6 +96,12 @@ def test_quantize_writes_what_can_be_loaded(made: pathlib.Path, tmp_path: pathli
     assert done.exit_code == 0, (done.output, done.exception)
     assert "poems" in done.stdout
     assert "manifest.json" in done.stdout
+    report = aimet_ext.RunReport.read(tmp_path / "out")
+    (result,) = report.techniques
+    assert result.name == "poems" and report.model == "export" and report.weights
+    assert {phase.name for phase in report.phases} >= {"quantize the adapters", "export"}
+    worst = result.worst(3)
+    assert len(result.units) > 1 and all(unit.name in done.stdout for unit in worst)
     sim = lora.load(tmp_path / "out")
     ids = torch.arange(3, 19)[None]
     with torch.no_grad():
