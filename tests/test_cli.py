@@ -263,6 +263,33 @@ def test_what_quantize_wrote_can_be_inspected(exported: pathlib.Path) -> None:
         assert word in head, word
 
 
+def test_a_model_can_be_inspected_before_anything_is_done(
+    tiny: pathlib.Path, exported: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Its numbers are those of the model itself; a lost manifest does not make an export one."""
+    done = run("inspect", tiny, "--json")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    model = aimet_ext.cli.jobs.load_model(tiny)[0]
+    assert found["family"] == "llama" and found["blocks"] == len(model.model.layers)
+    (entry,) = found["dtypes"].values()
+    assert entry["numbers"] == sum(p.numel() for p in model.parameters())
+    assert entry["bytes"] == 4 * entry["numbers"]
+    block = model.model.layers[0]
+    shapes = {name: list(block.get_submodule(name).weight.shape) for name in found["layers"]}
+    assert shapes == found["layers"] and len(shapes) == 7
+    report = aimet_ext.apply_smoothquant(
+        aimet_ext.create_sim(model, torch.arange(3, 35)[None]), [torch.arange(3, 35)[None]]
+    )
+    assert found["taken"] and found["pairs"]["norm_qkv"] == len(report.blocks)
+    shown = run("inspect", tiny).stdout
+    assert "takes it" in shown and shown.splitlines()[-1].startswith("  aimet-ext quantize ")
+    copy = shutil.copytree(exported, tmp_path / "copy")
+    (copy / "manifest.json").unlink()
+    done = run("inspect", copy)
+    assert done.exit_code == 4 and "manifest.json" in done.stderr
+
+
 def test_other_libraries_are_silent_and_steps_are_shown(
     exported: pathlib.Path, text: pathlib.Path
 ) -> None:

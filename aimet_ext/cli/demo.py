@@ -15,7 +15,6 @@ from aimet_ext.cli.options import Output, Seed
 from aimet_ext.cli.output import Result, table
 from aimet_ext.files.folders import check_output, replace_folder
 from aimet_ext.files.manifest import relist_files
-from aimet_ext.reporting.writing import write_run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,6 +108,7 @@ def run(output: Path, *, num_iterations: int, seed: int) -> Demo:
     Only weights are quantized, so that the figures show what happens to the weights.
     """
     from aimet_ext.cli import jobs
+    from aimet_ext.reporting.writing import write_run
 
     check_output(output)
     record = aimet_ext.Recorder()
@@ -125,7 +125,7 @@ def run(output: Path, *, num_iterations: int, seed: int) -> Demo:
         "omniquant": {"seed": seed, "num_iterations": num_iterations},
     }
     float_perplexity = aimet_ext.evaluate_perplexity(model, held_out)
-    kept: tuple[Any, ...] = ()
+    kept: tuple[Any, dict[str, Any]] = (None, {})
     perplexity: dict[str, tuple[float, ...]] = {}
     seconds: dict[str, float] = {}
     for name in _LABELS:

@@ -15,6 +15,7 @@ EPILOG = """\b
 Examples:
   aimet-ext inspect ./llama-w4
   aimet-ext inspect ./llama-w4 --json | jq .files
+  aimet-ext inspect ./llama
 """
 
 _WORDS = {"conv": "convolution", "embedding": "lookup table", "linear": "linear"}
@@ -28,16 +29,21 @@ def inspect(
         typer.Argument(
             exists=True,
             metavar="FOLDER",
-            help="What quantize or verify --output wrote, or any .onnx file.",
+            help="What quantize or verify --output wrote, a Hugging Face model, or an .onnx file.",
         ),
     ],
 ) -> Result:
-    """Check an exported folder and list it; of a graph say what it takes, gives and holds."""
+    """Check an exported folder and list it; say what a model or a graph holds."""
     from aimet_ext.cli import graphs
 
     if graphs.is_graph(folder):
         found = of_graph(folder)
         return Result("\n".join(_as_text(folder, found)), found)
+    from aimet_ext.cli import model_folder
+
+    if model_folder.is_model(folder):
+        found = model_folder.of_model(folder)
+        return Result("\n".join(model_folder.as_text(folder, found)), found)
     from aimet_ext.artifact.inspect import inspect_export
     from aimet_ext.cli.summary import summary
     from aimet_ext.files.reading import naming

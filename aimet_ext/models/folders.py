@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -99,6 +100,35 @@ def read_causal_lm(folder: Path, **options: Any) -> Any:
             "model, or a file is missing"
         )
     return model.eval()
+
+
+def empty_causal_lm(folder: Path, config: Any, device: str = "meta") -> Any:
+    """Make the causal language model of a configuration, with random weights, or none on "meta".
+
+    :param folder: Folder to name in an error.
+    :returns: the model in evaluation mode.
+    :raises ValueError: transformers has no such model.
+    """
+    with _named(folder), _quiet(), torch.device(device):
+        model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.eval()
+
+
+def stored_tensors(folder: Path) -> dict[str, tuple[str, int, int]]:
+    """Return type, numbers and bytes of each tensor in the files of a model, which are not read.
+
+    :raises FileNotFoundError: there are none.
+    :raises CorruptFileError: a file is damaged.
+    """
+    found = {}
+    for path in weight_files(folder):
+        with open_safetensors(path) as file:
+            for name in file.keys():  # noqa: SIM118  (no mapping)
+                stored = file.get_slice(name)
+                count, dtype = math.prod(stored.get_shape()), str(stored.get_dtype())
+                bits = int(re.sub(r"^\D+(\d+).*$|^.*$", r"\1", dtype) or 8)
+                found[name] = dtype, count, count * bits // 8
+    return found
 
 
 def read_tokenizer(folder: Path) -> Any:

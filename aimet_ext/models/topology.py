@@ -107,7 +107,7 @@ def find_blocks(
     if description is not None:
         found = described_blocks(model, description)
         return [_described(model, name, block, description) for name, block in found]
-    names = _stack(model)
+    names = stack_of(model)
     kinds: dict[Any, list[str]] = {}
     for name in names:
         kinds.setdefault(_form(model.get_submodule(name)), []).append(name)
@@ -178,7 +178,7 @@ def _heads(model: nn.Module, name: str, output: str) -> tuple[Any, int | None]:
 # ---- by what is seen ----------------------------------------------------------------------------
 
 
-def _stack(model: nn.Module) -> list[str]:
+def stack_of(model: nn.Module) -> list[str]:
     """Return the names of the decoder blocks.
 
     :raises ValueError: there are none.
