@@ -167,7 +167,7 @@ def parse_width(kind: Kind, text: str) -> QSpec:
 def _check_bits(kind: Kind, name: str, bits: int) -> None:
     if bits not in STORED_BITS:
         raise ValueError(
-            f"{name}: {kind} of 2 to 8 bits, or of 16, are required, got {bits} as bitwidth"
+            f"{name}: {kind} of 2 to 8 bits, or of 16, are required, got {bits} bits (bitwidth)"
         )
 
 

@@ -1,4 +1,4 @@
-"""What the folder of a Hugging Face model holds, and what becomes of it here."""
+"""Content of the folder of a Hugging Face model, and whether it can be quantized."""
 
 from __future__ import annotations
 

@@ -257,6 +257,8 @@ def _costs(run: RunReport) -> dict[str, _Cost]:
     found: dict[str, _Cost] = {}
     for phase in run.phases:
         found[phase.name] = _joined(found.get(phase.name), phase)
+    if run.rest:
+        found["the rest"] = run.rest, None
     if found:
         found["in all"] = run.seconds, run.memory_bytes
     return found
@@ -270,9 +272,10 @@ def _joined(cost: _Cost | None, phase: Phase) -> _Cost:
 
 
 def _in_order(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Return the names of both, the sum last."""
-    names = list(dict.fromkeys([*one, *other]))
-    return sorted(names, key="in all".__eq__)
+    """Return the names of both, the rest and the sum last."""
+    last = ["the rest", "in all"]
+    names = dict.fromkeys([*one, *other])
+    return [name for name in names if name not in last] + [name for name in last if name in names]
 
 
 def _described(cost: _Cost | None) -> dict[str, Any] | None:

@@ -73,7 +73,7 @@ class UnitResult:
     def own(self) -> float | None:
         """Loss as deployed less that of the units before it, None if that is not known.
 
-        It is negative where the unit makes up for some of theirs.
+        It is negative where the unit takes back some of theirs.
         """
         if self.result is None or self.upstream is None:
             return None

@@ -40,6 +40,7 @@ class Recorder:
         self.phases: list[Phase] = []
         self.warnings: list[str] = []
         self._open = 0
+        self.elapsed: float | None = None
         self._started = time.perf_counter()
 
     @contextmanager
@@ -64,12 +65,9 @@ class Recorder:
                 )
             )
 
-    def add_rest(self) -> None:
-        """Add the time since the recorder was made that no part took, as a part of its own."""
-        passed = time.perf_counter() - self._started
-        rest = passed - sum(phase.seconds for phase in self.phases)
-        if rest > 0:
-            self.phases.append(Phase(name="the rest", seconds=rest))
+    def stop(self) -> None:
+        """Keep the time since the recorder was made, of which some is between the parts."""
+        self.elapsed = time.perf_counter() - self._started
 
     def note(self, text: str) -> None:
         """Keep a warning, each text once."""

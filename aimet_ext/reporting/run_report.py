@@ -53,6 +53,8 @@ class RunReport:
     :param weights: Use that each weight makes of its grid: integer codes and scales.
     :param quality: Perplexities and divergences; None where they were not measured.
     :param phases: Time and memory of each part of the run.
+    :param elapsed: Seconds of the whole run, those between its parts too; None where only the parts
+        are known.
     :param warnings: Warnings, and what techniques left alone or refused.
     :param infos: What is as it must be, but may be missed: an output layer that has the embedding's
         grid.
@@ -70,6 +72,7 @@ class RunReport:
     weights: tuple[WeightUse, ...] = ()
     quality: Quality | None = None
     phases: tuple[Phase, ...] = ()
+    elapsed: float | None = None
     warnings: tuple[str, ...] = ()
     infos: tuple[str, ...] = ()
     widths: Budget | None = None
@@ -133,6 +136,7 @@ class RunReport:
             weights=weight_uses(sim),
             quality=_quality(perplexity or {}, divergence or {}, text, windows, tokens),
             phases=tuple(recorder.phases) if recorder else (),
+            elapsed=recorder.elapsed if recorder else None,
             warnings=(*logged, *notes),
             infos=tuple(technique_notes(reports, "infos")),
             widths=widths if widths is None or isinstance(widths, Budget) else budget_of(widths),
@@ -146,8 +150,14 @@ class RunReport:
 
     @property
     def seconds(self) -> float:
-        """Time of all phases."""
-        return sum(phase.seconds for phase in self.phases)
+        """Time of all phases, and of the rest between them as far as it is known."""
+        return sum(phase.seconds for phase in self.phases) + self.rest
+
+    @property
+    def rest(self) -> float:
+        """Time between the phases."""
+        parts = sum(phase.seconds for phase in self.phases)
+        return 0.0 if self.elapsed is None else max(0.0, self.elapsed - parts)
 
     @property
     def memory_bytes(self) -> int | None:

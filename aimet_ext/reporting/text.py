@@ -48,6 +48,7 @@ def summary(run: RunReport) -> str:
         rows = [
             (phase.name, duration(phase.seconds), size(phase.memory_bytes)) for phase in run.phases
         ]
+        rows += [("the rest", duration(run.rest), "")] if run.rest else []
         lines += _columns(("part", "time", "memory"), rows)
         lines.append(f"{duration(run.seconds)} in all")
     return "\n".join([*lines, *remarks(run.warnings, run.infos)])

@@ -40,7 +40,7 @@ def write_run(
                 "tokens": quality["seq_length"],
             }
         if recorder := facts.get("recorder"):
-            recorder.add_rest()
+            recorder.stop()
         run = RunReport.of(sim, reports, **facts)
         run.save(folder / REPORT_JSON)
         name = REPORT_HTML

@@ -279,11 +279,15 @@ def test_parts_and_the_rest_are_all_the_time() -> None:
     with recorder.phase("one"):
         time.sleep(0.02)
     time.sleep(0.05)
-    recorder.add_rest()
+    recorder.stop()
     passed = time.perf_counter() - started
-    run = RunReport(model="m", created="now", phases=tuple(recorder.phases))
-    assert [phase.name for phase in run.phases] == ["one", "the rest"]
-    assert run.phases[1].seconds >= 0.05 and run.seconds == pytest.approx(passed, abs=0.02)
+    phases = tuple(recorder.phases)
+    run = RunReport(model="m", created="now", phases=phases, elapsed=recorder.elapsed)
+    assert run.rest >= 0.05 and run.seconds == phases[0].seconds + run.rest
+    assert run.seconds == pytest.approx(passed, abs=0.02)
+    assert "the rest" in str(run) and "the rest" in str(run.compare(run))
+    without = RunReport(model="m", created="now", phases=phases)
+    assert without.seconds == phases[0].seconds and "the rest" not in str(without)
 
 
 def test_warnings_are_kept_and_still_shown(caplog: pytest.LogCaptureFixture) -> None:
