@@ -6,7 +6,6 @@ import copy
 import inspect
 import logging
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +15,6 @@ from aimet_ext.data.batches import (
     TARGET_IDS,
     as_tensors,
     call_arguments,
-    call_model,
     map_tensors,
     module_device,
 )
@@ -134,8 +132,7 @@ def create_sim(
     if hasattr(model, "get_output_embeddings"):
         module = prepare_model(model, mask_value=None if activations is None else _MASK)
     dummy_input = _dummy_input(sample_input_ids, module)
-    run = partial(call_model, module, dummy_input)
-    given, module = module, expose_weights(module, is_registered, run)
+    given, module = module, expose_weights(module, is_registered)
     if embedding == "auto":
         embedding = _embedding(module, lm_head)
     specs = {"weights": weights, "lm_head": lm_head, "embedding": embedding}

@@ -1,4 +1,4 @@
-"""Complex numbers as pairs of real ones, for exporters that have no operators for them."""
+"""Complex numbers as pairs of real ones, and more that traces and exporters have no way for."""
 
 from __future__ import annotations
 
@@ -19,23 +19,6 @@ def as_pairs(real: Tensor, imaginary: Tensor) -> Tensor:
     return _marked(torch.stack([real, imaginary], -1))
 
 
-class Counted(TorchFunctionMode):
-    """Keeps numbers as tensors that models take out as a list, which a trace would fix.
-
-    For the rows of each expert, which :class:`~aimet_ext.models.experts.SortedExperts` reads.
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Call ``func``; ``tolist`` returns the tensor itself."""
-        return args[0] if func is torch.Tensor.tolist else func(*args, **(kwargs or {}))
-
-
 class Exportable(TorchFunctionMode):
     """Computes in real numbers what models write with complex ones, as some rotary embeddings.
 
@@ -44,7 +27,15 @@ class Exportable(TorchFunctionMode):
     before the last work on pairs as they do on numbers.
 
     ``index_add`` to one place from several is a ``scatter_add``.
+
+    :param counts: True to keep as tensors the numbers that ``tolist`` takes out, which a trace
+        would fix: of the rows of each expert, which
+        :class:`~aimet_ext.models.experts.SortedExperts` reads.
     """
+
+    def __init__(self, *, counts: bool = False) -> None:
+        super().__init__()
+        self.counts = counts
 
     def __torch_function__(
         self,
@@ -60,6 +51,8 @@ class Exportable(TorchFunctionMode):
             return as_pairs(size * angle.cos(), size * angle.sin())
         if func in _INDEX_ADDS and len(args) == 4 and not further:
             return _added_at(*args)
+        if self.counts and func is torch.Tensor.tolist:
+            return args[0]
         if func is torch.view_as_complex:
             return _marked(args[0].view(args[0].shape))
         if not any(getattr(value, _MARK, False) for value in args if isinstance(value, Tensor)):

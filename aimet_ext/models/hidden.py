@@ -16,17 +16,13 @@ from aimet_ext.models.attention import owns_projections, projections
 from aimet_ext.models.experts import are_packed, split_experts
 from aimet_ext.models.huggingface import checkpoint_prefix
 from aimet_ext.models.linear_forms import find_linears, is_transposed
-from aimet_ext.models.repeats import Inlined, repeated
+from aimet_ext.models.repeats import Inlined
 from aimet_ext.walk.routing import PackedLayers
 
 _log = logging.getLogger(__name__)
 
 
-def expose_weights(
-    model: nn.Module,
-    known: Callable[[nn.Module], bool],
-    run: Callable[[], object] | None = None,
-) -> nn.Module:
+def expose_weights(model: nn.Module, known: Callable[[nn.Module], bool]) -> nn.Module:
     """Return a copy of a model in which hidden weights are layers; the model if it hides none.
 
     * Packed experts become linear layers, with the same outputs on tokens for all of them. Those
@@ -34,25 +30,16 @@ def expose_weights(
     * ``nn.MultiheadAttention`` shows its projections as layers. It does not call them: they say
       what AIMET's attention, which takes its place, is to quantize.
     * Modules that compute ``x @ weight + bias``, such as GPT-2's ``Conv1D``, become linear layers.
-    * Those with parameters that one call of the module around calls twice, as the routers of
-      Gemma 3n's, become a part of it: they stay float, which is logged.
 
     :param model: Model, left as it is.
     :param known: Returns True for modules that are to stay, as their class is quantized already.
-    :param run: Function that runs the model; None not to look for what is called twice.
     """
     linears = find_linears(model, known)
-    twice = [] if run is None else repeated(model, run)
-    hides = linears or twice
-    if not hides and not any(_is_attention(m) or are_packed(m) for m in model.modules()):
+    if not linears and not any(_is_attention(m) or are_packed(m) for m in model.modules()):
         return model
     memo: dict[int, Any] = {id(model.get_submodule(name)): new for name, new in linears.items()}
     model = copy.deepcopy(model, memo)
     del memo  # it holds all that was copied
-    for name in twice:
-        _replace(model, name, Inlined(model.get_submodule(name)))
-    if twice:
-        _log.warning("%s stay float, as one call of what holds them calls them twice", some(twice))
     left: dict[str, str] = {}
     replaced: list[str] = []
     for name in [name for name, _ in model.named_modules()]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any, TypeGuard
 
 import torch
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 
 from aimet_ext.models.encoder_decoder import PREPARED, PreparedEncoderDecoder
 from aimet_ext.models.experts import SortedExperts
-from aimet_ext.models.exportable import Counted, Exportable
+from aimet_ext.models.exportable import Exportable
 from aimet_ext.models.masks import MaskCalls
 from aimet_ext.models.rotary import RotaryTables
 
@@ -62,9 +61,13 @@ class PreparedCausalLM(nn.Module):
         # Half of the lowest number: a score added to it must stay finite in float16 too.
         lowest = self.mask_value or torch.finfo(self.model.dtype).min / 2
         exporting = torch.onnx.is_in_onnx_export() or torch.compiler.is_compiling()
+        # A trace may not fix how many rows an expert gets.
+        counts = torch.jit.is_tracing() and any(
+            isinstance(m, SortedExperts) for m in self.modules()
+        )
         with (
-            self._counted(),
-            self._exported() if exporting else nullcontext(),
+            Exportable(counts=counts) if exporting or counts else nullcontext(),
+            self._tables.looked_up(self.model) if exporting else nullcontext(),
             self._masks.answered(lambda mask: mask.added(lowest)),
         ):
             return self.model(
@@ -73,18 +76,6 @@ class PreparedCausalLM(nn.Module):
                 position_ids=positions,
                 use_cache=False,
             ).logits
-
-    def _counted(self) -> AbstractContextManager[Any]:
-        """Return a context for a trace, in which experts may be called with any rows of theirs."""
-        if torch.jit.is_tracing() and any(isinstance(m, SortedExperts) for m in self.modules()):
-            return Counted()
-        return nullcontext()
-
-    @contextmanager
-    def _exported(self) -> Iterator[None]:
-        """Return a context for what exporters can write, and for what grids can hold."""
-        with Exportable(), self._tables.looked_up(self.model):
-            yield
 
     def check_input(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         """Refuse what :meth:`forward` cannot take; nothing is computed.

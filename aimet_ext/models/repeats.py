@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
-
-from aimet_ext.walk.hooks import evaluating
 
 
 class Inlined(nn.Module):
@@ -31,13 +28,19 @@ class Inlined(nn.Module):
     forward = __call__
 
 
-@torch.no_grad()
-def repeated(model: nn.Module, run: Callable[[], object]) -> list[str]:
-    """Return modules with parameters that are called twice in one call of the module around.
+def inline(model: nn.Module, names: Iterable[str]) -> None:
+    """Make modules a part of what calls them, in place."""
+    for name in names:
+        parent, _, key = name.rpartition(".")
+        setattr(model.get_submodule(parent), key, Inlined(model.get_submodule(name)))
 
-    :param run: Function that runs the model.
+
+@contextmanager
+def noted_repeats(model: nn.Module) -> Iterator[dict[str, None]]:
+    """Yield the modules with parameters that a run calls twice in one call of the module around.
+
+    :returns: their names, in a mapping that is filled while the model runs.
     """
-    holders = [module for module in model.modules() if list(module.children())]
     leaves = {
         name: module
         for name, module in model.named_modules()
@@ -55,11 +58,11 @@ def repeated(model: nn.Module, run: Callable[[], object]) -> list[str]:
     def note(name: str, _: nn.Module, args: Any) -> None:
         calls[-1][name] += 1
 
-    with ExitStack() as hooks, evaluating(model):
-        for module in holders:
-            hooks.callback(module.register_forward_pre_hook(enter).remove)
-            hooks.callback(module.register_forward_hook(leave).remove)
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if list(module.children()):
+                hooks.callback(module.register_forward_pre_hook(enter).remove)
+                hooks.callback(module.register_forward_hook(leave).remove)
         for name, module in leaves.items():
             hooks.callback(module.register_forward_pre_hook(partial(note, name)).remove)
-        run()
-    return list(found)
+        yield found

@@ -338,6 +338,18 @@ def test_in_place_it_is_the_model_itself(tiny_model, ids):
     assert torch.equal(calibrated(sim, ids).model(ids), calibrated(copied, ids).model(ids))
 
 
+def test_the_model_is_run_once_more_than_by_aimet(tiny_model, ids):
+    runs = []
+    model = tiny_model("llama", num_hidden_layers=1)
+    model.register_forward_pre_hook(lambda *_: runs.append(None))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of AIMET's and of transformers
+        aimet_torch.QuantizationSimModel(prepare_model(model), ids)
+    own = len(runs)
+    create_sim(model, ids)
+    assert len(runs) - own == own + 1
+
+
 def test_in_place_padding_widens_the_model_itself(tiny_model, ids):
     spec = QSpec(bitwidth=4, granularity=Blockwise(32), on_indivisible="pad")
     model = tiny_model("llama", intermediate_size=40)

@@ -193,6 +193,16 @@ def test_experts_and_routers_of_a_family_alone(tiny_model, family, tmp_path):
         torch.testing.assert_close(logits(stored), logits(sim.model), rtol=1e-4, atol=1e-4)
 
 
+def test_what_is_called_twice_may_be_meant_to_stay_float(tiny_model):
+    """By its name in the checkpoint; what was not to be changed is not."""
+    model = tiny_model("gemma3n_text", **{"num_hidden_layers": 1, **OWN["gemma3n_text"][0]})
+    before = list(model.state_dict())
+    router = "model.layers.0.altup.modality_router"
+    sim = create_sim(model, IDS, overrides={router: None})
+    assert sim.aimet_ext_settings["left_float"] == []
+    assert list(model.state_dict()) == before
+
+
 def test_rows_of_conv1d_are_outputs_of_the_linear_layer(build):
     model = build("gpt2")
     sim = create_sim(model, IDS, activations=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -13,8 +14,11 @@ from aimet_torch.quantization.base import QuantizerBase
 from torch import Tensor, nn
 
 from aimet_ext.data.batches import call_model, map_tensors, tensors_in
+from aimet_ext.errors import some
+from aimet_ext.models.repeats import Inlined, inline, noted_repeats
 from aimet_ext.walk.hooks import evaluating
 
+_log = logging.getLogger(__name__)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -31,17 +35,24 @@ def unknown_modules(model: nn.Module, dummy_input: Any) -> Iterator[set[str]]:
     computed in float, as AIMET itself does with the ones it knows. Classes that were registered
     with AIMET keep what they were registered with. AIMET's registry is restored at the end.
 
+    Modules with parameters that one call of the module around calls twice, as the routers of
+    Gemma 3n's, become a part of it in the model: they stay float, which is logged.
+
+    :param model: Model that AIMET changes in place.
     :param dummy_input: Input that shows what the modules take and return.
     """
     ignoring = QuantizationMixin._ignore_unknown_modules
-    kinds, uncalled = _watch(model, dummy_input)
+    kinds, uncalled, twice = _watch(model, dummy_input)
     if ignoring:
         kinds = []
+    if twice:
+        _log.warning("%s stay float, as one call of what holds them calls them twice", some(twice))
+        inline(model, twice)
     try:
         QuantizationMixin.ignore_unknown_modules(True)
         for kind in kinds:
             QuantizationMixin.implements(kind)(_quantized(kind))
-        yield uncalled
+        yield uncalled | {f"{name}.module" for name in twice}
     finally:
         QuantizationMixin.ignore_unknown_modules(ignoring)
         for kind in kinds:
@@ -65,13 +76,15 @@ def float_matrices(model: nn.Module, meant: Collection[str]) -> dict[str, int]:
     """
     found: dict[int, tuple[str, int]] = {}
     taken = set()
+    inlined = {n: f"{n}.module" for n, m in model.named_modules() if isinstance(m, Inlined)}
+    left = {inlined.get(name, name) for name in meant}
     for name, module in model.named_modules():
         if isinstance(module, QuantizerBase):
             continue
         quantizers = dict(getattr(module, "param_quantizers", {}))
         for key, value in module.named_parameters(name, recurse=False):
             own = key.rpartition(".")[2]
-            if quantizers.get(own) is not None or name in meant or isinstance(module, _Unknown):
+            if quantizers.get(own) is not None or name in left or isinstance(module, _Unknown):
                 taken.add(id(value))
             elif sum(side > 1 for side in value.shape) > 1 and not _ignored(module):
                 found[id(value)] = key, value.numel()
@@ -107,10 +120,11 @@ def _quantized(kind: Any) -> type[_Unknown]:
 
 
 @torch.no_grad()
-def _watch(model: nn.Module, dummy_input: Any) -> tuple[list[Any], set[str]]:
+def _watch(model: nn.Module, dummy_input: Any) -> tuple[list[Any], set[str], list[str]]:
     """Return the unknown classes that can have quantizers for input, parameters and output.
 
-    :returns: these, and the names of modules that were not called.
+    :returns: these, the names of modules that were not called, and of those that were called twice
+        in one call of the module around.
     """
     leaves = {n: m for n, m in model.named_modules() if not any(True for _ in m.children())}
     fitting: dict[type[Any], bool] = {}
@@ -136,13 +150,13 @@ def _watch(model: nn.Module, dummy_input: Any) -> tuple[list[Any], set[str]]:
 
     hooks = [m.register_forward_hook(note, with_kwargs=True) for m in leaves.values()]
     try:
-        with evaluating(model):
+        with evaluating(model), noted_repeats(model) as twice:
             call_model(model, dummy_input)
     finally:
         for hook in hooks:
             hook.remove()
     uncalled = {name for name, module in leaves.items() if module not in called}
-    return [kind for kind, fits in fitting.items() if fits], uncalled
+    return [kind for kind, fits in fitting.items() if fits], uncalled, list(twice)
 
 
 def _ignored(module: nn.Module) -> bool:
