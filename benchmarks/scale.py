@@ -1,22 +1,29 @@
 """Does each block of a model cost the same, however many there are?
 
     python benchmarks/scale.py [--blocks 8 16 32 64] [--repeats 2] [--only create_sim export ...]
+                               [--calls]
 
-builds simulations of random narrow llamas of several depths, applies techniques with few steps and
-exports, and prints the processor time of each by depth. What a block costs is told from the two
-deepest models and from the two shallowest ones, so that fixed costs cancel; the bar is that the
-former is at most a tenth more. Processor time, so that other work on the machine disturbs less; run
-it with OMP_NUM_THREADS=1.
+builds simulations of random narrow llamas of several depths, applies techniques with few steps,
+exports and loads, and prints the processor time of each by depth. What a block costs is told from
+the two deepest models and from the two shallowest ones, so that fixed costs cancel; the bar is that
+the former is at most a tenth more. Processor time, the least of repetitions that take turns, so
+that other work on the machine disturbs less; run it with OMP_NUM_THREADS=1. With --calls the
+number of calls of functions takes the place of time: what grows there grows without noise, and the
+functions of which a block calls more are named.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import cProfile
+import gc
 import pathlib
+import pstats
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -115,6 +122,18 @@ def export(
     return prepared
 
 
+def load(build: Callable[[int], Any], sample: Any) -> Callable[[int], Callable[[], Any]]:
+    """Return a maker of jobs that load an export."""
+
+    def prepared(blocks: int) -> Callable[[], Any]:
+        folder = tempfile.TemporaryDirectory()  # it lives as long as the job
+        path = pathlib.Path(folder.name) / "out"
+        aimet_ext.export(build(blocks), path, "model", sample, progress=False)
+        return lambda: (aimet_ext.load(path, progress=False), folder)
+
+    return prepared
+
+
 @contextlib.contextmanager
 def timed_exporter() -> Iterator[list[float]]:
     """Yield a list that collects the processor time of each call of AIMET's exporter."""
@@ -134,35 +153,65 @@ def timed_exporter() -> Iterator[list[float]]:
         yield taken
 
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    "gptq": {},
+    "seq_mse": {},
+    "adaround": {"num_iterations": 4},
+    "awq": {},
+    "smoothquant": {},
+    "omniquant": {"num_iterations": 4, "search_sweeps": 1},
+    "autoround": {"num_iterations": 4},
+}
+ARRAYS = {"input_ids": IDS.numpy()}
 JOBS: dict[str, Callable[[int], Callable[[], Any]]] = {
     "create_sim": create,
-    "gptq": technique("gptq"),
-    "seq_mse": technique("seq_mse"),
-    "awq": technique("awq"),
-    "omniquant": technique("omniquant", num_iterations=4, search_sweeps=1),
-    "autoround": technique("autoround", num_iterations=4),
+    **{name: technique(name, **settings) for name, settings in SETTINGS.items()},
     "spinquant": technique("spinquant"),
     "dwq": technique("dwq", num_iterations=2),
-    "gptq of ONNX": technique("gptq", onnx_sim),
-    "omniquant of ONNX": technique("omniquant", onnx_sim, num_iterations=4, search_sweeps=1),
+    **{f"{name} of ONNX": technique(name, onnx_sim, **own) for name, own in SETTINGS.items()},
     "export": export(calibrated, IDS),
     "export without AIMET's exporter": export(calibrated, IDS, own=True),
-    "export of ONNX": export(onnx_sim, {"input_ids": IDS.numpy()}),
+    "export of ONNX": export(onnx_sim, ARRAYS),
+    "load": load(calibrated, IDS),
+    "load of ONNX": load(onnx_sim, ARRAYS),
 }
 
 
-def seconds(name: str, blocks: int, repeats: int) -> float:
-    """Return the smallest processor time of a job, each time on a new simulation."""
-    taken = []
+def seconds(name: str, depths: list[int], repeats: int) -> list[float]:
+    """Return the smallest processor time of a job by depth, each time on a new simulation."""
+    taken: dict[int, list[float]] = {blocks: [] for blocks in depths}
     with _silent():
-        for _ in range(repeats):
+        for blocks in depths * repeats:
             job = JOBS[name](blocks)
             started = time.process_time()
             left_out = job()
             if not isinstance(left_out, float):
                 left_out = 0.0
-            taken.append(time.process_time() - started - left_out)
-    return min(taken)
+            taken[blocks].append(time.process_time() - started - left_out)
+    return [min(each) for each in taken.values()]
+
+
+def calls(name: str, blocks: int) -> Counter[str]:
+    """Return the number of calls of each function in a job."""
+    with _silent():
+        job = JOBS[name](blocks)
+        gc.collect()
+        profile = cProfile.Profile()
+        profile.runcall(job)
+    found: dict[tuple[str, int, str], Any] = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+    return Counter({f"{pathlib.Path(k[0]).name}:{k[1]} {k[2]}": v[1] for k, v in found.items()})
+
+
+def growing(counts: list[Counter[str]], depths: list[int]) -> list[str]:
+    """Return the functions that a block of the deepest models calls more often, most first."""
+
+    def by_block(name: str, place: int) -> float:
+        return (counts[place + 1][name] - counts[place][name]) / (depths[place + 1] - depths[place])
+
+    more = {n: by_block(n, len(depths) - 2) - by_block(n, 0) for n in counts[-1]}
+    least = counts[-1].total() / depths[-1] / 500
+    found = sorted((name for name, each in more.items() if each > least), key=lambda n: -more[n])
+    return [f"{name} ({more[name]:+.0f} a block)" for name in found[:8]]
 
 
 @contextlib.contextmanager
@@ -177,6 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--blocks", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--calls", action="store_true")
     parser.add_argument("--only", nargs="+", default=list(JOBS), choices=list(JOBS))
     parser.add_argument("--output", type=pathlib.Path, default=HERE / "results" / "scale.json")
     options = parser.parse_args()
@@ -187,8 +237,12 @@ def main() -> None:
     head = ["job", *[f"{n} blocks" for n in depths], "a block at first", "at last", "ratio"]
     rows, bars = [], []
     for name in options.only:
-        seconds(name, depths[0], 1)  # libraries are loaded
-        taken = [seconds(name, n, options.repeats) for n in depths]
+        seconds(name, depths[:1], 1)  # libraries are loaded
+        if options.calls:
+            counts = [calls(name, n) for n in depths]
+            taken: list[float] = [count.total() for count in counts]
+        else:
+            taken = seconds(name, depths, options.repeats)
         steps = [
             (taken[k + 1] - taken[k]) / (depths[k + 1] - depths[k]) for k in (0, len(depths) - 2)
         ]
@@ -197,7 +251,9 @@ def main() -> None:
         print_table(name, head, rows[-1:])
         text = f"{name}: a block costs {ratio:.2f} of the first ones"
         bars.append(bar(text, ratio <= 1 + TOLERANCE))
-    print_table("Processor seconds", head, rows)
+        if options.calls:
+            print("\n".join(growing(counts, depths)))
+    print_table("Calls" if options.calls else "Processor seconds", head, rows)
     result = {"jobs": named(head, rows), "bars": bars, "machine": machine("onnx")}
     add_section(options.output, "scale", result)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -42,16 +43,23 @@ def find_stack(model: nn.Module, layers: Sequence[str], *, mixed: bool = False) 
     """
     best: list[str] = []
     most = 0
+    around = Counter(prefix for layer in layers for prefix in _holders(layer))
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList if mixed else nn.ModuleList | nn.Sequential):
             continue
         if not mixed and len({type(child) for child in module}) != 1:
             continue
         blocks = [f"{name}.{key}".lstrip(".") for key, _ in module.named_children()]
-        held = [sum(layer.startswith(f"{block}.") for layer in layers) for block in blocks]
+        held = [around[block] for block in blocks]
         if sum(held) > most and (all(held) or sum(held) > len(layers) // 2):
             best, most = blocks, sum(held)
     return best
+
+
+def _holders(layer: str) -> Iterator[str]:
+    """Return the names of the modules around a layer."""
+    keys = layer.split(".")
+    return (".".join(keys[:depth]) for depth in range(1, len(keys)))
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ class OnnxSim(OnnxPoints, SimAdaptor):
     def __init__(self, sim: QuantizationSimModel) -> None:
         self.sim = sim
         self.parts: dict[str, OnnxPart] = {}
+        self._parameters: frozenset[str] = frozenset()  # AIMET keeps a list
         self.copied: tuple[str, ...] = ()
         self._helpers: frozenset[str] = frozenset()  # names of nodes that compute states
 
@@ -129,15 +130,16 @@ class OnnxSim(OnnxPoints, SimAdaptor):
     ) -> AbstractContextManager[SwitchedOff]:
         layers = (self._layer(name) for name in keep)
         kept = {layer.weight for layer in layers if layer is not None}
-        every = self.sim.qc_quantize_op_dict
-        # Activations are not told apart by module.
-        names = every if not module else set(self._stored_in(module))
+        inside, every = self._quantized_in(module), self.sim.qc_quantize_op_dict
+        if module and module not in self.parts:  # whose activations are not told apart
+            inside += [name for name in every if not self._is_parameter(name)]
         off = {
-            name: quantizer
-            for name, quantizer in every.items()
-            if quantizer.enabled
+            name: every[name]
+            for name in inside
+            if name in every
+            and every[name].enabled
             and name not in kept
-            and ((weights and name in names) if self._is_parameter(name) else activations)
+            and (weights if self._is_parameter(name) else activations)
         }
         return SwitchedOff(off, self._quantized_in).open()
 
@@ -187,13 +189,11 @@ class OnnxSim(OnnxPoints, SimAdaptor):
 
     def activation_quantizers(self, module: str = "") -> dict[str, Any]:
         """Return the quantizers of tensors in and around a module, by the tensor's name."""
-        tensors = self._tensors_of(module) if module else None
+        every = self.sim.qc_quantize_op_dict
         return {
-            name: quantizer
-            for name, quantizer in self.sim.qc_quantize_op_dict.items()
-            if is_integer(quantizer)
-            and not self._is_parameter(name)
-            and (tensors is None or name in tensors)
+            name: every[name]
+            for name in (self._tensors_of(module) if module else every)
+            if name in every and is_integer(every[name]) and not self._is_parameter(name)
         }
 
     def activation_bits(self) -> int:
@@ -206,7 +206,8 @@ class OnnxSim(OnnxPoints, SimAdaptor):
 
         weights = {layer.weight for layer in self.layers.values()}
         every = self.sim.qc_quantize_op_dict
-        watched = [n for n, q in every.items() if n not in weights and is_integer(q)]
+        names = self._tensors_of(module) if module in self.parts else every
+        watched = [n for n in names if n not in weights and is_integer(every.get(n))]
         if not watched:
             return {}
         with self.disabled_quantizers(module, activations=False):
@@ -435,9 +436,11 @@ class OnnxSim(OnnxPoints, SimAdaptor):
         """Return the layer of a module's name, also of its name within a part."""
         if name in self.layers:
             return self.layers[name]
-        for part_name, part in self.parts.items():
-            inner = "" if name == part_name else name.removeprefix(f"{part_name}.")
-            if inner != name and inner in part.layers:
+        keys = name.split(".")
+        for depth in range(1, len(keys) + 1):
+            part = self.parts.get(".".join(keys[:depth]))
+            inner = ".".join(keys[depth:])
+            if part is not None and inner in part.layers:
                 return part.layers[inner]
         self._module(name)
         return None
@@ -471,16 +474,18 @@ class OnnxSim(OnnxPoints, SimAdaptor):
         tensors = self.parts[module].tensors if module in self.parts else ()
         return [*self._stored_in(module), *tensors]
 
-    def _tensors_of(self, module: str) -> set[str]:
+    def _tensors_of(self, module: str) -> list[str]:
         """Return the tensors that a module reads or makes."""
         if module in self.parts:
-            return set(self.parts[module].tensors)
+            return list(dict.fromkeys(self.parts[module].tensors))
         layer = self._layer(module)
         uses = () if layer is None else layer.uses
-        return {tensor for use in uses for tensor in (use.input, use.output)}
+        return list(dict.fromkeys(tensor for use in uses for tensor in (use.input, use.output)))
 
     def _is_parameter(self, name: str) -> bool:
-        return name in self.sim.param_names
+        if len(self._parameters) != len(self.sim.param_names):
+            self._parameters = frozenset(self.sim.param_names)
+        return name in self._parameters
 
 
 def _no_forward_fn() -> TypeError:

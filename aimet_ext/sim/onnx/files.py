@@ -7,13 +7,14 @@ already, and the wider grid has the same points and more. 3 bits are integers -4
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir
-from aimet_onnx import ir_utils
+from aimet_onnx import ir_utils, quantsim
 from aimet_onnx._encoding import AffineEncoding, EncodingBase, LPBQEncoding
 from aimet_onnx.common.onnx._utils import to_array
 from aimet_onnx.graph_passes.fusions import inline_all_supergroups
@@ -218,7 +219,7 @@ def save_qdq_model(model: Any, encodings: Mapping[str, Any], path: Path, *, exte
     :raises OutsideError: AIMET cannot convert it.
     """
     stored = set(stored_values(model.graph))
-    with outside("AIMET's exporter"):
+    with outside("AIMET's exporter"), _types_looked_up():
         converted = encodings_to_onnx_qdq(model, dict(encodings), prequantize_constants=True)
     # Files of IR 3 list their weights among the inputs, of which integers take the place.
     inputs = [value for value in converted.graph.input if value.name not in stored]
@@ -227,6 +228,27 @@ def save_qdq_model(model: Any, encodings: Mapping[str, Any], path: Path, *, exte
     converted.ir_version = max(4, converted.ir_version)
     name_nodes(converted)
     save_model(converted, path, external=external)
+
+
+@contextmanager
+def _types_looked_up() -> Iterator[None]:
+    """Open a context in which AIMET looks types up; it searches the whole model for each tensor."""
+    searching, known = quantsim._tensor_float_type, dict[str, int]()
+
+    def look_up(model: onnx.ModelProto, name: str) -> Any:
+        if not known:
+            graph = model.graph
+            for value in (*graph.input, *graph.value_info, *graph.output):
+                if kind := value.type.tensor_type.elem_type:
+                    known.setdefault(value.name, kind)
+            known.update((tensor.name, tensor.data_type) for tensor in graph.initializer)
+        return onnx.helper.tensor_dtype_to_np_dtype(known.get(name, onnx.TensorProto.FLOAT))
+
+    quantsim._tensor_float_type = look_up
+    try:
+        yield
+    finally:
+        quantsim._tensor_float_type = searching
 
 
 def name_nodes(model: Any) -> None:
