@@ -358,7 +358,7 @@ def squared_error(
 ) -> tuple[float, int]:
     """Sum of squared differences and number of elements, in float32, over the tokens that count.
 
-    :param output: ``[batch, seq, hidden]``.
+    :param output: ``[batch, seq, ..., hidden]``.
     :param target: the same shape.
     :param mask: bool ``[batch, seq]``, None for all tokens.
     :param trim: share of the elements to leave out, see :func:`trimmed`.

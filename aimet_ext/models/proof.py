@@ -18,7 +18,7 @@ from aimet_ext.core.equivalence import ScalePair, powers_of_two, stored_scales, 
 from aimet_ext.data.batches import map_tensors, module_device, tensors_in
 from aimet_ext.errors import TransformRefused
 from aimet_ext.walk.hooks import evaluating
-from aimet_ext.walk.states import hidden_state
+from aimet_ext.walk.states import hidden_state, tokens_first, tokens_inside
 from aimet_ext.walk.stream import nearest_config
 
 BlockFn = Callable[[Mapping[str, Tensor]], Tensor]
@@ -261,8 +261,8 @@ def probe_inputs(
     Positions are cut, a single sequence gets a reversed twin, and a parameter ``attention_mask``
     becomes a causal mask that hides the last quarter of the second sequence. Caches are dropped.
 
-    :param args: positional arguments of a captured call, hidden states ``[batch, seq, hidden]``
-        first unless they go by name.
+    :param args: positional arguments of a captured call, hidden states
+        ``[..., batch, seq, hidden]`` first unless they go by name.
     :param length: tokens to keep; all are kept if the block has tensor arguments of unknown names.
     :returns: all arguments by name; uncut where the block takes inputs of these sizes alone, as a
         graph of static shapes does.
@@ -281,7 +281,7 @@ def probe_inputs(
 
 def _cut_inputs(block: nn.Module, named: dict[str, Any], length: int) -> dict[str, Any]:
     first = next(iter(named))
-    hidden = named[first]
+    hidden = tokens_first(named[first])
     batch, seq = hidden.shape[:2]
     if min(length, seq) < _MIN_LENGTH:
         raise ValueError(
@@ -306,9 +306,10 @@ def _cut_inputs(block: nn.Module, named: dict[str, Any], length: int) -> dict[st
         elif name in unknown:
             named[name] = map_tensors(cut, value)
     hidden = hidden[:_MIN_BATCH, :length]
-    named[first] = hidden if batch > 1 else torch.cat([hidden, hidden.flip(1)])
+    hidden = hidden if batch > 1 else torch.cat([hidden, hidden.flip(1)])
+    named[first] = tokens_inside(hidden)
     if "attention_mask" in inspect.signature(block.forward).parameters:
-        named["attention_mask"] = _padded_mask(named[first], named.get("attention_mask"))
+        named["attention_mask"] = _padded_mask(hidden, named.get("attention_mask"))
     return named
 
 

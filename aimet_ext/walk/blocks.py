@@ -26,6 +26,7 @@ from aimet_ext.walk.hooks import (
 )
 from aimet_ext.walk.passes import BlockPass, WalkOptions, kinds_of, open_pass
 from aimet_ext.walk.sides import Sides
+from aimet_ext.walk.states import tokens_inside
 from aimet_ext.walk.streamed import StreamedBlock, no_tokens, stage_inputs
 from aimet_ext.walk.walk import RerunWalk, Stage, Streams, stream_names
 from aimet_ext.walk.wiring import NotInSequence
@@ -345,7 +346,7 @@ class BlockWalk:
             for done, returns in zip(self._passes, self._returns, strict=False):
                 blocks = [self.model.get_submodule(name) for name in done.names]
                 outcome = done.flows[stream].hidden.read(index, module_device(blocks[0]))
-                output = partial(returns, outcome)
+                output = partial(returns, tokens_inside(outcome))
                 for block in blocks:
                     stack.enter_context(replaced_forward(block, output))
             yield

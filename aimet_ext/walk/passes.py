@@ -12,7 +12,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import nn
 
-from aimet_ext.data.batches import ForwardFn, call_model
+from aimet_ext.data.batches import ForwardFn, call_model, token_ids
 from aimet_ext.walk.hooks import on_device, swapped_weights
 from aimet_ext.walk.sides import Sides
 from aimet_ext.walk.stream import BlockStream, Within, capture_block_inputs
@@ -163,4 +163,5 @@ def kinds_of(
     """
     if not batches:
         return [0] * len(blocks)  # the capture says that there are none
-    return block_kinds(model, blocks, partial(call_model, model, batches[0], forward_fn))
+    run = partial(call_model, model, batches[0], forward_fn)
+    return block_kinds(model, blocks, run, token_ids(batches[0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -24,7 +25,14 @@ from aimet_ext.data.cache import TensorCache
 from aimet_ext.files.tensors import hash_tensors
 from aimet_ext.walk.hooks import evaluating, first_calls, run_batch
 from aimet_ext.walk.sides import Sides
-from aimet_ext.walk.states import hidden_state, is_hidden, real_tokens
+from aimet_ext.walk.states import (
+    are_states,
+    hidden_state,
+    is_hidden,
+    real_tokens,
+    tokens_first,
+    tokens_inside,
+)
 
 BlockFn = Callable[..., Any]
 Within = Callable[[int], AbstractContextManager[Any]]
@@ -35,7 +43,8 @@ Rows = Sequence[int] | Tensor | slice
 class BlockCall:
     """One call of a block: its arguments and which tokens count.
 
-    :param hidden: hidden states ``[batch, seq, hidden]``, one of the arguments.
+    :param hidden: hidden states ``[batch, seq, hidden]``, one of the arguments;
+        ``[batch, seq, ..., hidden]`` where the block takes several of them stacked.
     :param mask: bool ``[batch, seq]``, true for real tokens.
     :param args: positional arguments.
     :param kwargs: keyword arguments.
@@ -47,8 +56,18 @@ class BlockCall:
     kwargs: dict[str, Any]
 
     def __call__(self, block_fn: BlockFn) -> Tensor:
-        """Return the hidden states ``[batch, seq, hidden]`` that ``block_fn`` gives."""
-        return hidden_state(block_fn(*self.args, **self.kwargs))
+        """Return the hidden states ``[batch, seq, ..., hidden]`` that ``block_fn`` gives."""
+        args, kwargs = self.arguments()
+        return tokens_first(hidden_state(block_fn(*args, **kwargs)))
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments as the block takes them."""
+        inside = tokens_inside(self.hidden)
+
+        def swap(leaf: Any) -> Any:
+            return inside if leaf is self.hidden else leaf
+
+        return map_leaves(swap, self.args), map_leaves(swap, self.kwargs)
 
     def with_hidden(self, hidden: Tensor) -> BlockCall:
         """Return the same call for other hidden states, such as those of another stream."""
@@ -130,7 +149,7 @@ class BlockStream:
     def __init__(self, device: torch.device | str, cache_dir: str | Path | None = None) -> None:
         self.device = torch.device(device)
         self.hidden = TensorCache(cache_dir, name="hidden")
-        self.width = 0  # of the hidden states, once there are any
+        self.width = 0  # numbers in the hidden states of a token, once there are any
         self.kind = ""
         self._arguments = _Arguments(TensorCache(cache_dir, name="arguments"))
         # Most batches share masks and position embeddings: those of the last call stay loaded.
@@ -142,13 +161,14 @@ class BlockStream:
     ) -> None:
         """Add a batch.
 
-        :param hidden: ``[batch, seq, hidden]``, found by identity in ``args`` or ``kwargs``.
+        :param hidden: ``[..., batch, seq, hidden]``, found by identity in ``args`` or ``kwargs``.
         :param args: positional arguments of the block.
         :param kwargs: keyword arguments of the block. Key-value caches are dropped.
         :param mask: bool ``[batch, seq]``, true for real tokens.
         """
-        self.width = hidden.shape[-1]
         self.append_arguments("", hidden, args, kwargs, mask)
+        hidden = tokens_first(hidden)
+        self.width = math.prod(hidden.shape[2:])
         self.hidden.append(hidden)
 
     def append_arguments(
@@ -169,7 +189,8 @@ class BlockStream:
         named = map_leaves(keep, kwargs)
         if named.get("use_cache"):
             named["use_cache"] = False
-        shape = (hidden.shape[0], hidden.shape[1])
+        batch, seq, *_ = tokens_first(hidden).shape
+        shape = (batch, seq)
         record = _Record(map_leaves(keep, args), named, self._arguments.keep(mask), shape)
         self._arguments.records.setdefault(kind, []).append(record)
 
@@ -220,7 +241,7 @@ class BlockStream:
         )
 
     def call(self, block_fn: BlockFn, index: int, rows: Rows | None = None) -> Tensor:
-        """Return what ``block_fn`` makes of a batch: hidden states ``[batch, seq, hidden]``."""
+        """Return what ``block_fn`` makes of a batch: states ``[batch, seq, ..., hidden]``."""
         return self.select(index, rows)(block_fn)
 
     def fork(self) -> BlockStream:
@@ -329,14 +350,15 @@ def capture_block_inputs(
     try:
         with evaluating(model), torch.no_grad():
             for number, batch in enumerate(checked):
+                ids = token_ids(batch)
                 if forward_fn is None:
-                    _check_length(token_ids(batch), context, number)
+                    _check_length(ids, context, number)
                 run = partial(run_batch, model, batch, number, forward_fn)
                 with nullcontext() if within is None else within(number):
                     calls = first_calls([block, *further], run)
                 given = sides.mask(batch, model, first_block_name)
-                _append(stream, block, ("", *others), calls, given, number)
-                _check_length(stream.hidden[number][..., 0], context, number)
+                _append(stream, block, ("", *others), calls, given, ids, number)
+                _check_length(stream.mask(number), context, number)
     except BaseException:
         stream.close()
         raise
@@ -349,6 +371,7 @@ def _append(
     kinds: Sequence[str],
     calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]],
     given: Tensor | None,
+    ids: Tensor | None,
     number: int,
 ) -> None:
     """Add a batch to a stream.
@@ -356,6 +379,7 @@ def _append(
     :param block: First block.
     :param calls: Arguments of a block of each kind.
     :param given: Mask of the batch, if it has one.
+    :param ids: Its token ids, if it has any.
     """
     if len(calls) < len(kinds):
         raise ValueError(
@@ -363,14 +387,14 @@ def _append(
             f"for batch {number}; forward_fn must run the model it is given"
         )
     args, kwargs = calls[0]
-    hidden = _hidden(args, kwargs, number)
+    hidden = _hidden(args, kwargs, ids, number)
     attention = named_argument(block, "attention_mask", args, kwargs)
     mask = real_tokens(given, attention, hidden, number)
     if given is None and not is_hidden(block, hidden, args, kwargs, mask):
         mask = torch.ones_like(mask)
     stream.append(hidden, args, kwargs, mask)
     for kind, (args, kwargs) in zip(kinds[1:], calls[1:], strict=True):
-        stream.append_arguments(kind, _hidden(args, kwargs, number), args, kwargs, mask)
+        stream.append_arguments(kind, _hidden(args, kwargs, ids, number), args, kwargs, mask)
 
 
 def named_argument(
@@ -384,9 +408,11 @@ def named_argument(
     return args[place] if place < len(args) else None
 
 
-def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any], number: int) -> Tensor:
-    hidden = args[0] if args else kwargs.get("hidden_states")
-    if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+def _hidden(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], ids: Tensor | None, number: int
+) -> Tensor:
+    hidden: Any = args[0] if args else kwargs.get("hidden_states")
+    if not are_states(hidden, ids):
         came = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
         raise ValueError(
             "a block must receive hidden states [batch, seq, hidden] as its first argument or as "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from aimet_ext.data.batches import map_leaves, map_tensors
-from aimet_ext.walk.states import hidden_state
+from aimet_ext.walk.states import are_states, hidden_state
 from aimet_ext.walk.stream import nearest_config
 
 # Values of each argument of a block but the hidden states, by the argument's name.
@@ -23,7 +23,10 @@ class NotInSequence(ValueError):
 
 @torch.no_grad()
 def block_kinds(
-    model: nn.Module, blocks: Sequence[str], run: Callable[[], object]
+    model: nn.Module,
+    blocks: Sequence[str],
+    run: Callable[[], object],
+    ids: Tensor | None = None,
 ) -> tuple[int, ...]:
     """Return for each block the number of the first one that is called with the same arguments.
 
@@ -32,10 +35,11 @@ def block_kinds(
 
     :param blocks: Full names, in order.
     :param run: Function that runs the model on one batch.
+    :param ids: Token ids ``[batch, seq]`` of this batch, as far as they are known.
     :raises NotInSequence: A block is not called once and in order, or does not receive what the
         one before returns, bit for bit; or other arguments depend on what blocks before returned.
     """
-    found = _calls(model, blocks, run)
+    found = _calls(model, blocks, run, ids)
     config = nearest_config(model, blocks[0], "layer_types")
     types = getattr(config, "layer_types", None) or ()
     if len(types) != len(blocks):
@@ -49,7 +53,7 @@ def block_kinds(
         with ExitStack() as hooks:
             first = model.get_submodule(blocks[0])
             hooks.callback(first.register_forward_hook(_other_output).remove)
-            again = _calls(model, blocks, run)
+            again = _calls(model, blocks, run, ids)
         for block, before, after in zip(blocks, found, again, strict=True):
             if (name := _differing(before, after)) is not None:
                 raise NotInSequence(
@@ -59,7 +63,9 @@ def block_kinds(
     return tuple(kinds)
 
 
-def _calls(model: nn.Module, blocks: Sequence[str], run: Callable[[], object]) -> list[_Arguments]:
+def _calls(
+    model: nn.Module, blocks: Sequence[str], run: Callable[[], object], ids: Tensor | None
+) -> list[_Arguments]:
     """Return the arguments of each block's call.
 
     :raises NotInSequence: see :func:`block_kinds`.
@@ -75,8 +81,8 @@ def _calls(model: nn.Module, blocks: Sequence[str], run: Callable[[], object]) -
             )
         named = {f"argument {place}": value for place, value in enumerate(args)}
         named |= {f"argument {name!r}": value for name, value in kwargs.items()}
-        hidden = named.pop("argument 0" if args else "argument 'hidden_states'", None)
-        if not isinstance(hidden, Tensor) or hidden.dim() != 3:
+        hidden: Any = named.pop("argument 0" if args else "argument 'hidden_states'", None)
+        if not are_states(hidden, ids):
             came = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
             raise NotInSequence(
                 f"{blocks[number]} must receive hidden states [batch, seq, hidden], got {came}"

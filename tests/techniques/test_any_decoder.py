@@ -104,6 +104,68 @@ def test_autoround_decides_experts_without_tokens_on_those_of_all(
     assert lost[0] < lost[1]
 
 
+STREAMS = {
+    "num_key_value_heads": 2,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 128,
+    "altup_num_inputs": 3,
+    "laurel_rank": 8,
+    "num_kv_shared_layers": 0,
+    "activation_sparsity_pattern": [0.0, 0.0],
+}
+
+
+@pytest.fixture(scope="module")
+def of_streams(tiny_model: Any) -> Any:
+    """A Gemma 3n, whose blocks pass on hidden states [streams, batch, seq, hidden]."""
+    model = tiny_model("gemma3n_text", **STREAMS)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+            elif not bool(parameter.any()):
+                parameter.fill_(0.1)
+    return model
+
+
+@pytest.mark.parametrize("name", ["omniquant", "awq", "smoothquant", "autoround"])
+def test_blocks_may_pass_several_streams_on(of_streams: Any, batches: Any, name: str) -> None:
+    """Sequences are minibatches whatever axis they lie on, and the float function stays."""
+    sim = simulated(of_streams, batches)
+    settings = {"batch_size": 1, **BRIEF} if name in ("omniquant", "autoround") else {}
+    report = getattr(aimet_ext, f"apply_{name}")(sim, batches, **settings)
+    assert len(report.blocks) == 2
+    if name != "smoothquant":  # which judges nothing
+        assert all(block.loss_after < block.loss_nearest for block in report.blocks)
+    if name == "autoround":
+        return  # it rounds weights
+    with adapt(sim).disabled_quantizers(), torch.no_grad():
+        wanted = of_streams(input_ids=batches[-1], use_cache=False).logits
+        change = (sim.model(batches[-1]) - wanted).abs().max() / wanted.abs().max()
+    assert change <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["omniquant", "awq"])
+def test_padding_counts_in_no_stream(of_streams: Any, batches: Any, name: str) -> None:
+    """Ids behind the mask change nothing that is decided."""
+    mask = torch.ones_like(batches[0])
+    mask[1, 16:] = 0
+    settings = BRIEF if name == "omniquant" else {"progress": False}
+
+    def decided(ids: Tensor) -> dict[str, Tensor]:
+        sim = simulated(of_streams, batches)
+        data = [{"input_ids": ids, "attention_mask": mask}]
+        getattr(aimet_ext, f"apply_{name}")(sim, data, **settings)
+        return {n: p.detach().clone() for n, p in sim.model.named_parameters()}
+
+    one = decided(batches[0])
+    other = decided(torch.where(mask == 1, batches[0], 5))
+    for name_, value in one.items():
+        torch.testing.assert_close(other[name_], value, rtol=1e-3, atol=1e-4)
+
+
 def test_parallel_attention_and_mlp(tiny_model: Any, batches: Any) -> None:
     """One norm that both read; the two that are left out are named."""
     sim = simulated(tiny_model("cohere", **PARALLEL), batches)

@@ -203,7 +203,7 @@ class Block:
         return layout.with_scale(*(raw or layout.raw(*layout.bounds(weight))))
 
     def run(self, call: BlockCall, params: Params | None = None) -> Tensor:
-        """Return hidden states ``[batch, seq, hidden]`` of the block for a call.
+        """Return hidden states ``[batch, seq, ..., hidden]`` of the block for a call.
 
         :param params: Parameters in place of the block's own.
         """

@@ -382,7 +382,7 @@ class BlockwiseRun:
             call = data.flows["float"].select(0)
 
             def block_fn(length: int) -> BlockFn:
-                tokens = probe_inputs(data.module, call.args, call.kwargs, length=length)
+                tokens = probe_inputs(data.module, *call.arguments(), length=length)
                 return probe(data.module, (), tokens)
 
             failures, exact = judge_pairs(block_fn, params, pairs)

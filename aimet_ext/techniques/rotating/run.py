@@ -105,7 +105,7 @@ class RotationRun:
         started = time.perf_counter()
         stream = data.flows["float"]
         call = stream.select(0)
-        inputs = probe_inputs(data.module, call.args, call.kwargs)
+        inputs = probe_inputs(data.module, *call.arguments())
         target = stream.call(data.module, 0)
         own = {k: p.detach().double() for k, p in self.adaptor.float_parameters(data.name).items()}
         folded = fold_block(own, block, self.rotations)
@@ -287,7 +287,7 @@ def _look(
         stack.enter_context(closing(streams))
         data = next(stack.enter_context(closing(streams.blocks())))
         call = data.flows["float"].select(0)
-        inputs = probe_inputs(data.module, call.args, call.kwargs)
+        inputs = probe_inputs(data.module, *call.arguments())
         first = next(iter(inputs))
         moved = {**inputs, first: inputs[first].double() + 1}
         own = {k: p.detach().double() for k, p in adaptor.float_parameters(data.name).items()}
