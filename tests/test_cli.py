@@ -488,7 +488,7 @@ def test_verify_compares_on_windows_that_no_technique_saw(
 
     def note(_: Any, dataloader: Any, **rest: Any) -> Any:
         given.append(dataloader)
-        return types.SimpleNamespace(passed=True, to_json=dict)
+        return types.SimpleNamespace(passed=True, to_dict=dict)
 
     monkeypatch.setattr("aimet_ext.verification.verify.verify", note)
     for file in (text, other):
@@ -522,7 +522,7 @@ def test_three_commands_score_the_same_windows_of_unequal_files(
 
     def note(_: Any, batches: Any, **rest: Any) -> Any:
         scored.append(torch.cat(list(batches)[: rest.get("windows")]))
-        return types.SimpleNamespace(passed=True, to_json=dict)
+        return types.SimpleNamespace(passed=True, to_dict=dict)
 
     found = json.loads(run("evaluate", out, "--json").stdout)
     assert found["perplexity"] == pytest.approx(quality["quantized"], rel=1e-5)

@@ -85,7 +85,7 @@ def verify(
         windows=compared,
         text="" if found is None else found.text,
     )
-    return Result(str(report), report.to_json(), passed=report.passed)
+    return Result(str(report), report.to_dict(), passed=report.passed)
 
 
 def _windows(

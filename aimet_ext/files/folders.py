@@ -225,6 +225,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _sync(path.parent)
 
 
+WORDS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+"""Numbers that JSON lacks, by the words that stand for them in reports, which are read back."""
+
+
+def in_words(value: Any) -> Any:
+    """Return JSON values, with words for infinities and NaN, and lists for tuples."""
+    if isinstance(value, Mapping):
+        return {key: in_words(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [in_words(inner) for inner in value]
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return next(word for word, number in WORDS.items() if repr(number) == repr(value))
+
+
 def json_text(content: Any) -> str:
     """Return a value as indented JSON, with null for infinities and NaN, which JSON lacks."""
     return json.dumps(_finite(content), indent=2, allow_nan=False)

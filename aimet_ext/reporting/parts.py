@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import field
 from typing import Annotated, Any, Literal
@@ -10,25 +9,17 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, PlainSerializer
 from pydantic.dataclasses import dataclass
 
+from aimet_ext.files.folders import WORDS, in_words
 from aimet_ext.specs import STRICT
-
-_WORDS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
 def _read(value: Any) -> Any:
-    return _WORDS.get(value, value) if isinstance(value, str) else value
-
-
-def _written(value: float) -> float | str:
-    """Return a number, or the word for one that JSON does not have."""
-    if math.isfinite(value):
-        return value
-    return next(word for word, each in _WORDS.items() if repr(each) == repr(value))
+    return WORDS.get(value, value) if isinstance(value, str) else value
 
 
 #: A float whose infinities are words in the file.
 Number = Annotated[
-    float, BeforeValidator(_read), PlainSerializer(_written, return_type=Any, when_used="json")
+    float, BeforeValidator(_read), PlainSerializer(in_words, return_type=Any, when_used="json")
 ]
 
 StateName = Literal["float", "rounding", "quantized"]

@@ -17,7 +17,7 @@ from aimet_ext.data.batches import token_ids, token_mask
 from aimet_ext.data.feeds import Feed
 from aimet_ext.errors import Finding
 from aimet_ext.evaluation.perplexity import perplexity_of
-from aimet_ext.files.folders import replace_file
+from aimet_ext.files.folders import in_words, replace_file
 
 Status: TypeAlias = Literal["passed", "failed", "not run"]
 _LAYERS_SHOWN = 8
@@ -183,9 +183,13 @@ class VerifyReport:
         return not self.findings and all(step.status == "passed" for step in self.steps)
 
     def to_json(self) -> dict[str, Any]:
-        """Return all fields as JSON values, with ``passed``; infinite ratios are ``"inf"``."""
-        found: dict[str, Any] = _plain({"passed": self.passed, **asdict(self)})
+        """Return all fields as JSON values, with ``passed``; infinite ratios are ``"Infinity"``."""
+        found: dict[str, Any] = in_words(self.to_dict())
         return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as plain values, with ``passed``."""
+        return {"passed": self.passed, **asdict(self)}
 
     def save(self, path: str | Path) -> None:
         """Write the report to a JSON file, atomically."""
@@ -252,15 +256,6 @@ class VerifyReport:
             "the ONNX sim:"
         )
         return [head, *(f"  {layer.sqnr_db:7.1f} dB  {layer.name}" for layer in shown)]
-
-
-def _plain(value: Any) -> Any:
-    """Return JSON values only: tuples as lists, and numbers that JSON lacks as text."""
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def array_sqnr(value: Any, target: Any) -> float:

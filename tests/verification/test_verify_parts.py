@@ -384,7 +384,7 @@ def test_a_report_is_json_even_where_a_ratio_is_infinite(tmp_path: pathlib.Path)
     full.save(tmp_path / "r.json")
     read = json.loads((tmp_path / "r.json").read_text("utf-8"))
     assert read == full.to_json()
-    assert [layer["sqnr_db"] for layer in read["layers"]] == ["inf", "-inf"]
+    assert [layer["sqnr_db"] for layer in read["layers"]] == ["Infinity", "-Infinity"]
     assert read["passed"] is True
     assert "100.00%" in str(full)
 
