@@ -74,14 +74,14 @@ if TYPE_CHECKING:
     from aimet_ext.techniques.dwq import apply_dwq as apply_dwq
     from aimet_ext.techniques.gptq import apply_gptq as apply_gptq
     from aimet_ext.techniques.hqq import apply_hqq as apply_hqq
+    from aimet_ext.techniques.layer_report import LayerReport as LayerReport
+    from aimet_ext.techniques.layer_report import LayerwiseReport as LayerwiseReport
+    from aimet_ext.techniques.layer_report import WeightReport as WeightReport
+    from aimet_ext.techniques.layer_report import WeightsReport as WeightsReport
     from aimet_ext.techniques.lpbq import apply_lpbq as apply_lpbq
     from aimet_ext.techniques.omniquant import OmniQuantReport as OmniQuantReport
     from aimet_ext.techniques.omniquant import apply_omniquant as apply_omniquant
-    from aimet_ext.techniques.report import LayerReport as LayerReport
-    from aimet_ext.techniques.report import LayerwiseReport as LayerwiseReport
     from aimet_ext.techniques.report import RotationReport as RotationReport
-    from aimet_ext.techniques.report import WeightReport as WeightReport
-    from aimet_ext.techniques.report import WeightsReport as WeightsReport
     from aimet_ext.techniques.rotation import apply_rotation as apply_rotation
     from aimet_ext.techniques.rtn import apply_rtn as apply_rtn
     from aimet_ext.techniques.seq_mse import apply_seq_mse as apply_seq_mse
@@ -125,10 +125,11 @@ _HOMES = {
         "reporting.recorder": ("Recorder",),
         "reporting.run_report": ("RunReport",),
         "techniques.omniquant": ("OmniQuantReport",),
-        "techniques.report": (
-            *("LayerReport", "LayerwiseReport", "RotationReport"),
+        "techniques.layer_report": (
+            *("LayerReport", "LayerwiseReport"),
             *("WeightReport", "WeightsReport"),
         ),
+        "techniques.report": ("RotationReport",),
         "verification.report": ("Thresholds", "VerifyReport"),
         "verification.verify": ("verify",),
     }.items()

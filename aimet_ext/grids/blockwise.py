@@ -16,7 +16,7 @@ from aimet_ext.grids.patterns import Layers, LayerTable, select_specs
 from aimet_ext.sim.protocol import SimAdaptor, adapt
 from aimet_ext.specs import LPBQ, Blockwise, OnIndivisible, QSpec, WeightPlan, fit_blocks
 from aimet_ext.techniques.call import accepts_aimet_arguments
-from aimet_ext.techniques.report import LayerwiseReport
+from aimet_ext.techniques.layer_report import LayerwiseReport
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,14 +8,9 @@ from typing import Any
 
 from aimet_ext.reporting.parts import TechniqueResult, UnitResult
 from aimet_ext.techniques.dwq import DWQReport
+from aimet_ext.techniques.layer_report import LayerwiseReport, WeightsReport
 from aimet_ext.techniques.range_report import ActivationRangesReport
-from aimet_ext.techniques.report import (
-    BlockwiseReport,
-    LayerwiseReport,
-    Report,
-    RotationReport,
-    WeightsReport,
-)
+from aimet_ext.techniques.report import BlockwiseReport, Report, RotationReport
 
 
 def technique_results(reports: Mapping[str, Any]) -> tuple[TechniqueResult, ...]:

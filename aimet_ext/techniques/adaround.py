@@ -19,9 +19,9 @@ from aimet_ext.core.columns import Factor
 from aimet_ext.core.gptq import coordinate_descent, gptq
 from aimet_ext.core.range_search import best_ranges, rounding_ranges
 from aimet_ext.techniques.call import Call, technique
+from aimet_ext.techniques.layer_report import LayerwiseReport
 from aimet_ext.techniques.layerwise.deploy import Decision, Problem, SampleSum
 from aimet_ext.techniques.layerwise.loop import Solver, run_layerwise
-from aimet_ext.techniques.report import LayerwiseReport
 from aimet_ext.walk.hooks import Activation
 
 _log = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ from aimet_ext.core.columns import Factor
 from aimet_ext.core.gptq import coordinate_descent, gptq
 from aimet_ext.core.range_search import rounding_ranges
 from aimet_ext.techniques.call import Call, technique
+from aimet_ext.techniques.layer_report import LayerwiseReport
 from aimet_ext.techniques.layerwise.deploy import Decision, Problem
 from aimet_ext.techniques.layerwise.loop import Solver, run_layerwise
-from aimet_ext.techniques.report import LayerwiseReport
 
 
 class GPTQ(Solver[GPTQParams]):

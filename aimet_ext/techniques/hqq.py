@@ -14,10 +14,10 @@ from aimet_ext.config import HQQParams
 from aimet_ext.core.affine import quantize
 from aimet_ext.core.hqq import hqq_ranges, lp_rows
 from aimet_ext.techniques.call import Call, technique
+from aimet_ext.techniques.layer_report import WeightsReport
 from aimet_ext.techniques.layerwise.deploy import Decision, Problem
 from aimet_ext.techniques.layerwise.loop import Solver
 from aimet_ext.techniques.layerwise.weights import run_on_weights
-from aimet_ext.techniques.report import WeightsReport
 
 
 class HQQ(Solver[HQQParams]):

@@ -7,10 +7,10 @@ from functools import partial
 from aimet_ext.config import RTNParams
 from aimet_ext.core.affine import quantize
 from aimet_ext.techniques.call import Call, technique
+from aimet_ext.techniques.layer_report import WeightsReport
 from aimet_ext.techniques.layerwise.deploy import Decision, Problem
 from aimet_ext.techniques.layerwise.loop import Solver
 from aimet_ext.techniques.layerwise.weights import run_on_weights
-from aimet_ext.techniques.report import WeightsReport
 
 
 class RTN(Solver[RTNParams]):

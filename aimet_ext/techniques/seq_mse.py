@@ -7,9 +7,9 @@ import warnings
 from aimet_ext.config import SeqMSEParams
 from aimet_ext.core.range_search import best_ranges, compatible_ranges
 from aimet_ext.techniques.call import Call, technique
+from aimet_ext.techniques.layer_report import LayerwiseReport
 from aimet_ext.techniques.layerwise.deploy import Decision, Problem
 from aimet_ext.techniques.layerwise.loop import Solver, run_layerwise
-from aimet_ext.techniques.report import LayerwiseReport
 
 _COMPATIBLE_BITS = 4  # AIMET leaves wider weights alone
 

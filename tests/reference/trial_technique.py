@@ -9,9 +9,9 @@ from aimet_ext.config import LayerwiseParams
 from aimet_ext.core.affine import Grid, quantize
 from aimet_ext.specs import STRICT
 from aimet_ext.techniques.call import Call, technique
+from aimet_ext.techniques.layer_report import LayerwiseReport
 from aimet_ext.techniques.layerwise.deploy import Decision, Problem
 from aimet_ext.techniques.layerwise.loop import Solver, run_layerwise
-from aimet_ext.techniques.report import LayerwiseReport
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -27,7 +27,7 @@ class Seen:
 
     :param moment: Second moment.
     :param storage: Place of it while it was summed, see
-        :class:`~aimet_ext.techniques.report.LayerReport`; empty without data.
+        :class:`~aimet_ext.techniques.layer_report.LayerReport`; empty without data.
     :param samples: Inputs of layers that a ReLU follows, where the technique asks for them.
     :param upstream: Mean cost of upstream errors by layer, for those that compensate them.
     :param expert: Number of the expert that the layers are of, None if they are of none.

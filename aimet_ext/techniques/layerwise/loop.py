@@ -29,6 +29,7 @@ from aimet_ext.files.tensors import Checkpoints
 from aimet_ext.progress import bar as progress_bar
 from aimet_ext.sim.protocol import Disabled, SimAdaptor, WeightQuantizer, adapt, calibrated
 from aimet_ext.techniques.call import Call
+from aimet_ext.techniques.layer_report import LayerReport, LayerwiseReport
 from aimet_ext.techniques.layerwise.deploy import (
     Decision,
     Outcome,
@@ -38,7 +39,7 @@ from aimet_ext.techniques.layerwise.deploy import (
 )
 from aimet_ext.techniques.layerwise.evidence import Evidence, Seen
 from aimet_ext.techniques.layerwise.token_weights import TokenWeights
-from aimet_ext.techniques.report import LayerReport, LayerwiseReport, Report, UnitReport
+from aimet_ext.techniques.report import Report, UnitReport
 from aimet_ext.techniques.session import (
     OnGrids,
     RunOptions,

@@ -17,10 +17,11 @@ from aimet_ext.core.affine import fake_quantize
 from aimet_ext.core.objective import SecondMoment
 from aimet_ext.sim.protocol import WeightQuantizer
 from aimet_ext.techniques.call import Call
+from aimet_ext.techniques.layer_report import WeightReport, WeightsReport
 from aimet_ext.techniques.layerwise.deploy import Decision, Outcome, Problem
 from aimet_ext.techniques.layerwise.evidence import Seen
 from aimet_ext.techniques.layerwise.loop import LayerwiseRun, Solver, run_on_layers
-from aimet_ext.techniques.report import UnitReport, WeightReport, WeightsReport
+from aimet_ext.techniques.report import UnitReport
 from aimet_ext.walk.walk import Stage
 
 P = TypeVar("P", bound=WeightParams)
