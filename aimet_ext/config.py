@@ -308,8 +308,9 @@ class GPTQParams(LayerwiseParams):
     :param act_order: Round the columns with the largest inputs first.
     :param beams: Partial roundings of each row that are kept on the way; 1 is GPTQ itself, more
         find lower errors, in proportionally more time.
-    :param scale_candidates: Multiples of each row's range that are tried, each with its own
-        rounding, where no earlier technique froze the range; 0 keeps the ranges of plain rounding.
+    :param scale_candidates: Multiples of each row's range to choose from, each with its own
+        rounding, where no earlier technique froze the range: every other one is tried, then the two
+        beside the best. 0 keeps the ranges of plain rounding.
     :param refine_sweeps: Sweeps of coordinate descent on the full objective afterwards, at most;
         0 for GPTQ alone.
     """

@@ -130,11 +130,13 @@ class Factor:
 
     :param upper: ``M``, float64, ``[groups, in, in]``; columns without an input are decoupled.
     :param added: number that was added to the diagonal, ``[groups, 1, 1]``.
+    :param alive: columns that ever see an input, bool ``[groups, in, 1]``.
     :param order: order of the columns, ``[groups, in]``; None for that of the weights.
     """
 
     upper: Tensor
     added: Tensor
+    alive: Tensor
     order: Tensor | None
 
     @classmethod
@@ -147,7 +149,8 @@ class Factor:
             order = diagonal.argsort(dim=1, descending=True, stable=True)
             second = second.take_along_dim(order[:, :, None], 1)
             second = second.take_along_dim(order[:, None, :], 2)
-        return cls(*_upper_factor(second, damping), order)
+        alive = second.diagonal(dim1=1, dim2=2)[:, :, None] > 0
+        return cls(*_upper_factor(second, damping), alive, order)
 
     @cached_property
     def diagonal(self) -> Tensor:
@@ -158,10 +161,16 @@ class Factor:
         """Return ``M_ij / M_jj`` at ``[groups, j, i]``."""
         return (self.upper.mT / self.diagonal).to(dtype)
 
-    def shift(self, pull: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return ``t_j / M_jj`` with ``t = pull M⁻ᵀ``, ``[groups, in, rows]``."""
-        shift = torch.linalg.solve_triangular(self.upper, pull.double(), upper=True)
-        return (shift / self.diagonal).to(dtype)
+    def shift(self, pull: Tensor) -> Tensor:
+        """Return ``t_j / M_jj`` with ``t = pull M⁻ᵀ``, ``[groups, in, rows]``.
+
+        :param pull: ``[out, in]``; columns that never see an input have no target to be pulled to.
+        """
+        columns = _transposed(pull.double(), len(self.upper))
+        if self.order is not None:
+            columns = columns.take_along_dim(self.order[:, :, None], 1)
+        shift = torch.linalg.solve_triangular(self.upper, columns.mul_(self.alive), upper=True)
+        return shift.div_(self.diagonal).to(pull.dtype)
 
 
 def column_blocks(width: int, block: int) -> list[slice]:

@@ -38,6 +38,7 @@ def gptq(
     beams: int = 1,
     block: int = 128,
     factor: Factor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """Round column by column and compensate each error in the remaining columns (GPTQ).
 
@@ -62,6 +63,7 @@ def gptq(
     :param beams: partial choices kept per row; time grows in proportion.
     :param block: columns between two large matrix products; changes nothing but the time.
     :param factor: :meth:`Factor.of` this ``H``, damping and order, if it is known already.
+    :param shift: :meth:`Factor.shift` of the pull, likewise.
     :returns: integers ``q [out, in]``. Columns that never see an input are rounded to nearest.
     :raises ValueError: H does not fit the weight, or no beam is asked for.
     """
@@ -72,9 +74,11 @@ def gptq(
     order = factor.order
     if order is not None:
         problem = problem.permuted(order)
-    shift = torch.zeros_like(problem.ideal)
-    if problem.pull is not None:
-        shift = factor.shift(problem.pull, weight.dtype)
+    if pull is None:
+        shift = torch.zeros_like(problem.ideal)
+    elif shift is None:
+        shift = factor.shift(pull)
+    shift = shift.to(weight.dtype)
     coupling = factor.coupling(weight.dtype)
     if beams == 1:
         codes = _nearest_plane(problem, coupling, problem.in_units(shift), block)
@@ -93,7 +97,7 @@ def candidate_errors(
     weight: Tensor,
     grids: Sequence[Grid],
     second: Tensor,
-    pull: Tensor | None,
+    shift: Tensor | None,
     factor: Factor,
     *,
     block: int = 128,
@@ -107,36 +111,31 @@ def candidate_errors(
     :param weight: ``[out, in]``.
     :param grids: grids with the same integers.
     :param second: ``H [in, in]`` or ``[groups, in, in]``.
-    :param pull: ``[out, in]`` or None.
+    :param shift: :meth:`Factor.shift` of the pull, None without one.
     :param factor: factor of ``H`` in the order of the weight.
     :param block: columns between two large matrix products.
     :returns: ``[grids, out]``, up to a constant for each row.
     """
     groups, width = factor.upper.shape[:2]
-    alive = second.diagonal(dim1=-2, dim2=-1).view(groups, width, 1) > 0
-    cost = (factor.diagonal.square() * alive).float()
-    damped = (factor.added * alive).float()
+    cost = (factor.diagonal.square() * factor.alive).float()
+    damped = (factor.added * factor.alive).float()
     coupling, short = factor.coupling(torch.float32), second.float()
     at_once = max(1, _NUMBERS // (len(grids) * width)) if groups == 1 else len(weight)
     found = []
     for start in range(0, len(weight), at_once):
         rows = slice(start, start + at_once)
         part = weight[rows].float()
-        first = Columns.of(
-            part, _grid_of(grids[0], rows), short, None if pull is None else pull[rows]
-        )
-        rest = [Columns.of(part, _grid_of(grid, rows), short, None) for grid in grids[1:]]
-        each = [first, *rest]
+        each = [Columns.of(part, _grid_of(grid, rows), short, None) for grid in grids]
         problem = replace(
-            first,
+            each[0],
             ideal=torch.cat([one.ideal for one in each], -1),
             step=torch.cat([one.step for one in each], -1),
         )
-        shift = torch.zeros_like(problem.ideal)
-        if problem.pull is not None:
-            shift = factor.shift(problem.pull, torch.float32).repeat(1, 1, len(grids))
-        shift = problem.in_units(shift)
-        total = _plane_errors(problem, coupling, shift, block, cost, damped)
+        pulled = torch.zeros_like(problem.ideal)
+        if shift is not None:
+            own = shift if groups > 1 else shift[..., rows]
+            pulled = problem.in_units(own.float().repeat(1, 1, len(grids)))
+        total = _plane_errors(problem, coupling, pulled, block, cost, damped)
         if problem.is_even:
             total *= problem.step[:, 0].square()
         found.append(total.view(groups, len(grids), -1).transpose(0, 1).flatten(1))

@@ -119,6 +119,7 @@ class SecondMoment:
     :param noise: shares of noise, None if they are not known.
     :param worth: number of tokens that would tell as much if each counted alike; None for all.
     :param leaned: share of another moment in it, see :meth:`leaning`.
+    :param through: true if ``cross`` is ``C Wᵀ [in, out]`` of the one layer that reads the inputs.
     """
 
     second: Tensor
@@ -128,6 +129,7 @@ class SecondMoment:
     noise: Noise | None = None
     worth: float | None = None
     leaned: float = 0.0
+    through: bool = False
     _seen: _Seen | None = None
     _known: dict[str, Any] = field(default_factory=dict)
 
@@ -260,7 +262,9 @@ class SecondMoment:
 
     def pull(self, weight: Tensor) -> Tensor | None:
         """Return the linear term ``W Cᵀ [out, in]``: where upstream errors pull the weight to."""
-        return None if self.cross is None else moment_product(weight, self.cross.mT)
+        if self.cross is None or self.through:
+            return None if self.cross is None else self.cross.mT.contiguous()
+        return moment_product(weight, self.cross.mT)
 
 
 def moment_product(rows: Tensor, moment: Tensor) -> Tensor:

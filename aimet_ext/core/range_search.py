@@ -153,6 +153,7 @@ def rounding_ranges(
     *,
     candidates: int = 12,
     factor: Factor | None = None,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose for every row the multiple of its ranges that GPTQ rounds to with the lowest error.
 
@@ -164,8 +165,10 @@ def rounding_ranges(
     :param layout: no two rows share a cell.
     :param second: ``H [in, in]`` or ``[groups, in, in]``.
     :param pull: ``[out, in]`` or None, see :class:`~aimet_ext.core.objective.SecondMoment`.
-    :param candidates: multiples to try.
+    :param candidates: multiples to choose from: every other one is tried, then the two beside the
+        best.
     :param factor: factor of ``H`` in the order of the weight, if it is known already.
+    :param shift: :meth:`Factor.shift` of the pull, likewise.
     :returns: ``(scale, offset)`` of the grid's shape; the scale is the raw one for LPBQ.
     """
     if layout.shape[1] == 1 and layout.symmetric:
@@ -177,10 +180,23 @@ def rounding_ranges(
         multiples = torch.linspace(1.0, _LARGEST, candidates)
 
     scales = torch.stack([scale * multiple for multiple in multiples.tolist()])
-    grids = [layout.with_scale(candidate, offset) for candidate in scales]
     factor = factor or Factor.of(second)
-    winner = candidate_errors(weight, grids, second, pull, factor).argmin(0)  # [out]
-    return scales.take_along_dim(winner[None, :, None], 0)[0], offset
+    if pull is not None and shift is None:
+        shift = factor.shift(pull)
+
+    def errors(chosen: Tensor) -> Tensor:  # [n, out], numbers of multiples
+        tried = scales.take_along_dim(chosen[:, :, None], 0)
+        grids = [layout.with_scale(each, offset) for each in tried]
+        return candidate_errors(weight, grids, second, shift, factor)
+
+    # Errors of neighbours are alike.
+    rough = torch.arange(0, candidates, 2, device=weight.device)[:, None].expand(-1, len(weight))
+    cost, winner = errors(rough).min(0)
+    beside = 2 * winner + torch.tensor([[-1], [1]], device=weight.device)
+    beside = beside.clamp(0, candidates - 1)
+    costs = torch.cat([cost[None], errors(beside)])  # [3, out]
+    chosen = torch.cat([2 * winner[None], beside]).take_along_dim(costs.argmin(0)[None], 0)
+    return scales.take_along_dim(chosen[:, :, None], 0)[0], offset
 
 
 def _candidate(

@@ -188,4 +188,6 @@ def _select(x: Tensor, mask: Tensor | None, most: int) -> Tensor:
             f"a mask must be bool, of the first dimensions (at most {most}) of an input "
             f"{list(x.shape)}, got {str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}"
         )
+    if bool(mask.all()):
+        return x.flatten(0, mask.dim() - 1)
     return x[mask.to(x.device)]

@@ -41,12 +41,16 @@ class MomentSum:
 
     Rows may count for more or less than one; the means are then ``Σ s x̂ x̂ᵀ / Σ s``.
 
+    Where the one layer that reads the rows has far fewer outputs than inputs, ``C Wᵀ = Σ x̂ (W e)ᵀ``
+    takes less time and memory than ``C``, of which no more is asked for: see :func:`is_narrow`.
+
     Beside the sums, memory is needed for 1024 rows, twice that with ``cross``.
 
     :param width: elements of a row.
     :param groups: each has rows and sums of its own.
     :param device: where rows are multiplied.
     :param cross: sum ``C`` as well; each :meth:`add` then needs both streams.
+    :param through: ``W [out, in]``, to sum ``C Wᵀ`` in place of ``C``; for one group.
     :param dtype: type of the products.
     :param mapped_dir: folder for sums that do not fit in memory, the system's folder for
         temporary files if None. Nothing is left there.
@@ -63,6 +67,7 @@ class MomentSum:
         *,
         device: torch.device | str = "cpu",
         cross: bool = False,
+        through: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         mapped_dir: str | Path | None = None,
         max_bytes: int | None = None,
@@ -73,13 +78,16 @@ class MomentSum:
         places = [slice(begin, begin + _STRIP) for begin in range(0, width, _STRIP)]
         shapes = [(groups, min(_STRIP, width - p.start), width - p.start) for p in places]
         sizes = [math.prod(shape) for shape in shapes]
-        square = (groups, width, width)
-        needed = 8 * (sum(sizes) + math.prod(square) * cross)
+        if through is not None and (groups > 1 or not cross):
+            raise ValueError("through is for the errors (cross=True) of rows of a single group")
+        self._through = None if through is None else through.to(self.device, dtype)
+        crossed = (groups, width, width if through is None else len(through))
+        needed = 8 * (sum(sizes) + math.prod(crossed) * cross)
         self.storage = _storage(needed, self.device, max_bytes)
         parts = self._zeros((sum(sizes),), torch.float64).split(sizes)
         sums = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
         self._strips = list(zip(places, sums, strict=True))  # [groups, strip, in - begin] each
-        self._cross = self._zeros(square, torch.float64) if cross else None
+        self._cross = self._zeros(crossed, torch.float64) if cross else None
         self._peak = torch.zeros(groups, width, dtype=dtype, device=self.device)
         self._powers = torch.zeros(2, groups, dtype=torch.float64)  # Σ (Σ x̂²)², Σ Σ x̂⁴
         self._mass = torch.zeros(2, groups, dtype=torch.float64)  # Σ s, Σ s²
@@ -147,9 +155,10 @@ class MomentSum:
         if float_rows is not None:
             # Subtracted before rounded to the dtype of the products: the difference may be small.
             wide = torch.promote_types(rows.dtype, self.dtype)
-            error = float_rows.to(self.device, wide) - rows.to(self.device, wide)
-            self._blocks[1, :, place] = error
-            _largest(self._blocks[1, :, place], " of the float stream")
+            error = self._blocks[1, :, place]
+            torch.sub(float_rows.to(self.device, wide), rows.to(self.device, wide), out=error)
+            if not bool(torch.isfinite(error.sum())):
+                _largest(error, " of the float stream")
         if weights is not None:
             self._blocks[:, :, place] *= weights.to(block).sqrt()[..., None]
         self._filled += rows.shape[1]
@@ -162,12 +171,15 @@ class MomentSum:
             return
         blocks = self._blocks[:, :, : self._filled]  # [1 or 2, groups, rows, width]
         with _full_precision():
+            lost = blocks[-1]
+            if self._through is not None:
+                lost = lost @ self._through.mT
             for place, sums in self._strips:
                 left = blocks[0, :, :, place].mT  # [groups, strip, rows]
                 sums += self._home(left @ blocks[0, :, :, place.start :])
                 if self._cross is not None:
-                    self._cross[:, place] += self._home(left @ blocks[1])
-        squares = blocks[0].square()  # [groups, rows, width]
+                    self._cross[:, place] += self._home(left @ lost)
+        squares = blocks[0].square_()  # [groups, rows, width]; the rows are done with
         norms = squares.sum(-1).double()  # summed in float64 where sums are long
         powers = norms.square().sum(-1), squares.square_().sum(-1).sum(1, dtype=torch.float64)
         self._powers += torch.stack(powers).to(self._powers.device)
@@ -185,7 +197,7 @@ class MomentSum:
         self._multiply()
         square = (self.groups, self.width, self.width)
         second = self._zeros(square, dtype)
-        cross = None if self._cross is None else self._zeros(square, dtype)
+        cross = None if self._cross is None else self._zeros(self._cross.shape, dtype)
         for place, sums in self._strips:
             mean = self._mean(sums)  # [groups, strip, in - begin]
             corner = mean[:, :, : mean.shape[1]]
@@ -200,7 +212,15 @@ class MomentSum:
             second, cross = second[0], None if cross is None else cross[0]
             powers = powers[:, 0]
         noise = Noise.of(second, max(1, int(worth / _ALIKE)), powers)
-        return SecondMoment(second, cross, self.tokens, float(self._peak.max()), noise, worth)
+        return SecondMoment(
+            second,
+            cross,
+            self.tokens,
+            float(self._peak.max()),
+            noise,
+            worth,
+            through=self._through is not None,
+        )
 
     def _mean(self, sums: Tensor) -> Tensor:
         if not torch.isfinite(sums.sum()):
@@ -221,12 +241,18 @@ class MomentSum:
         return product.to(self._strips[0][1].device)
 
 
+def is_narrow(weight: Tensor) -> bool:
+    """Return True for a weight ``[out, in]`` with which ``C Wᵀ`` takes less time than ``C``."""
+    return 2 * weight.shape[0] < weight.shape[1]
+
+
 def sum_moments(
     inputs: Iterable[tuple[Tensor | None, Tensor | None, Tensor | None]],
     layer: nn.Module,
     *,
     dtype: torch.dtype,
     mapped_dir: str | Path | None = None,
+    through: Tensor | None = None,
     also: Iterable[NoteRows] = (),
     weights: Iterator[Tensor] | None = None,
 ) -> MomentSum | None:
@@ -237,6 +263,8 @@ def sum_moments(
     :param layer: Linear layer or convolution that reads them.
     :param dtype: Type of the products; the sums are in float64.
     :param mapped_dir: Folder for sums that do not fit in memory.
+    :param through: Weight ``[out, in]`` to sum ``C Wᵀ`` with in place of ``C``, for a layer of one
+        group.
     :param also: Functions that are given the rows of both streams too, the same if there is one,
         and with ``weights`` how much each counts.
     :param weights: Weights of rows, for each input with any, ``[groups, ...]`` with the leading
@@ -267,6 +295,7 @@ def sum_moments(
                     geometry.groups,
                     device=rows.device,
                     cross=both,
+                    through=through if both and geometry.groups == 1 else None,
                     dtype=dtype,
                     mapped_dir=mapped_dir,
                 )

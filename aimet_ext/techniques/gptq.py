@@ -24,20 +24,42 @@ class GPTQ(Solver[GPTQParams]):
 
     def decide(self, problem: Problem) -> Decision:
         """Choose the integers, and where it may be chosen the range that suits them."""
+        params, second, pull = self.params, problem.moment.second, problem.pull
+        factor = self._factor(problem, act_order=False)
+        shift = None if pull is None else factor.shift(pull)
+        ordered, shifted = factor, shift
+        if params.act_order:
+            ordered, shifted = self._factor(problem, act_order=True), None
 
         def codes(grid: Grid) -> Tensor:
-            return self._round(problem, grid)
+            codes = gptq(
+                problem.weight,
+                grid,
+                second,
+                pull,
+                beams=params.beams,
+                factor=ordered,
+                shift=shifted,
+            )
+            if not params.refine_sweeps:
+                return codes
+            sweeps = params.refine_sweeps
+            return coordinate_descent(problem.weight, codes, grid, second, pull, sweeps=sweeps)
 
-        choose = self.params.scale_candidates > 0 and problem.frozen is None
-        if not choose or not problem.layout.is_row_wise(problem.weight):
+        if (
+            not params.scale_candidates
+            or problem.frozen is not None
+            or not problem.layout.is_row_wise(problem.weight)
+        ):
             return Decision(codes=codes)
         scale, offset = rounding_ranges(
             problem.weight,
             problem.layout,
-            problem.moment.second,
-            problem.pull,
-            candidates=self.params.scale_candidates,
-            factor=self._factor(problem, act_order=False),
+            second,
+            pull,
+            candidates=params.scale_candidates,
+            factor=factor,
+            shift=shift,
         )
         return Decision(scale=scale, offset=offset, codes=codes)
 
@@ -46,24 +68,6 @@ class GPTQ(Solver[GPTQParams]):
         second, damping = problem.moment.second, self.params.damping
         return problem.moment.once(
             f"gptq, {act_order}", lambda: Factor.of(second, damping, act_order=act_order)
-        )
-
-    def _round(self, problem: Problem, grid: Grid) -> Tensor:
-        params, second, pull = self.params, problem.moment.second, problem.pull
-        codes = gptq(
-            problem.weight,
-            grid,
-            second,
-            pull,
-            damping=params.damping,
-            act_order=params.act_order,
-            beams=params.beams,
-            factor=self._factor(problem, act_order=params.act_order),
-        )
-        if not params.refine_sweeps:
-            return codes
-        return coordinate_descent(
-            problem.weight, codes, grid, second, pull, sweeps=params.refine_sweeps
         )
 
 

@@ -237,6 +237,29 @@ def test_sums_against_the_loop(groups, width, normal):
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sums_through_a_weight_pull_as_those_of_all_products_do(weighted, normal):
+    """In float64 to its rounding, and however the rows are cut, bit for bit."""
+    seen, original, weight = normal(1, 29, 7), normal(1, 29, 7), normal(2, 7)
+    counts = normal(1, 29).square() if weighted else None
+    found = []
+    for through, cuts in ((None, [29]), (weight, [29]), (weight, [3, 17, 9])):
+        total = MomentSum(7, cross=True, through=through, dtype=torch.float64)
+        shares = [None] * len(cuts) if counts is None else counts.split(cuts, 1)
+        for part in zip(seen.split(cuts, 1), original.split(cuts, 1), shares, strict=True):
+            total.add(*part)
+        found.append(total.result(torch.float64))
+    plain, narrow, pieces = found
+    assert narrow.cross.shape == (7, 2)
+    torch.testing.assert_close(narrow.pull(weight), plain.pull(weight), rtol=1e-12, atol=1e-13)
+    if not weighted:  # sums of weights are rounded by batch
+        assert torch.equal(narrow.cross, pieces.cross)
+        assert torch.equal(narrow.second, plain.second)
+    with pytest.raises(ValueError, match="single group"):
+        MomentSum(7, 3, cross=True, through=weight)
+
+
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("groups", [1, 3])
 def test_weighted_sums_against_the_loop(groups, normal):
     seen, original = normal(groups, 29, 7), normal(groups, 29, 7)

@@ -110,6 +110,11 @@ def test_moments_are_weighted(technique: Any, problems: dict[str, Any]) -> None:
         cross = (s[..., None] * x).mT @ e / s.sum(1)[:, None, None] * kept[:, None, None]
         scale = second.abs().max()
         assert (moment.second.view_as(second) - second).abs().max() <= 1e-5 * scale, name
+        weight = problems[name].weight
+        assert moment.through == (len(x) == 1 and 2 * weight.shape[0] < weight.shape[1])
+        if moment.through:
+            cross = cross @ weight.mT
+            scale = scale * weight.abs().sum(1).max()
         assert (moment.cross.view_as(cross) - cross).abs().max() <= 1e-5 * scale, name
         worth = (s.sum(1).square() / s.square().sum(1)).min()
         (entry,) = (each for each in report.layers if each.name == name)

@@ -23,6 +23,7 @@ from aimet_ext.sim.protocol import WeightQuantizer
 from aimet_ext.walk.hooks import Activation
 
 _ALL_ROWS, _EVERY = 1024, 32
+_AT_ONCE = 256
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -244,6 +245,7 @@ class UpstreamError:
         self._weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         self._rows, self._sum, self._chunks = 0, 0.0, 0
         self._mass = 0.0
+        self._lost: list[Tensor] = []  # [groups, n, in] each, not yet multiplied
 
     def add(self, rows: Tensor, originals: Tensor, weights: Tensor | None = None) -> None:
         """Take in rows of both streams, ``[groups, n, in]``; the same object if there is one.
@@ -258,15 +260,26 @@ class UpstreamError:
         taken = slice(self._chunks % min(step, rows.shape[1]), None, step)
         self._chunks += step > 1
         lost = originals[:, taken].to(self._weight) - rows[:, taken].to(self._weight)
-        if weights is not None:
-            lost *= weights[:, taken].to(lost).sqrt()[..., None]
-        grouped = self._weight.view(len(lost), -1, lost.shape[2])  # [groups, out / groups, in]
-        power = float((lost @ grouped.mT).square().sum(dtype=torch.float64))
-        self._sum += power * rows.shape[1] / lost.shape[1]
+        share = rows.shape[1] / lost.shape[1]
+        if weights is None:
+            lost *= share**0.5
+        else:
+            lost *= (share * weights[:, taken]).to(lost).sqrt()[..., None]
+        self._lost.append(lost)
+        if sum(each.shape[1] for each in self._lost) >= _AT_ONCE:
+            self._multiply()
+
+    def _multiply(self) -> None:
+        if self._lost:
+            lost = torch.cat(self._lost, 1)
+            grouped = self._weight.view(len(lost), -1, lost.shape[2])  # [groups, out / groups, in]
+            self._sum += float((lost @ grouped.mT).square().sum(dtype=torch.float64))
+            self._lost.clear()
 
     @property
     def mean(self) -> float:
         """Mean over rows, summed over the outputs."""
+        self._multiply()
         return self._sum / (self._mass or 1)
 
 

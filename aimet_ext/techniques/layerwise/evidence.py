@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from aimet_ext.core.objective import POOLED_AN_INPUT, SecondMoment
-from aimet_ext.data.moments import sum_moments
+from aimet_ext.data.moments import is_narrow, sum_moments
 from aimet_ext.sim.protocol import WeightQuantizer
 from aimet_ext.techniques.layerwise.deploy import SampleSum, UpstreamError
 from aimet_ext.techniques.layerwise.token_weights import TokenWeights
@@ -78,13 +78,17 @@ class Evidence:
             for name, activation in stage.activations.items()
             if (kept := self.samples(activation)) is not None
         }
-        upstream = self._upstream(stage)
+        upstream, through = self._upstream(stage), None
+        if len(stage.layers) == 1 and stage.pool is None and not self.believes:
+            alone = self.quantizers[stage.layers[0]].weight.detach().flatten(1)
+            through = alone if is_narrow(alone) else None
         try:
             total = sum_moments(
                 stage.batches(),
                 layer,
                 dtype=torch.promote_types(layer.weight.dtype, torch.float32),
                 mapped_dir=self.options.cache_dir,
+                through=through,
                 also=[*(s.add for s in samples.values()), *(u.add for u in upstream.values())],
                 weights=None if self.token_weights is None else self.token_weights.of(stage.layers),
             )
