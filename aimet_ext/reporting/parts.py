@@ -215,7 +215,8 @@ class Quality:
     def measured_on(self) -> str:
         """Windows, their length and their text, in words."""
         length = f" of {self.tokens} tokens" if self.tokens else ""
-        return f"{self.windows or 'some'} windows{length} of {self.text}"
+        word = "window" if self.windows == 1 else "windows"
+        return f"{self.windows or 'some'} {word}{length} of {self.text}"
 
     @property
     def recovered(self) -> float | None:

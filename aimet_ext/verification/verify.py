@@ -229,13 +229,13 @@ def _feeds(folder: Path, dataloader: Any, windows: int, text: str) -> tuple[list
 
 def _described(feeds: list[Feed], windows: int, text: str) -> str:
     """Return what is compared, of which text, and what calibrates."""
-    ids, count = feeds[0].get("input_ids"), min(windows, len(feeds))
-    kind = "batches" if ids is None else f"windows of {ids.shape[1]} tokens"
-    more, of = (1 if ids is None else len(ids)), f" of {text}" * bool(text)
-    return (
-        f"compared on {count * more} {kind}{of}; {len(feeds) * more} calibrate what only the "
-        "target quantizes"
-    )
+    ids = feeds[0].get("input_ids")
+    each = 1 if ids is None else len(ids)
+    count, of = each * min(windows, len(feeds)), f" of {text}" * bool(text)
+    one, many = ("batch", "batches") if ids is None else ("window", "windows")
+    kind = (one if count == 1 else many) + ("" if ids is None else f" of {ids.shape[1]} tokens")
+    all_of_them = f"{each * len(feeds)} for what only the target quantizes"
+    return f"compared on {count} {kind}{of}; calibrated on {all_of_them}"
 
 
 def _vocabulary(folder: Path) -> int:
