@@ -417,7 +417,8 @@ def test_techniques_follow_one_another_with_their_settings(
     summaries = [f"{name}: " for name in techniques]
     assert [line[: line.find(" ") + 1] for line in shown.splitlines()][:1] == summaries[:1]
     assert all(re.search(f"^{each}", shown, re.MULTILINE) for each in summaries)
-    rows = re.findall(r"^ +-?[\d.]+ dB  \S+$", shown, re.MULTILINE)
+    # By SQNR, or by what is lost in a layer itself and with what comes in.
+    rows = re.findall(r"^ +(?:-?[\d.]+ dB|[\d.]+ % +[\d.]+ %)  \S+$", shown, re.MULTILINE)
     assert 0 < len(rows) <= 3 * len(techniques)  # the worst, of seven a block
     assert f"reports/{techniques[-1]}.json" in shown
 
