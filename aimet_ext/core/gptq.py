@@ -69,7 +69,7 @@ def gptq(
     """
     if beams < 1:
         raise ValueError(f"beams: at least 1 partial choice per row is required, got {beams}")
-    problem = Columns.of(weight, grid, second, pull)
+    problem = Columns.of(weight, grid, second, None)  # the pull is in the shift
     factor = factor or Factor.of(second, damping, act_order=act_order)
     order = factor.order
     if order is not None:

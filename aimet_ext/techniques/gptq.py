@@ -25,11 +25,8 @@ class GPTQ(Solver[GPTQParams]):
     def decide(self, problem: Problem) -> Decision:
         """Choose the integers, and where it may be chosen the range that suits them."""
         params, second, pull = self.params, problem.moment.second, problem.pull
-        factor = self._factor(problem, act_order=False)
+        factor = self._factor(problem, act_order=params.act_order)
         shift = None if pull is None else factor.shift(pull)
-        ordered, shifted = factor, shift
-        if params.act_order:
-            ordered, shifted = self._factor(problem, act_order=True), None
 
         def codes(grid: Grid) -> Tensor:
             codes = gptq(
@@ -38,8 +35,8 @@ class GPTQ(Solver[GPTQParams]):
                 second,
                 pull,
                 beams=params.beams,
-                factor=ordered,
-                shift=shifted,
+                factor=factor,
+                shift=shift,
             )
             if not params.refine_sweeps:
                 return codes
@@ -52,14 +49,17 @@ class GPTQ(Solver[GPTQParams]):
             or not problem.layout.is_row_wise(problem.weight)
         ):
             return Decision(codes=codes)
+        plain, pulled = factor, shift  # in the order of the weight
+        if params.act_order:
+            plain, pulled = self._factor(problem, act_order=False), None
         scale, offset = rounding_ranges(
             problem.weight,
             problem.layout,
             second,
             pull,
             candidates=params.scale_candidates,
-            factor=factor,
-            shift=shift,
+            factor=plain,
+            shift=pulled,
         )
         return Decision(scale=scale, offset=offset, codes=codes)
 
