@@ -178,11 +178,13 @@ class WeightPlan(NamedTuple):
     :param per_channel_instead: Layers whose width their block size does not divide, and which are
         quantized per channel instead.
     :param pad: Layers whose width must be padded first.
+    :param recurrent: Specs by name of parameter, for the matrices of recurrent layers.
     """
 
     specs: dict[str, QSpec | None]
     per_channel_instead: tuple[str, ...]
     pad: tuple[str, ...]
+    recurrent: dict[str, QSpec | None]
 
 
 def fit_blocks(layers: Mapping[str, Any], specs: Mapping[str, QSpec | None]) -> WeightPlan:
@@ -230,4 +232,4 @@ def fit_blocks(layers: Mapping[str, Any], specs: Mapping[str, QSpec | None]) -> 
             len(instead),
             some(instead),
         )
-    return WeightPlan(fitted, (*turned, *instead), tuple(pad))
+    return WeightPlan(fitted, (*turned, *instead), tuple(pad), {})

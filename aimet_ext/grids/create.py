@@ -6,6 +6,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -94,7 +95,8 @@ def create_sim(
     :param activations: Bits (asymmetric) or spec of all inputs and outputs. None leaves them and
         the gains of norms float; otherwise gains have 16 bits, or 8 beside activations of 8.
     :param overrides: Specs for the layers whose name, in the checkpoint or in the model, fits a
-        pattern like ``"model.layers.0.*"``; of several that fit, the first one counts.
+        pattern like ``"model.layers.0.*"``; of several that fit, the first one counts. The name of
+        a recurrent layer stands for all of its matrices, ``"rnn.weight_ih_l0"`` for one.
     :param config_file: Alias, path or content of AIMET's configuration, which says what tensors
         are quantized at all. None is ``"htp_v79"``: what the NPU of a phone computes.
     :param allow_float: Largest share of the numbers in the model's matrices, from 0 to 1, that may
@@ -108,8 +110,9 @@ def create_sim(
     :returns: the simulation. ``sim.aimet_ext_settings`` holds these settings as JSON values.
     :raises TypeError: no language model, a spec that is none, or a sample that holds no ids.
     :raises ValueError: a width that no weight can have, ids longer than the context, a pattern that
-        fits no layer, a block size that does not divide, two specs for one shared weight, or a
-        larger share of matrices than ``allow_float`` that cannot be quantized.
+        fits no layer, a block size that does not divide or for recurrent layers alone, two specs
+        for one shared weight, or a larger share of matrices than ``allow_float`` that cannot be
+        quantized.
     :raises MissingExtraError: aimet-torch is not installed.
 
     >>> sim = create_sim(model, ids, weights=QSpec(bitwidth=4, granularity=LPBQ(64)))
@@ -157,7 +160,7 @@ def create_sim(
         plan.specs,
         activations,
         config,
-        recurrent=weights,
+        recurrent=plan.recurrent,
         in_place=in_place,
     )
     left = _left_float(sim, plan, 1.0 if weights is None else allow_float)
@@ -182,13 +185,16 @@ def plan_weights(
     embedding: QSpec | None,
     overrides: Mapping[str, QSpec | None],
 ) -> WeightPlan:
-    """Give each linear layer, convolution and embedding of a model its spec.
+    """Give each linear layer, convolution, embedding and recurrent matrix of a model its spec.
 
     :param overrides: Specs by pattern, matched with names of the model and of its checkpoint; the
         first one that fits counts.
     :raises ValueError: a pattern that fits nothing, a block size that does not divide a layer
-        whose spec says ``on_indivisible="error"``, or two specs for one shared weight.
+        whose spec says ``on_indivisible="error"``, blocks for recurrent layers alone, or two specs
+        for one shared weight.
     """
+    matrices = _recurrent_matrices(model)
+    recurrent = dict.fromkeys(matrices, _one_range(weights))
     layers = {name: m for name, m in model.named_modules() if isinstance(m, (*LAYERS, *TRANSPOSED))}
     inside = language_model(model)
     output = None if inside is None else inside.get_output_embeddings()
@@ -200,15 +206,37 @@ def plan_weights(
             specs[name] = embedding if isinstance(layer, nn.Embedding) else weights
     for pattern, spec in reversed(list(overrides.items())):  # the first pattern has the last word
         fitting = [name for name in layers if fits(name, pattern, model)]
-        if not fitting:
+        inside = [n for n, at in matrices.items() if any(fits(x, pattern, model) for x in (n, at))]
+        if not fitting and not inside:
+            names = [original_name(n, model) for n in (*layers, *matrices.values(), *matrices)]
             raise ValueError(
                 f"the pattern of an override must fit a layer with a weight, {pattern!r} fits "
-                f"none; names look like {original_name(next(iter(layers), ''), model)!r}"
-                f"{near(pattern, [original_name(n, model) for n in layers])}"
+                f"none; names look like {next(iter(names), '')!r}{near(pattern, names)}"
+            )
+        if inside and not fitting and spec is not None and spec.block_size is not None:
+            raise ValueError(
+                f"overrides[{pattern!r}]: one range is required for each matrix of a recurrent "
+                f"layer, AIMET has no blocks for {some(inside)}, got {spec}; leave the blocks out"
             )
         specs.update(dict.fromkeys(fitting, spec))
+        recurrent.update(dict.fromkeys(inside, _one_range(spec)))
     _check_shared(layers, specs)
-    return fit_blocks(layers, specs)
+    return fit_blocks(layers, specs)._replace(recurrent=recurrent)
+
+
+def _recurrent_matrices(model: nn.Module) -> dict[str, str]:
+    """Return the names of the matrices of recurrent layers and cells, and the layer of each."""
+    return {
+        key: name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase)
+        for key, _ in module.named_parameters(name, recurse=False)
+        if key.rpartition(".")[2].startswith("weight")
+    }
+
+
+def _one_range(spec: QSpec | None) -> QSpec | None:
+    return None if spec is None else replace(spec, granularity=PerTensor())
 
 
 def fits(name: str, pattern: str, model: nn.Module) -> bool:
@@ -263,7 +291,8 @@ def _left_float(sim: QuantizationSimModel, plan: WeightPlan, allowed: float) -> 
     """
     from aimet_ext.sim.torch.unknown import float_matrices
 
-    meant = [name for name, spec in plan.specs.items() if spec is None]
+    every = {**plan.specs, **plan.recurrent}
+    meant = [name for name, spec in every.items() if spec is None]
     sizes = float_matrices(sim.model, meant)
     if not sizes:
         return []

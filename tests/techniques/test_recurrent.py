@@ -276,3 +276,42 @@ def test_create_sim_gives_them_the_bits_of_weights():
     sim = aimet_ext.create_sim(model, DATA[0], weights=None, lm_head=None, allow_float=1.0)
     held = sim.model.rnn.param_quantizers
     assert all(held[name] is None for name in weights) and held["bias_ih_l0"].bitwidth == 16
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"rnn": None}, {}),
+        ({"rnn": 8}, {"weight_ih_l0": 8, "weight_hh_l0": 8}),
+        ({"rnn.weight_hh*": 8}, {"weight_ih_l0": 4, "weight_hh_l0": 8}),
+        ({"*_ih_l0": None, "*": 8}, {"weight_hh_l0": 8}),
+    ],
+)
+def test_overrides_name_layers_and_matrices(overrides, expected):
+    from aimet_ext import QSpec
+    from aimet_ext.grids.create import arguments_from_settings
+
+    model = Tagger("GRU", num_layers=1, bidirectional=False).eval()
+    specs = {k: None if bits is None else QSpec(bitwidth=bits) for k, bits in overrides.items()}
+    sim = aimet_ext.create_sim(model, DATA[0], activations=None, overrides=specs)
+    again = aimet_ext.create_sim(model, DATA[0], **arguments_from_settings(sim.aimet_ext_settings))
+    for made in (sim, again):
+        assert made.aimet_ext_settings["left_float"] == []
+        held = made.model.rnn.param_quantizers
+        found = {k: held[k].bitwidth for k in matrices(model.rnn) if held[k] is not None}
+        assert found == expected
+    x = DATA[0]
+    if not expected:
+        assert torch.equal(sim.model.rnn(x)[0].as_subclass(torch.Tensor), model.rnn(x)[0])
+    report = aimet_ext.apply_gptq(sim, DATA, progress=False)
+    assert {layer.name.removeprefix("rnn.") for layer in report.layers} - {"head"} == set(expected)
+
+
+def test_overrides_with_blocks_for_recurrent_layers_alone_are_refused():
+    from aimet_ext import LPBQ, QSpec
+
+    blocks = QSpec(bitwidth=4, granularity=LPBQ(4))
+    with pytest.raises(ValueError, match=r"'rnn'\]: one range is required .* rnn.weight_ih_l0"):
+        aimet_ext.create_sim(Tagger("LSTM").eval(), DATA[0], overrides={"rnn": blocks})
+    with pytest.raises(ValueError, match=r"'rnm' fits none; names look like 'head'.* 'rnn'"):
+        aimet_ext.create_sim(Tagger("LSTM").eval(), DATA[0], overrides={"rnm": None})

@@ -7,7 +7,7 @@ import json
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ def build_sim(
     activations: QSpec | None,
     config: str | Mapping[str, Any],
     *,
-    recurrent: QSpec | None = None,
+    recurrent: Mapping[str, QSpec | None] = MappingProxyType({}),
     in_place: bool = False,
     ranges: bool = True,
 ) -> QuantizationSimModel:
@@ -62,8 +62,8 @@ def build_sim(
         float.
     :param activations: Spec of every input and output quantizer, None for float.
     :param config: Alias or path of AIMET's configuration file, or its content.
-    :param recurrent: Spec of the matrices of recurrent layers but its granularity: each has one
-        range, as AIMET gives it on both frameworks.
+    :param recurrent: Specs of one range by name of matrix of a recurrent layer, None for float, as
+        those not named are: what AIMET gives on both frameworks.
     :param ranges: False if ranges are loaded next: AIMET looks for a 16-bit grid for seconds.
     """
     narrow = activations is not None and activations.bitwidth <= _NARROW
@@ -231,18 +231,22 @@ def _set_weights(
                 layer.param_quantizers[parameter] = None
 
 
-def _set_recurrent(sim: QuantizationSimModel, spec: QSpec | None, dead: Collection[str]) -> None:
-    """Give each matrix of a recurrent layer one range.
+def _set_recurrent(
+    sim: QuantizationSimModel, specs: Mapping[str, QSpec | None], dead: Collection[str]
+) -> None:
+    """Give each matrix of a recurrent layer its quantizer.
 
+    :param specs: By name of matrix.
     :param dead: Modules that the model does not call.
     """
-    own = None if spec is None else replace(spec, granularity=PerTensor())
     for name, module in sim.named_qmodules():
         if isinstance(module, nn.RNNBase | nn.RNNCellBase) and name not in dead:
             held: Any = module.param_quantizers
             for key in [key for key in held if key.startswith("weight")]:
-                weight = getattr(module, key)
-                held[key] = None if own is None else weight_quantizer_for(own, weight)
+                spec = specs.get(f"{name}.{key}" if name else key)
+                held[key] = (
+                    None if spec is None else weight_quantizer_for(spec, getattr(module, key))
+                )
 
 
 @contextmanager

@@ -71,7 +71,7 @@ def float_matrices(model: nn.Module, meant: Collection[str]) -> dict[str, int]:
     was told to ignore are left out.
 
     :param model: ``sim.model``.
-    :param meant: Names of the layers whose weight was to be left float.
+    :param meant: Names of the layers whose weight was to be left float, and of such parameters.
     :returns: number of elements by name of parameter.
     """
     found: dict[int, tuple[str, int]] = {}
@@ -84,7 +84,8 @@ def float_matrices(model: nn.Module, meant: Collection[str]) -> dict[str, int]:
         quantizers = dict(getattr(module, "param_quantizers", {}))
         for key, value in module.named_parameters(name, recurse=False):
             own = key.rpartition(".")[2]
-            if quantizers.get(own) is not None or name in left or isinstance(module, _Unknown):
+            asked = name in left or key in left
+            if quantizers.get(own) is not None or asked or isinstance(module, _Unknown):
                 taken.add(id(value))
             elif sum(side > 1 for side in value.shape) > 1 and not _ignored(module):
                 found[id(value)] = key, value.numel()
