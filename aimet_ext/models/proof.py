@@ -25,7 +25,6 @@ BlockFn = Callable[[Mapping[str, Tensor]], Tensor]
 
 _MIN_BATCH, _MIN_LENGTH = 2, 8
 _LENGTH = 16
-_MANY = 8
 # Which axis holds the positions, in what decoder blocks of transformers receive.
 _SEQUENCE_AXES = {"position_embeddings": -2, "position_ids": -1, "cache_position": -1}
 # A cache would carry the keys and values of one call into the next.
@@ -104,19 +103,22 @@ def failing_pairs(
     params: Mapping[str, Tensor],
     pairs: Sequence[ScalePair],
     *,
+    seeds: int = 1,
     seed: int = 0,
     bounds: Mapping[torch.dtype, float] = BOUNDS,
     exact: bool = False,
 ) -> list[PairFailure]:
     """Return the pairs that do not leave the output alone, each multiplied in by itself.
 
-    More than eight, as blocks of experts have, are first multiplied in together.
+    First all are multiplied in together: errors do not cancel under scales that are random. Each is
+    tried by itself where their sum is out of bounds.
 
     Random scales, first in float64 under :class:`Float64Casts`, then in float32 as it is.
 
     :param block_fn: Output for a fixed input and the given parameters, computed in their dtype;
         :func:`probe` makes one from a module.
     :param params: Floating point parameters of the block, named relative to it. Never changed.
+    :param seeds: Number of times that scales are drawn.
     :param bounds: Largest max|change| / max|output| by the type to compute in.
     :param exact: True for scales that are powers of two.
     :raises ValueError: the output is not finite or does not depend on ``params``.
@@ -128,31 +130,32 @@ def failing_pairs(
         values = {name: value.detach().to(dtype) for name, value in params.items()}
         with torch.no_grad(), float64_casts(dtype):
             reference = _reference(block_fn, values)
-            device = next(iter(values.values())).device
-            dtypes = dict.fromkeys(values, dtype)
-            drawn = [
-                (pair, random_scale(pair.size, seed + number).to(device, dtype))
-                for number, pair in enumerate(pairs)
-            ]
-            scales = [
-                (
-                    pair,
-                    powers_of_two(scale)
-                    if exact
-                    else stored_scales(values, [(pair, scale)], dtypes)[0],
-                )
-                for pair, scale in drawn
-            ]
-
             deviation = partial(_deviation, block_fn, values, reference)
-            if len(scales) > _MANY and deviation(scales) <= bound:
-                continue  # errors do not cancel under scales that are random
-            for number, own in enumerate(scales):
-                if number not in failures:
+            for first in range(seed, seed + seeds * len(pairs), len(pairs)):
+                scales = {
+                    number: _drawn(pair, first + number, values, exact=exact)
+                    for number, pair in enumerate(pairs)
+                    if number not in failures
+                }
+                if len(scales) > 1 and deviation(list(scales.values())) <= bound:
+                    continue
+                for number, own in scales.items():
                     found = deviation([own])
                     if not found <= bound:  # NaN fails
                         failures[number] = PairFailure(own[0], found, bound, dtype)
     return [failures[number] for number in sorted(failures)]
+
+
+def _drawn(
+    pair: ScalePair, seed: int, values: Mapping[str, Tensor], *, exact: bool
+) -> tuple[ScalePair, Tensor]:
+    """Return a pair with a random scale, as it is multiplied into parameters of one type."""
+    like = next(iter(values.values()))
+    scale = random_scale(pair.size, seed).to(like)
+    if exact:
+        return pair, powers_of_two(scale)
+    (stored,) = stored_scales(values, [(pair, scale)], dict.fromkeys(values, like.dtype))
+    return pair, stored
 
 
 def judge_pairs(
@@ -170,11 +173,11 @@ def judge_pairs(
     failures = [failure for failure in failures if failure.pair.name not in exact]
     failures += failing_pairs(block_fn(_LENGTH), params, list(exact.values()), exact=True)
     lost = {failure.pair.name for failure in failures}
-    many = block_fn(_MANY_TOKENS)
-    for seed in range(0, _SEEDS * len(pairs), max(1, len(pairs))):
-        rest = [pair for pair in pairs if pair.name not in {*exact, *lost}]
-        for failure in failing_pairs(many, params, rest, seed=seed, bounds=_CALM):
-            exact[failure.pair.name] = failure.pair
+    rest = [pair for pair in pairs if pair.name not in {*exact, *lost}]
+    if rest:
+        many = block_fn(_MANY_TOKENS)
+        found = failing_pairs(many, params, rest, seeds=_SEEDS, bounds=_CALM)
+        exact.update((failure.pair.name, failure.pair) for failure in found)
     return failures, [name for name in exact if name not in lost]
 
 

@@ -10,6 +10,7 @@ from aimet_ext.models.proof import (
     BOUNDS,
     Float64Casts,
     failing_pairs,
+    judge_pairs,
     probe,
     probe_inputs,
     prove_pairs,
@@ -389,3 +390,25 @@ def test_a_block_must_name_its_parameters():
 
     with pytest.raises(ValueError, match=r"Block\.forward must name its parameters, got \*rest"):
         probe_inputs(Block(), (torch.ones(2, 9, 4), 1), {})
+
+
+def test_good_pairs_are_proved_together(tiny_model):
+    """The block runs as often for five pairs as for one, and a bad one among them is found."""
+    topology, block_fn, params = probed(tiny_model("llama"))
+    runs = []
+
+    def counted(length):
+        def run(values):
+            runs.append(length)
+            return block_fn(values)
+
+        return run
+
+    assert judge_pairs(counted, params, topology.pairs[:1]) == ([], [])
+    once = len(runs)
+    assert len(topology.pairs) == 5
+    assert judge_pairs(counted, params, topology.pairs) == ([], [])
+    assert len(runs) == 2 * once
+    planted = change(topology, "norm_qkv", "self_attn.k_proj")
+    failures, exact = judge_pairs(counted, params, [*topology.pairs, planted])
+    assert [failure.pair for failure in failures] == [planted] and exact == []
