@@ -25,15 +25,17 @@ def are_packed(module: nn.Module) -> bool:
 
     That is told from its parameters, ``gate_up_proj`` or ``up_proj`` and ``down_proj``, of three
     dimensions with the experts first, and from its ``forward``, which takes hidden states, chosen
-    experts and their weights, or hidden states that stand there once for each expert. Other forms
-    are those of :class:`FlatExperts` and of :class:`SortedExperts`.
+    experts and their weights, or hidden states that stand there once for each expert. Without as
+    many ``down_proj``, the last experts return what they are given. Other forms are those of
+    :class:`FlatExperts` and of :class:`SortedExperts`.
     """
     if _flat(module) or _is_sorted(module):
         return True
     packed: list[Any] = [getattr(module, name, None) for name in (_up_name(module), _DOWN)]
     if not all(isinstance(p, nn.Parameter) and p.dim() == 3 for p in packed):
         return False
-    return _arguments(module) in (1, 3) and packed[0].shape[0] == packed[1].shape[0]
+    spare = len(packed[0]) - len(packed[1])
+    return _arguments(module) == 3 if spare > 0 else _arguments(module) in (1, 3) and not spare
 
 
 def _arguments(module: nn.Module) -> int:
@@ -52,7 +54,7 @@ class SplitExperts(nn.Module):
 
     An expert computes the tokens that are routed to it. While a graph is traced, or inside
     :func:`all_tokens`, every expert computes all tokens and those of others count zero, so that no
-    shape depends on data.
+    shape depends on data. Experts without a ``down_proj`` return what they are given.
 
     :param experts: Module of packed experts, whose weights are copied.
     """
@@ -67,7 +69,8 @@ class SplitExperts(nn.Module):
             self.add_module(name, child)
         self.dense = False
         self.gated = up == _UP[0]
-        self.count = len(getattr(experts, up))
+        self.count = len(getattr(experts, _DOWN))
+        self.idle = len(getattr(experts, up)) - self.count
         own = getattr(type(experts), "_apply_gate", None)
         self.apply_gate: Callable[[Any, Tensor], Tensor] = _gate if own is None else own
         packed = getattr(experts, up), getattr(experts, _DOWN)
@@ -85,6 +88,9 @@ class SplitExperts(nn.Module):
         :param weights: ``[tokens, k]``.
         """
         total = torch.zeros_like(hidden)
+        if self.idle:
+            kept = (weights * (chosen >= self.count).to(weights.dtype)).sum(-1, keepdim=True)
+            total = total + (hidden * kept).to(total.dtype)
         for expert in range(self.count):
             if self.dense or torch.jit.is_tracing():
                 share = (weights * (chosen == expert).to(weights.dtype)).sum(-1, keepdim=True)
@@ -156,7 +162,7 @@ class FlatExperts(SplitExperts):
     def __init__(self, experts: Any) -> None:
         nn.Module.__init__(self)
         self.dense = False
-        self.count = int(experts.num_experts)
+        self.count, self.idle = int(experts.num_experts), 0
         self.activation_fn = experts.mlp.activation_fn
         for name in _FLAT:
             matrices = getattr(experts.mlp, name).unflatten(0, (self.count, -1))
@@ -256,7 +262,9 @@ def _gate(experts: Any, gate_up: Tensor) -> Tensor:
 def _layers(experts: Any, name: str, *, transposed: bool) -> RoutedLayers:
     """Return copies of a packed parameter's matrices, and of its biases, as layers."""
     packed, biases = getattr(experts, name), getattr(experts, f"{name}_bias", None)
-    return RoutedLayers(_linears(packed, biases, transposed=transposed), transposed=transposed)
+    count = len(getattr(experts, _DOWN))
+    layers = _linears(packed[:count], biases, transposed=transposed)
+    return RoutedLayers(layers, transposed=transposed, idle=len(packed) - count)
 
 
 def _linears(packed: Tensor, biases: Tensor | None, *, transposed: bool) -> list[nn.Module]:
@@ -322,7 +330,7 @@ def _groups(split: SplitExperts) -> tuple[Tensor]:
 def _tokens(split: SplitExperts) -> tuple[Tensor, Tensor, Tensor]:
     """Return tokens, two experts for each, and weights of these."""
     layer: Any = split.layers_up[0]
-    like, count = layer.weight, split.count
+    like, count = layer.weight, split.count + split.idle
     generator = torch.Generator().manual_seed(0)
     tokens = torch.arange(2 * count)[:, None]
     chosen = (tokens + torch.arange(min(2, count))) % count  # [tokens, k]

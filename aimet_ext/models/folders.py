@@ -18,7 +18,8 @@ from aimet_ext.files.reading import naming, open_safetensors, read_json
 
 _CONFIG = "config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_MOST = 4096  # layers of a model, or experts of a layer
+# Layers of a model, and experts of a layer: Doge's has 16,384 by default.
+_MOST = {"layer": 4096, "expert": 2**16}
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -63,10 +64,11 @@ def _check_counts(path: Path, content: Mapping[str, Any]) -> None:
             _check_counts(path, value)
         elif re.search("^(num|max)_|_(size|dim)$", key) and isinstance(value, int) and value < 0:
             raise CorruptFileError(f"{path}: {key} of at least 0 is required, got {value}")
-        elif re.search("layer|expert", key) and isinstance(value, int) and value > _MOST:
-            raise CorruptFileError(
-                f"{path}: {key} of at most {_MOST} is required, got {str(value)[:20]}"
-            )
+        for word, most in _MOST.items():
+            if word in key and isinstance(value, int) and value > most:
+                raise CorruptFileError(
+                    f"{path}: {key} of at most {most} is required, got {str(value)[:20]}"
+                )
 
 
 def read_causal_lm(folder: Path, **options: Any) -> Any:

@@ -85,16 +85,19 @@ class Packing:
     :param parts: Names in the model, without the prefix of :func:`checkpoint_prefix`.
     :param stacked: True if the parts are stacked, False if they follow each other.
     :param transposed: True if each is transposed in the checkpoint.
+    :param idle: Number of parts behind these that nothing computes with, zeros when packed.
     """
 
     name: str
     parts: tuple[str, ...]
     stacked: bool
     transposed: bool = False
+    idle: int = 0
 
     def pack(self, parts: list[Tensor]) -> Tensor:
         """Return the tensor of the checkpoint."""
         turned = [part.T if self.transposed else part for part in parts]
+        turned += [torch.zeros_like(turned[0])] * self.idle
         return torch.stack(turned) if self.stacked else torch.cat(turned)
 
     def unpack(self, tensor: Tensor) -> tuple[Tensor, ...]:
@@ -117,7 +120,7 @@ def packings(model: nn.Module) -> list[Packing]:
                     (own, module.transposed) if key == "weight" else (f"{own}_{key}", False)
                 )
                 parts = tuple(f"{n}.{key}" for n in layers)
-                found.append(Packing(whole, parts, module.stacked, turned))
+                found.append(Packing(whole, parts, module.stacked, turned, module.idle))
         elif isinstance(module, nn.MultiheadAttention) and owns_projections(module):
             found += _attention_packings(f"{name}." if name else "", module)
         elif isinstance(module, Inlined):

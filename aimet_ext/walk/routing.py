@@ -16,6 +16,7 @@ class PackedLayers(nn.ModuleList):
     :param transposed: True if the checkpoint stores their weights as ``[in, out]``.
     :param packed: Name of that parameter beside the list, None if it is the list's own.
     :param stacked: False if the matrices follow each other in it.
+    :param idle: Number of experts behind these whose matrix nothing computes with.
     """
 
     def __init__(
@@ -25,11 +26,13 @@ class PackedLayers(nn.ModuleList):
         transposed: bool,
         packed: str | None = None,
         stacked: bool = True,
+        idle: int = 0,
     ) -> None:
         super().__init__(layers)
         self.transposed = transposed
         self.packed = packed
         self.stacked = stacked
+        self.idle = idle
 
 
 class RoutedLayers(PackedLayers):

@@ -83,6 +83,13 @@ def test_more_layers_than_any_model_has(folder: pathlib.Path, field: str) -> Non
         read_causal_lm(folder)
 
 
+def test_as_many_experts_as_a_config_has_by_default(folder: pathlib.Path) -> None:
+    """Those of Doge, with experts or not."""
+    pytest.importorskip("transformers")
+    edit(folder / "config.json", num_experts=16384)
+    assert read_causal_lm(folder).config.num_experts == 16384
+
+
 @pytest.mark.parametrize(
     "field", ["max_position_embeddings", "hidden_size", "head_dim", "num_attention_heads"]
 )

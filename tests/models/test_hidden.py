@@ -71,6 +71,34 @@ def test_experts_are_linear_layers(tiny_model, family):
     assert torch.equal(logits(model), expected)
 
 
+def test_experts_that_return_what_they_are_given(tiny_model):
+    """LongCat's last experts: rows of their weight, of which nothing is computed, are zeros."""
+    family = {
+        **{k: v for k, v in FAMILIES["deepseek_v3"].items() if k not in ("n_group", "topk_group")},
+        "num_layers": 1,
+        "ffn_hidden_size": 48,
+        "expert_ffn_hidden_size": 24,
+        "moe_topk": 2,
+        "zero_expert_num": 3,
+    }
+    model = tiny_model("longcat_flash", **{**SMALL, **family})
+    before, expected = copy.deepcopy(model.state_dict()), logits(model)
+    exposed = expose_weights(model, known)
+    torch.testing.assert_close(logits(exposed), expected, rtol=1e-5, atol=1e-6)
+    with all_tokens(exposed):
+        torch.testing.assert_close(logits(exposed), expected, rtol=1e-5, atol=1e-6)
+    assert all(p.dim() < 3 for p in exposed.parameters())
+    (routed,) = (m for m in exposed.modules() if isinstance(m, RoutedLayers) and m.idle)
+    assert (len(routed), routed.idle) == (4, 3)
+    whole = packed(exposed, dict(exposed.state_dict()))
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    assert whole.keys() == before.keys() and not whole[name][4:].any()
+    whole[name][4:] = before[name][4:]
+    assert all(torch.equal(whole[key], value) for key, value in before.items())
+    model.load_state_dict(packed(exposed, dict(Unpacked(exposed, before))))
+    torch.testing.assert_close(logits(model), expected)
+
+
 def test_a_model_that_hides_nothing_is_not_copied(tiny_llama):
     assert expose_weights(tiny_llama, known) is tiny_llama
     assert packings(tiny_llama) == []
