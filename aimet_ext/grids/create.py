@@ -194,7 +194,7 @@ def plan_weights(
         for one shared weight.
     """
     matrices = _recurrent_matrices(model)
-    recurrent = dict.fromkeys(matrices, _one_range(weights))
+    recurrent: dict[str, QSpec | None] = dict.fromkeys(matrices, _one_range(weights))
     layers = {name: m for name, m in model.named_modules() if isinstance(m, (*LAYERS, *TRANSPOSED))}
     inside = language_model(model)
     output = None if inside is None else inside.get_output_embeddings()
@@ -206,20 +206,20 @@ def plan_weights(
             specs[name] = embedding if isinstance(layer, nn.Embedding) else weights
     for pattern, spec in reversed(list(overrides.items())):  # the first pattern has the last word
         fitting = [name for name in layers if fits(name, pattern, model)]
-        inside = [n for n, at in matrices.items() if any(fits(x, pattern, model) for x in (n, at))]
-        if not fitting and not inside:
+        within = [n for n, at in matrices.items() if any(fits(x, pattern, model) for x in (n, at))]
+        if not fitting and not within:
             names = [original_name(n, model) for n in (*layers, *matrices.values(), *matrices)]
             raise ValueError(
                 f"the pattern of an override must fit a layer with a weight, {pattern!r} fits "
                 f"none; names look like {next(iter(names), '')!r}{near(pattern, names)}"
             )
-        if inside and not fitting and spec is not None and spec.block_size is not None:
+        if within and not fitting and spec is not None and spec.block_size is not None:
             raise ValueError(
                 f"overrides[{pattern!r}]: one range is required for each matrix of a recurrent "
-                f"layer, AIMET has no blocks for {some(inside)}, got {spec}; leave the blocks out"
+                f"layer, AIMET has no blocks for {some(within)}, got {spec}; leave the blocks out"
             )
         specs.update(dict.fromkeys(fitting, spec))
-        recurrent.update(dict.fromkeys(inside, _one_range(spec)))
+        recurrent.update(dict.fromkeys(within, _one_range(spec)))
     _check_shared(layers, specs)
     return fit_blocks(layers, specs)._replace(recurrent=recurrent)
 
