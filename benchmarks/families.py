@@ -195,6 +195,32 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bitnet": {},
     "nanochat": {},
     "diffllama": {},
+    "doge": {},
+    "openai-gpt": GPT,
+    "modernbert-decoder": MIXED,
+    "longcat_flash": {
+        **GROUPED,
+        **LATENT,
+        "q_lora_rank": 32,
+        "num_layers": 2,
+        "ffn_hidden_size": 128,
+        "expert_ffn_hidden_size": 32,
+        "moe_topk": 2,
+        "zero_expert_num": 2,
+    },
+    "recurrent_gemma": {
+        "lru_width": 64,
+        "attention_window_size": 16,
+        "block_types": ["recurrent", "attention"],
+    },
+    "mamba2": {
+        "num_heads": 8,
+        "head_dim": 16,
+        "state_size": 16,
+        "n_groups": 1,
+        "chunk_size": 16,
+    },
+    "rwkv": {"attention_hidden_size": 64, "context_length": 128},
 }
 
 
