@@ -79,7 +79,7 @@ def round_layers(block: Block, asym_strength: float) -> BlockState:
         like = block.weight(stage[0])
         # As in a layer-wise run: a rounding is a chain of choices.
         dtype = torch.float64 if like.device.type == "cpu" else like.dtype
-        moment = block.moment(stage, ("quantized", "float"), dtype=dtype, lean=True)
+        moment = block.moment(stage, ("quantized", "float"), dtype=dtype, lean_below=math.inf)
         moment = moment.shrunk(asym_strength)
         for layer in stage:
             quantizer, layout = block.quantizers[layer], block.layout(layer)

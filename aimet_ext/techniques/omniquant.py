@@ -36,15 +36,21 @@ _DIVERGED = 10.0  # times the loss at the start
 
 
 class _Learner(nn.Module):
-    """Learnable logarithms of scales, and learnable clipping of every layer (eq. 1 to 5)."""
+    """Learnable logarithms of scales, and learnable clipping of every layer (eq. 1 to 5).
 
-    def __init__(self, block: Block, start: BlockState, params: OmniQuantParams) -> None:
+    :param fixed: Layers that keep the ranges of the start, and the scales between them.
+    """
+
+    def __init__(
+        self, block: Block, start: BlockState, params: OmniQuantParams, fixed: Collection[str]
+    ) -> None:
         super().__init__()
         self.block = block
         self.pair_names = tuple(start.smooth)
+        inside = {p.name for p in block.pairs if all(side.module in fixed for side in p.sides)}
         self.log_scales = nn.ParameterList(
-            nn.Parameter(scale.detach().log(), requires_grad=params.let)
-            for scale in start.smooth.values()
+            nn.Parameter(scale.detach().log(), requires_grad=params.let and name not in inside)
+            for name, scale in start.smooth.items()
         )
         weights = block.quantized(start.smooth, lambda layer, weight: weight)
         self.clippings = nn.ModuleList()
@@ -57,7 +63,7 @@ class _Learner(nn.Module):
             if not params.lwc:  # a share of exactly 1, which no finite logit has
                 for logit in clipping.parameters():
                     logit.data.fill_(math.inf)
-            self.clippings.append(clipping.requires_grad_(params.lwc))
+            self.clippings.append(clipping.requires_grad_(params.lwc and layer not in fixed))
             self.by_layer[layer] = clipping
 
     def smooth(self) -> dict[str, Tensor]:
@@ -94,6 +100,7 @@ def train_block(
     params: OmniQuantParams,
     *,
     seed: int,
+    fixed: Collection[str] = (),
     float_outputs: TensorCache | None = None,
     on_step: Callable[[float], None] = lambda loss: None,
 ) -> tuple[BlockState, float]:
@@ -101,12 +108,13 @@ def train_block(
 
     :param start_score: Score of the start, see :meth:`Block.score`.
     :param seed: Seed of the order of batches.
+    :param fixed: Layers that keep the ranges of the start, and the scales between them.
     :param float_outputs: Outputs of the float block on the quantized stream, for
         ``params.aug_loss``.
     :param on_step: Function called with the loss of every step.
     :returns: the best state and its score; the start, where all of the block is excluded.
     """
-    learner = _Learner(block, start, params)
+    learner = _Learner(block, start, params, fixed)
     if not any(parameter.requires_grad for parameter in learner.parameters()):
         return start, start_score
     best, best_score = start, start_score
@@ -250,6 +258,11 @@ class OmniQuant(BlockSolver[OmniQuantParams]):
         """Optimizer steps for each block."""
         return self.params.num_iterations
 
+    @property
+    def leans(self) -> bool:
+        """True: the search decides experts without tokens by those of all."""
+        return True
+
     def decide(self, block: Block, bar: Any) -> Choice:
         """Choose the best of the states found by search, training and a second search."""
         params = self.params
@@ -269,7 +282,7 @@ class OmniQuant(BlockSolver[OmniQuantParams]):
             better = min(states["search"], given, key=lambda state: state[0])
             # Scales that are not to be learnt stay those of the start.
             states["search"] = better if params.let or saved or not start.smooth else given
-        trained, score = self._train(block, start, before, bar)
+        trained, score = self._train(block, start, before, search.scarce, bar)
         states["training"] = (score, trained)
         if block.pairs and sweeps:
             bar.set_postfix_str("search again")
@@ -319,7 +332,12 @@ class OmniQuant(BlockSolver[OmniQuantParams]):
         return BlockState(state.smooth, grids)
 
     def _train(
-        self, block: Block, start: BlockState, start_score: float, bar: Any
+        self,
+        block: Block,
+        start: BlockState,
+        start_score: float,
+        fixed: Collection[str],
+        bar: Any,
     ) -> tuple[BlockState, float]:
         def on_step(loss: float) -> None:
             bar.set_postfix(loss=f"{loss:.3g}", refresh=False)
@@ -336,6 +354,7 @@ class OmniQuant(BlockSolver[OmniQuantParams]):
                 start_score,
                 self.params,
                 seed=self.params.seed * block.count + block.number,
+                fixed=fixed,
                 float_outputs=outputs,
                 on_step=on_step,
             )
@@ -381,7 +400,8 @@ def apply_omniquant(
     rounds to the nearest value of a grid whose range is a learnt share of each cell's (LWC).
     Scales and ranges come from SmoothQuant's formula and a search on second moments, are trained
     by gradient, searched again, and the best state on all batches is kept. A block for which plain
-    rounding is no worse keeps plain rounding.
+    rounding is no worse keeps plain rounding. A layer of an expert with fewer than a token for four
+    inputs keeps what the search finds on the tokens of all experts.
 
     Afterwards scales are folded into weights and norm gains, and the float function is what it was.
 

@@ -70,16 +70,15 @@ def test_experts_without_tokens_keep_plain_rounding(
 ) -> None:
     sim = simulated(with_an_idle_expert(tiny_model), batches)
     with caplog.at_level(logging.WARNING):
-        aimet_ext.apply_omniquant(sim, batches[:1], **BRIEF)
+        report = aimet_ext.apply_awq(sim, batches[:1], progress=False)
     assert "no token of the batches is sent to" in caplog.text
     assert "layers.0.mlp.experts.down_proj.5" in caplog.text
-    sim = simulated(with_an_idle_expert(tiny_model), batches)
-    report = aimet_ext.apply_awq(sim, batches[:1], progress=False)
     assert all(block.loss_after <= block.loss_nearest for block in report.blocks)
 
 
-def test_autoround_decides_experts_without_tokens_on_those_of_all(
-    tiny_model: Any, batches: Any, caplog: Any
+@pytest.mark.parametrize("name", ["autoround", "omniquant"])
+def test_experts_without_tokens_are_decided_on_those_of_all(
+    tiny_model: Any, batches: Any, caplog: Any, name: str
 ) -> None:
     """Their error on what the others get is lower than that of plain rounding."""
     model = with_an_idle_expert(tiny_model)
@@ -87,7 +86,8 @@ def test_autoround_decides_experts_without_tokens_on_those_of_all(
     original, ours, plain = sims
     aimet_ext.apply_rtn(plain, progress=False)
     with caplog.at_level(logging.WARNING):
-        aimet_ext.apply_autoround(ours, batches[:1], **BRIEF)
+        settings = {"let": False} if name == "omniquant" else {}
+        getattr(aimet_ext, f"apply_{name}")(ours, batches[:1], **settings, **BRIEF)
     assert "no token of the batches" not in caplog.text
     experts = "model.model.layers.0.mlp.experts"
     seen: list[Tensor] = []
@@ -102,6 +102,34 @@ def test_autoround_decides_experts_without_tokens_on_those_of_all(
         weights = [m.param_quantizers["weight"](m.weight) for m in every[1:]]
         lost = [float((seen[0] @ (w - every[0].weight).T).square().sum()) for w in weights]
     assert lost[0] < lost[1]
+
+
+def test_omniquant_does_not_fit_an_expert_to_few_tokens(tiny_model: Any, batches: Any) -> None:
+    """On tokens that come later the layers of experts have lower errors than plain rounding's."""
+    model = tiny_model("mixtral", **EXPERTS)
+    sims = [simulated(model, batches) for _ in range(3)]
+    original, ours, plain = sims
+    aimet_ext.apply_rtn(plain, progress=False)
+    few = batches[0][:1, :12]  # four tokens an expert, of 64 inputs
+    aimet_ext.apply_omniquant(ours, [few], let=False, num_iterations=40, progress=False)
+    layers = {n: m for n, m in original.model.named_modules() if ".experts.gate_up_proj." in n}
+    ratios = []
+    for name, layer in layers.items():
+        seen: list[Tensor] = []
+        hook = layer.register_forward_pre_hook(lambda _, args, kept=seen: kept.append(args[0]))
+        with torch.no_grad(), adapt(original).disabled_quantizers():
+            original.model(torch.cat(batches[1:]))
+        hook.remove()
+        if not seen:
+            continue
+        others = [sim.model.get_submodule(name) for sim in (ours, plain)]
+        with torch.no_grad():
+            lost = [
+                (seen[0] @ (m.param_quantizers["weight"](m.weight) - layer.weight).T).square().sum()
+                for m in others
+            ]
+        ratios.append(float((lost[0] / lost[1]).log()))
+    assert len(ratios) >= 4 and sum(ratios) < 0
 
 
 STREAMS = {

@@ -250,15 +250,17 @@ class Block:
         streams: Sequence[str],
         *,
         dtype: torch.dtype | None = None,
-        lean: bool = False,
+        lean_below: float = 0.0,
         also: Sequence[Callable[[Tensor, Tensor], None]] = (),
     ) -> SecondMoment:
         """Return second moments of what reaches layers of one input, with the weights decided.
 
         :param streams: ``"quantized"``, and ``"float"`` for ``C`` as well.
         :param dtype: Type of the result, None for that of the float parameters.
-        :param lean: True to have those of an expert that few tokens reach lean on those of all.
-        :param also: Functions that are given the rows of both streams too.
+        :param lean_below: Tokens for each input below which those of an expert lean on those of
+            all, as far as they are noisy.
+        :param also: Functions that are given the rows of both streams too: its own, or those of
+            all where it has none.
         :raises ValueError: An input holds NaN or infinity.
         """
         like = self.weight(layers[0])
@@ -275,13 +277,15 @@ class Block:
                 seen = total is not None and total.tokens > 0
                 none = SecondMoment.of_none(like.shape[1], dtype, like)
                 moment = total.result(dtype) if total is not None and seen else none
-                pool = self.data.pool(layers, streams) if lean and moment.is_noisy else None
+                few = moment.tokens < lean_below * like.shape[1] and moment.is_noisy
+                pool = self.data.pool(layers, streams) if few else None
                 if pool is not None:
                     every, among = pooled_moment(
                         pool,
                         self.module.get_submodule(layers[0]),
                         dtype=dtype,
                         mapped_dir=self.quantized_stream.hidden.cache_dir,
+                        also=() if seen else also,
                     )
                     moment = moment if every is None else moment.leaning(every, among)
         except ValueError as error:

@@ -26,8 +26,12 @@ from aimet_ext.data.geometry import Geometry
 from aimet_ext.techniques.blockwise.block import Block, BlockState
 from aimet_ext.techniques.blockwise.inputs import Magnitudes, StageInputs
 from aimet_ext.techniques.blockwise.pairs import ReadPair, read_pairs
+from aimet_ext.walk.routing import is_sent_to
 from aimet_ext.walk.streamed import fit_mask
 
+# Tokens of an expert for each input, below which those of all experts decide. With more of them its
+# layers' errors fall as well, but the model's do not: its own tokens tell what errors upstream do.
+_FEW_AN_INPUT = 0.25
 _REACH = 1.5  # of a candidate multiplier, either way
 _MULTIPLIERS = 24
 _LEAST_GAIN = 1e-3  # relative, of a sweep, to go on
@@ -73,6 +77,20 @@ class BlockSearch:
         data.restart()
         return self._state(smooth)
 
+    @property
+    def scarce(self) -> frozenset[str]:
+        """Layers of experts that saw so few tokens that training would fit these alone."""
+        return frozenset(
+            layer
+            for stage in self.stages
+            for layer in stage.layers
+            if self._is_scarce(layer, stage.moment)
+        )
+
+    def _is_scarce(self, layer: str, moment: SecondMoment) -> bool:
+        few = moment.tokens < _FEW_AN_INPUT * moment.second.shape[-1]
+        return few and is_sent_to(self.block.module, layer)
+
     def seeing(self, inputs: Sequence[StageInputs]) -> BlockSearch:
         """Take what was seen of the float model's inputs, stage by stage, to search on.
 
@@ -87,10 +105,14 @@ class BlockSearch:
         return self
 
     def _moment(self, layers: Sequence[str]) -> tuple[SecondMoment, Magnitudes]:
-        """Return ``H`` and ``C`` of what reaches layers now, and its magnitudes."""
+        """Return ``H`` and ``C`` of what reaches layers now, and its magnitudes.
+
+        Those of an expert that few tokens reach lean on those of all, and are shrunk.
+        """
         streams = ("quantized", "float") if self.float_target else ("quantized",)
         sizes = Magnitudes()
-        return self.block.moment(layers, streams, also=[sizes.add]), sizes
+        moment = self.block.moment(layers, streams, lean_below=_FEW_AN_INPUT, also=[sizes.add])
+        return moment.shrunk() if self._is_scarce(layers[0], moment) else moment, sizes
 
     @torch.no_grad()
     def ranges(self, start: Mapping[str, Tensor]) -> BlockState:
