@@ -176,7 +176,9 @@ def rounding_ranges(
         smallest = _SMALLEST.get((layout.qmax - layout.qmin).bit_length(), 0.5)
         multiples = torch.linspace(1.0, smallest, candidates)
     else:
-        scale, offset = best_ranges(weight, layout, second, pull)
+        # Of their multiples one is chosen in float32 anyway.
+        short = None if pull is None else pull.float()
+        scale, offset = best_ranges(weight.float(), layout, second.float(), short)
         multiples = torch.linspace(1.0, _LARGEST, candidates)
 
     scales = torch.stack([scale * multiple for multiple in multiples.tolist()])
