@@ -53,7 +53,7 @@ def read_subject(
     Inner widths of MLPs become multiples of 64, with channels that are zero: the function is the
     same, and all block sizes divide them, as some libraries need it.
 
-    :param windows: To calibrate, of all texts.
+    :param windows: To calibrate, of all texts: equal shares, or all of a text that has fewer.
     :param scored: Windows of each text to score.
     :param blocks: The first blocks of the model that are kept; None for all.
     """
@@ -62,20 +62,24 @@ def read_subject(
         model.model.layers = model.model.layers[:blocks]
         model.config.num_hidden_layers = blocks
     model.config.intermediate_size = max(pad_mlp(model, each, 64) for each in find_blocks(model))
-    calibration, held_out, wanted = [], {}, windows // len(texts)
+    found, held_out = {}, {}
     for text in texts:
         own, other = (
             name and torch.cat(windows_of(tokenizer, name, length)) for name in TEXTS[text]
         )
         if other is None:
             own, other = own[:-scored], own[-scored:]
-        held_out[text] = other[:scored]
-        if len(own) < wanted:
-            raise ValueError(f"{text}: {wanted} windows are required, got {len(own)}")
+        found[text], held_out[text] = own, other[:scored]
+    calibration = {}
+    for number, text in enumerate(sorted(texts, key=lambda text: len(found[text]))):
+        own, left = found[text], windows - sum(map(len, calibration.values()))
+        wanted = left // (len(texts) - number)
         generator = torch.Generator().manual_seed(draw)
         order = torch.randperm(len(own), generator=generator) if draw else torch.arange(len(own))
-        calibration.append(own[order[:wanted]])
-    return Subject(model, torch.cat(calibration), held_out)
+        calibration[text] = own[order[:wanted]]
+    if sum(map(len, calibration.values())) < windows:
+        raise ValueError(f"{windows} windows are required, got {sum(map(len, found.values()))}")
+    return Subject(model, torch.cat([calibration[text] for text in texts]), held_out)
 
 
 def windows_of(tokenizer: Any, name: str, length: int) -> list[Tensor]:
