@@ -13,6 +13,7 @@ from pydantic import BaseModel, Json
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from aimet_ext.core.collector import no_collections
 from aimet_ext.errors import require, some
 from aimet_ext.files.folders import check_output, replace_folder, write_json
 from aimet_ext.files.ledger import Ledger
@@ -48,6 +49,7 @@ _TOKENIZER_FILES = (
 )
 
 
+@no_collections()
 def export(
     sim: Any,
     path: str | Path,
@@ -189,6 +191,7 @@ def _refuse(kind: str, options: Mapping[str, Any]) -> None:
         )
 
 
+@no_collections()
 def load(path: str | Path, *, sim: Any = None, progress: bool = True) -> Any:
     """Rebuild a sim from an export; its logits are those of the sim that was exported, bit by bit.
 

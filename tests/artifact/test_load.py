@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -263,3 +264,31 @@ def test_inspecting_scales(tmp_path: pathlib.Path) -> None:
     found = inspect_export(tmp_path / "out")
     assert found["scales"] == {"modules": 1, "techniques": ["omniquant"], "pairs": {"v_o": 1}}
     assert found["unlisted"] == ["later.txt"] and "quantizers" not in found
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_python_does_not_search_for_cycles_meanwhile(
+    tiny_llama: nn.Module, tmp_path: pathlib.Path, on: bool
+) -> None:
+    """Each search visits all objects, so that a block of a deep model would cost more."""
+    sim, seen = calibrated(tiny_llama), []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        seen.append(info["generation"])
+
+    before = gc.get_threshold()
+    gc.set_threshold(50)  # by which the search would be all the time
+    (gc.enable if on else gc.disable)()
+    gc.callbacks.append(note)
+    try:
+        aimet_ext.export(sim, tmp_path / "out", "model", IDS, progress=False)
+        during_export, after_export = len(seen), gc.isenabled()
+        seen.clear()
+        aimet_ext.load(tmp_path / "out", progress=False)
+        during_load, after_load = len(seen), gc.isenabled()
+    finally:
+        gc.callbacks.remove(note)
+        gc.set_threshold(*before)
+        gc.enable()
+    assert max(during_export, during_load) < 100  # more than a thousand each otherwise
+    assert (after_export, after_load) == (on, on)
