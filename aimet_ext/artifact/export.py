@@ -49,7 +49,6 @@ _TOKENIZER_FILES = (
 )
 
 
-@no_collections()
 def export(
     sim: Any,
     path: str | Path,
