@@ -220,6 +220,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "n_groups": 1,
         "chunk_size": 16,
     },
+    "hrm_text": {"num_layers_per_stack": 2, "H_cycles": 2, "L_cycles": 2, "num_hidden_layers": 12},
     "rwkv": {"attention_hidden_size": 64, "context_length": 128},
 }
 

@@ -10,7 +10,6 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -32,7 +31,7 @@ from aimet_ext.models.proof import probe_batch, probe_inputs
 from aimet_ext.models.scaled_run import ScaledRun
 from aimet_ext.models.structure import ACTIVATED, Structure, peers
 from aimet_ext.walk.blocks import find_stack
-from aimet_ext.walk.hooks import evaluating, first_calls, layer_order
+from aimet_ext.walk.hooks import counted_calls, evaluating, first_calls, layer_order
 from aimet_ext.walk.routing import is_routed
 from aimet_ext.walk.stream import nearest_config
 
@@ -262,25 +261,14 @@ def _unwatched(
     stages: list[tuple[str, ...]] = [(n,) for n in layers]
     if run is not None:
         with evaluating(block):
-            once = _called_once(block, layers, run)
+            with torch.no_grad(), counted_calls(block, layers) as calls:
+                run()
+            once = [layer for layer in layers if calls[layer] == 1]
             stages = layer_order(block, once, [run], f"{name}.").stages
     kinds: list[str] = [*_ABSENT, "q_k"]
     unavailable = dict.fromkeys(kinds, reason)
     linears = tuple(layer for stage in stages for layer in stage)
     return BlockTopology(name, linears, tuple(stages), (), unavailable)
-
-
-def _called_once(block: nn.Module, layers: Sequence[str], run: Callable[[], object]) -> list[str]:
-    """Return those of a block's layers that are called once in a run."""
-    calls: Counter[str] = Counter()
-    with ExitStack() as hooks, torch.no_grad():
-        for layer in layers:
-            hook = block.get_submodule(layer).register_forward_hook(
-                lambda *_, layer=layer: calls.update([layer])
-            )
-            hooks.callback(hook.remove)
-        run()
-    return [layer for layer in layers if calls[layer] == 1]
 
 
 def _find(

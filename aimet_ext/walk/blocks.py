@@ -18,6 +18,7 @@ from aimet_ext.walk.experts import Inputs
 from aimet_ext.walk.hooks import (
     LayerOrder,
     checked_weight,
+    counted_calls,
     layer_order,
     replaced_forward,
     run_batch,
@@ -85,12 +86,16 @@ def find_stacks(
 
     The first one found by :func:`find_stack` is among them unless it is not called block by block;
     others, such as that of an encoder beside a decoder's, if they are called whole before or after.
+    There are none if a layer is called more than once.
     """
     stacks: list[Stack] = []
     left = list(layers)
     while blocks := find_stack(model, left):
         try:
-            kinds = kinds_of(model, blocks, batches, forward_fn)
+            with counted_calls(model, (blocks[0], *left)) as calls:
+                kinds = kinds_of(model, blocks, batches, forward_fn)
+            if any(calls[name] > calls[blocks[0]] for name in left):
+                break  # nor can what one block keeps of a layer stand for its other calls
         except NotInSequence:
             break  # the graph knows how data flows
         except Exception:  # noqa: BLE001  (of the batch: the walk says more)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -52,8 +53,7 @@ class Watch(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.reads: dict[str, _Token] = {}
-        self.twice: str | None = None
+        self.reads: dict[str, tuple[_Token, ...]] = {}  # by layer, those of each call
         self.returns: Wrap | None = None
         self._readers: dict[str, list[Callable[..., Any]]] = {}
         self._outputs: dict[_Token | None, str] = {}
@@ -83,12 +83,11 @@ class Watch(TorchFunctionMode):
         return {part: end for part, end in self._ends.items() if last[part] == end[0]}
 
     def _before(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
-        if name in self.reads:
-            self.twice = name
-        self.reads[name] = self._token(layer_input(args, kwargs))
+        read = self._token(layer_input(args, kwargs))
+        self.reads[name] = (*self.reads.get(name, ()), read)
 
     def _after(self, name: str, _: nn.Module, args: Any, output: Any) -> None:
-        self._readers[name] = []
+        self._readers.setdefault(name, [])
         if isinstance(output, Tensor):
             self._outputs[self._token(output)] = name
 
@@ -110,14 +109,15 @@ class Watch(TorchFunctionMode):
         """Return, by layer, the first one that reads the same tensor in the same way."""
         first: dict[Any, str] = {}
         return {
-            name: first.setdefault((token, geometry[name]), name)
-            for name, token in self.reads.items()
+            name: first.setdefault((tokens, geometry[name]), name)
+            for name, tokens in self.reads.items()
         }
 
     def sole_reader(self, name: str) -> Callable[..., Any] | None:
-        """Return the function that alone reads a layer's output."""
+        """Return the function that alone reads a layer's output, in each of its calls."""
         readers = self._readers[name]
-        return readers[0] if len(readers) == 1 else None
+        alone = len(readers) == len(self.reads[name]) and len(set(readers)) == 1
+        return readers[0] if alone else None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -179,6 +179,10 @@ def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 # ---- the order of calls -------------------------------------------------------------------------
 
 
+class CalledAgain(ValueError):
+    """A layer is called more than once in a forward pass."""
+
+
 @dataclass(eq=False)
 class LayerOrder:
     """The order in which forward passes of a module call some of its layers, and what is shared.
@@ -189,6 +193,7 @@ class LayerOrder:
     :param parts: Children of the module whose output is their last layer's output, with that layer
         and a function from its output to the child's.
     :param idle: Layers of experts that no token is sent to.
+    :param repeated: Layers that a pass calls several times.
     :param returns: Function from the first tensor of the module's output to the whole output.
     """
 
@@ -197,6 +202,7 @@ class LayerOrder:
     activations: dict[str, Activation] = field(default_factory=dict)
     parts: dict[str, tuple[str, Wrap]] = field(default_factory=dict)
     idle: list[str] = field(default_factory=list)
+    repeated: set[str] = field(default_factory=set)
     returns: Wrap = field(default=lambda tensor: tensor)
 
 
@@ -206,14 +212,17 @@ def layer_order(
     layers: Sequence[str],
     passes: Iterable[Callable[[], object]],
     prefix: str = "",
+    *,
+    repeats: bool = False,
 ) -> LayerOrder:
     """Watch forward passes until each layer was called: an expert may not be, in some of them.
 
     :param layers: Names within ``module``.
     :param passes: Functions that each run the module once.
     :param prefix: Prefix that makes the layers' names in errors those in the whole model.
-    :raises ValueError: a layer is called twice in a pass, or never and is no expert's, or a batch
-        norm follows it.
+    :param repeats: True for layers that a pass calls several times, but no expert's.
+    :raises CalledAgain: a layer is called several times where that is not asked for.
+    :raises ValueError: a layer is never called and is no expert's, or a batch norm follows it.
     :raises TypeError: a layer is neither linear nor a convolution.
     """
     found = LayerOrder()
@@ -226,12 +235,15 @@ def layer_order(
             watch.hook(module, layers, hooks)
             with watch:
                 run()
-        if watch.twice is not None:
-            raise ValueError(
-                "a layer must be called once in a forward pass, "
-                f"{f'{prefix}{watch.twice}'!r} is called again; leave it out, or give each call a "
-                "layer of its own"
-            )
+        again = [name for name, tokens in watch.reads.items() if len(tokens) > 1]
+        for name in again:
+            if not repeats or is_sent_to(module, name):
+                raise CalledAgain(
+                    "a layer must be called once in a forward pass, "
+                    f"{f'{prefix}{name}'!r} is called again; leave it out, or give each call a "
+                    "layer of its own"
+                )
+        found.repeated.update(again)
         watches.append(watch)
         order.update(dict.fromkeys(watch.reads))
         found.parts.update(watch.parts())
@@ -288,6 +300,19 @@ def uncalled(layers: Iterable[str]) -> ValueError:
 # ---- a look at calls ----------------------------------------------------------------------------
 
 
+@contextmanager
+def counted_calls(model: nn.Module, names: Iterable[str]) -> Iterator[Counter[str]]:
+    """Yield the number of calls of some modules, by name, counted until the context ends."""
+    calls: Counter[str] = Counter()
+    with ExitStack() as hooks:
+        for name in names:
+            hook = model.get_submodule(name).register_forward_pre_hook(
+                lambda *_, name=name: calls.update([name])
+            )
+            hooks.callback(hook.remove)
+        yield calls
+
+
 class _Reached(BaseException):
     """Ends a forward pass; no Exception, so that a ``forward_fn`` does not catch it by mistake."""
 
@@ -339,6 +364,21 @@ def first_call(
         with suppress(_Reached):
             run()
     return calls[0] if calls else None
+
+
+def seen_inputs(layer: nn.Module, run: Callable[[], object]) -> list[Tensor]:
+    """Return the inputs of a layer, call by call, in a forward pass that runs to its end."""
+    seen: list[Tensor] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(layer_input(args, kwargs).clone())  # what comes later may change it in place
+
+    hook = layer.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        run()
+    finally:
+        hook.remove()
+    return seen
 
 
 def seen_input(layers: Sequence[nn.Module], run: Callable[[], object]) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from aimet_ext.data.batches import ForwardFn, map_tensors, module_device, tensors_in
 from aimet_ext.data.cache import StoredBatches, ValueCache, keep_batches
-from aimet_ext.walk.hooks import layer_order, run_batch
+from aimet_ext.walk.hooks import CalledAgain, layer_order, run_batch
 from aimet_ext.walk.trace import (
     Executor,
     NotTraceable,
@@ -55,6 +55,8 @@ def walk_graph(
                 )
             except NotTraceable as error:
                 reason = f"the model cannot be traced ({error})"
+            except CalledAgain as error:
+                reason = str(error).partition(";")[0]
         LOGGER.warning(
             "%s: the model runs again, up to the layers, for each of their stages", reason
         )
@@ -179,12 +181,12 @@ class GraphWalk(ModelWalk):
             values |= {node: tensors[node].to(self._home, copy=True) for node in segment.inputs}
         return values
 
-    def _seen(self, number: int, batch: int, use: int) -> Mapping[str, Tensor]:
+    def _seen(self, number: int, batch: int) -> Iterator[Mapping[str, Tensor]]:
         found: dict[ValueCache, Tensor] = {}
         for cache in self._caches.values():
             if cache not in found:
                 found[cache] = self._input(cache, batch, number)
-        return {stream: found[cache] for stream, cache in self._caches.items()}
+        yield {stream: found[cache] for stream, cache in self._caches.items()}
 
     def _input(self, cache: ValueCache, batch: int, number: int) -> Tensor:
         source = self._calls[number][1]

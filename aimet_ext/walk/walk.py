@@ -26,6 +26,7 @@ from aimet_ext.walk.hooks import (
     layer_order,
     run_batch,
     seen_input,
+    seen_inputs,
     swapped_weights,
 )
 from aimet_ext.walk.sides import Sides
@@ -223,26 +224,25 @@ class StagedWalk:
                 self._waiting.discard(name)
 
     def _read(self, number: int) -> Iterator[Inputs]:
-        names = self._order.stages[number]
+        name = self._order.stages[number][0]
         for batch in range(len(self._batches)):
-            for use in range(self._uses(number)):
-                if self._current != number:
-                    raise RuntimeError(
-                        f"the stage of {', '.join(names)} is over; read its batches before the "
-                        "next stage is asked for"
-                    )
-                if seen := self._seen(number, batch, use):
-                    mask = self._mask(batch, names[0])
-                    yield stage_inputs(names[0], self._layers[names[0]], batch, seen, mask)
+            self._check_open(number)
+            for seen in self._seen(number, batch):
+                mask = self._mask(batch, name)
+                yield stage_inputs(name, self._layers[name], batch, seen, mask)
+                self._check_open(number)
 
-    def _uses(self, number: int) -> int:
-        """Return how many operations apply the weights of a stage's layers."""
-        return 1
+    def _check_open(self, number: int) -> None:
+        if self._current != number:
+            raise RuntimeError(
+                f"the stage of {', '.join(self._order.stages[number])} is over; read its batches "
+                "before the next stage is asked for"
+            )
 
-    def _seen(self, number: int, batch: int, use: int) -> Mapping[str, Tensor]:
-        """Return the input of a stage for a batch by stream; nothing if it does not get there.
+    def _seen(self, number: int, batch: int) -> Iterator[Mapping[str, Tensor]]:
+        """Yield the input of a stage for a batch by stream, each time its weights are applied.
 
-        :param use: Number of the operation, of those that apply the layers' weights.
+        Nothing for a batch that does not get there.
         """
         raise NotImplementedError
 
@@ -272,8 +272,9 @@ class ModelWalk(StagedWalk):
     :param device: Device on which the layers' inputs are handed out, the model's own if None.
     :param sides: Result of :func:`~aimet_ext.walk.sides.find_sides`; None for a model that reads
         one sequence.
-    :raises ValueError: a layer is unknown, called twice or never, or followed by a batch norm that
-        was not folded; a weight's shape is wrong; there are no batches; the model is in training.
+    :raises CalledAgain: a layer is called more than once, and this walk does not take it.
+    :raises ValueError: a layer is unknown, never called, or followed by a batch norm that was not
+        folded; a weight's shape is wrong; there are no batches; the model is in training.
     :raises TypeError: a layer is neither linear nor a convolution.
     :raises RuntimeError: the forward pass of a batch failed.
     """
@@ -318,7 +319,9 @@ class RerunWalk(ModelWalk):
     """A walk that runs the model from its inputs for every stage and every look at its batches.
 
     It keeps nothing but weights, and asks nothing of the model but that layers are modules.
-    ``layers`` may be those of a part of the model.
+    ``layers`` may be those of a part of the model. A layer that is called several times in a pass
+    gets the inputs of all calls. In the quantized stream it computes in float itself until it is
+    decided, as later layers do: inputs that come through them lack their errors.
 
     :param reason: Reason why the model is run so often, for the report.
     """
@@ -340,7 +343,7 @@ class RerunWalk(ModelWalk):
         self._load_effective(lambda name: True)
         weights = self._weights.get("quantized", {})
         passes = (partial(self._run, n, weights) for n in range(len(self._batches)))
-        self._order = layer_order(model, layers, passes)
+        self._order = layer_order(model, layers, passes, repeats=True)
 
     @property
     def cost(self) -> dict[str, Any]:
@@ -348,11 +351,16 @@ class RerunWalk(ModelWalk):
         cost: dict[str, Any] = {"walk": "rerun", "forward_passes": self._passes}
         return cost if self._reason is None else {**cost, "reason": self._reason}
 
-    def _seen(self, number: int, batch: int, use: int) -> Mapping[str, Tensor]:
+    def _seen(self, number: int, batch: int) -> Iterator[Mapping[str, Tensor]]:
         names = self._order.stages[number]
         layers = [self._layers[name] for name in names]
         expert, other = self._places(names[0])
         mask = self._real = super()._mask(batch, names[0])
+        if names[0] in self._order.repeated:
+            found = self._once(batch, partial(seen_inputs, layers[0]))
+            for each in zip(*found.values(), strict=False):
+                yield {s: x.to(self._device) for s, x in zip(found, each, strict=True)}
+            return
         seen: Any  # by stream
         if other is not None:
             seen, self._real = other.inputs(self._model, self._runs(batch), mask)
@@ -362,9 +370,8 @@ class RerunWalk(ModelWalk):
             self._real = expert.mask(self._model, calls, mask)
         else:
             seen = self._once(batch, partial(seen_input, layers))
-        if not seen or any(found is None for found in seen.values()):
-            return {}  # this batch does not reach the layers
-        return {stream: found.to(self._device) for stream, found in seen.items()}
+        if seen and all(found is not None for found in seen.values()):
+            yield {stream: found.to(self._device) for stream, found in seen.items()}
 
     def _mask(self, batch: int, layer: str) -> Tensor | None:
         return self._real

@@ -77,7 +77,8 @@ def _calls(
         if number != len(found):
             raise NotInSequence(
                 f"blocks must be called once each and in order, but {blocks[number]} follows "
-                f"{blocks[len(found) - 1] if found else 'nothing'}"
+                f"{blocks[len(found) - 1] if found else 'nothing'}; take a layer-wise technique, "
+                "such as GPTQ, which decides a layer on the inputs of all its calls"
             )
         named = {f"argument {place}": value for place, value in enumerate(args)}
         named |= {f"argument {name!r}": value for name, value in kwargs.items()}

@@ -1,5 +1,6 @@
 """Walking a model that runs again for every stage: what is shared, skipped, counted, restored."""
 
+import copy
 import gc
 import weakref
 
@@ -203,3 +204,56 @@ def test_failures_of_the_forward_fn_are_reported():
 
     with pytest.raises(RuntimeError, match="forward_fn failed on batch 0 with KeyError"):
         RerunWalk(Attention().eval(), [{}], ["out"], forward_fn=forward_fn)
+
+
+class Looped(nn.Module):
+    """Calls two layers three times, in turn."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.gate, self.down = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        for _ in range(3):
+            x = x + self.down(self.up(x).relu() * self.gate(x).sigmoid())
+        return self.head(x)
+
+
+@torch.no_grad()
+def test_a_layer_that_is_called_again_gets_the_inputs_of_all_calls():
+    """As hooks on a copy with the decided weights see them, batch by batch and call by call."""
+    model, batches = Looped().eval(), [torch.randn(5, 4) for _ in range(2)]
+    original, decided = copy.deepcopy(model), copy.deepcopy(model)
+    names = ["up", "gate", "down", "head"]
+    walk = RerunWalk(model, batches, names, streams="both")
+    stages = []
+    for stage in walk.stages():
+        stages.append(stage.layers)
+        expected = [seen_by(each, stage.layers[0], batches) for each in (decided, original)]
+        given = list(zip(*((q, f) for q, f, _ in stage.batches()), strict=True))
+        assert len(given[0]) == len(expected[0]) == (2 if "head" in stage.layers else 6)
+        for ours, theirs in zip(given, expected, strict=True):
+            assert all(map(torch.equal, ours, theirs))
+        for layer in stage.layers:
+            weight = model.get_submodule(layer).weight.round(decimals=1)
+            decided.get_submodule(layer).weight.copy_(weight)
+            walk.decide(layer, weight)
+    assert stages == [("up", "gate"), ("down",), ("head",)]
+
+
+def test_a_relu_counts_if_it_reads_every_call():
+    model = Looped().eval()
+    walk = RerunWalk(model, [torch.randn(5, 4)], ["up"])
+    assert next(walk.stages()).activations == {"up": functional.relu}
+
+
+def seen_by(model, layer, batches):
+    seen = []
+    hook = model.get_submodule(layer).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].clone())
+    )
+    for batch in batches:
+        model(batch)
+    hook.remove()
+    return seen

@@ -281,12 +281,19 @@ class Twice(nn.Module):
         return self.other(self.layer(self.layer(x)))
 
 
+def test_a_layer_that_is_called_twice_is_none_for_the_graph():
+    model, batches = Twice().eval(), [torch.randn(2, 4)]
+    with pytest.raises(ValueError, match="once in a forward pass, 'layer' is called again"):
+        GraphWalk(model, batches, ["layer"])
+    walk = walk_graph(model, batches, ["layer", "other"])
+    assert isinstance(walk, RerunWalk) and "'layer' is called again" in walk.cost["reason"]
+
+
 @pytest.mark.parametrize("walk_class", [GraphWalk, RerunWalk])
 def test_layers_that_cannot_be_walked_to_are_named(walk_class):
-    """Called twice, never called, not there, of another kind, without a weight, named twice."""
+    """Never called, not there, of another kind, without a weight, named twice."""
     model, batches = Twice().eval(), [torch.randn(2, 4)]
     for layers, message in [
-        (["layer"], "once in a forward pass, 'layer' is called again"),
         (["other", "spare"], "never received data: spare;"),
         (["missing"], "layers must name modules of Twice, got 'missing'"),
         ([""], "with a weight, '' .Twice. has none"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -217,15 +217,13 @@ class OnnxWalk(StagedWalk):
         found: Tensor = self._caches[at].read(batch, [tensor])[tensor]
         return found
 
-    def _uses(self, number: int) -> int:
-        return 1 + len(self._stages[number].later)
-
-    def _seen(self, number: int, batch: int, use: int) -> Mapping[str, Tensor]:
+    def _seen(self, number: int, batch: int) -> Iterator[Mapping[str, Tensor]]:
         stage = self._stages[number]
-        source = (stage.source, *stage.later)[use]
-        lanes = {stream: self._lane(source, stream) for stream in self._streams}
-        found = {at: self._input(stage, source, at, batch) for at in dict.fromkeys(lanes.values())}
-        return {stream: found[at] for stream, at in lanes.items()}
+        for source in (stage.source, *stage.later):
+            lanes = {stream: self._lane(source, stream) for stream in self._streams}
+            places = dict.fromkeys(lanes.values())
+            found = {at: self._input(stage, source, at, batch) for at in places}
+            yield {stream: found[at] for stream, at in lanes.items()}
 
     def _input(self, stage: PlannedStage, source: str, lane: str, batch: int) -> Tensor:
         x = self._value(source, lane, batch).to(self._device)

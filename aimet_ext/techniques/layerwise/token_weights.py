@@ -24,6 +24,7 @@ from aimet_ext.data.geometry import Geometry
 from aimet_ext.errors import TransformRefused
 from aimet_ext.progress import bar as progress_bar
 from aimet_ext.sim.protocol import SimAdaptor
+from aimet_ext.walk.hooks import counted_calls
 from aimet_ext.walk.routing import is_routed
 from aimet_ext.walk.sides import Sides, find_sides
 from aimet_ext.walk.streamed import fit_mask
@@ -35,7 +36,8 @@ class TokenWeights:
     """Weights of all tokens for each of some layers, 1 on average.
 
     The float model runs forward and back once for each batch. Tokens of experts' layers count
-    alike, since in the quantized model other ones are sent there.
+    alike, since in the quantized model other ones are sent there, and so do those of layers that a
+    torch model calls several times, as calls on the way back are not told apart.
 
     :param layers: Names of linear layers and convolutions.
     :param batches: Batches, each one checked.
@@ -66,6 +68,7 @@ class TokenWeights:
         self._root = torch.zeros((), requires_grad=True)
         generator = torch.Generator().manual_seed(_SEED)
         mass: dict[str, list[Tensor]] = {name: [] for name in self._geometry}
+        again: set[str] = set()
         try:
             with (
                 adaptor.seeing_outputs([*self._geometry], self._see, forward_fn) as run,
@@ -73,7 +76,10 @@ class TokenWeights:
             ):
                 for batch in progress_bar(batches, desc="token weights", shown=progress):
                     self._batch.clear()
-                    self._add(batch, run(batch), generator)
+                    with counted_calls(model, self._geometry if is_torch else ()) as calls:
+                        logits = run(batch)
+                    self._add(batch, logits, generator)
+                    again |= {name for name, number in calls.items() if number > 1}
                     for (name, _), own in sorted(self._batch.items(), key=lambda item: item[0]):
                         self._found[name].append(own)
                         mass[name].append(self._counted(name, own, sides.mask(batch, model, name)))
@@ -82,6 +88,8 @@ class TokenWeights:
                 'token_weights="loss": gradients of the whole graph are required; pass '
                 f'token_weights="none". {error}'
             ) from error
+        for name in again:
+            del self._found[name], mass[name]
         for name, parts in mass.items():
             if parts:
                 self._scale(name, torch.cat([part.flatten(1) for part in parts], 1))
