@@ -164,7 +164,8 @@ class OmniQuantParams(TechniqueParams):
     :param quantize_activations: Train with the activation quantizers on. Their ranges are static:
         calibrated at the start, at each evaluation and at the end of a block, frozen then, and used
         for the blocks that follow. Ranges that were frozen before stay.
-    :param autocast: Train in bfloat16 where operators allow it.
+    :param autocast: Compute products in bfloat16 while training, not where a state is judged; None
+        for that where the device does it faster and activations are float.
     :param evaluations: Number of times that a block is scored on all batches while it trains, at
         most once an epoch and at the end in any case.
     :param patience: Number of times that training may diverge; each time it goes on from the best
@@ -193,7 +194,7 @@ class OmniQuantParams(TechniqueParams):
     batch_size: Annotated[int, Field(ge=1)] | None = None
     aug_loss: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     quantize_activations: bool = False
-    autocast: bool = False
+    autocast: bool | None = None
     evaluations: Annotated[int, Field(ge=1)] = 8
     patience: Annotated[int, Field(ge=0)] = 4
     seed: int = 0
@@ -379,6 +380,8 @@ class AutoRoundParams(TechniqueParams):
     :param learn_scales: Learn scales too, where no earlier technique froze them.
     :param trim: Share of a block's outputs to leave out of the loss, those that are furthest off.
     :param asym_strength: Share of the errors before a layer that the GPTQ at the start compensates.
+    :param autocast: Compute products in bfloat16 while training, not where a state is judged; None
+        for that where the device does it faster.
     :param evaluations: Number of times that a block is scored on all batches while it trains.
     :param seed: Seed of the order of batches.
     """
@@ -395,6 +398,7 @@ class AutoRoundParams(TechniqueParams):
     learn_scales: bool = True
     trim: Annotated[float, Field(ge=0, lt=1)] = 1e-3
     asym_strength: Annotated[float, Field(gt=0, le=1)] = 0.5
+    autocast: bool | None = None
     evaluations: Annotated[int, Field(ge=1)] = 8
     seed: int = 0
 
@@ -492,6 +496,8 @@ class DWQParams(WeightParams):
         turns by each half; it falls to 0. None for ``0.2 / sqrt(num_iterations)``.
     :param top_k: Classes of the float model's outputs that are kept for each token, the likeliest
         ones; all others count as one class. None keeps all.
+    :param autocast: Compute products in bfloat16 while training, not where a state is judged; None
+        for that where the device does it faster.
     :param evaluations: Number of times that the state is judged on the batches held out, and that
         a checkpoint is written.
     :param patience: Evaluations one after the other without a lower divergence, after which
@@ -510,6 +516,7 @@ class DWQParams(WeightParams):
     learn_integers: bool = False
     integer_rate: Positive | None = None
     top_k: Annotated[int, Field(ge=1)] | None = 256
+    autocast: bool | None = None
     evaluations: Annotated[int, Field(ge=1)] = 8
     patience: Annotated[int, Field(ge=1)] = 3
     seed: int = 0

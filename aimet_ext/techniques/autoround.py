@@ -17,6 +17,7 @@ from aimet_ext.config import AutoRoundParams, GPTQParams
 from aimet_ext.core.affine import settled
 from aimet_ext.core.autoround import LearnableRounding
 from aimet_ext.core.objective import trimmed
+from aimet_ext.core.precision import training_precision
 from aimet_ext.models.description import TopologyDescription
 from aimet_ext.techniques.blockwise.block import Block, BlockState, Choice, Params
 from aimet_ext.techniques.blockwise.loop import BlockSolver, run_blockwise
@@ -125,7 +126,7 @@ def train_block(
         for group in optimizer.param_groups:
             group["lr"] = group["start"] * (1 - step / params.num_iterations)
         optimizer.zero_grad(set_to_none=True)
-        loss = _gradients(block, learners, next(pieces))
+        loss = _gradients(block, learners, next(pieces), params.autocast)
         on_step(loss)
         if not math.isfinite(loss):
             break
@@ -179,10 +180,12 @@ def _gradients(
     block: Block,
     learners: dict[str, LearnableRounding],
     pieces: list[tuple[int, list[int] | None]],
+    autocast: bool | None,
 ) -> float:
     """Add the gradients of a step, and return its loss.
 
-    Computed in the type of the float parameters, float32 at least, whatever weights are stored in.
+    Computed in the type of the float parameters, float32 at least, whatever weights are stored in,
+    except for the products that ``autocast`` puts into bfloat16.
     """
     stream, total = block.quantized_stream, 0.0
     for index, rows in pieces:
@@ -195,7 +198,8 @@ def _gradients(
             for layer, learner in learners.items():
                 name = f"{layer}.weight"
                 params[name] = learner().view_as(params[name])
-            output = block.run(call.to(dtype), params)[call.mask]
+            with training_precision(stream.device, autocast):
+                output = block.run(call.to(dtype), params)[call.mask]
             squares = (output - target.to(dtype)).square()
             loss = trimmed(squares, block.trim).mean() / len(pieces)
             loss.backward()

@@ -24,6 +24,7 @@ from torch import Tensor
 from aimet_ext.analysis.divergence import Reference
 from aimet_ext.config import DWQParams
 from aimet_ext.core.divergence import Divergence
+from aimet_ext.core.precision import training_precision
 from aimet_ext.data.batches import call_model, held_out, tensors_in
 from aimet_ext.errors import some
 from aimet_ext.evaluation.divergence import reference_for
@@ -262,7 +263,10 @@ class _Learning:
         fall = 1 - progress.step / params.num_iterations
         for group in self.optimizer.param_groups:
             group["lr"] = group["unit"] * progress.rate * min(1.0, rise) * fall
-        loss = reference.loss(number, run(reference.batches[number])) / reference.tokens(number)
+        device = reference.log_probabilities(number).device
+        with training_precision(device, params.autocast):
+            logits = run(reference.batches[number])
+        loss = reference.loss(number, logits) / reference.tokens(number)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

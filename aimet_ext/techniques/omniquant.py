@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from aimet_ext.config import STARTS, OmniQuantParams
 from aimet_ext.core.clipping import LearnableClipping
 from aimet_ext.core.equivalence import PairKind
+from aimet_ext.core.precision import training_precision
 from aimet_ext.data.cache import TensorCache
 from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.starts import Starts, load_starts
@@ -164,11 +165,10 @@ def _step(
         full = cache.read(index, device)
         return (full if rows is None else full[rows])[call.mask].float()
 
-    amp: Any = (
-        torch.autocast(device.type, dtype=torch.bfloat16) if params.autocast else nullcontext()
-    )
+    # A grid of 16 bits is finer than bfloat16.
+    autocast = False if params.autocast is None and block.quantize_activations else params.autocast
     with torch.enable_grad(), block.float_weights(), block.activations():
-        with amp:
+        with training_precision(device, autocast):
             output = block.run(call, learner.parameters_now())[call.mask].float()
         loss = (output - cut(block.targets)).square().mean()
         if float_outputs is not None:

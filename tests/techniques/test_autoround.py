@@ -34,7 +34,7 @@ def test_training_follows_the_reference(
 ) -> None:
     """The loss of every step is that of gradients and updates written out in float64."""
     params = AutoRoundParams(
-        num_iterations=6, batch_size=3, learning_rate=0.05, scale_lr=0.02, trim=0.01
+        num_iterations=6, batch_size=3, learning_rate=0.05, scale_lr=0.02, trim=0.01, autocast=False
     )
     train, found, expected = autoround.train_block, [], []
 
@@ -138,7 +138,7 @@ def test_sequences_of_several_batches_make_a_step(
     """Batches of the dataloader may be as small as may be."""
     whole, single = make_sim(layers=1), make_sim(layers=1)
     data = ids(3, 16, 1)
-    settings = {**QUICK, "batch_size": 3, "trim": 0.0}
+    settings = {**QUICK, "batch_size": 3, "trim": 0.0, "autocast": False}
     first = aimet_ext.apply_autoround(whole, [data], **settings)
     second = aimet_ext.apply_autoround(single, list(data.split(1)), **settings)
     (one,), (two,) = first.blocks, second.blocks
