@@ -488,8 +488,9 @@ class DWQParams(WeightParams):
 
     :param num_iterations: Steps of gradient descent, each on one batch.
     :param norm_gains: Learn the gains of norms as well, with their biases.
-    :param learning_rate: Rate of the first step, relative to a scale; it falls to 0. A third of it
-        each time that an evaluation has found nothing better, unless integers are learnt.
+    :param learning_rate: Highest rate, relative to a scale; it falls to 0. A third of it each time
+        that an evaluation finds a divergence so high that steps are taken back, unless integers are
+        learnt.
     :param learn_integers: Learn the integers of the weights as well, all together. Of use from
         about 100 steps on; takes five times the memory of the weights in float32.
     :param integer_rate: Rate at which integers are learnt, in steps of their grid, of which one
@@ -500,8 +501,8 @@ class DWQParams(WeightParams):
         for that where the device does it faster.
     :param evaluations: Number of times that the state is judged on the batches held out, and that
         a checkpoint is written.
-    :param patience: Evaluations one after the other without a lower divergence, after which
-        learning ends; without effect if integers are learnt.
+    :param patience: Times one after the other that steps are taken back, after which learning ends;
+        without effect if integers are learnt.
     :param seed: Seed of the order of batches.
     :param max_bitwidth: Bits above which a layer is left alone.
     """

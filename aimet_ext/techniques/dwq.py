@@ -55,9 +55,10 @@ from aimet_ext.techniques.session import (
 _log = logging.getLogger(__name__)
 
 _PROBE_BATCHES = 4  # that tell which encodings new gains made stale
-_WARM = 0.1  # of all steps, in which a lowered rate rises
+_WARM = 0.1  # of all steps, in which a rate rises
 _INTEGER_RATE = 0.2  # over the square root of the steps, as noise adds up
-_LOWER = 3.0  # by which the rate is divided where it gained nothing
+_WORSE = 0.05  # of the lowest divergence, what noise of steps at the first rate may add to it
+_LOWER = 3.0  # by which the rate is divided then
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,7 @@ class DWQStage(UnitReport):
     :param loss: Mean divergence on the batches of its steps, in nats, while they were made.
     :param kl: Mean divergence on the batches held out, after the last step.
     :param rate: Learning rate that they started from, before its rise and fall. Where it is lower
-        than that of the stage before, that one gained nothing, and was taken back.
+        than that of the stage before, that one cost too much, and was taken back.
     :param seconds: Seconds of the steps and of the evaluation.
     :param resumed: True if it came from a checkpoint.
     """
@@ -204,6 +205,7 @@ class _Learning:
                         progress.load(tensors, self.optimizer)
                         progress.scores = list(meta["scores"])
                         progress.rate, progress.began = meta["rate"], meta["began"]
+                        progress.failures = meta["failures"]
                         stages.append(DWQStage.from_checkpoint(meta["report"]))
                     progress.step = end
                     bar.update(len(numbers))
@@ -218,10 +220,11 @@ class _Learning:
                             "scores": progress.scores,
                             "rate": progress.rate,
                             "began": progress.began,
+                            "failures": progress.failures,
                             "report": stage.to_dict(),
                         }
                         checkpoints.save(number, progress.tensors(self.optimizer), meta)
-                if progress.since_best >= params.patience and not params.learn_integers:
+                if progress.failures >= params.patience:
                     break
         return stages
 
@@ -237,15 +240,17 @@ class _Learning:
                 bar.set_postfix(loss=f"{losses[-1]:.4g}", refresh=False)
                 bar.update()
         score, rate = self.measure(progress.logs).kl, progress.rate
-        better = score < progress.best_score
+        best = progress.best_score
         progress.scores.append(score)
-        if better:
+        if score < best:
             progress.best = {n: log.detach().clone() for n, log in progress.logs.items()}
-        elif not self.call.params.learn_integers:  # whose turns cost before they pay
+            progress.failures = 0
+        elif score > best * (1 + _WORSE * self._fall()) and not self.call.params.learn_integers:
             progress.go_back(rate / _LOWER, self.optimizer)
             _log.info(
-                "dwq: steps %d to %d gained nothing at a rate of %.2g; on from the best state at "
-                "%.2g", progress.step - len(numbers) + 1, progress.step, rate, progress.rate,
+                "dwq: steps %d to %d cost more than they may at a rate of %.2g; on from the best "
+                "state at %.2g", progress.step - len(numbers) + 1, progress.step, rate,
+                progress.rate,
             )  # fmt: skip
         return DWQStage(
             name=str(progress.step),
@@ -255,14 +260,16 @@ class _Learning:
             seconds=time.perf_counter() - started,
         )
 
+    def _fall(self) -> float:
+        """Return the share of the rate that is left, and so of the noise that it makes."""
+        return 1 - self.progress.step / self.call.params.num_iterations
+
     def _step(self, run: Run, number: int) -> float:
         params, progress, reference = self.call.params, self.progress, self.reference
-        rise = 1.0
-        if progress.began:  # Adam's first steps have the full size whatever the gradients' noise
-            rise = (progress.step - progress.began + 1) / (_WARM * params.num_iterations)
-        fall = 1 - progress.step / params.num_iterations
+        # Adam's first steps have the full size whatever the gradients' noise.
+        rise = (progress.step - progress.began + 1) / (_WARM * params.num_iterations)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["unit"] * progress.rate * min(1.0, rise) * fall
+            group["lr"] = group["unit"] * progress.rate * min(1.0, rise) * self._fall()
         device = reference.log_probabilities(number).device
         with training_precision(device, params.autocast):
             logits = run(reference.batches[number])
@@ -304,11 +311,12 @@ def apply_dwq(
     added to its integer and rounded, straight through for gradients. What a block computes is
     computed again for its gradients, so that memory does not grow with the depth.
 
-    A quarter of the batches is held out. Where some steps have not lowered the divergence on these,
-    learning goes back to the best state and on from there at a third of the rate; with
-    ``learn_integers`` it goes on to the last step as it is, since turned integers cost at first and
-    pay when the rate falls. The best state is deployed, if the simulation is then better on it than
-    before; otherwise all stays as it was, and the report says so.
+    A quarter of the batches is held out. Where some steps have raised the divergence on these by
+    more than noise that goes when the rate falls, learning goes back to the best state and on from
+    there at a third of the rate; with ``learn_integers`` it goes on to the last step as it is,
+    since turned integers cost at first and pay in the end. The best state is deployed, if the
+    simulation is then better on it than before; otherwise all stays as it was, and the report says
+    so.
 
     New gains change the float model inside the simulation. The ledger knows them: LoRA adapters of
     the original model are folded so that they add what they did.

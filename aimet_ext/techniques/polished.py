@@ -219,6 +219,7 @@ class Progress:
     :param best: Those of the lowest divergence on the batches held out.
     :param rate: Learning rate, before its rise and fall.
     :param began: Steps that were made before this rate.
+    :param failures: Times that steps were taken back since something was gained.
     :param scores: Divergence after each evaluation, that of the start first.
     """
 
@@ -226,6 +227,7 @@ class Progress:
     best: Learnt
     rate: float
     began: int = 0
+    failures: int = 0
     scores: list[float] = field(default_factory=list)
     step: int = 0
 
@@ -234,18 +236,13 @@ class Progress:
         """The lowest divergence so far."""
         return min(self.scores, default=math.inf)
 
-    @property
-    def since_best(self) -> int:
-        """Evaluations since the lowest divergence."""
-        return len(self.scores) - 1 - self.scores.index(self.best_score)
-
     @torch.no_grad()
     def go_back(self, rate: float, optimizer: torch.optim.Optimizer) -> None:
         """Return to the best state, to go on from there at another rate."""
         for name, leaf in self.logs.items():
             leaf.copy_(self.best[name])
         optimizer.state.clear()
-        self.rate, self.began = rate, self.step
+        self.rate, self.began, self.failures = rate, self.step, self.failures + 1
 
     def tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """Return logarithms, best ones and the optimizer's moments by name."""

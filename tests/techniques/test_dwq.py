@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +228,7 @@ def test_learning_ends_when_it_is_of_no_more_use(make: Any) -> None:
     assert [stage.name for stage in report.stages] == ["2", "4"]
 
 
-def test_steps_that_gain_nothing_are_taken_back_at_a_lower_rate(make: Any, tmp_path: Path) -> None:
+def test_steps_that_cost_much_are_taken_back_at_a_lower_rate(make: Any, tmp_path: Path) -> None:
     """At a rate that is too high by far something is gained nevertheless, by a lower one."""
     sim, data, reference = make()
     twin = copy.deepcopy(sim)
@@ -238,8 +239,10 @@ def test_steps_that_gain_nothing_are_taken_back_at_a_lower_rate(make: Any, tmp_p
     assert scores[1] > scores[0] and report.kept == "learnt"
     assert report.after.kl == pytest.approx(min(scores), rel=1e-3)
     for number in range(1, len(rates)):
-        better = scores[number] < min(scores[:number])
-        assert rates[number] == pytest.approx(rates[number - 1] / (1 if better else 3))
+        allowed = 1 + 0.05 * (1 - number / len(rates))  # what noise may add falls with the rate
+        worse = scores[number] > min(scores[:number]) * allowed
+        assert rates[number] == pytest.approx(rates[number - 1] / (3 if worse else 1))
+    assert len({*rates}) > 2 and any(one == two for one, two in pairwise(rates))
     assert "rate" in str(report) and f"{rates[-1]:.2g}" in str(report)
     again = apply(twin, data, reference, 18, checkpoint_dir=tmp_path / "c", **given)
     assert [(s.kl, s.rate) for s in again.stages] == [(s.kl, s.rate) for s in report.stages]
