@@ -10,7 +10,7 @@ transposed, ``[groups, in, rows]``, with one group unless the layer is a convolu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -95,51 +95,54 @@ def gptq(
 @torch.no_grad()
 def candidate_errors(
     weight: Tensor,
-    grids: Sequence[Grid],
     second: Tensor,
     shift: Tensor | None,
     factor: Factor,
     *,
     block: int = 128,
-) -> Tensor:
-    """Return the objective of every row as GPTQ rounds it to each of several grids.
+) -> Callable[[Sequence[Grid]], Tensor]:
+    """Return the function that gives the objective of every row as GPTQ rounds it to given grids.
 
-    All grids go at once, in float32. What GPTQ leaves of its own objective is a sum over columns,
-    ``Σ_j M_jj² (E_j − wish_j)²``, from which the objective without damping follows up to a
-    constant of the row, for no more than the rounding costs.
+    Grids have the same integers, and all go at once, in float32. What GPTQ leaves of its own
+    objective is a sum over columns, ``Σ_j M_jj² (E_j − wish_j)²``, from which the
+    objective without damping follows up to a constant of the row, for no more than the rounding
+    costs.
 
     :param weight: ``[out, in]``.
-    :param grids: grids with the same integers.
     :param second: ``H [in, in]`` or ``[groups, in, in]``.
     :param shift: :meth:`Factor.shift` of the pull, None without one.
     :param factor: factor of ``H`` in the order of the weight.
     :param block: columns between two large matrix products.
-    :returns: ``[grids, out]``, up to a constant for each row.
+    :returns: function from grids to ``[grids, out]``, up to a constant for each row.
     """
     groups, width = factor.upper.shape[:2]
     cost = (factor.diagonal.square() * factor.alive).float()
     damped = (factor.added * factor.alive).float()
-    coupling, short = factor.coupling(torch.float32), second.float()
-    at_once = max(1, _NUMBERS // (len(grids) * width)) if groups == 1 else len(weight)
-    found = []
-    for start in range(0, len(weight), at_once):
-        rows = slice(start, start + at_once)
-        part = weight[rows].float()
-        each = [Columns.of(part, _grid_of(grid, rows), short, None) for grid in grids]
-        problem = replace(
-            each[0],
-            ideal=torch.cat([one.ideal for one in each], -1),
-            step=torch.cat([one.step for one in each], -1),
-        )
-        pulled = torch.zeros_like(problem.ideal)
-        if shift is not None:
-            own = shift if groups > 1 else shift[..., rows]
-            pulled = problem.in_units(own.float().repeat(1, 1, len(grids)))
-        total = _plane_errors(problem, coupling, pulled, block, cost, damped)
-        if problem.is_even:
-            total *= problem.step[:, 0].square()
-        found.append(total.view(groups, len(grids), -1).transpose(0, 1).flatten(1))
-    return torch.cat(found, 1)
+    coupling, short, weight = factor.coupling(torch.float32), second.float(), weight.float()
+    shift = None if shift is None else shift.float()
+
+    def errors(grids: Sequence[Grid]) -> Tensor:
+        at_once = max(1, _NUMBERS // (len(grids) * width)) if groups == 1 else len(weight)
+        found = []
+        for start in range(0, len(weight), at_once):
+            rows = slice(start, start + at_once)
+            each = [Columns.of(weight[rows], _grid_of(grid, rows), short, None) for grid in grids]
+            problem = replace(
+                each[0],
+                ideal=torch.cat([one.ideal for one in each], -1),
+                step=torch.cat([one.step for one in each], -1),
+            )
+            pulled = torch.zeros_like(problem.ideal)
+            if shift is not None:
+                own = shift if groups > 1 else shift[..., rows]
+                pulled = problem.in_units(own.repeat(1, 1, len(grids)))
+            total = _plane_errors(problem, coupling, pulled, block, cost, damped)
+            if problem.is_even:
+                total *= problem.step[:, 0].square()
+            found.append(total.view(groups, len(grids), -1).transpose(0, 1).flatten(1))
+        return torch.cat(found, 1)
+
+    return errors
 
 
 def _grid_of(grid: Grid, rows: slice) -> Grid:

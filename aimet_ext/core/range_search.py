@@ -186,10 +186,11 @@ def rounding_ranges(
     if pull is not None and shift is None:
         shift = factor.shift(pull)
 
+    errors_on = candidate_errors(weight, second, shift, factor)
+
     def errors(chosen: Tensor) -> Tensor:  # [n, out], numbers of multiples
         tried = scales.take_along_dim(chosen[:, :, None], 0)
-        grids = [layout.with_scale(each, offset) for each in tried]
-        return candidate_errors(weight, grids, second, shift, factor)
+        return errors_on([layout.with_scale(each, offset) for each in tried])
 
     # Errors of neighbours are alike.
     rough = torch.arange(0, candidates, 2, device=weight.device)[:, None].expand(-1, len(weight))
