@@ -26,7 +26,6 @@ from aimet_ext.data.geometry import Geometry
 from aimet_ext.techniques.blockwise.block import Block, BlockState
 from aimet_ext.techniques.blockwise.inputs import Magnitudes, StageInputs
 from aimet_ext.techniques.blockwise.pairs import ReadPair, read_pairs
-from aimet_ext.walk.routing import is_sent_to
 from aimet_ext.walk.streamed import fit_mask
 
 # Tokens of an expert for each input, below which those of all experts decide. With more of them its
@@ -81,15 +80,8 @@ class BlockSearch:
     def scarce(self) -> frozenset[str]:
         """Layers of experts that saw so few tokens that training would fit these alone."""
         return frozenset(
-            layer
-            for stage in self.stages
-            for layer in stage.layers
-            if self._is_scarce(layer, stage.moment)
+            layer for stage in self.stages for layer in stage.layers if stage.moment.leaned
         )
-
-    def _is_scarce(self, layer: str, moment: SecondMoment) -> bool:
-        few = moment.tokens < _FEW_AN_INPUT * moment.second.shape[-1]
-        return few and is_sent_to(self.block.module, layer)
 
     def seeing(self, inputs: Sequence[StageInputs]) -> BlockSearch:
         """Take what was seen of the float model's inputs, stage by stage, to search on.
@@ -112,7 +104,7 @@ class BlockSearch:
         streams = ("quantized", "float") if self.float_target else ("quantized",)
         sizes = Magnitudes()
         moment = self.block.moment(layers, streams, lean_below=_FEW_AN_INPUT, also=[sizes.add])
-        return moment.shrunk() if self._is_scarce(layers[0], moment) else moment, sizes
+        return moment.shrunk() if moment.leaned else moment, sizes
 
     @torch.no_grad()
     def ranges(self, start: Mapping[str, Tensor]) -> BlockState:
