@@ -100,7 +100,8 @@ def create_sim(
     :param config_file: Alias, path or content of AIMET's configuration, which says what tensors
         are quantized at all. None is ``"htp_v79"``: what the NPU of a phone computes.
     :param allow_float: Largest share of the numbers in the model's matrices, from 0 to 1, that may
-        stay float because their modules cannot be quantized. A smaller share is logged.
+        stay float because their modules cannot be quantized. A smaller share is logged. Parameters
+        that are used element by element, such as ``A_log`` of Mamba, are no matrices.
     :param in_place: Make the simulation of the model itself, so that the weights are in memory
         once. The model is the simulation's from then on, also after an error, and computes with
         quantizers: what compares with the float model, such as ``reference`` of
@@ -163,7 +164,8 @@ def create_sim(
         recurrent=plan.recurrent,
         in_place=in_place,
     )
-    left = _left_float(sim, plan, 1.0 if weights is None else allow_float)
+    allowed = 1.0 if weights is None else allow_float
+    left = _left_float(sim, dummy_input, plan, allowed)
     adapt(sim).settings = {
         **{name: _plain(spec) for name, spec in specs.items()},
         "activations": _plain(activations),
@@ -283,21 +285,31 @@ def arguments_from_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _left_float(sim: QuantizationSimModel, plan: WeightPlan, allowed: float) -> list[str]:
+def _left_float(
+    sim: QuantizationSimModel, dummy_input: Any, plan: WeightPlan, allowed: float
+) -> list[str]:
     """Return the names of the matrices that no quantizer takes though none was told to be float.
+
+    What is used element by element is none, such as the decays of state space models.
 
     :param allowed: largest share of the numbers in all matrices.
     :raises ValueError: it is a larger share.
     """
+    from aimet_ext.sim.torch.elementwise import elementwise
     from aimet_ext.sim.torch.unknown import float_matrices
 
     every = {**plan.specs, **plan.recurrent}
     meant = [name for name, spec in every.items() if spec is None]
     sizes = float_matrices(sim.model, meant)
+    if sizes:
+        with adapt(sim).disabled_quantizers():
+            single = elementwise(sim.model, dummy_input, sizes)
+        sizes = {name: size for name, size in sizes.items() if name not in single}
     if not sizes:
         return []
-    values = adapt(sim).float_parameters("").values()
-    share = sum(sizes.values()) / sum(value.numel() for value in values if value.dim() > 1)
+    state = adapt(sim).float_parameters("").items()
+    numbers = sum(v.numel() for name, v in state if v.dim() > 1 and name not in single)
+    share = sum(sizes.values()) / numbers
     names = [original_name(name, sim.model) for name in sorted(sizes, key=lambda n: -sizes[n])]
     if share > allowed:
         raise ValueError(

@@ -102,7 +102,7 @@ LATENT = {
 }
 SCAN = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "attn_layer_indices": []}
 # Rotary embeddings in complex numbers; a short convolution and a delta rule, whose code reads the
-# weight of a convolution; a state space model.
+# weight of a convolution; state space models, one of which decays by a matrix of single numbers.
 STATES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "deepseek_v2": (
         {**LATENT, "num_key_value_heads": 4, "v_head_dim": 16, "head_dim": 8},
@@ -114,6 +114,10 @@ STATES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "qwen3_5_text": (DELTA, ["model.layers.0.linear_attn.conv1d.weight"]),
     "bamba": (SCAN, ["model.layers.0.mamba.conv1d.weight"]),
+    "falcon_mamba": (
+        {"state_size": 16, "time_step_rank": 8},
+        ["backbone.layers.0.mixer.conv1d.weight"],
+    ),
 }
 
 
@@ -285,6 +289,28 @@ def test_matrices_that_stay_float_are_named_and_many_are_an_error(caplog):
     assert "stay float: product.weight" in caplog.text
     assert sim.aimet_ext_settings["left_float"] == ["product.weight"]
     create_sim(net, ids, weights=None)  # asked for
+
+
+class Decaying(nn.Module):
+    """A decay for each number of the states, computed of a matrix that nothing multiplies by."""
+
+    def __init__(self, mixed: bool) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(12, 8), nn.Linear(8, 12)
+        self.A_log = nn.Parameter(torch.randn(8, 8) / 4)
+        self.mixed = mixed
+
+    def forward(self, ids: Tensor) -> Tensor:
+        decay, x = torch.exp(-self.A_log.float()), self.table(ids)
+        states = x[..., None] * decay[None] + 1  # [batch, seq, 8, 8]
+        return self.head(x @ decay if self.mixed else states.sum(-1))
+
+
+def test_what_is_used_element_by_element_is_no_matrix():
+    ids = torch.arange(12).reshape(2, 6)
+    assert create_sim(Decaying(mixed=False).eval(), ids).aimet_ext_settings["left_float"] == []
+    with pytest.raises(ValueError, match=r"25\.0% of them .* A_log"):
+        create_sim(Decaying(mixed=True).eval(), ids)
 
 
 def test_what_was_registered_with_aimet_stays():

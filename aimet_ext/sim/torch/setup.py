@@ -69,6 +69,7 @@ def build_sim(
     narrow = activations is not None and activations.bitwidth <= _NARROW
     if not in_place:
         model = copy.deepcopy(model)
+    _say_quantized(model)
     with (
         _config_file(config) as config_file,
         quiet(),
@@ -100,6 +101,14 @@ def build_sim(
             for module in sim.qmodules():
                 module.compute_param_encodings()
     return sim
+
+
+def _say_quantized(model: nn.Module) -> None:
+    """Have transformers call layers whose weights it would read, as it does for quantized ones."""
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "to_json_string"):  # which leaves this out
+            config._is_quantized = True
 
 
 def weight_quantizer_for(spec: QSpec, weight: Tensor, *, turned: bool = False) -> nn.Module:
