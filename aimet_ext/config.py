@@ -375,7 +375,8 @@ class AutoRoundParams(TechniqueParams):
     :param num_iterations: Optimizer steps for each block.
     :param batch_size: Sequences of a step, at least.
     :param learning_rate: Learning rate of the offsets, in steps of the grid; None for
-        ``1 / num_iterations``, twice that at 2 bits, and 0.02 at most. All rates fall to 0.
+        ``2 / num_iterations``, 0.02 at most. All rates fall to 0, with the cube of the share of
+        steps left.
     :param scale_lr: Learning rate of the scales' logarithms.
     :param learn_scales: Learn scales too, where no earlier technique froze them.
     :param trim: Share of a block's outputs to leave out of the loss, those that are furthest off.
@@ -387,7 +388,7 @@ class AutoRoundParams(TechniqueParams):
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "fast": {"num_iterations": 50, "evaluations": 4},
+        "fast": {"num_iterations": 50},
         "best": {"num_iterations": 400, "batch_size": 8},
     }
 
@@ -399,7 +400,7 @@ class AutoRoundParams(TechniqueParams):
     trim: Annotated[float, Field(ge=0, lt=1)] = 1e-3
     asym_strength: Annotated[float, Field(gt=0, le=1)] = 0.5
     autocast: bool | None = None
-    evaluations: Annotated[int, Field(ge=1)] = 8
+    evaluations: Annotated[int, Field(ge=1)] = 2
     seed: int = 0
 
 

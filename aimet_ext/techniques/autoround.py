@@ -27,7 +27,9 @@ from aimet_ext.techniques.gptq import GPTQ
 from aimet_ext.techniques.layerwise.deploy import Problem
 from aimet_ext.techniques.report import BlockwiseReport
 
-_COARSE = 3  # steps of a grid of 2 bits, on which offsets have further to go
+# Power of the share of steps left, as which rates fall: noise of a rate costs more than it gains, so
+# that most of the gain is made at low ones.
+_FALL = 3
 _LARGEST_RATE = 0.02  # of offsets, if none is given: more turn at once than is good
 # Of Adam. Losses are small numbers, and so are their gradients.
 _BETAS, _EPSILON = (0.9, 0.99), 1e-20
@@ -124,7 +126,7 @@ def train_block(
     best, best_score = start, start_score
     for step in range(params.num_iterations):
         for group in optimizer.param_groups:
-            group["lr"] = group["start"] * (1 - step / params.num_iterations)
+            group["lr"] = group["start"] * (1 - step / params.num_iterations) ** _FALL
         optimizer.zero_grad(set_to_none=True)
         loss = _gradients(block, learners, next(pieces), params.autocast)
         on_step(loss)
@@ -159,8 +161,7 @@ def _optimizer(
 ) -> torch.optim.Optimizer:
     groups = []
     for learner in learners.values():
-        coarse = learner.grid.qmax - learner.grid.qmin <= _COARSE
-        own = min(_LARGEST_RATE, (2 if coarse else 1) / params.num_iterations)
+        own = min(_LARGEST_RATE, 2 / params.num_iterations)
         groups.append({"params": [learner.offsets], "start": params.learning_rate or own})
         groups.append({"params": [learner.stretch], "start": params.scale_lr})
     return torch.optim.Adam(groups, betas=_BETAS, eps=_EPSILON)

@@ -100,7 +100,7 @@ def losses_of(block, start, params, steps):
                 total = total + kept.sum() / len(squares) / len(pieces)
         gradients = torch.autograd.grad(total, list(leaves.values()))
         found.append(float(total.detach()))
-        share = 1 - number / params.num_iterations
+        share = (1 - number / params.num_iterations) ** 3
         for rounding, gradient in zip(roundings.values(), gradients, strict=True):
             rounding.update(gradient, [rate * share for rate in rates])
     return found
