@@ -27,8 +27,8 @@ from aimet_ext.techniques.gptq import GPTQ
 from aimet_ext.techniques.layerwise.deploy import Problem
 from aimet_ext.techniques.report import BlockwiseReport
 
-# Power of the share of steps left, as which rates fall: noise of a rate costs more than it gains, so
-# that most of the gain is made at low ones.
+# Power of the share of steps left, with which rates fall: noise of a high rate costs more than it
+# gains, so that most is gained at low ones.
 _FALL = 3
 _LARGEST_RATE = 0.02  # of offsets, if none is given: more turn at once than is good
 # Of Adam. Losses are small numbers, and so are their gradients.
