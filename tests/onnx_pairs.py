@@ -161,11 +161,12 @@ class Upsampling(nn.Module):
 
 
 def perceptron() -> Pair:
-    parts = []
-    for width, after in itertools.pairwise(MLP):
-        parts += [nn.Linear(width, after), nn.ReLU()]
+    def build() -> nn.Module:
+        parts = [(nn.Linear(*widths), nn.ReLU()) for widths in itertools.pairwise(MLP)]
+        return nn.Sequential(*[*itertools.chain.from_iterable(parts)][:-1])
+
     mixed = random(96, MLP[0]) @ random(MLP[0], MLP[0], seed=1)
-    return network(seeded(lambda: nn.Sequential(*parts[:-1])), mixed[:64], mixed[64:])
+    return network(seeded(build), mixed[:64], mixed[64:])
 
 
 #: Each is built once; simulations are made of copies.
