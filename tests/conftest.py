@@ -8,6 +8,7 @@ import importlib.util
 import os
 import pathlib
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -80,6 +81,23 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> None:
+    """Seed each fixture and each test by its name, so that both are the same in any company."""
+    seed(fixturedef.argname)
+
+
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """Seed each test, see :func:`pytest_fixture_setup`."""
+    seed(item.nodeid)
+
+
+def seed(name: str) -> None:
+    """Seed torch, if it is imported, by a name."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(zlib.crc32(name.encode()))
 
 
 def pytest_report_header() -> str:
