@@ -31,7 +31,8 @@ from aimet_ext.models.proof import probe_batch, probe_inputs
 from aimet_ext.models.scaled_run import ScaledRun
 from aimet_ext.models.structure import ACTIVATED, Structure, peers
 from aimet_ext.walk.blocks import find_stack
-from aimet_ext.walk.hooks import counted_calls, evaluating, first_calls, layer_order
+from aimet_ext.walk.hooks import counted_calls, evaluating, first_calls
+from aimet_ext.walk.order import layer_order
 from aimet_ext.walk.routing import is_routed
 from aimet_ext.walk.stream import nearest_config
 

@@ -22,7 +22,7 @@ from aimet_ext.techniques.call import Call, technique
 from aimet_ext.techniques.layer_report import LayerwiseReport
 from aimet_ext.techniques.layerwise.deploy import Decision, Problem, SampleSum
 from aimet_ext.techniques.layerwise.loop import Solver, run_layerwise
-from aimet_ext.walk.hooks import Activation
+from aimet_ext.walk.order import Activation
 
 _log = logging.getLogger(__name__)
 

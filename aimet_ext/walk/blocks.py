@@ -16,15 +16,14 @@ from torch import Tensor, nn
 from aimet_ext.data.batches import ForwardFn, call_model, module_device
 from aimet_ext.walk.experts import Inputs
 from aimet_ext.walk.hooks import (
-    LayerOrder,
     checked_weight,
     counted_calls,
-    layer_order,
     replaced_forward,
     run_batch,
     seen_input,
     swapped_weights,
 )
+from aimet_ext.walk.order import LayerOrder, layer_order
 from aimet_ext.walk.passes import BlockPass, WalkOptions, kinds_of, open_pass
 from aimet_ext.walk.sides import Sides
 from aimet_ext.walk.states import tokens_inside

@@ -18,14 +18,8 @@ from aimet_ext.data.cache import TensorCache, ValueCache
 from aimet_ext.data.geometry import Geometry
 from aimet_ext.walk.alternatives import alternative
 from aimet_ext.walk.experts import Call, Inputs, Pool, Routed, pool_of, routed
-from aimet_ext.walk.hooks import (
-    LayerOrder,
-    checked_weight,
-    layer_input,
-    layer_order,
-    replaced_forward,
-    seen_input,
-)
+from aimet_ext.walk.hooks import checked_weight, layer_input, replaced_forward, seen_input
+from aimet_ext.walk.order import LayerOrder, layer_order
 from aimet_ext.walk.stream import BlockStream
 
 Weights = Mapping[str, Tensor]
@@ -105,7 +99,7 @@ class StreamedBlock:
     def look(self, layers: Sequence[str]) -> LayerOrder:
         """Return the order in which layers of the block are called, and note what can be kept.
 
-        :raises ValueError: see :func:`aimet_ext.walk.hooks.layer_order`.
+        :raises ValueError: see :func:`aimet_ext.walk.order.layer_order`.
         """
         passes = [partial(self._flow.call, self.module, i) for i in range(len(self))]
         found = layer_order(self.module, layers, passes, f"{self.name}.")

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from aimet_ext.data.batches import ForwardFn, map_tensors, module_device, tensors_in
 from aimet_ext.data.cache import StoredBatches, ValueCache, keep_batches
-from aimet_ext.walk.hooks import CalledAgain, layer_order, run_batch
+from aimet_ext.walk.hooks import run_batch
+from aimet_ext.walk.order import CalledAgain, layer_order
 from aimet_ext.walk.trace import (
     Executor,
     NotTraceable,

@@ -19,16 +19,8 @@ from aimet_ext.data.batches import ForwardFn, map_tensors, module_device
 from aimet_ext.data.cache import StoredBatches, keep_batches
 from aimet_ext.walk.alternatives import Alternative, alternative
 from aimet_ext.walk.experts import Call, Inputs, Pool, Routed, pool_of, routed
-from aimet_ext.walk.hooks import (
-    Activation,
-    LayerOrder,
-    checked_weight,
-    layer_order,
-    run_batch,
-    seen_input,
-    seen_inputs,
-    swapped_weights,
-)
+from aimet_ext.walk.hooks import checked_weight, run_batch, seen_input, seen_inputs, swapped_weights
+from aimet_ext.walk.order import Activation, LayerOrder, layer_order
 from aimet_ext.walk.sides import Sides
 from aimet_ext.walk.streamed import stage_inputs
 

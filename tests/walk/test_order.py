@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from aimet_ext.walk.blocks import Stack, layers_around
-from aimet_ext.walk.hooks import layer_order
+from aimet_ext.walk.order import layer_order
 
 
 class Net(nn.Module):

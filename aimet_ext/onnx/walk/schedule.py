@@ -20,7 +20,7 @@ from aimet_ext.data.geometry import Geometry
 from aimet_ext.onnx.graph import OnnxGraph
 from aimet_ext.onnx.index import FLOATS, attribute, elements, reads
 from aimet_ext.onnx.layers import OnnxLayer
-from aimet_ext.walk.hooks import Activation
+from aimet_ext.walk.order import Activation
 
 _LARGE = 2**16  # elements of a stored value; what a node makes of a larger one is kept
 _AT_ONCE = 2**26  # elements of the weights that a section holds: 256 MiB of float32

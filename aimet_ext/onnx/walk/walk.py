@@ -17,7 +17,7 @@ from aimet_ext.onnx.graph import OnnxGraph, Part
 from aimet_ext.onnx.layers import OnnxLayer, weight_shape
 from aimet_ext.onnx.values import input_specs
 from aimet_ext.onnx.walk.schedule import PlannedStage, Section, plan_stages, plan_transitions
-from aimet_ext.walk.hooks import LayerOrder
+from aimet_ext.walk.order import LayerOrder
 from aimet_ext.walk.walk import StagedWalk, Streams
 
 _COMMON = "common"

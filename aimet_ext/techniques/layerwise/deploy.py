@@ -20,7 +20,7 @@ from aimet_ext.core.affine import (
 from aimet_ext.core.clipping import GridLayout
 from aimet_ext.core.objective import SecondMoment
 from aimet_ext.sim.protocol import WeightQuantizer
-from aimet_ext.walk.hooks import Activation
+from aimet_ext.walk.order import Activation
 
 _ALL_ROWS, _EVERY = 1024, 32
 _AT_ONCE = 256

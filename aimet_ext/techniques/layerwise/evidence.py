@@ -17,7 +17,7 @@ from aimet_ext.techniques.layerwise.token_weights import TokenWeights
 from aimet_ext.techniques.pooled import pooled_moment
 from aimet_ext.techniques.session import RunOptions
 from aimet_ext.walk.experts import Pool
-from aimet_ext.walk.hooks import Activation, uncalled
+from aimet_ext.walk.order import Activation, uncalled
 from aimet_ext.walk.walk import Stage
 
 

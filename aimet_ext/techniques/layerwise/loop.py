@@ -48,7 +48,7 @@ from aimet_ext.techniques.session import (
     open_ledger,
     undo_on_failure,
 )
-from aimet_ext.walk.hooks import Activation
+from aimet_ext.walk.order import Activation
 from aimet_ext.walk.walk import Stage, Streams, Walk
 
 P = TypeVar("P", bound=WeightParams)
