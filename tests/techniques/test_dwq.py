@@ -238,10 +238,18 @@ def test_steps_that_cost_much_are_taken_back_at_a_lower_rate(make: Any, tmp_path
     scores = [report.before.kl, *(stage.kl for stage in report.stages)]
     assert scores[1] > scores[0] and report.kept == "learnt"
     assert report.after.kl == pytest.approx(min(scores), rel=1e-3)
-    for number in range(1, len(rates)):
-        allowed = 1 + 0.05 * (1 - number / len(rates))  # what noise may add falls with the rate
-        worse = scores[number] > min(scores[:number]) * allowed
-        assert rates[number] == pytest.approx(rates[number - 1] / (3 if worse else 1))
+    costs = [score / min(scores[:n]) - 1 for n, score in enumerate(scores) if n]
+    taken_back = [two < one for one, two in pairwise(rates)]
+    for number, (back, cost) in enumerate(zip(taken_back, costs[:-1], strict=True)):
+        assert rates[number + 1] == pytest.approx(rates[number] / (3 if back else 1))
+        if cost <= 0:
+            assert not back
+        if cost > 0.05:  # the most that the documentation allows
+            assert back
+        # What was too much at a rate is too much at each later and lower one.
+        assert back or all(cost < costs[n] for n in range(number) if taken_back[n])
+        if back:  # the steps behind it start from the best state
+            assert scores[number + 2] < scores[number + 1]
     assert len({*rates}) > 2 and any(one == two for one, two in pairwise(rates))
     assert "rate" in str(report) and f"{rates[-1]:.2g}" in str(report)
     again = apply(twin, data, reference, 18, checkpoint_dir=tmp_path / "c", **given)
