@@ -106,7 +106,7 @@ class LayerwiseReport(Report):
 
     @property
     def notes(self) -> list[str]:
-        """Layers with too few tokens, left alone, or with second moments in files."""
+        """Layers with too few tokens, without some calls, left alone, or with moments in files."""
         lines = []
         if short := [layer for layer in self.layers if layer.is_short_of_tokens]:
             least = min(short, key=lambda layer: layer.effective_tokens / layer.inputs)
@@ -130,6 +130,11 @@ class LayerwiseReport(Report):
             "all decided"
             for x in self.layers
             if x.leaned >= _LITTLE
+        ]
+        lines += [
+            f"decided on the calls that the float and the quantized model share, without {calls} "
+            f"that one of them has more: {name}"
+            for name, calls in self.cost.get("calls_left_out", {}).items()
         ]
         lines += left_alone(self.skipped)
         mapped = [layer.name for layer in self.layers if layer.storage == "mapped"]

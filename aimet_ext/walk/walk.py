@@ -6,6 +6,7 @@ decided it moves on, so that each later stage sees what the decided layers make 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -313,7 +314,8 @@ class RerunWalk(ModelWalk):
     It keeps nothing but weights, and asks nothing of the model but that layers are modules.
     ``layers`` may be those of a part of the model. A layer that is called several times in a pass
     gets the inputs of all calls. In the quantized stream it computes in float itself until it is
-    decided, as later layers do: inputs that come through them lack their errors.
+    decided, as later layers do: inputs that come through them lack their errors. Calls that one
+    stream has more than the other have no partner there and are left out, which ``cost`` tells.
 
     :param reason: Reason why the model is run so often, for the report.
     """
@@ -332,6 +334,7 @@ class RerunWalk(ModelWalk):
         self._passes = 0
         self._known: dict[str, tuple[Routed | None, Alternative | None]] = {}
         self._real: Tensor | None = None  # tokens that count of those that a router sent last
+        self._alone: dict[tuple[str, int], int] = {}  # calls without partner, by layer and batch
         self._load_effective(lambda name: True)
         weights = self._weights.get("quantized", {})
         passes = (partial(self._run, n, weights) for n in range(len(self._batches)))
@@ -339,9 +342,17 @@ class RerunWalk(ModelWalk):
 
     @property
     def cost(self) -> dict[str, Any]:
-        """Forward passes of a batch so far, most of them ended at a layer, and the reason."""
+        """Forward passes of a batch so far, most of them ended at a layer, and the reason.
+
+        Calls that were left out, as the other stream has fewer, stand in it by layer.
+        """
         cost: dict[str, Any] = {"walk": "rerun", "forward_passes": self._passes}
-        return cost if self._reason is None else {**cost, "reason": self._reason}
+        if self._reason is not None:
+            cost["reason"] = self._reason
+        alone: Counter[str] = Counter()
+        for (layer, _), calls in self._alone.items():
+            alone[layer] += calls
+        return {**cost, "calls_left_out": dict(alone)} if alone else cost
 
     def _seen(self, number: int, batch: int) -> Iterator[Mapping[str, Tensor]]:
         names = self._order.stages[number]
@@ -350,7 +361,10 @@ class RerunWalk(ModelWalk):
         mask = self._real = super()._mask(batch, names[0])
         if names[0] in self._order.repeated:
             found = self._once(batch, partial(seen_inputs, layers[0]))
-            for each in zip(*found.values(), strict=False):
+            calls = [len(inputs) for inputs in found.values()]
+            if extra := max(calls) - min(calls):
+                self._alone.update({(name, batch): extra for name in names})
+            for each in zip(*(inputs[: min(calls)] for inputs in found.values()), strict=True):
                 yield {s: x.to(self._device) for s, x in zip(found, each, strict=True)}
             return
         seen: Any  # by stream

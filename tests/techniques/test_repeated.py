@@ -129,6 +129,36 @@ def test_a_recurrent_layer_may_be_called_again() -> None:
     assert error(sim, model) < plain
 
 
+class Longer(nn.Module):
+    """Calls a layer twice, and once more if what its first layer returns is not as it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.again = nn.Linear(WIDTH, WIDTH, bias=False), Feed()
+        self.register_buffer("original", self.first.weight.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        changed = (y - x @ self.original.T).abs().max() > 1e-4 * y.abs().max()
+        for _ in range(2 + int(changed)):
+            y = self.again(y)
+        return y
+
+
+def test_calls_without_a_partner_are_in_the_report() -> None:
+    """The quantized model calls it thrice, the float one twice: the third call is left out."""
+    sim = simulated(Longer().eval())
+    report = aimet_ext.apply_gptq(sim, DATA, inp_symmetry="asym", progress=False)
+    tokens = {layer.name: layer.tokens for layer in report.layers}
+    assert tokens["again.up"] == 2 * tokens["first"]
+    left_out = {"again.up": len(DATA), "again.down": len(DATA)}
+    assert report.cost["calls_left_out"] == left_out
+    for name, calls in left_out.items():
+        said = f"without {calls} that one of them has more: {name}"
+        assert any(said in note for note in report.notes) and said in str(report)
+
+
 def test_weights_of_tokens_count_alike_there() -> None:
     """Only those of layers that are called once are weighted by the loss."""
     model = Looped().eval()

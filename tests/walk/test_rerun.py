@@ -257,3 +257,50 @@ def seen_by(model, layer, batches):
         model(batch)
     hook.remove()
     return seen
+
+
+class Settling(nn.Module):
+    """Calls a layer until what it returns is small, and once at least."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.again = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+
+    def forward(self, x):
+        x = self.first(x)
+        while x.abs().max() > 1:
+            x = self.again(x)
+        return self.again(x)
+
+
+@torch.no_grad()
+def test_calls_of_one_stream_alone_are_left_out_and_told():
+    """The common calls are paired; whatever is read again, each call counts once."""
+    model = Settling().eval()
+    model.again.weight.copy_(torch.eye(4) / 2)
+    shorter = model.first.weight / 8
+    batches = [torch.randn(5, 4) * 20, torch.randn(5, 4) * 50]
+    decided = copy.deepcopy(model)
+    decided.first.weight.copy_(shorter)
+    expected = [[seen_by(each, "again", [batch]) for batch in batches] for each in (decided, model)]
+    fewer = [len(seen) for seen in expected[0]]
+    extra = sum(len(seen) for seen in expected[1]) - sum(fewer)
+    assert min(fewer) >= 1 and extra >= 2
+    walk = RerunWalk(model, batches, ["first", "again"], streams="both")
+    for stage in walk.stages():
+        if stage.layers == ("first",):
+            assert "calls_left_out" not in walk.cost
+            walk.decide("first", shorter)
+            continue
+        for _ in range(2):
+            given = [(q, f) for q, f, _ in stage.batches()]
+        pairs = [
+            pair
+            for quantized, original in zip(*expected, strict=True)
+            for pair in zip(quantized, original[: len(quantized)], strict=True)
+        ]
+        assert len(given) == sum(fewer)
+        assert all(torch.equal(a, b) for ours, own in zip(given, pairs, strict=True)
+                   for a, b in zip(ours, own, strict=True))  # fmt: skip
+        assert walk.cost["calls_left_out"] == {"again": extra}
+        walk.decide("again", model.again.weight)
