@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Unpack
 
 import torch
@@ -65,6 +66,10 @@ class WeightQuantizer(Protocol):
     @property
     def weight(self) -> Tensor:
         """Float weight of the layer, output channels first; read only, see :meth:`set_weight`."""
+
+    def is_of(self, other: WeightQuantizer) -> bool:
+        """Return True if another layer has the same weight and quantizer, each the same object."""
+        return False
 
     def set_weight(self, values: Tensor) -> None:
         """Replace the weight by values of its shape."""
@@ -362,11 +367,14 @@ class CalibrationWalks(Protocol):
         *,
         streams: Streams,
         effective: Mapping[str, Tensor],
+        together: Mapping[str, Sequence[str]] = MappingProxyType({}),
         **options: Unpack[WalkOptions],
     ) -> Walk:
         """Start a walk to layers, with the quantizers off; see :mod:`aimet_ext.walk.walk`.
 
         :param effective: Weights that the quantized stream uses from the start, by layer.
+        :param together: Further layers that are decided with a layer, see
+            :meth:`WeightQuantizer.is_of`, by that one; their inputs count as its own.
         """
 
     def block_pass(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from aimet_ext.core.affine import fake_quantize, to_blocks
 from aimet_ext.core.interrupts import uninterrupted
 from aimet_ext.data.batches import ForwardFn
+from aimet_ext.data.geometry import Geometry
 from aimet_ext.files.folders import writable_folder
 from aimet_ext.files.ledger import Ledger
 from aimet_ext.files.scratch import remove_abandoned, scratch
@@ -79,7 +80,7 @@ def undo_on_failure(
                 adaptor.ledger = ledger
                 put_back()
                 with adaptor.preserved_state():
-                    for module in tuple(journal.keys()):
+                    for module in reversed(journal.keys()):  # later ones share weights
                         adaptor.restore(module, *journal.restore(module))
             raise
         finally:
@@ -235,6 +236,7 @@ def layers_to_quantize(
         "must have a weight quantizer and has none; give it one, or list it in modules_to_exclude",
     )
     quantizers = {name: quantizer for name, quantizer in found.items() if quantizer is not None}
+    quantizers = _once_each(adaptor, blocks, quantizers)
     frozen = [name for name, quantizer in quantizers.items() if quantizer.frozen and not rounds]
     by = {name: _frozen_by(adaptor, quantizers[name].name) for name in frozen}
     for former in sorted(set(by.values())):
@@ -258,6 +260,28 @@ def layers_to_quantize(
     if not quantizers:
         raise ValueError("at least one layer must remain, modules_to_exclude names all of them")
     return quantizers
+
+
+def _once_each(
+    adaptor: SimAdaptor, blocks: Sequence[BlockTopology], found: Mapping[str, WeightQuantizer]
+) -> dict[str, WeightQuantizer]:
+    """Return the layers without those of later blocks that hold the weight of an earlier one.
+
+    :raises ValueError: Two of one block share a weight, or two with grids of their own do.
+    """
+    shared, kept = adaptor.shared_weights(), dict[str, WeightQuantizer]()
+    block_of = {f"{block.name}.{layer}": block.name for block in blocks for layer in block.linears}
+    for name, quantizer in found.items():
+        twins = {*shared.get(quantizer.name, ())} - {quantizer.name}
+        first = next((n for n, q in kept.items() if q.name in twins), None) if twins else None
+        if first is None:
+            kept[name] = quantizer
+        elif block_of[first] == block_of[name] or not quantizer.is_of(kept[first]):
+            raise ValueError(
+                f"{first} and {name} share one weight, which cannot be decided twice; "
+                "list all but one in modules_to_exclude"
+            )
+    return kept
 
 
 def layers_to_turn(
@@ -340,11 +364,13 @@ class LayerChoice:
     :param others: Quantized layers that are left as they are, and weights that no layer has; they
         compute on their grids.
     :param skipped: Those of ``others`` that a user may expect to be decided, with the reason.
+    :param together: Further layers that hold the weight of one to decide, by that one.
     """
 
     decided: Mapping[str, WeightQuantizer]
     others: Mapping[str, WeightQuantizer]
     skipped: dict[str, str]
+    together: dict[str, list[str]]
 
 
 def choose_layers(
@@ -368,18 +394,22 @@ def choose_layers(
     :param rounded: True if the technique works on rounded weights; layers with others are left
         alone.
     :raises ValueError: An excluded module does not exist; nothing remains; the technique was
-        applied before; a weight is not finite, is rounded already, or is shared by two layers.
+        applied before; a weight is not finite, is rounded already, or is shared by two layers
+        with grids of their own.
     """
     excluded = excluded_names(adaptor, exclude)
     every = {n: q for n, q in adaptor.weight_quantizers().items() if n not in excluded}
     shared = adaptor.shared_weights()
     decided: dict[str, WeightQuantizer] = {}
+    together: dict[str, list[str]] = {}
+    known: set[str] = set()  # by their own names or by those of layers with the same weight
     skipped = dict(adaptor.unsupported_layers())
     for name, quantizer in every.items():
         module = adaptor.model.get_submodule(name)
-        if not isinstance(module, LAYERS) or (only is not None and name not in only):
+        unasked = only is not None and name not in only
+        if not isinstance(module, LAYERS) or unasked or name in known:
             continue
-        twins = [twin for twin in shared.get(name, ()) if twin != name]
+        twins = [twin for twin in shared.get(name, ()) if twin != name and twin in every]
         if quantizer.bitwidth > max_bitwidth:
             skipped[name] = f"{quantizer.bitwidth} bits, max_bitwidth is {max_bitwidth}"
         elif any(isinstance(adaptor.model.get_submodule(t), nn.Embedding) for t in twins):
@@ -388,7 +418,7 @@ def choose_layers(
             skipped[name] = "not rounded yet by a technique such as apply_gptq"
         elif quantizer.frozen and not rounds:
             skipped[name] = f"{_frozen_by(adaptor, name)} froze its range"
-        elif twins:
+        elif twins and not _are_alike(adaptor, name, twins):
             raise ValueError(
                 f"{name} and {', '.join(twins)} share one weight, which cannot be decided twice; "
                 "list all but one in modules_to_exclude"
@@ -397,14 +427,26 @@ def choose_layers(
             skipped[name] = f"its grid {quantizer.shape} has cells of several output rows"
         else:
             decided[name] = quantizer
+            together |= {name: twins} if twins else {}
+            known |= {name, *twins}
     if adaptor.ledger is not None:  # it knows the reason for what the weights show
         adaptor.ledger.check_can_apply(technique, decided or skipped, rounded=rounded)
     _check(decided, skipped)
     if not rounded:
         _refuse_rounded(decided)
-    others = {name: quantizer for name, quantizer in every.items() if name not in decided}
+    others = {name: quantizer for name, quantizer in every.items() if name not in known}
     others.update(adaptor.other_quantizers())
-    return LayerChoice(decided, others, skipped)
+    return LayerChoice(decided, others, skipped, together)
+
+
+def _are_alike(adaptor: SimAdaptor, name: str, twins: Sequence[str]) -> bool:
+    """Return True if layers that share a weight apply it in the same way, on the same grid."""
+    own, model = adaptor.weight_quantizer(name), adaptor.model
+    found = [adaptor.weight_quantizer(twin) for twin in twins]
+    return (
+        all(each is not None and own is not None and each.is_of(own) for each in found)
+        and len({Geometry.of(model.get_submodule(n)) for n in (name, *twins)}) == 1
+    )
 
 
 def _check(decided: Mapping[str, WeightQuantizer], skipped: Mapping[str, str]) -> None:

@@ -85,18 +85,17 @@ def first_call(
     return calls[0] if calls else None
 
 
-def seen_inputs(layer: nn.Module, run: Callable[[], object]) -> list[Tensor]:
-    """Return the inputs of a layer, call by call, in a forward pass that runs to its end."""
+def seen_inputs(layers: Sequence[nn.Module], run: Callable[[], object]) -> list[Tensor]:
+    """Return the inputs of some layers, call by call, in a forward pass that runs to its end."""
     seen: list[Tensor] = []
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append(layer_input(args, kwargs).clone())  # what comes later may change it in place
 
-    hook = layer.register_forward_pre_hook(note, with_kwargs=True)
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
         run()
-    finally:
-        hook.remove()
     return seen
 
 

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -54,13 +55,20 @@ class Watch(TorchFunctionMode):
         self._numbers = WeakTensorKeyDictionary()
         self._next = count()
 
-    def hook(self, module: nn.Module, layers: Sequence[str], hooks: ExitStack) -> None:
+    def hook(
+        self,
+        module: nn.Module,
+        layers: Sequence[str],
+        hooks: ExitStack,
+        together: Mapping[str, Sequence[str]],
+    ) -> None:
         """Watch layers of a module, its children and the module itself, until ``hooks`` ends."""
         for name in layers:
-            layer = module.get_submodule(name)
             before, after = partial(self._before, name), partial(self._after, name)
-            hooks.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
-            hooks.callback(layer.register_forward_hook(after).remove)
+            for own in (name, *together.get(name, ())):
+                layer = module.get_submodule(own)
+                hooks.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
+                hooks.callback(layer.register_forward_hook(after).remove)
         for name, child in module.named_children():
             if name not in layers:
                 ended = partial(self._child_after, name)
@@ -199,6 +207,7 @@ def layer_order(
     prefix: str = "",
     *,
     repeats: bool = False,
+    together: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> LayerOrder:
     """Watch forward passes until each layer was called: an expert may not be, in some of them.
 
@@ -206,6 +215,7 @@ def layer_order(
     :param passes: Functions that each run the module once.
     :param prefix: Prefix that makes the layers' names in errors those in the whole model.
     :param repeats: True for layers that a pass calls several times, but no expert's.
+    :param together: Names of further modules whose calls count as a layer's.
     :raises CalledAgain: a layer is called several times where that is not asked for.
     :raises ValueError: a layer is never called and is no expert's, or a batch norm follows it.
     :raises TypeError: a layer is neither linear nor a convolution.
@@ -217,7 +227,7 @@ def layer_order(
     for run in passes:
         watch = Watch()
         with ExitStack() as hooks:
-            watch.hook(module, layers, hooks)
+            watch.hook(module, layers, hooks, together)
             with watch:
                 run()
         again = [name for name, tokens in watch.reads.items() if len(tokens) > 1]

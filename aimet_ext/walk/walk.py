@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
@@ -317,6 +318,8 @@ class RerunWalk(ModelWalk):
     decided, as later layers do: inputs that come through them lack their errors. Calls that one
     stream has more than the other have no partner there and are left out, which ``cost`` tells.
 
+    :param together: Names of further modules that hold a layer's weight, by layer. They compute
+        with what is decided for it, and their calls count as its own.
     :param reason: Reason why the model is run so often, for the report.
     """
 
@@ -326,10 +329,12 @@ class RerunWalk(ModelWalk):
         batches: Iterable[Any],
         layers: Sequence[str],
         *,
+        together: Mapping[str, Sequence[str]] = MappingProxyType({}),
         reason: str | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(model, batches, layers, **settings)
+        self._together = together
         self._reason = reason
         self._passes = 0
         self._known: dict[str, tuple[Routed | None, Alternative | None]] = {}
@@ -338,7 +343,7 @@ class RerunWalk(ModelWalk):
         self._load_effective(lambda name: True)
         weights = self._weights.get("quantized", {})
         passes = (partial(self._run, n, weights) for n in range(len(self._batches)))
-        self._order = layer_order(model, layers, passes, repeats=True)
+        self._order = layer_order(model, layers, passes, repeats=True, together=together)
 
     @property
     def cost(self) -> dict[str, Any]:
@@ -360,11 +365,13 @@ class RerunWalk(ModelWalk):
         expert, other = self._places(names[0])
         mask = self._real = super()._mask(batch, names[0])
         if names[0] in self._order.repeated:
-            found = self._once(batch, partial(seen_inputs, layers[0]))
-            calls = [len(inputs) for inputs in found.values()]
-            if extra := max(calls) - min(calls):
+            every = [names[0], *self._together.get(names[0], ())]
+            modules = [self._model.get_submodule(name) for name in every]
+            found = self._once(batch, partial(seen_inputs, modules))
+            counts = [len(inputs) for inputs in found.values()]
+            if extra := max(counts) - min(counts):
                 self._alone.update({(name, batch): extra for name in names})
-            for each in zip(*(inputs[: min(calls)] for inputs in found.values()), strict=True):
+            for each in zip(*(inputs[: min(counts)] for inputs in found.values()), strict=True):
                 yield {s: x.to(self._device) for s, x in zip(found, each, strict=True)}
             return
         seen: Any  # by stream
@@ -433,5 +440,10 @@ class RerunWalk(ModelWalk):
     def _run(self, number: int, weights: Mapping[str, Tensor]) -> Any:
         self._passes += 1
         batch = map_tensors(torch.clone, self._batches[number])  # a model may change its inputs
-        with swapped_weights(self._model, weights):
+        every = {
+            name: weight
+            for layer, weight in weights.items()
+            for name in (layer, *self._together.get(layer, ()))
+        }
+        with swapped_weights(self._model, every):
             return run_batch(self._model, batch, number, self._forward_fn)

@@ -114,8 +114,22 @@ class Twins(nn.Module):
 
 @LAYER_WISE
 def test_two_layers_of_one_weight(technique: Any) -> None:
+    """They are decided as one layer, which bears the first one's name."""
     x = random(32, 8)
     sim = simulate(seeded(Twins), x)
+    report = technique.apply(sim, [x])
+    assert [layer.name for layer in report.layers] == ["one", "three"] and not report.skipped
+    one, two = adapt(sim).weight_quantizers(["one", "two"]).values()
+    assert two.weight is one.weight and two.quantizer is one.quantizer and one.frozen
+    if technique.on_moments:
+        assert [layer.tokens for layer in report.layers] == [64, 32]
+
+
+@LAYER_WISE
+def test_two_layers_of_one_weight_with_grids_of_their_own_are_refused(technique: Any) -> None:
+    x = random(32, 8)
+    sim = simulate(seeded(Twins), x)
+    sim.model.two.param_quantizers["weight"] = copy.deepcopy(sim.model.one.param_quantizers.weight)
     with pytest.raises(ValueError, match=r"one and two share one weight.*modules_to_exclude"):
         technique.apply(sim, [x])
     report = technique.apply(sim, [x], modules_to_exclude=["two", "one"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import torch
@@ -284,6 +285,7 @@ class OnnxSim(OnnxPoints, SimAdaptor):
         *,
         streams: Streams,
         effective: Mapping[str, Tensor],
+        together: Mapping[str, Sequence[str]] = MappingProxyType({}),
         **options: Unpack[WalkOptions],
     ) -> Walk:
         """Start a walk through the graph, in onnxruntime."""

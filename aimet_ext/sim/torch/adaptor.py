@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar, Unpack
 
 import torch
@@ -40,7 +41,7 @@ from aimet_ext.walk.blocks import BlockWalk, find_stacks
 from aimet_ext.walk.passes import BlockPass, WalkOptions, open_pass
 from aimet_ext.walk.sides import find_sides
 from aimet_ext.walk.traced import walk_graph
-from aimet_ext.walk.walk import Streams, Walk
+from aimet_ext.walk.walk import RerunWalk, Streams, Walk
 
 _T = TypeVar("_T")
 
@@ -249,10 +250,18 @@ class TorchSim(TorchPoints, SimAdaptor):
         *,
         streams: Streams,
         effective: Mapping[str, Tensor],
+        together: Mapping[str, Sequence[str]] = MappingProxyType({}),
         **options: Unpack[WalkOptions],
     ) -> Walk:
         settings: dict[str, Any] = {"streams": streams, "effective": effective, **options}
         forward_fn = options.get("forward_fn")
+        if together:
+            name, twins = next(iter(together.items()))
+            settings["sides"] = find_sides(self.model, layers, batches, forward_fn)
+            reason = f"{name} shares its weight with {', '.join(twins)}"
+            return RerunWalk(
+                self.model, batches, layers, together=together, reason=reason, **settings
+            )
         stacks = find_stacks(self.model, layers, batches, forward_fn)
         blocks = [block for stack in stacks for block in stack.blocks]
         settings["sides"] = find_sides(self.model, [*layers, *blocks], batches, forward_fn)

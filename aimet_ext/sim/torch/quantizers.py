@@ -46,6 +46,13 @@ class TorchWeightQuantizer(WeightQuantizer):
     def weight(self) -> nn.Parameter:
         return self.module.weight
 
+    def is_of(self, other: WeightQuantizer) -> bool:
+        return (
+            isinstance(other, TorchWeightQuantizer)
+            and self.quantizer is other.quantizer
+            and self.module.weight is other.module.weight
+        )
+
     @torch.no_grad()
     def set_weight(self, values: Tensor) -> None:
         self.weight.copy_(values)

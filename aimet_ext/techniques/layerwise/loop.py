@@ -162,7 +162,9 @@ def _run(
     ledger = open_ledger(adaptor, row.name, list(choice.decided))
     with undo_on_failure(adaptor, options.cache_dir, weights=row.rounds) as keep:
         adaptor.ledger = ledger = copy.deepcopy(ledger)
-        run = run_class(adaptor, choice.decided, choice.others, solver, options, keep)
+        run = run_class(
+            adaptor, choice.decided, choice.others, solver, options, keep, choice.together
+        )
         with calibrated(choice.others.values()):
             layers = run.all_layers(call.dataloader)
         ledger.log_run(row.name, list(choice.decided), rounds=row.rounds, settings=settings)
@@ -188,6 +190,7 @@ class LayerwiseRun:
     :param quantizers: Weight quantizers of the layers to decide, by full name.
     :param others: Quantized weights that are not decided, which are on their grids meanwhile.
     :param keep: Function to call with a layer's name before the layer is changed.
+    :param together: Further modules that hold the weight of a layer to decide, by layer.
     :param cost: Cost of the walk, once it is done.
     :param token_weights: Weights of the tokens, None if all count alike.
     :param input_steps: Most steps of the grid of a layer's input, 0 where all are float.
@@ -199,6 +202,7 @@ class LayerwiseRun:
     solver: Solver[Any]
     options: RunOptions
     keep: Callable[[str], None]
+    together: Mapping[str, Sequence[str]] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
     token_weights: TokenWeights | None = None
     input_steps: int = 0
@@ -249,7 +253,7 @@ class LayerwiseRun:
         if self.solver.params.token_weights == "loss":
             self.token_weights = TokenWeights(
                 adaptor,
-                list(self.quantizers),
+                [name for name in self.quantizers if name not in self.together],
                 batches,
                 options.forward_fn,
                 progress=options.progress,
@@ -266,6 +270,7 @@ class LayerwiseRun:
                 list(self.quantizers),
                 streams=_STREAMS[self.solver.params.inp_symmetry],
                 effective=effective,
+                together=self.together,
                 forward_fn=options.forward_fn,
                 cache_dir=options.cache_dir,
                 device=options.device,
