@@ -91,6 +91,7 @@ def find_blocks(
     run: Callable[[], object] | None = None,
     *,
     is_layer: Callable[[nn.Module], bool] = is_linear,
+    unused: Collection[str] = (),
 ) -> list[BlockTopology]:
     """Return the decoder blocks of a model, in order.
 
@@ -102,6 +103,8 @@ def find_blocks(
     :param run: function that runs the model on a batch; None for one of random ids.
     :param is_layer: function that tells which linear layers are among those of a block; others,
         such as routers, are in pairs alone.
+    :param unused: full names of layers that are none of a block's unless it calls them, such as
+        adapters of other blocks in a module that blocks share.
     :raises ValueError: there is no stack of blocks, or they differ from the description.
     """
     if description is not None:
@@ -110,18 +113,19 @@ def find_blocks(
     names = stack_of(model)
     kinds: dict[Any, list[str]] = {}
     for name in names:
-        kinds.setdefault(_form(model.get_submodule(name)), []).append(name)
+        own = frozenset(n.removeprefix(f"{name}.") for n in unused if n.startswith(f"{name}."))
+        kinds.setdefault((_form(model.get_submodule(name)), own), []).append(name)
     shared = _shared_parameters(model)
     by_name: dict[str, BlockTopology] = {}
-    firsts = [own[0] for own in kinds.values()]
+    firsts = [names[0] for names in kinds.values()]
     try:
         calls = _calls(model, firsts, run)
     except Exception as error:  # noqa: BLE001  (of the batch: a walk of the model says more)
         reason = f"in a run of the model, {type(error).__name__}: {error}"
         return [_unwatched(model, name, reason, is_layer) for name in names]
-    for first, own in zip(firsts, kinds.values(), strict=True):
-        found_block = _find(model, first, *calls[first], is_layer)
-        for name in own:
+    for first, ((_, own), alike) in zip(firsts, kinds.items(), strict=True):
+        found_block = _find(model, first, *calls[first], is_layer, own)
+        for name in alike:
             by_name[name] = _with_own_parameters(model, replace(found_block, name=name), shared)
     return [by_name[name] for name in names]
 
@@ -278,13 +282,19 @@ def _find(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     is_layer: Callable[[nn.Module], bool],
+    unused: Collection[str],
 ) -> BlockTopology:
-    """Return what is found in a run of a block."""
+    """Return what is found in a run of a block.
+
+    :param unused: Names in the block of layers that are not in it unless they are called.
+    """
     block = model.get_submodule(name)
     try:
         run = ScaledRun(block, (), probe_inputs(block, args, kwargs))
-        if any(any(peers(run.called, layer)) for layer in run.uncalled):  # as experts are
+        idle = [n for n in run.uncalled if n not in unused]
+        if any(any(peers(run.called, layer)) for layer in idle):  # as experts are
             run = ScaledRun(block, (), probe_inputs(block, args, kwargs, length=sys.maxsize))
+        run.uncalled = [n for n in run.uncalled if n not in unused]
         structure = Structure(run)
     except Exception as error:  # noqa: BLE001  (the block is code of any kind)
         reason = f"its parts cannot be run one by one: {type(error).__name__}: {error}"

@@ -227,6 +227,17 @@ class WeightQuantizers(Protocol):
         decided in it are known to the ledger.
         """
 
+    def matrices_beside(self, module: str, layers: Collection[str]) -> list[str]:
+        """Return what else in a module has a quantized weight, by full names, given a range.
+
+        Matrices of recurrent layers are among it. None where a module always computes with these
+        on their grids.
+
+        :param module: Name of the module.
+        :param layers: Full names of the layers and recurrent layers to leave out.
+        """
+        return []
+
     def other_quantizers(self) -> dict[str, WeightQuantizer]:
         """Return the quantizers of weights beside :meth:`weight_quantizers`, by other names."""
         return {}
@@ -271,7 +282,8 @@ class Activations(Protocol):
         :param module: Name of the module, ``""`` for the whole model.
         :param weights: True to switch off those of parameters, norm gains and biases among them.
         :param activations: True to switch off those of all other tensors.
-        :param keep: Names of layers whose weight quantizers stay on.
+        :param keep: Names of layers, and results of :meth:`WeightQuantizers.matrices_beside`, whose
+            weight quantizers stay on.
         """
 
     def live_activations(self, module: str) -> AbstractContextManager[None]:

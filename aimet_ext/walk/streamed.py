@@ -123,11 +123,12 @@ class StreamedBlock:
         needed = tokens * (numbers + self._flow.width) * size
         self._is_roomy = self._flow.hidden.has_room(needed)
 
-    def hold(self, layer: str) -> None:
-        """Have the float stream go on with this layer's weight as it is now."""
+    def hold(self, layer: str, weight: Tensor | None = None) -> None:
+        """Have the float stream go on with a weight of this layer, if None as it is now."""
         if "float" in self._params:
-            weight: Any = self.module.get_submodule(layer).weight
-            self._params["float"][f"{layer}.weight"] = weight.detach().clone()
+            own: Any = self.module.get_submodule(layer).weight
+            held = own.detach().clone() if weight is None else weight
+            self._params["float"][f"{layer}.weight"] = held
 
     def decide(self, layer: str, weight: Tensor) -> None:
         """Have the quantized stream use this weight from now on.

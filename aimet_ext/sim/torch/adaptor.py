@@ -75,6 +75,20 @@ class TorchSim(TorchPoints, SimAdaptor):
             return None
         return weight_quantizer_of(name, module)
 
+    def matrices_beside(self, module: str, layers: Collection[str]) -> list[str]:
+        found = []
+        for name, quantizer in self._quantizers(module):
+            layer, _, key = name.rpartition(".param_quantizers.")
+            if not of_parameter(name) or layer in layers:
+                continue
+            owner: Any = self.model.get_submodule(layer)
+            value = getattr(owner, key, None)
+            if isinstance(value, Tensor) and value.dim() > 1:
+                if not quantizer.is_initialized():
+                    owner.compute_param_encodings()
+                found.append(layer if key == "weight" else f"{layer}.{key}")
+        return found
+
     def layer_names(self) -> Iterator[str]:
         return (name for name, _ in self.sim.named_qmodules())
 
@@ -91,9 +105,9 @@ class TorchSim(TorchPoints, SimAdaptor):
         :param module: Name, ``""`` for the whole model.
         :param weights: Switch for quantizers of parameters, norm gains and biases among them.
         :param activations: Switch for quantizers of inputs and outputs.
-        :param keep: Names of layers whose weight quantizers stay on.
+        :param keep: Names of layers or matrices whose weight quantizers stay on.
         """
-        kept = {parameter_quantizer(f"{name}.weight") for name in keep}
+        kept = {parameter_quantizer(key) for name in keep for key in (f"{name}.weight", name)}
         found = (
             (name, quantizer)
             for name, quantizer in self._quantizers(module)
@@ -272,9 +286,13 @@ class TorchSim(TorchPoints, SimAdaptor):
     def find_blocks(
         self, description: TopologyDescription | None, run: Callable[[], object] | None = None
     ) -> list[BlockTopology]:
+        names = [name for name, module in self.model.named_modules() if _is_quantized(module)]
+        unquantized = {name for name in names if self.weight_quantizer(name) is None}
         with self.disabled_quantizers():
             # A class that AIMET does not know, as a router's, has no quantizers.
-            return find_blocks(self.model, description, run, is_layer=_is_quantized)
+            return find_blocks(
+                self.model, description, run, is_layer=_is_quantized, unused=unquantized
+            )
 
     def check_rotary(self) -> None:
         check_rotary(self.model)

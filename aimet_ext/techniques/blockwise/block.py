@@ -88,6 +88,8 @@ class Block:
     :param quantize_activations: True to have the activation quantizers on, with static ranges that
         are calibrated anew for whatever parameters are scored, and are deployed in the end.
     :param ranges: Those ranges, by the quantizers' names.
+    :param beside: Full names of its quantized matrices that are not decided with it. Its
+        quantized model computes with these on their grids.
     """
 
     number: int
@@ -106,6 +108,7 @@ class Block:
     trim: float = 0.0
     quantize_activations: bool = False
     ranges: dict[str, Range] = field(default_factory=dict)
+    beside: Sequence[str] = ()
 
     @property
     def name(self) -> str:
@@ -298,9 +301,10 @@ class Block:
     def float_weights(self, off: bool = True) -> Any:
         """Return a context without parameter quantizers; if not ``off``, the layers keep theirs.
 
-        Those of norm gains are off either way: a transform has made their ranges wrong.
+        Matrices beside them keep theirs either way. Those of norm gains are off: a transform has
+        made their ranges wrong.
         """
-        kept = () if off else [f"{self.name}.{layer}" for layer in self.layers]
+        kept = [*self.beside, *(() if off else (f"{self.name}.{layer}" for layer in self.layers))]
         return self.adaptor.disabled_quantizers(self.name, activations=False, keep=kept)
 
     def activations(self) -> Any:

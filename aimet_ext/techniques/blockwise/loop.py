@@ -48,7 +48,9 @@ from aimet_ext.sim.protocol import (
 from aimet_ext.techniques.blockwise.block import Block, Choice
 from aimet_ext.techniques.blockwise.inputs import StageInputs
 from aimet_ext.techniques.blockwise.settle import float_ranges, resume, save, settle
+from aimet_ext.techniques.blockwise.shared import SharedWeights
 from aimet_ext.techniques.call import Call
+from aimet_ext.techniques.excluded import excluded_names
 from aimet_ext.techniques.report import BlockReport, BlockwiseReport
 from aimet_ext.techniques.session import (
     OnGrids,
@@ -176,7 +178,10 @@ def run_blockwise(
         started = time.perf_counter()
         with undo_on_failure(adaptor, options.cache_dir) as keep:
             adaptor.ledger = ledger = copy.deepcopy(ledger)
-            run = BlockwiseRun(adaptor, blocks, quantizers, solver, options, keep)
+            excluded = excluded_names(adaptor, call.modules_to_exclude, blocks)
+            run = BlockwiseRun(
+                adaptor, blocks, quantizers, solver, options, keep, excluded=excluded
+            )
             reports = run.all_blocks(batches)
             rounds, settings = call.row.rounds, solver.params.to_dict()
             ledger.log_run(solver.technique, layers, rounds=rounds, settings=settings)
@@ -220,6 +225,7 @@ class BlockwiseRun:
     :param quantizers: Weight quantizers of the layers to decide, by full name.
     :param keep: Function to call with a block's name before the block is changed.
     :param refused: Kinds of scale pairs that are not used, with the reason.
+    :param excluded: Full names of layers that are left alone, float meanwhile.
     """
 
     adaptor: SimAdaptor
@@ -229,10 +235,15 @@ class BlockwiseRun:
     options: RunOptions
     keep: Callable[[str], None]
     refused: dict[str, str] = field(default_factory=dict)
+    excluded: Collection[str] = ()
 
     @cached_property
     def _activation_bits(self) -> int:
         return self.adaptor.activation_bits()
+
+    @cached_property
+    def _shared(self) -> SharedWeights:
+        return SharedWeights(self.adaptor)
 
     def all_blocks(self, batches: Sequence[Any]) -> list[BlockReport]:
         """Decide every block in order.
@@ -301,6 +312,9 @@ class BlockwiseRun:
         """Decide one block, or take it from its checkpoint, and move both streams past it."""
         started = time.perf_counter()
         self.keep(data.name)
+        self._shared.hold(data)
+        layers = (f"{data.name}.{layer}" for stage in self._stages(number) for layer in stage)
+        before = self._shared.copies(self.quantizers[layer] for layer in layers)
         if data.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(data.device)
         resumed = checkpoints is not None and number in checkpoints
@@ -332,6 +346,7 @@ class BlockwiseRun:
                     data.advance("quantized")
             for index, target in enumerate(targets):
                 block.float_stream.hidden[index] = target
+        self._shared.note(before)
         return report
 
     def _stages(self, number: int) -> list[list[str]]:
@@ -376,7 +391,9 @@ class BlockwiseRun:
             for key, parameter in adaptor.float_parameters(name).items()
         }
         layers = [layer for layer in topology.linears if f"{name}.{layer}" in self.quantizers]
-        pairs = self._pairs(topology, set(layers))
+        known = {*self.excluded, *(f"{name}.{layer}" for layer in layers)}
+        beside = adaptor.matrices_beside(name, known)
+        pairs = self._pairs(topology, set(layers), beside)
         with adaptor.disabled_quantizers(name):
             idle = self._idle(data, layers)
             call = data.flows["float"].select(0)
@@ -409,6 +426,7 @@ class BlockwiseRun:
             judged=self.solver.judged,
             trim=self.solver.trim,
             quantize_activations=self.solver.quantize_activations,
+            beside=beside,
         )
 
     def _idle(self, data: StreamedBlock, layers: Sequence[str]) -> list[str]:
@@ -435,16 +453,24 @@ class BlockwiseRun:
         lost = [failure.pair for failure in failures]
         return tuple(pair for pair in pairs if pair not in lost)
 
-    def _pairs(self, topology: BlockTopology, layers: set[str]) -> tuple[ScalePair, ...]:
-        """Return the pairs of the kinds asked for that fit and touch no excluded layer."""
+    def _pairs(
+        self, topology: BlockTopology, layers: set[str], beside: Sequence[str]
+    ) -> tuple[ScalePair, ...]:
+        """Return the pairs of the kinds asked for that fit and touch no layer that is left alone.
+
+        :param layers: Layers to decide.
+        :param beside: Full names of quantized layers that keep their grids.
+        """
+        fixed = {name.removeprefix(f"{topology.name}.") for name in beside}
         kinds = self.solver.pairs
         self.refused.update({k: v for k, v in topology.unavailable.items() if k in kinds})
         kept = []
         for pair in select_pairs(topology, kinds):
-            touched = {side.module for side in pair.sides} & set(topology.linears)
+            touched = {side.module for side in pair.sides} & {*topology.linears, *fixed}
             if touched <= layers:
                 kept.append(pair)
             else:
                 left = ", ".join(sorted(touched - layers))
-                self.refused[pair.kind] = f"it would rescale {left}, which is excluded"
+                why = "is not decided with its block" if touched & fixed else "is excluded"
+                self.refused[pair.kind] = f"it would rescale {left}, which {why}"
         return tuple(kept)
