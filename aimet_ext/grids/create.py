@@ -73,8 +73,9 @@ def create_sim(
     In the copy, weights that AIMET does not see are layers: experts packed in one parameter are
     linear layers ``experts.gate_up_proj.0``, ``experts.down_proj.0`` and so on, of which those of
     a block share the quantizers of their outputs, and ``nn.MultiheadAttention`` has ``q_proj``,
-    ``k_proj`` and ``v_proj``. A module with parameters that one call of the module around it calls
-    twice stays float. Exports hold the weights under the names of the checkpoint.
+    ``k_proj`` and ``v_proj``. Matrices stacked in a parameter, as RecurrentGemma's gates, are a
+    linear layer each, in its place. A module with parameters that one call of the module around it
+    calls twice stays float. Exports hold the weights under the names of the checkpoint.
 
     :param model: Causal LM or encoder-decoder (T5, BART, Whisper) of transformers, what
         :func:`prepare_model` made of one, or a module of your own that returns logits and can be
@@ -136,7 +137,7 @@ def create_sim(
     if hasattr(model, "get_output_embeddings"):
         module = prepare_model(model, mask_value=None if activations is None else _MASK)
     dummy_input = _dummy_input(sample_input_ids, module)
-    given, module = module, expose_weights(module, is_registered)
+    given, module = module, expose_weights(module, is_registered, dummy_input)
     if embedding == "auto":
         embedding = _embedding(module, lm_head)
     specs = {"weights": weights, "lm_head": lm_head, "embedding": embedding}

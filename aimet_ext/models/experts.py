@@ -17,7 +17,7 @@ _UP, _DOWN = ("gate_up_proj", "up_proj"), "down_proj"
 _FLAT = ("w1", "v1", "w2")
 
 #: Largest max|change| / max|output|; sums of half-precision products differ by their order.
-_BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def are_packed(module: nn.Module) -> bool:
@@ -294,7 +294,7 @@ def split_experts(experts: Any) -> nn.Module | str:
             change = float((split(*inputs) - expected).abs().max() / expected.abs().max())
     except (RuntimeError, AttributeError, TypeError) as error:
         return f"as linear layers they fail with {type(error).__name__}: {error}"
-    bound = _BOUNDS.get(expected.dtype, 0.0)
+    bound = BOUNDS.get(expected.dtype, 0.0)
     if change <= bound:
         return split
     return f"as linear layers they are off by {change:.1e} of their output, allowed is {bound:.0e}"

@@ -17,12 +17,15 @@ from aimet_ext.models.experts import are_packed, split_experts
 from aimet_ext.models.huggingface import checkpoint_prefix
 from aimet_ext.models.linear_forms import find_linears, is_transposed
 from aimet_ext.models.repeats import Inlined
+from aimet_ext.models.stacks import show_stacks, stacks
 from aimet_ext.walk.routing import PackedLayers
 
 _log = logging.getLogger(__name__)
 
 
-def expose_weights(model: nn.Module, known: Callable[[nn.Module], bool]) -> nn.Module:
+def expose_weights(
+    model: nn.Module, known: Callable[[nn.Module], bool], dummy_input: Any = None
+) -> nn.Module:
     """Return a copy of a model in which hidden weights are layers; the model if it hides none.
 
     * Packed experts become linear layers, with the same outputs on tokens for all of them. Those
@@ -30,12 +33,18 @@ def expose_weights(model: nn.Module, known: Callable[[nn.Module], bool]) -> nn.M
     * ``nn.MultiheadAttention`` shows its projections as layers. It does not call them: they say
       what AIMET's attention, which takes its place, is to quantize.
     * Modules that compute ``x @ weight + bias``, such as GPT-2's ``Conv1D``, become linear layers.
+    * So do matrices stacked in a parameter, see :mod:`aimet_ext.models.stacks`.
 
     :param model: Model, left as it is.
     :param known: Returns True for modules that are to stay, as their class is quantized already.
+    :param dummy_input: Input to look at stacked matrices with; None leaves them as they are.
     """
     linears = find_linears(model, known)
-    if not linears and not any(_is_attention(m) or are_packed(m) for m in model.modules()):
+    stacked = (
+        [] if dummy_input is None else [n for n, m in model.named_modules() if _stacks(m, known)]
+    )
+    hidden = (_is_attention(m) or are_packed(m) for m in model.modules())
+    if not linears and not stacked and not any(hidden):
         return model
     memo: dict[int, Any] = {id(model.get_submodule(name)): new for name, new in linears.items()}
     model = copy.deepcopy(model, memo)
@@ -59,6 +68,7 @@ def expose_weights(model: nn.Module, known: Callable[[nn.Module], bool]) -> nn.M
                 module.add_module(part, layer)
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # which goes around the attention
+    show_stacks(model, stacked, dummy_input)
     if left:
         _log.warning(
             "%s keep their packed weights, without quantizers: %s",
@@ -66,6 +76,10 @@ def expose_weights(model: nn.Module, known: Callable[[nn.Module], bool]) -> nn.M
             next(iter(left.values())),
         )
     return model
+
+
+def _stacks(module: nn.Module, known: Callable[[nn.Module], bool]) -> bool:
+    return bool(stacks(module)) and not known(module) and not are_packed(module)
 
 
 def _is_attention(module: nn.Module) -> bool:

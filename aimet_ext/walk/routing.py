@@ -35,6 +35,46 @@ class PackedLayers(nn.ModuleList):
         self.idle = idle
 
 
+class StackedLayers(PackedLayers):
+    """One layer for each matrix ``[in, out]`` of a stack that a module multiplies by itself.
+
+    It stands in the place of the parameter ``[stack, in, out]``, and its products with inputs
+    ``[stack, rows, in]`` are what its layers return.
+
+    :param layers: Layers in the order of the matrices, without biases.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__(layers, transposed=True)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Compute ``inputs @ stack``, and ``added + inputs @ stack``.
+
+        :raises NotImplementedError: Another function reads the stack.
+        """
+        *before, stack = args
+        known = _PRODUCTS.get(func) == len(before) and not kwargs
+        if not known or not isinstance(stack, cls) or any(isinstance(x, cls) for x in before):
+            raise NotImplementedError(f"{func} reads a stack of layers")
+        product = torch.stack([layer(x) for layer, x in zip(stack, before[-1], strict=True)])
+        return product if len(before) == 1 else before[0] + product
+
+
+# Functions that multiply by a stack, and the number of tensors before it.
+_PRODUCTS = {
+    torch.bmm: 1,
+    torch.matmul: 1,
+    Tensor.bmm: 1,
+    Tensor.matmul: 1,
+    Tensor.__matmul__: 1,
+    torch.baddbmm: 2,
+    Tensor.baddbmm: 2,
+}
+
+
 class RoutedLayers(PackedLayers):
     """Layers of experts whose module is told which tokens each of them reads.
 
@@ -101,7 +141,8 @@ def _siblings(root: nn.Module, layer: str, held: str) -> int:
     :param held: Name of the list, with which the layer's begins.
     """
     modules = root.get_submodule(held)
-    if not isinstance(modules, nn.ModuleList) or isinstance(modules, RoutedLayers):
+    apart = RoutedLayers | StackedLayers
+    if not isinstance(modules, nn.ModuleList) or isinstance(modules, apart):
         return 0
     own: Any = root.get_submodule(layer)
     rest = layer.removeprefix(f"{held}.").partition(".")[2]

@@ -22,6 +22,9 @@ _ELEMENTWISE = {
 }
 
 
+_ADDING = {"addbmm", "addmm", "addmv", "baddbmm"}
+
+
 @torch.no_grad()
 def elementwise(model: nn.Module, dummy_input: Any, names: Iterable[str]) -> set[str]:
     """Return the parameters of which a run uses each number by itself, up to where data comes in.
@@ -62,6 +65,8 @@ class _Watch(TorchFunctionMode):
             return output
         self.read |= names
         plain = (resolve_name(func) or "").rpartition(".")[2].strip("_")
+        if plain in _ADDING and args and id(args[0]) in self._made:
+            names = names - self._made[id(args[0])][1]  # it is added to a product of others
         if plain not in _ELEMENTWISE:
             self.multiplied |= names
         elif all(id(x) in self._made for x in given):

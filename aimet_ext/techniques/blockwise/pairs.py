@@ -74,9 +74,15 @@ class ReadPair:
 
 
 def read_pairs(block: Block, layers: Sequence[str]) -> list[ReadPair]:
-    """Return the pairs that some layers read, where they take the same entries."""
+    """Return the pairs that some layers read, where they take the same entries.
+
+    Pairs of which a layer anywhere takes some entries alone are left out: no stage tells for all.
+    """
     found = []
     for pair in block.pairs:
+        own = [s.index for s in pair.sides if s.axis == "in" and s.index is not None]
+        if any(len(index[index >= 0].unique()) < pair.size for index in own):
+            continue
         indices: dict[str, Tensor] = {}
         for side in pair.sides:
             if side.axis == "in" and side.module in layers:
